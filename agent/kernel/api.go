@@ -1,0 +1,182 @@
+// Package kernel makes a validated, typed, read-only model of a Linux kernel, running or dead, from its memory alone.
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// VirtAddr is a kernel virtual address of the host.
+type VirtAddr uint64
+
+// String returns the address in hexadecimal with its 0x prefix.
+func (a VirtAddr) String() string { return fmt.Sprintf("%#x", uint64(a)) }
+
+var (
+	ErrNotFound     = errors.New("not found")
+	ErrNotSupported = errors.New("not supported")
+	ErrTorn         = errors.New("changed while it was read")
+)
+
+// CorruptError is an object that breaks an invariant of the kernel that it belongs to.
+type CorruptError struct {
+	Object string
+	Addr   VirtAddr
+	Why    string
+}
+
+func (e *CorruptError) Error() string { return fmt.Sprintf("%s at %v: %s", e.Object, e.Addr, e.Why) }
+
+// Options tune Open. The zero value works.
+type Options struct {
+	Logger *slog.Logger
+	// Note is the physical address of the VMCOREINFO note found by an earlier attach; zero means search.
+	Note hostmem.PhysAddr
+	// Progress is called, if not nil, as the search advances (bytes).
+	Progress func(stage string, done, total uint64)
+}
+
+// Rung is one step of the attach ladder and how it ended.
+type Rung struct {
+	Name     string        `json:"name"`
+	OK       bool          `json:"ok"`
+	Detail   string        `json:"detail"`
+	Duration time.Duration `json:"duration"`
+}
+
+// Info is what is known of an attached kernel.
+type Info struct {
+	Arch     string           `json:"arch"`    // "x86_64"
+	Release  string           `json:"release"` // uname -r
+	Banner   string           `json:"banner"`  // linux_banner
+	BuildID  string           `json:"buildID"`
+	Hostname string           `json:"hostname"` // init_uts_ns at attach
+	CPUs     int              `json:"cpus"`
+	Note     hostmem.PhysAddr `json:"note"`
+	KASLR    uint64           `json:"kaslr"`
+	PhysBase int64            `json:"physBase"`
+	Levels   int              `json:"pageTableLevels"`
+	Symbols  int              `json:"symbols"`
+	BTFBytes int              `json:"btfBytes"`
+	BootTime time.Time        `json:"bootTime"` // zero if it could not be told
+	Rungs    []Rung           `json:"rungs"`
+}
+
+// Task is one thread of the host as its task_struct tells.
+type Task struct {
+	Addr      VirtAddr      `json:"addr"`
+	PID       int           `json:"pid"`  // task_struct.pid: the thread's own
+	TGID      int           `json:"tgid"` // the process's
+	PPID      int           `json:"ppid"`
+	Comm      string        `json:"comm"`
+	State     string        `json:"state"` // one letter as in ps(1): R S D T t Z X I
+	UID       uint32        `json:"uid"`   // effective
+	CPU       int           `json:"cpu"`
+	OnCPU     bool          `json:"onCPU"`
+	KThread   bool          `json:"kthread"`
+	UTime     time.Duration `json:"utime"`
+	STime     time.Duration `json:"stime"`
+	Runtime   time.Duration `json:"runtime"` // se.sum_exec_runtime
+	Start     time.Duration `json:"start"`   // start_time, monotonic since boot
+	RSS       uint64        `json:"rss"`     // bytes
+	Switches  uint64        `json:"switches"`
+	Confident bool          `json:"confident"` // read twice alike, or the reason for doubt is in the pass's report
+}
+
+// CPU is the heartbeat of one CPU, for comparison with an earlier or later sample.
+type CPU struct {
+	ID        int      `json:"id"`
+	Clock     uint64   `json:"clock"` // rq.clock, ns
+	Switches  uint64   `json:"switches"`
+	Running   uint32   `json:"running"` // rq.nr_running
+	Curr      VirtAddr `json:"curr"`
+	CurrPID   int      `json:"currPID"`
+	CurrComm  string   `json:"currComm"`
+	Idle      bool     `json:"idle"`
+	TimerIRQs uint64   `json:"timerIRQs"` // irq_stat.apic_timer_irqs
+	NMIs      uint64   `json:"nmis"`
+	IRQs      uint64   `json:"irqs"` // kstat.irqs_sum
+	Preempt   uint32   `json:"preempt"`
+	NextEvent int64    `json:"nextEvent"` // tick device, ns of CLOCK_MONOTONIC; KTIME_MAX when none
+	Online    bool     `json:"online"`
+}
+
+// Heartbeat is one sample of the whole host's progress.
+type Heartbeat struct {
+	At      time.Time `json:"at"` // the reader's clock
+	Jiffies uint64    `json:"jiffies"`
+	Mono    int64     `json:"mono"` // host CLOCK_MONOTONIC in ns at the timekeeper's last update
+	CPUs    []CPU     `json:"cpus"`
+}
+
+// PanicState tells whether the kernel has panicked.
+type PanicState struct {
+	Panicked bool   `json:"panicked"`
+	CPU      int    `json:"cpu"` // the CPU that claimed the panic; -1 if none
+	Oops     bool   `json:"oops"`
+	Tainted  uint64 `json:"tainted"`
+	Task     *Task  `json:"task,omitempty"`    // what ran on the panicking CPU
+	Message  string `json:"message,omitempty"` // "Kernel panic - not syncing: …" from the ring
+}
+
+// LogRecord is one record of the printk ring.
+type LogRecord struct {
+	Seq      uint64        `json:"seq"`
+	Time     time.Duration `json:"time"` // since boot
+	Facility uint8         `json:"facility"`
+	Level    uint8         `json:"level"`
+	Caller   uint32        `json:"caller"`
+	Text     string        `json:"text"`
+}
+
+// Cost is what a view has cost so far.
+type Cost struct {
+	Reads   int           `json:"reads"`
+	Pages   int           `json:"pages"`
+	Bytes   int64         `json:"bytes"`
+	Elapsed time.Duration `json:"elapsed"`
+}
+
+// Field is a member of a kernel structure, anonymous members flattened.
+type Field struct {
+	Offset    uint64 // bytes
+	Size      uint64 // bytes
+	BitOffset uint8  // for bit fields, within the byte at Offset
+	BitSize   uint8  // zero if not a bit field
+}
+
+// The signatures that the rest of the project builds on.
+var (
+	_ func(context.Context, hostmem.Memory, Options) (*Image, error) = Open
+
+	_ interface {
+		Info() Info
+		Memory() hostmem.Memory
+		Prove(context.Context) error // cheap: is this still the same kernel, alive or dead? nil, ErrTorn or *CorruptError
+		View(context.Context) *View
+		Symbol(name string) (VirtAddr, error)
+		PerCPU(name string, cpu int) (VirtAddr, error) // address of a per-CPU symbol on a CPU
+		Field(typ, path string) (Field, error)         // Field("task_struct", "thread_info.flags")
+		Sizeof(typ string) (uint64, error)
+		Enum(typ, name string) (int64, error)
+	} = (*Image)(nil)
+
+	_ interface {
+		Tasks() iter.Seq2[Task, error]
+		Heartbeat() (Heartbeat, error)
+		Panic() (PanicState, error)
+		Log() iter.Seq2[LogRecord, error]
+		Cost() Cost
+		Image() *Image
+		Phys(va VirtAddr) (hostmem.PhysAddr, error) // any kernel virtual address
+		ReadVirt(va VirtAddr, buf []byte) error     // crosses pages
+		Uint64(va VirtAddr) (uint64, error)
+		Uint32(va VirtAddr) (uint32, error)
+	} = (*View)(nil)
+)

@@ -1,0 +1,93 @@
+// Package hostmem is a host's physical memory, as an outside machine reaches it.
+//
+// Everything above it works on the Memory interface alone, and so runs unchanged over a PCI window on a DPU,
+// over a DMA engine, over the RAM file of a virtual machine, and over a crash dump on a laptop.
+package hostmem
+
+import (
+	"errors"
+	"fmt"
+	"io"
+)
+
+// PhysAddr is a host physical address in bytes.
+type PhysAddr uint64
+
+// String returns the address in hexadecimal with its 0x prefix.
+func (a PhysAddr) String() string { return fmt.Sprintf("%#x", uint64(a)) }
+
+// PageSize is the granule of transfers and of recordings. It is not the host's page size, which the kernel model knows.
+const PageSize = 4096
+
+// Range is Size bytes of host physical address space from Start on.
+type Range struct {
+	Start PhysAddr
+	Size  uint64
+}
+
+// End returns the first address behind the range.
+func (r Range) End() PhysAddr { return r.Start + PhysAddr(r.Size) }
+
+// Contains reports whether n bytes at pa lie wholly inside the range, without overflow for any pa and n.
+func (r Range) Contains(pa PhysAddr, n uint64) bool {
+	return pa >= r.Start && n <= r.Size && uint64(pa-r.Start) <= r.Size-n
+}
+
+// Memory is readable host physical memory. The offset of ReadAt is a host physical address.
+//
+// Postconditions: ReadAt never returns io.EOF, for memory has no end of file; a short read always comes with a
+// *FaultError that names the first address that could not be read. Holes fault, they never read as zero.
+// All methods are safe for concurrent use.
+type Memory interface {
+	io.ReaderAt
+	// Map returns the readable RAM, sorted and without overlap. The caller must not change it.
+	Map() []Range
+	io.Closer
+}
+
+// Writer is the ability to store. A store of 8 aligned bytes or fewer within an aligned 8-byte word is one access where
+// the path allows it; anything longer may be seen by the host in pieces.
+type Writer interface{ io.WriterAt }
+
+// Swapper is the ability to compare and swap an aligned 8-byte little-endian word atomically against the host's CPUs.
+// prev is the value found; the swap happened if and only if err is nil and prev == old.
+type Swapper interface {
+	CompareAndSwap(pa PhysAddr, old, new uint64) (prev uint64, err error)
+}
+
+// Segment is one piece of a scattered read; its outcome is its own.
+type Segment struct {
+	Addr PhysAddr
+	Buf  []byte
+	Err  error
+}
+
+// ScatterReader is the ability to read many pieces for about the latency of one.
+// The error is non-nil if any segment failed; each failed segment has its own Err.
+type ScatterReader interface{ ReadScatter(segs []Segment) error }
+
+var (
+	// ErrNotMapped means that the address is not RAM in the map of this memory.
+	ErrNotMapped = errors.New("address is not in the RAM map")
+	// ErrLinkDown means that the path to the host is lost: an engine that reads all-ones, a window that vanished.
+	ErrLinkDown = errors.New("link to host memory is down")
+	// ErrTimeout means that the path did not complete the access in time.
+	ErrTimeout = errors.New("memory access timed out")
+	// ErrReadOnly means that this memory or this holder may not store.
+	ErrReadOnly = errors.New("memory is read-only")
+)
+
+// FaultError is a failed access. Addr is the first byte that could not be accessed and Len the bytes still to go from there.
+type FaultError struct {
+	Op   string // "read", "write" or "compare-and-swap"
+	Addr PhysAddr
+	Len  int
+	Err  error // the cause; never nil
+}
+
+func (e *FaultError) Error() string {
+	return fmt.Sprintf("%s %d bytes at %v: %v", e.Op, e.Len, e.Addr, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *FaultError) Unwrap() error { return e.Err }
