@@ -1,0 +1,38 @@
+package boot
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// Reboot restarts the machine in order: the clock is noted, caches reach the disk, the state disk is made read-only. It
+// returns only if the kernel refuses. An armed watchdog stays armed, so that a restart that hangs ends in a reset.
+func (m *Machine) Reboot() error { return m.end(unix.LINUX_REBOOT_CMD_RESTART) }
+
+// PowerOff is Reboot's counterpart that leaves the machine off; boards without such a switch halt.
+func (m *Machine) PowerOff() error { return m.end(unix.LINUX_REBOOT_CMD_POWER_OFF) }
+
+func (m *Machine) end(cmd int) error {
+	m.cancel()
+	m.wg.Wait()
+	m.mu.Lock()
+	dev := m.stateDev
+	m.mu.Unlock()
+	unix.Sync()
+	var err error
+	if dev != "" {
+		// Open files forbid unmounting; read-only gives the same consistency.
+		if rerr := unix.Mount("", StateDir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); rerr != nil {
+			if uerr := unix.Unmount(StateDir, 0); uerr != nil {
+				err = fmt.Errorf("close the state disk: %w", errors.Join(rerr, uerr))
+				m.log.Error("restart with an open state disk; its journal will be replayed", "err", err)
+			}
+		}
+	}
+	if rerr := unix.Reboot(cmd); rerr != nil {
+		return errors.Join(err, fmt.Errorf("restart or power off: %w", rerr))
+	}
+	return err
+}
