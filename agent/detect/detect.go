@@ -1,8 +1,17 @@
 // Package detect judges a host: detectors turn views of its kernel into findings.
+//
+// A Detector is data. Its Detect function is pure: it sees one Pass, which holds everything that was read from the host
+// for it, the latest sample last, and it keeps nothing between calls. No findings and a nil error mean "healthy"; an error
+// means "could not tell", and the two are never mixed up. Times in a Pass are the reader's, not the host's: a detector
+// gives credit only for time in which the reader itself was awake, so a starved reader is never taken for a dead host.
 package detect
 
 import (
+	"context"
+	"errors"
 	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
 )
 
 // Severity orders findings as Redfish does.
@@ -23,6 +32,11 @@ const (
 	KindHostSilent     Kind = "host-silent"     // nothing on the host progresses
 )
 
+// Kinds returns the whole vocabulary.
+func Kinds() []Kind {
+	return []Kind{KindPanic, KindCPUStall, KindRunawayProcess, KindHostSilent}
+}
+
 // Evidence is one observed fact that supports a finding.
 type Evidence struct {
 	What  string `json:"what"`  // "panic_cpu"
@@ -42,7 +56,9 @@ type Culprit struct {
 // Finding is one fault of the host, as one detector sees it.
 type Finding struct {
 	// ID is stable while the fault stands and is never used again: "runaway-process-3" counts per engine start.
-	ID         string     `json:"id"`
+	ID string `json:"id"`
+	// Key tells the faults of one kind apart from pass to pass: "cpu1", "412@3.2s". Detectors set it, the engine derives ID from it.
+	Key        string     `json:"key"`
 	Kind       Kind       `json:"kind"`
 	Severity   Severity   `json:"severity"`
 	Title      string     `json:"title"`  // one line for people
@@ -50,6 +66,8 @@ type Finding struct {
 	Culprit    Culprit    `json:"culprit"`
 	Evidence   []Evidence `json:"evidence"`
 	Confidence float64    `json:"confidence"` // 0 to 1
+	// Suspicion means that the signs are there but not yet for long enough to be a verdict. It is shown, never acted upon.
+	Suspicion  bool       `json:"suspicion,omitempty"`
 	FirstSeen  time.Time  `json:"firstSeen"`
 	LastSeen   time.Time  `json:"lastSeen"`
 	Resolved   *time.Time `json:"resolved,omitempty"` // when the detector went quiet or the repair was verified
@@ -58,3 +76,56 @@ type Finding struct {
 	Action    string `json:"action,omitempty"`
 	Automatic bool   `json:"automatic"`
 }
+
+// Need is something that a detector must have in its Pass. Where it is missing, the detector is not run and the outcome is
+// "could not tell".
+type Need string
+
+const (
+	NeedPanic      Need = "panic"      // Pass.Panic
+	NeedHeartbeats Need = "heartbeats" // Pass.Beats, one of them from this pass
+	NeedTasks      Need = "tasks"      // Pass.Tasks, one of them from this pass
+)
+
+// TaskSample is the whole task list as it was once.
+type TaskSample struct {
+	At    time.Time     `json:"at"`    // the reader's clock when the walk began
+	Took  time.Duration `json:"took"`  // how long the walk lasted: the error of every runtime in it
+	Tasks []kernel.Task `json:"tasks"` // all threads
+}
+
+// Pass is what detectors judge: one look at the host, and the looks before it. It is JSON, so that a series can be stored
+// and judged again.
+type Pass struct {
+	Now  time.Time     `json:"now"`
+	Took time.Duration `json:"took"` // what reading cost
+	// Path is why the host's memory or kernel could not be read in this pass; empty if it could.
+	Path string `json:"path,omitempty"`
+	// PathDown is since when without a break the path to memory has been dead; zero while it works.
+	PathDown time.Time          `json:"pathDown,omitzero"`
+	Panic    *kernel.PanicState `json:"panic,omitempty"`
+	Beats    []kernel.Heartbeat `json:"beats"` // oldest first
+	Tasks    []TaskSample       `json:"tasks"` // oldest first
+	View     *kernel.View       `json:"-"`     // the fresh view; nil in a replayed series
+}
+
+// Detector is one kind of judgement.
+type Detector struct {
+	ID       string
+	Title    string
+	Kind     Kind
+	Severity Severity // of its verdicts
+	// Every is how often to judge. Zero means at every heartbeat.
+	Every time.Duration
+	// For is how long Detect must go on reporting a fault before it becomes a finding, Clear how long it must be silent
+	// before the finding is resolved. Detectors that watch a series do their own waiting and leave For at zero.
+	For, Clear time.Duration
+	// DependsOn lists kinds that explain this one: while one of them stands, this detector's findings are held back.
+	DependsOn []Kind
+	Needs     []Need
+	Detect    func(context.Context, *Pass) ([]Finding, error)
+}
+
+// ErrTooEarly means that the series is still too short or too full of gaps for a judgement. It is "could not tell", and
+// no fault of anything.
+var ErrTooEarly = errors.New("not observed for long enough yet")

@@ -1,0 +1,91 @@
+// Package access holds the agreement between a host's owner and its monitors, and what is permitted by it.
+//
+// An Agreement is a JSON document that names the host, the owner, the monitors, their rights and the time in which it is
+// valid, and that the owner and every monitor have signed. Everything that it does not name is denied: the zero Grant
+// permits nothing.
+package access
+
+import (
+	"crypto/ed25519"
+	"encoding/base64"
+	"fmt"
+	"time"
+)
+
+// Version is the version of the document's form that this package reads and writes.
+const Version = 1
+
+// Rights that an agreement can give, besides the actions by their IDs.
+const (
+	Read  = "read"  // look at the host's memory
+	Write = "write" // change the host's memory at all
+	Power = "power" // use the host's power controller
+)
+
+// Key is an ed25519 public key; in JSON it is base64.
+type Key []byte
+
+// MarshalText implements encoding.TextMarshaler.
+func (k Key) MarshalText() ([]byte, error) {
+	return []byte(base64.StdEncoding.EncodeToString(k)), nil
+}
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (k *Key) UnmarshalText(b []byte) error {
+	v, err := base64.StdEncoding.Strict().DecodeString(string(b))
+	if err != nil {
+		return fmt.Errorf("public key is not base64: %w", err)
+	}
+	if len(v) != ed25519.PublicKeySize {
+		return fmt.Errorf("public key has %d bytes; an ed25519 key has %d", len(v), ed25519.PublicKeySize)
+	}
+	*k = v
+	return nil
+}
+
+// Host says which machine an agreement is about, by what does not depend on its operating system.
+type Host struct {
+	UUID string `json:"uuid"` // SMBIOS system UUID, RFC 9562 form, lower case
+	Name string `json:"name"` // for people; not compared
+}
+
+// Party is somebody who signs.
+type Party struct {
+	Name string `json:"name"`
+	Key  Key    `json:"key"`
+}
+
+// Rights are what the monitors may have the agent do.
+type Rights struct {
+	Read    bool     `json:"read"`
+	Write   bool     `json:"write"`
+	Actions []string `json:"actions"` // IDs of healing actions
+	Power   bool     `json:"power"`
+}
+
+// Protected names tasks that no action may touch. UID is required: a process can choose its own name, not its user.
+type Protected struct {
+	FirstUID uint32 `json:"firstUID"`
+	LastUID  uint32 `json:"lastUID"`
+	Comm     string `json:"comm,omitempty"` // narrows the users' tasks down to those of that name; empty means all
+}
+
+// Signature is one party's signature over the canonical bytes.
+type Signature struct {
+	Key       Key    `json:"key"`
+	Signature []byte `json:"signature"`
+}
+
+// Agreement is the document.
+type Agreement struct {
+	Version    int         `json:"version"`
+	ID         string      `json:"id"`
+	Host       Host        `json:"host"`
+	Owner      Party       `json:"owner"`
+	Monitors   []Party     `json:"monitors"`
+	Rights     Rights      `json:"rights"`
+	Protected  []Protected `json:"protected"`
+	ValidFrom  time.Time   `json:"validFrom"`
+	ValidUntil time.Time   `json:"validUntil"`
+	Signatures []Signature `json:"signatures"`
+}

@@ -1,0 +1,87 @@
+package detect
+
+import (
+	"fmt"
+	"time"
+)
+
+// UIDRange is First to Last, both included.
+type UIDRange struct {
+	First uint32 `json:"first"`
+	Last  uint32 `json:"last"`
+}
+
+// Contains reports whether uid is in the range.
+func (r UIDRange) Contains(uid uint32) bool { return uid >= r.First && uid <= r.Last }
+
+// Config holds what operators may tune. Start from DefaultConfig: the zero value of most fields is not valid.
+type Config struct {
+	// Heartbeat and Tasks are how often the two kinds of samples are taken.
+	Heartbeat, Tasks time.Duration
+	// StallSuspect and StallVerdict are how long a busy CPU may go without a timer tick.
+	StallSuspect, StallVerdict time.Duration
+	// IdleVerdict is how long an idle CPU may go without any sign of life beyond the timer event that it had programmed.
+	IdleVerdict time.Duration
+	// Silent is how long the whole host may show no progress, or its memory be out of reach.
+	Silent time.Duration
+	// RunawayShare is the share of one CPU (0 to 1), averaged over RunawayFor, from which on a thread is a runaway.
+	RunawayShare float64
+	RunawayFor   time.Duration
+	// RunawayExempt are users whose processes may use all the CPU they get. Names of processes are no ground for an
+	// exemption: anybody can choose his own.
+	RunawayExempt []UIDRange
+}
+
+// DefaultConfig returns the settings that suit a server.
+func DefaultConfig() Config {
+	return Config{
+		Heartbeat:    50 * time.Millisecond,
+		Tasks:        500 * time.Millisecond,
+		StallSuspect: 250 * time.Millisecond,
+		StallVerdict: time.Second,
+		IdleVerdict:  5 * time.Second,
+		Silent:       5 * time.Second,
+		RunawayShare: 0.9,
+		RunawayFor:   60 * time.Second,
+	}
+}
+
+// Check returns the first setting that makes no sense.
+func (c Config) Check() error {
+	for _, d := range []struct {
+		name string
+		d    time.Duration
+		min  time.Duration
+	}{
+		{"heartbeat", c.Heartbeat, time.Millisecond},
+		{"tasks", c.Tasks, time.Millisecond},
+		{"stallSuspect", c.StallSuspect, 20 * time.Millisecond},
+		{"stallVerdict", c.StallVerdict, c.StallSuspect},
+		{"idleVerdict", c.IdleVerdict, c.StallVerdict},
+		{"silent", c.Silent, c.StallVerdict},
+		{"runawayFor", c.RunawayFor, c.Tasks},
+	} {
+		if d.d < d.min || d.d > 24*time.Hour {
+			return fmt.Errorf("detector setting %s is %v; it must be between %v and 24h", d.name, d.d, d.min)
+		}
+	}
+	if !(c.RunawayShare > 0 && c.RunawayShare <= 1) {
+		return fmt.Errorf("detector setting runawayShare is %v; it is a share of one CPU, above 0 and at most 1", c.RunawayShare)
+	}
+	for _, r := range c.RunawayExempt {
+		if r.First > r.Last {
+			return fmt.Errorf("exempt user range %d to %d is the wrong way round", r.First, r.Last)
+		}
+	}
+	return nil
+}
+
+// Keep is how far back a Pass must reach for these detectors.
+func (c Config) Keep() (beats, tasks time.Duration) {
+	return max(c.IdleVerdict, c.Silent, c.StallVerdict) + 2*time.Second, c.RunawayFor + 2*c.Tasks + time.Second
+}
+
+// Detectors returns all detectors with these settings.
+func Detectors(c Config) []Detector {
+	return []Detector{panicDetector(c), hostSilent(c), cpuStall(c), runawayProcess(c)}
+}

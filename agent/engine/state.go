@@ -1,0 +1,186 @@
+// Package engine is the agent's loop: it attaches to a host's kernel, has the detectors judge it at their pace, and has
+// what they find repaired as far as policy and agreement allow, the mildest means first.
+//
+// It attaches again by itself after the path to memory was lost and after the host has rebooted; a kernel that has panicked
+// stays attached, so that its log can be read until the host is restarted. Nothing in one pass, not even a panic in a
+// detector, stops the loop.
+package engine
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
+	"github.com/backdoor-rhs/backdoor/agent/journal"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/agent/policy"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// Options are what an engine works with. Memory is required; the zero value of everything else works and is safe.
+type Options struct {
+	Logger *slog.Logger
+	// Memory opens, or opens again, the path to the host's memory.
+	Memory func(ctx context.Context) (hostmem.Memory, error)
+	// Writes allows stores at all. Without it the engine only watches, whatever agreement and policy say.
+	Writes bool
+	// HostUUID is the SMBIOS system UUID of the host that this agent is meant for, known from outside (its BMC, the
+	// configuration). Empty means that the kernel's own copy is taken.
+	HostUUID string
+	// Agreement permits what is done to the host; nil permits nothing.
+	Agreement *access.Agreement
+	Policy    policy.Policy
+	// Journal takes every decision. Without one nothing is ever written to the host.
+	Journal *journal.Journal
+	// Power is the host's power controller; nil if there is none.
+	Power heal.Power
+	// Interval overrides the policy's time between two heartbeats; zero leaves it.
+	Interval time.Duration
+	// CacheDir keeps hints between starts, such as where the kernel's note was found last. Empty means none are kept.
+	CacheDir string
+}
+
+// Phase is where the engine stands with its host.
+type Phase string
+
+const (
+	NoMemory  Phase = "no-memory" // the path to the host's memory cannot be opened
+	Searching Phase = "searching" // memory is there; no kernel found in it yet
+	Attached  Phase = "attached"  // a kernel, alive or dead, is known
+	Lost      Phase = "lost"      // the kernel that was attached is gone; the next one is being looked for
+)
+
+// Health is the overall judgement: one of three, and the third is never shown as health.
+type Health string
+
+const (
+	Healthy      Health = "yes"
+	Ill          Health = "no"
+	CouldNotTell Health = "could-not-tell"
+)
+
+// DetectorStatus is how a detector's latest run ended.
+type DetectorStatus struct {
+	ID      string        `json:"id"`
+	Title   string        `json:"title"`
+	Health  Health        `json:"health"`
+	Error   string        `json:"error,omitempty"` // why it could not tell
+	LastRun time.Time     `json:"lastRun,omitzero"`
+	Took    time.Duration `json:"took"`
+	Runs    uint64        `json:"runs"`
+	Faults  uint64        `json:"faults"` // runs that ended in an error or a panic
+}
+
+// PassCost is what the observation costs.
+type PassCost struct {
+	At    time.Time     `json:"at,omitzero"`
+	Took  time.Duration `json:"took"`
+	Reads int           `json:"reads"`
+	Bytes int64         `json:"bytes"`
+	// The rest is averaged over the last seconds.
+	MeanHeartbeat time.Duration `json:"meanHeartbeat"`
+	MeanTasks     time.Duration `json:"meanTasks"`
+	BytesPerSec   float64       `json:"bytesPerSec"`
+	Load          float64       `json:"load"` // share of the time spent in passes, 0 to 1
+	Late          uint64        `json:"late"` // passes that began more than one interval late
+}
+
+// Progress is how far a search has come.
+type Progress struct {
+	Stage string `json:"stage"`
+	Done  uint64 `json:"done"`
+	Total uint64 `json:"total"`
+}
+
+// AgreementState says what the agreement permits.
+type AgreementState struct {
+	ID         string        `json:"id"`
+	Host       access.Host   `json:"host"`
+	Owner      string        `json:"owner"`
+	Monitors   []string      `json:"monitors"`
+	Rights     access.Rights `json:"rights"`
+	ValidUntil time.Time     `json:"validUntil,omitzero"`
+	// Denied is why nothing is permitted; empty if the agreement applies to this host now.
+	Denied string `json:"denied,omitempty"`
+}
+
+// FaultNote is something that went wrong in the engine itself.
+type FaultNote struct {
+	At    time.Time `json:"at"`
+	Where string    `json:"where"`
+	Error string    `json:"error"`
+	Count int       `json:"count"` // how often the same has happened in a row
+}
+
+// State is a snapshot of the engine.
+type State struct {
+	Phase      Phase            `json:"phase"`
+	Since      time.Time        `json:"since"`
+	Started    time.Time        `json:"started"`
+	Why        string           `json:"why,omitempty"` // why the phase is not "attached"
+	Progress   *Progress        `json:"progress,omitempty"`
+	Kernel     *kernel.Info     `json:"kernel,omitempty"`
+	Dead       bool             `json:"dead"` // the attached kernel has panicked or shows no life
+	HostUUID   string           `json:"hostUUID,omitempty"`
+	AttachTook time.Duration    `json:"attachTook"`
+	Attaches   int              `json:"attaches"`
+	Health     Health           `json:"health"`
+	Detectors  []DetectorStatus `json:"detectors"`
+	Suspicions []detect.Finding `json:"suspicions,omitempty"`
+	Passes     uint64           `json:"passes"`
+	LastPass   PassCost         `json:"lastPass"`
+	Writes     bool             `json:"writes"`
+	Agreement  *AgreementState  `json:"agreement,omitempty"`
+	Healing    string           `json:"healing,omitempty"` // ID of the plan that is being carried out
+	Errors     []FaultNote      `json:"errors,omitempty"`
+}
+
+// EventType is what an event tells.
+type EventType string
+
+const (
+	EventAttached  EventType = "attached"
+	EventLost      EventType = "lost"
+	EventSuspicion EventType = "suspicion"
+	EventFinding   EventType = "finding"
+	EventResolved  EventType = "resolved"
+	EventPlanned   EventType = "planned" // a repair begins
+	EventHealed    EventType = "healed"  // a repair has worked
+	EventFailed    EventType = "failed"  // a repair has not worked
+	EventWaiting   EventType = "waiting" // a finding waits for an operator
+	EventEscalated EventType = "escalated"
+)
+
+// Event is one thing that happened. Seq rises by one from event to event; a subscriber that sees a gap has been too slow.
+type Event struct {
+	Seq     uint64          `json:"seq"`
+	At      time.Time       `json:"at"`
+	Type    EventType       `json:"type"`
+	Text    string          `json:"text"`
+	Finding *detect.Finding `json:"finding,omitempty"`
+	Outcome *heal.Outcome   `json:"outcome,omitempty"`
+	Kernel  *kernel.Info    `json:"kernel,omitempty"`
+}
+
+// HealRequest asks for a repair.
+type HealRequest struct {
+	Finding string // ID
+	Action  string // ID; empty means what policy proposes
+	DryRun  bool   // plan only
+	Caller  string // who asks, for the journal
+}
+
+var (
+	// ErrNotAttached means that no kernel is attached.
+	ErrNotAttached = errors.New("no kernel of the host is attached")
+	// ErrNoFinding means that there is no open finding with that ID.
+	ErrNoFinding = errors.New("no such open finding")
+	// ErrBusy means that another repair is being carried out.
+	ErrBusy = errors.New("another repair is being carried out")
+	// ErrWritesOff means that the agent was started without the ability to write.
+	ErrWritesOff = errors.New("writing to the host is switched off in this agent")
+)

@@ -1,0 +1,250 @@
+// Package heal repairs a host: actions plan, and the one Executor carries plans out by memory writes.
+//
+// Planning is pure. A Plan is data: each Step says what it expects to find, what it puts there, how it is verified, how it
+// is undone and why it is done. A plan that is printed is the dry run. The Executor is the only holder of a
+// hostmem.Writer; it stores nothing that the plan does not say, nothing before the journal holds the intent, and nothing
+// where the bytes are not the expected ones.
+package heal
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// Risk is how much an action can hurt, the mildest first.
+type Risk int
+
+const (
+	RiskNone    Risk = iota // observes only
+	RiskTask                // ends or stops tasks
+	RiskKernel              // changes the kernel's own state
+	RiskRestart             // takes the host down
+)
+
+var riskNames = [...]string{"none", "task", "kernel", "restart"}
+
+// String returns the name of the risk as it stands in JSON.
+func (r Risk) String() string {
+	if r < 0 || int(r) >= len(riskNames) {
+		return fmt.Sprintf("risk(%d)", int(r))
+	}
+	return riskNames[r]
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (r Risk) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (r *Risk) UnmarshalText(b []byte) error {
+	for i, n := range riskNames {
+		if n == string(b) {
+			*r = Risk(i)
+			return nil
+		}
+	}
+	return fmt.Errorf("unknown risk %q", b)
+}
+
+// Bytes is memory content; in JSON it is hexadecimal.
+type Bytes []byte
+
+// MarshalText implements encoding.TextMarshaler.
+func (b Bytes) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString(b)), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (b *Bytes) UnmarshalText(t []byte) error {
+	v, err := hex.DecodeString(string(t))
+	if err != nil {
+		return fmt.Errorf("memory bytes: %w", err)
+	}
+	*b = v
+	return nil
+}
+
+// Op is what a step does.
+type Op string
+
+const (
+	// OpExpect stores nothing: the bytes at Addr must be Expect.
+	OpExpect Op = "expect"
+	// OpWrite replaces Expect by Put at Addr. It may take several stores; nothing of the host may depend on it yet.
+	OpWrite Op = "write"
+	// OpArm replaces Expect by Put, 8 aligned bytes, with one store, or with one compare-and-swap where the path has it.
+	// All earlier OpExpect steps are checked again right before. It is undone only while Put is still there.
+	OpArm Op = "arm"
+	// OpAwait polls until one of Until holds.
+	OpAwait Op = "await"
+	// OpPower does Power through the host's power controller.
+	OpPower Op = "power"
+)
+
+// Cond is a condition on an aligned word of host memory, 4 or 8 bytes, little-endian.
+type Cond struct {
+	Addr  hostmem.PhysAddr `json:"addr"`
+	Size  int              `json:"size"`
+	Mask  uint64           `json:"mask"`
+	Equal bool             `json:"equal"` // holds when word&Mask == Value; else when it differs
+	Value uint64           `json:"value"`
+	What  string           `json:"what"` // "exit_state is set"
+}
+
+// Step is one element of a plan.
+type Step struct {
+	Op   Op               `json:"op"`
+	Why  string           `json:"why"`
+	Addr hostmem.PhysAddr `json:"addr,omitempty"`
+	Virt kernel.VirtAddr  `json:"virt,omitempty"` // the same place as the host's kernel calls it, for people
+	// Object names what lies there: "irq_work.node.u_flags".
+	Object string `json:"object,omitempty"`
+	Expect Bytes  `json:"expect,omitempty"`
+	Put    Bytes  `json:"put,omitempty"`
+	// Undo says that on a later failure Expect is put back, if Put is still there.
+	Undo bool `json:"undo,omitempty"`
+	// Until ends an await as soon as one of the conditions holds. If Unless is given, an await is broken off as failed as soon
+	// as one of those holds.
+	Until   []Cond        `json:"until,omitempty"`
+	Unless  []Cond        `json:"unless,omitempty"`
+	Timeout time.Duration `json:"timeout,omitempty"`
+	Poll    time.Duration `json:"poll,omitempty"`
+	// Cleanup marks steps that tidy up after the repair. They also run after a failure, if Needs holds, and their own
+	// failure does not fail the plan: what they could not tidy up is reported as left behind.
+	Cleanup bool `json:"cleanup,omitempty"`
+	// Power is "cycle", "on", "off" or "nmi".
+	Power string `json:"power,omitempty"`
+}
+
+// Call is a function of the host's kernel that the host will run because of a plan.
+type Call struct {
+	Function string          `json:"function"`
+	Addr     kernel.VirtAddr `json:"addr"`
+	Context  string          `json:"context"` // "hard interrupt of CPU 1's timer tick"
+	Purpose  string          `json:"purpose"`
+}
+
+// Target is the task that a plan is about, so that protection can be judged. Zero if the plan concerns the whole host.
+type Target struct {
+	TGID    int           `json:"tgid,omitempty"`
+	PID     int           `json:"pid,omitempty"`
+	Comm    string        `json:"comm,omitempty"`
+	UID     uint32        `json:"uid"`
+	Start   time.Duration `json:"start,omitempty"`
+	KThread bool          `json:"kthread,omitempty"`
+}
+
+// KernelID says for which running kernel a plan was made. Memory addresses mean nothing to any other.
+type KernelID struct {
+	Release  string           `json:"release"`
+	BuildID  string           `json:"buildID"`
+	Note     hostmem.PhysAddr `json:"note"`
+	BootTime time.Time        `json:"bootTime,omitzero"`
+}
+
+// Identify returns the identity of an attached kernel.
+func Identify(i kernel.Info) KernelID {
+	return KernelID{Release: i.Release, BuildID: i.BuildID, Note: i.Note, BootTime: i.BootTime}
+}
+
+// Plan is a repair as data.
+type Plan struct {
+	ID      string    `json:"id"`
+	Action  string    `json:"action"`
+	Finding string    `json:"finding"`
+	Title   string    `json:"title"`
+	Risk    Risk      `json:"risk"`
+	Made    time.Time `json:"made"`
+	Kernel  *KernelID `json:"kernel,omitempty"` // nil if the plan touches no memory
+	Target  *Target   `json:"target,omitempty"`
+	CPU     *int      `json:"cpu,omitempty"` // the CPU that is to do the work, if one is chosen
+	Calls   []Call    `json:"calls,omitempty"`
+	Steps   []Step    `json:"steps"`
+	// Undo says whether the repair as a whole can be taken back once it has worked.
+	Undo bool `json:"undo"`
+}
+
+// Ranges returns the host memory that the plan stores to.
+func (p Plan) Ranges() []hostmem.Range {
+	var rs []hostmem.Range
+	for _, s := range p.Steps {
+		if s.Op == OpWrite || s.Op == OpArm {
+			rs = append(rs, hostmem.Range{Start: s.Addr, Size: uint64(len(s.Put))})
+		}
+	}
+	return rs
+}
+
+// String returns the plan as indented JSON.
+func (p Plan) String() string {
+	b, err := json.MarshalIndent(p, "", "  ")
+	if err != nil {
+		return fmt.Sprintf("plan %s: %v", p.ID, err)
+	}
+	return string(b)
+}
+
+// Action is a kind of repair.
+type Action struct {
+	ID    string
+	Title string
+	Risk  Risk
+	// For lists the kinds of findings that the action can be a repair of.
+	For  []detect.Kind
+	Plan func(context.Context, *kernel.View, detect.Finding) (Plan, error)
+}
+
+// Power is the host's power controller.
+type Power interface {
+	State(ctx context.Context) (string, error) // "on" or "off"
+	Cycle(ctx context.Context) error
+	On(ctx context.Context) error
+	Off(ctx context.Context) error
+	NMI(ctx context.Context) error
+	GracefulShutdown(ctx context.Context) error
+}
+
+// StepOutcome is how one step ended.
+type StepOutcome struct {
+	Step    int           `json:"step"` // index in Plan.Steps
+	Started time.Time     `json:"started"`
+	Took    time.Duration `json:"took"`
+	Old     Bytes         `json:"old,omitempty"` // what was there
+	// How says how a store was made: "compare-and-swap", or "read-compare-write-verify" on a path without atomics.
+	How    string `json:"how,omitempty"`
+	Met    string `json:"met,omitempty"` // the condition that ended an await
+	Undone bool   `json:"undone,omitempty"`
+	Error  string `json:"error,omitempty"`
+}
+
+// FunctionRun is a function of the host's kernel that the host has run because of us.
+type FunctionRun struct {
+	Call
+	Runs      int  `json:"runs"`
+	Confirmed bool `json:"confirmed"` // the host's kernel marked it as run; else it may have run
+	// Within is from arming to confirmation: an upper bound of the waiting and the run together.
+	Within time.Duration `json:"within"`
+}
+
+// Outcome is what became of a plan.
+type Outcome struct {
+	Plan     Plan          `json:"plan"`
+	Caller   string        `json:"caller"`
+	Started  time.Time     `json:"started"`
+	Finished time.Time     `json:"finished"`
+	Steps    []StepOutcome `json:"steps"`
+	// Verified is true only if the plan's own check and the finding's detector both say that the fault is gone.
+	Verified bool `json:"verified"`
+	Undone   bool `json:"undone"` // it failed, and every store was taken back
+	// Left lists memory that still differs from what it was and could not be tidied up, with the reason in Error or Steps.
+	Left          []hostmem.Range `json:"left,omitempty"`
+	HostFunctions []FunctionRun   `json:"hostFunctions,omitempty"`
+	BytesWritten  int             `json:"bytesWritten"`
+	Stores        int             `json:"stores"`
+	Atomic        bool            `json:"atomic"` // the arming store was a compare-and-swap
+	Error         string          `json:"error,omitempty"`
+}

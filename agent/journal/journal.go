@@ -1,0 +1,4 @@
+package journal
+
+// Journal is an open journal.
+type Journal struct{}

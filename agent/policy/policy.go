@@ -1,0 +1,95 @@
+// Package policy says what may be done to a host without asking anybody.
+//
+// A Policy is a table: for a kind of finding, which action, whether it runs by itself or waits for an operator, how often,
+// and what comes next if it does not help. What has no row waits for an operator.
+package policy
+
+import (
+	"encoding/json"
+	"fmt"
+	"time"
+)
+
+// Version is the version of the form that this package reads and writes.
+const Version = 1
+
+// Duration is a time.Duration that is written as "3s" in JSON.
+type Duration time.Duration
+
+// MarshalJSON implements json.Marshaler.
+func (d Duration) MarshalJSON() ([]byte, error) { return json.Marshal(time.Duration(d).String()) }
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (d *Duration) UnmarshalJSON(b []byte) error {
+	var s string
+	if err := json.Unmarshal(b, &s); err != nil {
+		return fmt.Errorf("duration %s: write it as a string such as \"3s\"", b)
+	}
+	v, err := time.ParseDuration(s)
+	if err != nil {
+		return fmt.Errorf("duration %q: write it as \"500ms\", \"3s\" or \"1h30m\"", s)
+	}
+	if v < 0 {
+		return fmt.Errorf("duration %q is negative", s)
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// Mode is who starts an action.
+type Mode string
+
+const (
+	Wait      Mode = "wait"      // an operator
+	Automatic Mode = "automatic" // the engine
+)
+
+// Rule is one row of the table.
+type Rule struct {
+	Finding string `json:"finding"` // kind
+	Action  string `json:"action"`
+	Mode    Mode   `json:"mode"`
+	// MinConfidence is the least confidence at which the engine acts by itself.
+	MinConfidence float64 `json:"minConfidence,omitempty"`
+	// MaxPerHour bounds how often the engine acts by itself for findings of this kind; CoolDown is the least time between two.
+	MaxPerHour int      `json:"maxPerHour,omitempty"`
+	CoolDown   Duration `json:"coolDown,omitempty"`
+	// Then is the action that follows by itself when this one has not helped. Empty means that an operator is asked.
+	Then string `json:"then,omitempty"`
+}
+
+// Users is a range of user IDs, both ends included.
+type Users struct {
+	First uint32 `json:"first"`
+	Last  uint32 `json:"last"`
+}
+
+// Detectors are the settings of the detectors. A zero value leaves the default.
+type Detectors struct {
+	Heartbeat     Duration `json:"heartbeat,omitempty"`
+	Tasks         Duration `json:"tasks,omitempty"`
+	StallSuspect  Duration `json:"stallSuspect,omitempty"`
+	StallVerdict  Duration `json:"stallVerdict,omitempty"`
+	IdleVerdict   Duration `json:"idleVerdict,omitempty"`
+	Silent        Duration `json:"silent,omitempty"`
+	RunawayShare  float64  `json:"runawayShare,omitempty"`
+	RunawayFor    Duration `json:"runawayFor,omitempty"`
+	RunawayExempt []Users  `json:"runawayExempt,omitempty"`
+}
+
+// Policy is the document.
+type Policy struct {
+	Version   int       `json:"version"`
+	Detectors Detectors `json:"detectors"`
+	Rules     []Rule    `json:"rules"`
+}
+
+// Default returns the policy that applies where none is given: the usual settings, and everything waits for an operator.
+func Default() Policy {
+	return Policy{Version: Version, Rules: []Rule{
+		{Finding: "runaway-process", Action: "kill-process", Mode: Wait},
+		{Finding: "panic", Action: "power-cycle", Mode: Wait},
+		{Finding: "cpu-stall", Action: "power-cycle", Mode: Wait},
+		{Finding: "host-silent", Action: "power-cycle", Mode: Wait},
+	}}
+}
