@@ -1,0 +1,104 @@
+package hostmem
+
+import (
+	"cmp"
+	"math"
+	"slices"
+)
+
+// maxAddr is the first address that the int64 offset of ReadAt cannot name. No processor has that many physical address
+// bits (x86-64 and AArch64: at most 52), so a map that reaches it is damaged.
+const maxAddr = PhysAddr(math.MaxInt64)
+
+// Normalize returns the ranges sorted by address, with touching and overlapping ones merged and empty ones dropped.
+// Ranges that wrap around the address space are cut at its end. The argument is not changed.
+func Normalize(ranges []Range) []Range {
+	s := make([]Range, 0, len(ranges))
+	for _, r := range ranges {
+		if r.Size > math.MaxUint64-uint64(r.Start) {
+			r.Size = math.MaxUint64 - uint64(r.Start)
+		}
+		if r.Size > 0 {
+			s = append(s, r)
+		}
+	}
+	slices.SortFunc(s, func(a, b Range) int { return cmp.Compare(a.Start, b.Start) })
+	out := s[:0]
+	for _, r := range s {
+		if n := len(out); n > 0 && r.Start <= out[n-1].End() {
+			if r.End() > out[n-1].End() {
+				out[n-1].Size = uint64(r.End() - out[n-1].Start)
+			}
+			continue
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// Intersect returns what two sets of ranges have in common, normalised.
+func Intersect(a, b []Range) []Range {
+	a, b = Normalize(a), Normalize(b)
+	var out []Range
+	for len(a) > 0 && len(b) > 0 {
+		lo, hi := max(a[0].Start, b[0].Start), min(a[0].End(), b[0].End())
+		if lo < hi {
+			out = append(out, Range{lo, uint64(hi - lo)})
+		}
+		if a[0].End() < b[0].End() {
+			a = a[1:]
+		} else {
+			b = b[1:]
+		}
+	}
+	return out
+}
+
+// Total returns the bytes in a normalised set of ranges.
+func Total(ranges []Range) uint64 {
+	var n uint64
+	for _, r := range ranges {
+		n += r.Size
+	}
+	return n
+}
+
+// find returns the index of the range that holds pa, or -1. m is sorted and without overlap.
+func find(m []Range, pa PhysAddr) int {
+	i, ok := slices.BinarySearchFunc(m, pa, func(r Range, pa PhysAddr) int { return cmp.Compare(r.Start, pa) })
+	if !ok {
+		i--
+	}
+	if i < 0 || !m[i].Contains(pa, 1) {
+		return -1
+	}
+	return i
+}
+
+// mapped returns how many of the n bytes at off are RAM in m from off on without a hole, and the fault of the first one
+// that is not, or nil if all are. m is normalised. A negative off is an address that no memory has.
+func mapped(m []Range, op string, off int64, n int) (int, *FaultError) {
+	if n == 0 {
+		return 0, nil
+	}
+	pa := PhysAddr(off)
+	i := find(m, pa)
+	if i < 0 {
+		return 0, &FaultError{Op: op, Addr: pa, Len: n, Err: ErrNotMapped}
+	}
+	if have := uint64(m[i].End() - pa); have < uint64(n) {
+		return int(have), &FaultError{Op: op, Addr: m[i].End(), Len: n - int(have), Err: ErrNotMapped}
+	}
+	return n, nil
+}
+
+// mappedWord returns the fault of a compare-and-swap at pa that is unaligned or not RAM in m.
+func mappedWord(m []Range, pa PhysAddr) *FaultError {
+	switch {
+	case pa%8 != 0:
+		return &FaultError{Op: opSwap, Addr: pa, Len: 8, Err: ErrUnaligned}
+	case find(m, pa) < 0 || !m[find(m, pa)].Contains(pa, 8):
+		return &FaultError{Op: opSwap, Addr: pa, Len: 8, Err: ErrNotMapped}
+	}
+	return nil
+}
