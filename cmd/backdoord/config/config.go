@@ -14,6 +14,7 @@
 //	    "size": "1GiB",
 //	    "engine": {"enabled": true}
 //	  },
+//	  "hostUUID": "1b4e28ba-2fa1-11d2-883f-0016d3cca427",
 //	  "writes": true,
 //	  "stateDir": "/var/lib/backdoor",
 //	  "agreement": {"file": "agreement.json", "ownerKey": "base64 of the owner's Ed25519 public key"},
@@ -26,7 +27,8 @@
 //	  },
 //	  "redfish": {"listen": ":443"},
 //	  "intervals": {"pass": "250ms"},
-//	  "logLevel": "info"
+//	  "logLevel": "info",
+//	  "boot": {"hostname": "dpu", "interfaces": [{"match": "eth0", "dhcp": true}]}
 //	}
 package config
 
@@ -44,10 +46,12 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/boot"
 	"github.com/backdoor-rhs/backdoor/cmd/internal/strictjson"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
@@ -65,6 +69,8 @@ const maxSize = 1 << 20
 type Config struct {
 	Version int    `json:"version"`
 	Memory  Memory `json:"memory,omitzero"`
+	// HostUUID is the SMBIOS system UUID of the host, known from outside; the access agreement must name it.
+	HostUUID string `json:"hostUUID,omitempty"`
 	// Writes lets the agent store into the host's memory at all; the agreement and policy must allow each store, too.
 	Writes     bool      `json:"writes,omitempty"`
 	StateDir   string    `json:"stateDir,omitempty"` // default /var/lib/backdoor
@@ -74,6 +80,8 @@ type Config struct {
 	Redfish    Redfish   `json:"redfish,omitzero"`
 	Intervals  Intervals `json:"intervals,omitzero"`
 	LogLevel   string    `json:"logLevel,omitempty"` // debug, info (default), warn, error
+	// Boot says how the machine comes up when the agent is its first program; elsewhere it is ignored.
+	Boot boot.Config `json:"boot,omitzero"`
 }
 
 // The ways to a host's memory.
@@ -249,10 +257,12 @@ func (k Key) MarshalJSON() ([]byte, error) {
 // HostBMC is the service processor through which the host's power is controlled. Its certificate must be verifiable:
 // by CAFile, by CertificateSHA256, or, with neither, by the system's roots.
 type HostBMC struct {
-	URL               string   `json:"url"` // https://host:port
-	Username          string   `json:"username"`
-	Password          string   `json:"password,omitempty"`
-	PasswordFile      string   `json:"passwordFile,omitempty"`
+	URL          string `json:"url"` // https://host:port
+	Username     string `json:"username"`
+	Password     string `json:"password,omitempty"`
+	PasswordFile string `json:"passwordFile,omitempty"`
+	// OffOn cycles the power by off and on instead of a single restart order; not for agents that share the host's power.
+	OffOn             bool     `json:"offOn,omitempty"`
 	CAFile            string   `json:"caFile,omitempty"`            // PEM
 	CertificateSHA256 string   `json:"certificateSHA256,omitempty"` // hex, of the whole certificate
 	Timeout           Duration `json:"timeout,omitempty"`           // of one operation; default 30 s
@@ -406,6 +416,12 @@ func (c Config) Validate() error {
 	if (c.Agreement.File == "") != (len(c.Agreement.OwnerKey) == 0) {
 		bad("agreement", "file and ownerKey go together")
 	}
+	if c.HostUUID != "" && !uuidForm.MatchString(c.HostUUID) {
+		bad("hostUUID", "want a UUID in lower case, as in 1b4e28ba-2fa1-11d2-883f-0016d3cca427, found %q", c.HostUUID)
+	}
+	if err := c.Boot.Validate(); err != nil {
+		errs = append(errs, fmt.Errorf("boot: %w", err))
+	}
 	if b := c.HostBMC; b != nil {
 		u, err := url.Parse(b.URL)
 		switch {
@@ -448,6 +464,8 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
+var uuidForm = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
+
 // Level returns the log level.
 func (c Config) Level() (slog.Level, error) {
 	var l slog.Level
@@ -475,3 +493,18 @@ func (b HostBMC) BMCPassword() (string, error) {
 
 // Missing reports whether err of Load means that there is no file.
 func Missing(err error) bool { return errors.Is(err, fs.ErrNotExist) }
+
+// Extents returns where the host's RAM lies in the window or file.
+func (m Memory) Extents() []hostmem.Extent {
+	switch {
+	case m.Layout.Name == LayoutQ35:
+		return hostmem.Q35Layout(uint64(m.Size))
+	case m.Layout.Name == LayoutFlat:
+		return []hostmem.Extent{{Range: hostmem.Range{Size: uint64(m.Size)}}}
+	}
+	out := make([]hostmem.Extent, len(m.Layout.Extents))
+	for i, e := range m.Layout.Extents {
+		out[i] = hostmem.Extent{Range: hostmem.Range{Start: hostmem.PhysAddr(e.Start), Size: uint64(e.Size)}, Offset: int64(e.Offset)}
+	}
+	return out
+}

@@ -7,6 +7,7 @@ package strictjson
 
 import (
 	"bytes"
+	"encoding"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,6 +21,8 @@ type Error struct {
 	Line, Column int    // from 1; the column counts bytes
 	Path         string // of the value, as in memory.layout[1]; empty at the top
 	Err          error
+
+	offset int64
 }
 
 func (e *Error) Error() string {
@@ -38,7 +41,7 @@ const maxDepth = 64
 
 // Unmarshal decodes the one JSON value in data into v, a non-nil pointer. The name stands for the document in errors,
 // all of which are *Error. Structures are decoded field by field by their json tags; a type with its own UnmarshalJSON
-// is left to it, as are maps.
+// or UnmarshalText is left to it, as are maps.
 func Unmarshal(name string, data []byte, v any) error {
 	d := decoder{name: name, data: data}
 	if err := d.syntax(); err != nil {
@@ -61,7 +64,7 @@ func (d *decoder) errorAt(offset int64, path string, err error) error {
 	offset = max(0, min(offset, int64(len(d.data))))
 	before := d.data[:offset]
 	return &Error{
-		Name: d.name, Path: path, Err: err,
+		Name: d.name, Path: path, Err: err, offset: offset,
 		Line:   1 + bytes.Count(before, []byte("\n")),
 		Column: len(before) - bytes.LastIndexByte(before, '\n'),
 	}
@@ -106,7 +109,7 @@ func (d *decoder) value(v reflect.Value, path string, depth int) error {
 		v.Set(reflect.New(v.Type().Elem()))
 		v = v.Elem()
 	}
-	own := v.Addr().Type().Implements(unmarshaler)
+	own := v.Addr().Type().Implements(unmarshaler) || v.Addr().Type().Implements(textUnmarshaler)
 	switch {
 	case own:
 	case v.Kind() == reflect.Struct && d.data[start] == '{':
@@ -117,7 +120,10 @@ func (d *decoder) value(v reflect.Value, path string, depth int) error {
 	return d.leaf(v, path, start)
 }
 
-var unmarshaler = reflect.TypeFor[json.Unmarshaler]()
+var (
+	unmarshaler     = reflect.TypeFor[json.Unmarshaler]()
+	textUnmarshaler = reflect.TypeFor[encoding.TextUnmarshaler]()
+)
 
 func (d *decoder) leaf(v reflect.Value, path string, start int64) error {
 	var raw json.RawMessage
@@ -131,6 +137,10 @@ func (d *decoder) leaf(v reflect.Value, path string, start int64) error {
 	var te *json.UnmarshalTypeError
 	if errors.As(err, &te) {
 		err = fmt.Errorf("want %s, found %s", describe(te.Type), te.Value)
+	}
+	var inner *Error // of an UnmarshalJSON that uses this package
+	if errors.As(err, &inner) {
+		return d.errorAt(start+inner.offset, path+inner.Path, inner.Err)
 	}
 	if err != nil {
 		return d.errorAt(start, path, err)
