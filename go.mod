@@ -76,6 +76,7 @@ require (
 )
 
 tool (
+	github.com/u-root/mkuimage/cmd/mkuimage
 	github.com/u-root/u-root/cmds/core/cat
 	github.com/u-root/u-root/cmds/core/dmesg
 	github.com/u-root/u-root/cmds/core/gosh
