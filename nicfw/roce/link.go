@@ -1,0 +1,67 @@
+package roce
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"time"
+)
+
+// Packet is one packet between a Device and its Link.
+type Packet struct {
+	// Peer is where a received packet came from or where one to send goes. An IPv6 address carries no zone: the link
+	// knows its own.
+	Peer netip.AddrPort
+	// Data is BTH, extended headers, payload and pad, without the ICRC. Its capacity leaves room for the ICRC.
+	Data []byte
+}
+
+// Link carries packets. It puts the ICRC on those that it sends and drops those received with a wrong one, for only the
+// link knows the headers around a packet.
+//
+// Send and Recv may be called at the same time by two goroutines, each by one at a time. Wake, LocalAddr, PathMTU and
+// Close may be called at any time.
+type Link interface {
+	// Send hands over packets to the network, in order. It may block while the network is busy; it does not keep the
+	// packets. A packet lost on the way is no error: an error means that the link is of no use any more.
+	Send(packets []Packet) error
+	// Recv fills packets with at least one packet and returns their number, or 0 when wait has passed or Wake was called.
+	// wait < 0 waits without end, 0 not at all. Data is valid until the next Recv. The error wraps net.ErrClosed after Close.
+	Recv(packets []Packet, wait time.Duration) (int, error)
+	// Wake makes a Recv that waits, or else the next one, return.
+	Wake()
+	// LocalAddr is the address that packets leave from, which the ICRC covers: never an unspecified one.
+	LocalAddr() netip.AddrPort
+	// PathMTU is the largest payload, 256 to 4096, whose packets the link takes whole.
+	PathMTU() int
+	Close() error
+}
+
+// LinkCounters are what a link dropped or could not do. Links that count implement interface{ Counters() LinkCounters }.
+type LinkCounters struct {
+	Received   uint64 // packets handed up
+	Sent       uint64
+	BadICRC    uint64 // received and dropped
+	BadLength  uint64 // received and dropped: too short or too long for any packet
+	SendErrors uint64 // packets that the system refused
+	Segmented  uint64 // packets sent by way of segmentation offload
+}
+
+// seal appends the ICRC to p.Data for a packet that leaves src with an IPv4 identification of id, and returns the UDP
+// payload.
+func (c *checker) seal(src netip.AddrPort, p *Packet, id uint16) []byte {
+	icrc := c.sum(src, p.Peer, id, DontFragment, p.Data)
+	return binary.LittleEndian.AppendUint32(p.Data, icrc)
+}
+
+// packetStore is the space that one packet needs, with its ICRC.
+const packetStore = maxDatagram
+
+// newPackets returns n packets with room in Data's capacity for the largest one.
+func newPackets(n int) []Packet {
+	store := make([]byte, n*packetStore)
+	out := make([]Packet, n)
+	for i := range out {
+		out[i].Data = store[i*packetStore : i*packetStore : (i+1)*packetStore]
+	}
+	return out
+}
