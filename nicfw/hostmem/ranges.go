@@ -39,7 +39,7 @@ func Normalize(ranges []Range) []Range {
 // Intersect returns what two sets of ranges have in common, normalised.
 func Intersect(a, b []Range) []Range {
 	a, b = Normalize(a), Normalize(b)
-	var out []Range
+	out := make([]Range, 0, len(a))
 	for len(a) > 0 && len(b) > 0 {
 		lo, hi := max(a[0].Start, b[0].Start), min(a[0].End(), b[0].End())
 		if lo < hi {
@@ -73,6 +73,17 @@ func find(m []Range, pa PhysAddr) int {
 		return -1
 	}
 	return i
+}
+
+// within returns the parts of r that are RAM in m, which is normalised.
+func within(m []Range, r Range) []Range {
+	i, _ := slices.BinarySearchFunc(m, r.Start, func(e Range, pa PhysAddr) int { return cmp.Compare(e.End(), pa+1) })
+	var out []Range
+	for ; i < len(m) && m[i].Start < r.End(); i++ {
+		lo, hi := max(m[i].Start, r.Start), min(m[i].End(), r.End())
+		out = append(out, Range{lo, uint64(hi - lo)})
+	}
+	return out
 }
 
 // mapped returns how many of the n bytes at off are RAM in m from off on without a hole, and the fault of the first one
