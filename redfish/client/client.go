@@ -31,6 +31,9 @@ type Config struct {
 	URL      string
 	User     string
 	Password string
+	// Token and SessionURI resume a session that an earlier client has opened (see Session); User and Password, if given,
+	// are used when it has ended.
+	Token, SessionURI string
 	// Basic uses HTTP basic authentication instead of a session.
 	Basic bool
 
@@ -90,7 +93,7 @@ func New(o Config) (*Client, error) {
 			return nil
 		}
 	}
-	c := &Client{base: base, o: o, timeout: o.Timeout}
+	c := &Client{base: base, o: o, timeout: o.Timeout, token: o.Token, session: o.SessionURI}
 	if c.timeout == 0 {
 		c.timeout = 30 * time.Second
 	}
@@ -187,6 +190,13 @@ func (c *Client) ChangePassword(ctx context.Context, to string) error {
 	return c.login(ctx)
 }
 
+// Session returns the token and the URI of the open session, for a later client to resume; empty if there is none.
+func (c *Client) Session() (token, uri string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.token, c.session
+}
+
 // Close ends the session. The client can be used again afterwards.
 func (c *Client) Close(ctx context.Context) error {
 	c.mu.Lock()
@@ -271,11 +281,11 @@ func (c *Client) Do(ctx context.Context, method, uri string, in, out any) (*Resp
 // refuses what is not allowed then.
 func (c *Client) authenticate(ctx context.Context) (h http.Header, token string, err error) {
 	h = http.Header{}
-	if c.o.User == "" {
-		return h, "", nil
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.o.User == "" && c.token == "" {
+		return h, "", nil
+	}
 	if c.o.Basic {
 		r := http.Request{Header: h}
 		r.SetBasicAuth(c.o.User, c.o.Password)
