@@ -1,0 +1,231 @@
+package access
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func key(seed byte) ed25519.PrivateKey {
+	return ed25519.NewKeyFromSeed(bytes.Repeat([]byte{seed}, ed25519.SeedSize))
+}
+
+func pub(k ed25519.PrivateKey) Key { return Key(k.Public().(ed25519.PublicKey)) }
+
+const uuid = "6f1e5c1e-0001-4a6b-9d7a-0123456789ab"
+
+func sample() *Agreement {
+	return &Agreement{
+		Version: 1, ID: "lab-1", Host: Host{UUID: uuid, Name: "host"},
+		Owner:    Party{"owner", pub(key(1))},
+		Monitors: []Party{{"monitor", pub(key(2))}},
+		Rights:   Rights{Read: true, Write: true, Actions: []string{"kill-process"}},
+		Protected: []Protected{
+			{FirstUID: 0, LastUID: 0, Comm: "sshd"},
+			{FirstUID: 500, LastUID: 599},
+		},
+		ValidFrom:  time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC),
+		ValidUntil: time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC),
+	}
+}
+
+func signed(t *testing.T) *Agreement {
+	t.Helper()
+	a := sample()
+	for _, k := range []ed25519.PrivateKey{key(1), key(2)} {
+		if err := a.Sign(k); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return a
+}
+
+func document(t *testing.T, a *Agreement) []byte {
+	t.Helper()
+	b, err := json.MarshalIndent(a, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestLoad(t *testing.T) {
+	a := signed(t)
+	got, err := Load(bytes.NewReader(document(t, a)), key(1).Public().(ed25519.PublicKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(a, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// The canonical bytes of version 1. Do not change this test: agreements that were signed over them are in the field.
+func TestCanonicalV1(t *testing.T) {
+	b, err := sample().Canonical()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const want = "backdoor access agreement v1\n" +
+		`{"version":1,"id":"lab-1","host":{"uuid":"6f1e5c1e-0001-4a6b-9d7a-0123456789ab","name":"host"},` +
+		`"owner":{"name":"owner","key":"iojj3XQJ8ZX9UtstPLpdcspnCb8dlBIb83SIAbQPb1w="},` +
+		`"monitors":[{"name":"monitor","key":"gTl3Dqh9F19Wo1Rmw0x+zMuNipG07jeiXfYPW4/Js5Q="}],` +
+		`"rights":{"read":true,"write":true,"actions":["kill-process"],"power":false},` +
+		`"protected":[{"firstUID":0,"lastUID":0,"comm":"sshd"},{"firstUID":500,"lastUID":599}],` +
+		`"validFrom":"2026-01-01T00:00:00Z","validUntil":"2027-01-01T00:00:00Z","signatures":null}`
+	if diff := cmp.Diff(want, string(b)); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestLoadRefuses(t *testing.T) {
+	doc := string(document(t, signed(t)))
+	owner := key(1).Public().(ed25519.PublicKey)
+	half := sample()
+	if err := half.Sign(key(1)); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name, doc string
+		is        error
+		want      string
+	}{
+		{"nothing", "", ErrInvalid, "EOF"},
+		{"an unknown field", strings.Replace(doc, `"id"`, `"colour": 1, "id"`, 1), ErrInvalid, `unknown field "colour"`},
+		{"a field twice", strings.Replace(doc, `"id"`, `"ID": "x", "id"`, 1), ErrInvalid, "id is there twice"},
+		{"a nested field twice", strings.Replace(doc, `"write": true`, `"write": true, "write": true`, 1), ErrInvalid, "rights.write is there twice"},
+		{"more behind it", doc + "{}", ErrInvalid, "something follows"},
+		{"another version", strings.Replace(doc, `"version": 1`, `"version": 2`, 1), ErrInvalid, "this agent reads version 1"},
+		{"more rights", strings.Replace(doc, `"power": false`, `"power": true`, 1), ErrUnsigned, "was changed after signing"},
+		{"another host", strings.Replace(doc, "6f1e5c1e", "7f1e5c1e", 1), ErrUnsigned, "was changed after signing"},
+		{"no host", strings.Replace(doc, uuid, "00000000-0000-0000-0000-000000000000", 1), ErrInvalid, "names no host"},
+		{"a wildcard", strings.Replace(doc, `"kill-process"`, `"*"`, 1), ErrInvalid, "no wildcard"},
+		{"protection removed", strings.Replace(doc, `"firstUID": 500`, `"firstUID": 599`, 1), ErrUnsigned, "was changed after signing"},
+		{"the monitor's signature missing", string(document(t, half)), ErrUnsigned, `lacks the signature of monitor "monitor"`},
+		{"no signatures", string(document(t, sample())), ErrUnsigned, `lacks the signature of owner "owner"`},
+		{"too long", doc + strings.Repeat(" ", maxDocument), ErrInvalid, "longer than"},
+		{"deep", strings.Repeat("[", 100), ErrInvalid, "nested too deeply"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			a, err := Load(strings.NewReader(tt.doc), owner)
+			if a != nil || !errors.Is(err, tt.is) || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("Load = %v, %v; want an error with %q", a, err, tt.want)
+			}
+		})
+	}
+	if _, err := Load(strings.NewReader(doc), key(3).Public().(ed25519.PublicKey)); !errors.Is(err, ErrUnsigned) {
+		t.Errorf("Load with another owner = %v; want ErrUnsigned", err)
+	}
+	if err := sample().Sign(key(9)); err == nil {
+		t.Error("Sign with a stranger's key succeeded")
+	}
+}
+
+func TestGrant(t *testing.T) {
+	a := signed(t)
+	at := func(s string) func() time.Time {
+		v, err := time.Parse(time.RFC3339, s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return func() time.Time { return v }
+	}
+	in := at("2026-06-01T00:00:00Z")
+	for _, tt := range []struct {
+		name  string
+		g     Grant
+		what  string
+		want  string // "" = permitted
+		other bool
+	}{
+		{"write", a.Grant(uuid, in), Write, "", false},
+		{"in capitals", a.Grant(strings.ToUpper(uuid), in), Write, "", false},
+		{"action", a.Grant(uuid, in), "kill-process", "", false},
+		{"another action", a.Grant(uuid, in), "power-cycle", `does not give "power-cycle"`, false},
+		{"power", a.Grant(uuid, in), Power, `does not give "power"`, false},
+		{"nothing asked", a.Grant(uuid, in), "", "does not give", false},
+		{"zero grant", Grant{}, Read, "no access agreement", false},
+		{"no agreement", (*Agreement)(nil).Grant(uuid, in), Read, "no access agreement", false},
+		{"another host", a.Grant("7f1e5c1e-0001-4a6b-9d7a-0123456789ab", in), Read, "this host is 7f1e", false},
+		{"unknown host", a.Grant("", in), Read, "is not known", false},
+		{"too early", a.Grant(uuid, at("2025-12-31T23:59:59Z")), Read, "valid only from", false},
+		{"too late", a.Grant(uuid, at("2027-01-01T00:00:00Z")), Read, "ended at", false},
+	} {
+		err := tt.g.Permit(tt.what)
+		if tt.want == "" {
+			if err != nil {
+				t.Errorf("%s: Permit(%q) = %v; want nil", tt.name, tt.what, err)
+			}
+			continue
+		}
+		if !errors.Is(err, ErrDenied) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: Permit(%q) = %v; want %q", tt.name, tt.what, err, tt.want)
+		}
+	}
+	g := a.Grant(uuid, in)
+	for _, tt := range []struct {
+		tgid    int
+		kthread bool
+		uid     uint32
+		comm    string
+		ok      bool
+	}{
+		{412, false, 1000, "spin", true},
+		{412, false, 1000, "sshd", true}, // a user cannot protect himself by a name
+		{412, false, 0, "sshd", false},
+		{412, false, 0, "spin", true},
+		{412, false, 550, "anything", false},
+		{1, false, 0, "init", false},
+		{0, false, 0, "swapper/0", false},
+		{-5, false, 1000, "x", false},
+		{17, true, 0, "kworker/0:1", false},
+	} {
+		err := g.PermitTask(tt.tgid, tt.kthread, tt.uid, tt.comm)
+		if (err == nil) != tt.ok || err != nil && !errors.Is(err, ErrDenied) {
+			t.Errorf("PermitTask(%d, %v, %d, %q) = %v; want permitted %v", tt.tgid, tt.kthread, tt.uid, tt.comm, err, tt.ok)
+		}
+	}
+	if (Grant{}).PermitTask(412, false, 1000, "x") == nil {
+		t.Error("the zero grant permits a task")
+	}
+}
+
+func FuzzLoad(f *testing.F) {
+	a := sample()
+	for _, k := range []ed25519.PrivateKey{key(1), key(2)} {
+		if err := a.Sign(k); err != nil {
+			f.Fatal(err)
+		}
+	}
+	b, err := json.Marshal(a)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Add([]byte(`{"version":1}`))
+	owner := key(1).Public().(ed25519.PublicKey)
+	want, err := a.Canonical()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		a, err := Load(bytes.NewReader(b), owner)
+		if (a == nil) == (err == nil) {
+			t.Fatalf("Load = %v, %v; want a value or an error", a, err)
+		}
+		if err != nil {
+			return
+		}
+		// Nobody but the holders of the keys can make a document that loads, so it says what they have signed.
+		got, err := a.Canonical()
+		if err != nil || !bytes.Equal(got, want) {
+			t.Fatalf("a document loads that was never signed: %s", got)
+		}
+	})
+}

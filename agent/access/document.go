@@ -1,0 +1,243 @@
+package access
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"regexp"
+	"slices"
+	"strings"
+	"unicode/utf8"
+)
+
+// maxDocument bounds what Load reads, in bytes.
+const maxDocument = 64 << 10
+
+// domain keeps a signature under an agreement from meaning anything under another kind of document.
+const domain = "backdoor access agreement v1\n"
+
+var (
+	// ErrInvalid means that the document is not an agreement that this version understands.
+	ErrInvalid = errors.New("invalid access agreement")
+	// ErrUnsigned means that a signature that is needed is missing or wrong.
+	ErrUnsigned = errors.New("access agreement is not properly signed")
+
+	uuidForm = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
+	idForm   = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
+)
+
+// Canonical returns the bytes that are signed: everything but the signatures, in one form only.
+func (a *Agreement) Canonical() ([]byte, error) {
+	c := *a
+	c.Signatures = nil
+	c.ValidFrom, c.ValidUntil = c.ValidFrom.UTC(), c.ValidUntil.UTC()
+	b, err := json.Marshal(c)
+	if err != nil {
+		return nil, fmt.Errorf("canonical form of the agreement: %w", err)
+	}
+	return append([]byte(domain), b...), nil
+}
+
+// Fingerprint names a key for people: the first 8 bytes of its SHA-256.
+func (k Key) Fingerprint() string {
+	h := sha256.Sum256(k)
+	return hex.EncodeToString(h[:8])
+}
+
+// Sign adds a party's signature, or renews it. The key must be the owner's or a monitor's.
+func (a *Agreement) Sign(key ed25519.PrivateKey) error {
+	if err := a.check(); err != nil {
+		return err
+	}
+	pub := Key(key.Public().(ed25519.PublicKey))
+	if !bytes.Equal(pub, a.Owner.Key) && !slices.ContainsFunc(a.Monitors, func(m Party) bool { return bytes.Equal(m.Key, pub) }) {
+		return fmt.Errorf("sign agreement %s: key %s is neither the owner's nor a monitor's", a.ID, pub.Fingerprint())
+	}
+	c, err := a.Canonical()
+	if err != nil {
+		return err
+	}
+	a.Signatures = slices.DeleteFunc(a.Signatures, func(s Signature) bool { return bytes.Equal(s.Key, pub) })
+	a.Signatures = append(a.Signatures, Signature{Key: pub, Signature: ed25519.Sign(key, c)})
+	return nil
+}
+
+// Verify checks the form, that the owner is the one whose key is given, and the signatures of the owner and every monitor.
+func (a *Agreement) Verify(owner ed25519.PublicKey) error {
+	if err := a.check(); err != nil {
+		return err
+	}
+	if len(owner) != ed25519.PublicKeySize {
+		return fmt.Errorf("the owner's key that this agent trusts has %d bytes, not %d: %w", len(owner), ed25519.PublicKeySize, ErrInvalid)
+	}
+	if !bytes.Equal(a.Owner.Key, owner) {
+		return fmt.Errorf("agreement %s is of owner key %s, and this agent trusts %s; use the agreement of this host's owner: %w",
+			a.ID, a.Owner.Key.Fingerprint(), Key(owner).Fingerprint(), ErrUnsigned)
+	}
+	c, err := a.Canonical()
+	if err != nil {
+		return err
+	}
+	parties := append([]Party{a.Owner}, a.Monitors...)
+	for i, p := range parties {
+		role := "monitor"
+		if i == 0 {
+			role = "owner"
+		}
+		n := slices.IndexFunc(a.Signatures, func(s Signature) bool { return bytes.Equal(s.Key, p.Key) })
+		if n < 0 {
+			return fmt.Errorf("agreement %s lacks the signature of %s %q (key %s); have it signed: %w", a.ID, role, p.Name, p.Key.Fingerprint(), ErrUnsigned)
+		}
+		if !ed25519.Verify(ed25519.PublicKey(p.Key), c, a.Signatures[n].Signature) {
+			return fmt.Errorf("agreement %s: the signature of %s %q does not fit; the document was changed after signing: %w", a.ID, role, p.Name, ErrUnsigned)
+		}
+	}
+	return nil
+}
+
+// Parse reads a document without checking signatures: for tools that show or sign it.
+func Parse(r io.Reader) (*Agreement, error) {
+	b, err := io.ReadAll(io.LimitReader(r, maxDocument+1))
+	if err != nil {
+		return nil, fmt.Errorf("read access agreement: %w", err)
+	}
+	if len(b) > maxDocument {
+		return nil, fmt.Errorf("access agreement is longer than %d bytes: %w", maxDocument, ErrInvalid)
+	}
+	if !utf8.Valid(b) {
+		return nil, fmt.Errorf("access agreement is not UTF-8: %w", ErrInvalid)
+	}
+	if err := unique(json.NewDecoder(bytes.NewReader(b)), ""); err != nil {
+		return nil, fmt.Errorf("access agreement: %w: %w", err, ErrInvalid)
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	var a Agreement
+	if err := d.Decode(&a); err != nil {
+		return nil, fmt.Errorf("access agreement, near byte %d: %w: %w", d.InputOffset(), err, ErrInvalid)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return nil, fmt.Errorf("access agreement: something follows behind the document at byte %d: %w", d.InputOffset(), ErrInvalid)
+	}
+	if err := a.check(); err != nil {
+		return nil, err
+	}
+	return &a, nil
+}
+
+// Load reads a document and verifies it with the key of the owner whom this agent trusts.
+func Load(r io.Reader, owner ed25519.PublicKey) (*Agreement, error) {
+	a, err := Parse(r)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.Verify(owner); err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
+// check finds what the JSON form alone cannot exclude.
+func (a *Agreement) check() error {
+	bad := func(where, format string, args ...any) error {
+		return fmt.Errorf("access agreement: %s: %s: %w", where, fmt.Sprintf(format, args...), ErrInvalid)
+	}
+	switch {
+	case a.Version != Version:
+		return bad("version", "is %d; this agent reads version %d", a.Version, Version)
+	case !idForm.MatchString(a.ID):
+		return bad("id", "%q must be 1 to 64 of a-z, 0-9, dot, dash and underscore", a.ID)
+	case !uuidForm.MatchString(a.Host.UUID):
+		return bad("host.uuid", "%q is not a UUID in lower case", a.Host.UUID)
+	case a.Host.UUID == strings.Map(func(r rune) rune {
+		if r == '-' {
+			return r
+		}
+		return '0'
+	}, a.Host.UUID):
+		return bad("host.uuid", "is all zeros, which names no host; give the host a system UUID")
+	case len(a.Owner.Key) != ed25519.PublicKeySize:
+		return bad("owner.key", "has %d bytes; an ed25519 key has %d", len(a.Owner.Key), ed25519.PublicKeySize)
+	case len(a.Monitors) == 0:
+		return bad("monitors", "there must be at least one")
+	case a.ValidFrom.IsZero() || a.ValidUntil.IsZero() || !a.ValidUntil.After(a.ValidFrom):
+		return bad("validUntil", "must be given and be later than validFrom")
+	}
+	seen := map[string]bool{string(a.Owner.Key): true}
+	for i, m := range a.Monitors {
+		where := fmt.Sprintf("monitors[%d].key", i)
+		if len(m.Key) != ed25519.PublicKeySize {
+			return bad(where, "has %d bytes; an ed25519 key has %d", len(m.Key), ed25519.PublicKeySize)
+		}
+		if seen[string(m.Key)] {
+			return bad(where, "is the same as another party's; each party needs its own")
+		}
+		seen[string(m.Key)] = true
+	}
+	for i, id := range a.Rights.Actions {
+		if !idForm.MatchString(id) {
+			return bad(fmt.Sprintf("rights.actions[%d]", i), "%q is not the ID of an action; there is no wildcard", id)
+		}
+	}
+	if a.Rights.Write && !a.Rights.Read {
+		return bad("rights", "writing without reading is not possible; give read as well")
+	}
+	for i, p := range a.Protected {
+		if p.FirstUID > p.LastUID {
+			return bad(fmt.Sprintf("protected[%d]", i), "users %d to %d are the wrong way round", p.FirstUID, p.LastUID)
+		}
+		if len(p.Comm) > 15 {
+			return bad(fmt.Sprintf("protected[%d].comm", i), "%q is longer than the 15 bytes that a kernel keeps", p.Comm)
+		}
+	}
+	for i, s := range a.Signatures {
+		if len(s.Signature) != ed25519.SignatureSize || len(s.Key) != ed25519.PublicKeySize {
+			return bad(fmt.Sprintf("signatures[%d]", i), "has the wrong length")
+		}
+	}
+	return nil
+}
+
+// unique refuses an object that has one name twice: readers would not agree on what it says. Names are compared without
+// case, as encoding/json matches them.
+func unique(d *json.Decoder, path string) error {
+	t, err := d.Token()
+	if err != nil {
+		return fmt.Errorf("near byte %d: %w", d.InputOffset(), err)
+	}
+	delim, ok := t.(json.Delim)
+	if !ok {
+		return nil
+	}
+	seen := map[string]bool{}
+	for n := 0; d.More(); n++ {
+		at := fmt.Sprintf("%s[%d]", path, n)
+		if delim == '{' {
+			k, err := d.Token()
+			if err != nil {
+				return fmt.Errorf("near byte %d: %w", d.InputOffset(), err)
+			}
+			name, _ := k.(string)
+			at = strings.TrimPrefix(path+"."+name, ".")
+			if seen[strings.ToLower(name)] {
+				return fmt.Errorf("%s is there twice", at)
+			}
+			seen[strings.ToLower(name)] = true
+		}
+		if strings.Count(at, ".")+strings.Count(at, "[") > 16 {
+			return fmt.Errorf("%s is nested too deeply", at)
+		}
+		if err := unique(d, at); err != nil {
+			return err
+		}
+	}
+	if _, err := d.Token(); err != nil {
+		return fmt.Errorf("near byte %d: %w", d.InputOffset(), err)
+	}
+	return nil
+}

@@ -1,0 +1,112 @@
+package access
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// ErrDenied means that the agreement does not permit what was asked for, or that there is none.
+var ErrDenied = errors.New("not permitted by the access agreement")
+
+// Grant is what an agreement permits on one host. The zero value permits nothing. It is immutable.
+type Grant struct {
+	agreement *Agreement
+	denied    string // why nothing is permitted
+	now       func() time.Time
+}
+
+// Grant applies the agreement to the host with that system UUID. It never fails: a grant for the wrong host denies
+// everything and says why. The time of validity is judged at each use. A nil agreement denies everything. The agreement
+// must have come from Load, which has verified it.
+func (a *Agreement) Grant(hostUUID string, now func() time.Time) Grant {
+	g := Grant{agreement: a, now: now}
+	if g.now == nil {
+		g.now = time.Now
+	}
+	switch {
+	case a == nil:
+		g.denied = "there is no access agreement; have the host's owner sign one"
+	case hostUUID == "":
+		g.denied = fmt.Sprintf("the host's system UUID is not known, and agreement %s is for host %s", a.ID, a.Host.UUID)
+	case !strings.EqualFold(a.Host.UUID, hostUUID):
+		g.denied = fmt.Sprintf("agreement %s is for host %s (%s), and this host is %s", a.ID, a.Host.UUID, a.Host.Name, strings.ToLower(hostUUID))
+	}
+	return g
+}
+
+// Denied returns why nothing at all is permitted now, or nil.
+func (g Grant) Denied() error {
+	if g.agreement == nil && g.denied == "" {
+		g.denied = "there is no access agreement; have the host's owner sign one"
+	}
+	if g.denied == "" {
+		now := g.now()
+		switch a := g.agreement; {
+		case now.Before(a.ValidFrom):
+			g.denied = fmt.Sprintf("agreement %s is valid only from %s on, and it is %s", a.ID, a.ValidFrom.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
+		case !now.Before(a.ValidUntil):
+			g.denied = fmt.Sprintf("agreement %s ended at %s; have the owner sign a new one", a.ID, a.ValidUntil.UTC().Format(time.RFC3339))
+		}
+	}
+	if g.denied != "" {
+		return fmt.Errorf("%s: %w", g.denied, ErrDenied)
+	}
+	return nil
+}
+
+// Permit returns nil if what, which is Read, Write, Power or the ID of a healing action, is permitted now.
+// An action's permission does not contain Write or Power: it needs them besides.
+func (g Grant) Permit(what string) error {
+	if err := g.Denied(); err != nil {
+		return err
+	}
+	r := g.agreement.Rights
+	var ok bool
+	switch what {
+	case Read:
+		ok = r.Read
+	case Write:
+		ok = r.Write
+	case Power:
+		ok = r.Power
+	default:
+		ok = slices.Contains(r.Actions, what)
+	}
+	if !ok {
+		return fmt.Errorf("agreement %s does not give %q: %w", g.agreement.ID, what, ErrDenied)
+	}
+	return nil
+}
+
+// PermitTask returns nil if actions may touch a task of that user and name. Init and kernel threads are never touched;
+// that rule stands above every agreement.
+func (g Grant) PermitTask(tgid int, kthread bool, uid uint32, comm string) error {
+	if err := g.Denied(); err != nil {
+		return err
+	}
+	switch {
+	case tgid <= 0:
+		return fmt.Errorf("no process is named: %w", ErrDenied)
+	case tgid == 1:
+		return fmt.Errorf("PID 1 is init, which is never touched: %w", ErrDenied)
+	case kthread:
+		return fmt.Errorf("PID %d is a kernel thread, which is never touched: %w", tgid, ErrDenied)
+	}
+	for _, p := range g.agreement.Protected {
+		if uid >= p.FirstUID && uid <= p.LastUID && (p.Comm == "" || p.Comm == comm) {
+			return fmt.Errorf("agreement %s protects processes of user %d named %q: %w", g.agreement.ID, uid, comm, ErrDenied)
+		}
+	}
+	return nil
+}
+
+// Agreement returns the ID of the agreement that the grant comes from; empty if there is none.
+func (g Grant) Agreement() string {
+	if g.agreement == nil {
+		return ""
+	}
+	return g.agreement.ID
+}

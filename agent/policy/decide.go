@@ -1,0 +1,82 @@
+package policy
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+)
+
+// Past is an action that the engine has begun by itself.
+type Past struct {
+	Kind detect.Kind
+	At   time.Time
+}
+
+// Decision is what to do about a finding.
+type Decision struct {
+	Action    string // empty if the policy knows none
+	Automatic bool
+	// Reason is why the engine acts or does not, for the journal and for people.
+	Reason string
+	// Again is when an automatic rule that is only held back by its rate may act; zero if it never may.
+	Again time.Time
+}
+
+// Decide says what to do about a finding at a time, after the actions that the engine has already begun by itself.
+func (p Policy) Decide(f detect.Finding, now time.Time, past []Past) Decision {
+	for _, r := range p.Rules {
+		if r.Finding != string(f.Kind) {
+			continue
+		}
+		d := Decision{Action: r.Action}
+		switch {
+		case r.Mode != Automatic:
+			d.Reason = "policy has it wait for an operator"
+			return d
+		case f.Suspicion:
+			d.Reason = "it is only a suspicion"
+			return d
+		case f.Confidence < r.MinConfidence:
+			d.Reason = fmt.Sprintf("confidence %.2f is below the %.2f that policy asks for", f.Confidence, r.MinConfidence)
+			return d
+		}
+		var last, first time.Time
+		n := 0
+		for _, q := range past {
+			if q.Kind != f.Kind {
+				continue
+			}
+			if q.At.After(last) {
+				last = q.At
+			}
+			if now.Sub(q.At) < time.Hour {
+				if n++; first.IsZero() || q.At.Before(first) {
+					first = q.At
+				}
+			}
+		}
+		switch {
+		case n >= r.MaxPerHour:
+			d.Reason = fmt.Sprintf("policy allows %d an hour, and %d have been done", r.MaxPerHour, n)
+			d.Again = first.Add(time.Hour)
+		case !last.IsZero() && now.Sub(last) < time.Duration(r.CoolDown):
+			d.Reason = fmt.Sprintf("policy has it wait %v after the one before", time.Duration(r.CoolDown))
+			d.Again = last.Add(time.Duration(r.CoolDown))
+		default:
+			d.Automatic, d.Reason = true, "policy allows it"
+		}
+		return d
+	}
+	return Decision{Reason: "policy has no rule for it"}
+}
+
+// Next returns the action that follows by itself when one has not helped against a finding of a kind, or "".
+func (p Policy) Next(kind detect.Kind, action string) string {
+	for _, r := range p.Rules {
+		if r.Finding == string(kind) && r.Mode == Automatic && r.Action == action {
+			return r.Then
+		}
+	}
+	return ""
+}

@@ -1,0 +1,138 @@
+package policy
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+)
+
+const document = `{
+  "version": 1,
+  "detectors": {"runawayFor": "3s", "runawayExempt": [{"first": 500, "last": 599}]},
+  "rules": [
+    {"finding": "runaway-process", "action": "kill-process", "mode": "automatic", "minConfidence": 0.9, "maxPerHour": 2, "coolDown": "10s"},
+    {"finding": "panic", "action": "power-cycle", "mode": "wait"}
+  ]
+}`
+
+func TestLoad(t *testing.T) {
+	p, err := Load(strings.NewReader(document))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := p.DetectConfig()
+	if c.RunawayFor != 3*time.Second || c.Heartbeat != detect.DefaultConfig().Heartbeat || !cmp.Equal(c.RunawayExempt, []detect.UIDRange{{First: 500, Last: 599}}) {
+		t.Errorf("DetectConfig = %+v", c)
+	}
+	b, err := json.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	q, err := Load(bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(p, q); diff != "" {
+		t.Error(diff)
+	}
+	if err := Default().Check([]string{"kill-process", "power-cycle"}); err != nil {
+		t.Errorf("the default policy: %v", err)
+	}
+	if err := p.Check([]string{"kill-process"}); err == nil || !strings.Contains(err.Error(), `rules[1].action: "power-cycle"`) {
+		t.Errorf("Check with an action missing = %v", err)
+	}
+}
+
+func TestLoadRefuses(t *testing.T) {
+	for _, tt := range []struct{ old, new, want string }{
+		{`"version": 1`, `"version": 2`, "reads version 1"},
+		{`"rules"`, `"rulez"`, `unknown field "rulez"`},
+		{`"panic"`, `"panik"`, "is none of"},
+		{`"panic"`, `"runaway-process"`, "has its rule in rules[0] already"},
+		{`"wait"`, `"maybe"`, "must be"},
+		{`"maxPerHour": 2, `, ``, "must say how often"},
+		{`"3s"`, `3`, `write it as a string`},
+		{`"3s"`, `"-3s"`, `negative`},
+		{`"3s"`, `"1ms"`, `runawayFor`},
+		{`"minConfidence": 0.9`, `"minConfidence": 9`, "from 0 to 1"},
+		{`"coolDown": "10s"`, `"then": "kill-process"`, "same action"},
+		{`"first": 500`, `"first": 600`, "wrong way round"},
+	} {
+		_, err := Load(strings.NewReader(strings.Replace(document, tt.old, tt.new, 1)))
+		if !errors.Is(err, ErrInvalid) && err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("Load with %s = %v; want %q", tt.new, err, tt.want)
+		}
+	}
+	if _, err := Load(strings.NewReader(document + "x")); err == nil {
+		t.Error("Load with something behind the document succeeded")
+	}
+}
+
+func TestDecide(t *testing.T) {
+	p, err := Load(strings.NewReader(document))
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Unix(1_800_000_000, 0)
+	runaway := detect.Finding{Kind: detect.KindRunawayProcess, Confidence: 0.95}
+	past := func(ago ...time.Duration) []Past {
+		var out []Past
+		for _, a := range ago {
+			out = append(out, Past{detect.KindRunawayProcess, now.Add(-a)})
+		}
+		return out
+	}
+	unsure, suspicion := runaway, runaway
+	unsure.Confidence, suspicion.Suspicion = 0.5, true
+	for _, tt := range []struct {
+		name string
+		f    detect.Finding
+		past []Past
+		want Decision
+	}{
+		{"the first", runaway, nil, Decision{Action: "kill-process", Automatic: true, Reason: "policy allows it"}},
+		{"unsure", unsure, nil, Decision{Action: "kill-process", Reason: "confidence 0.50 is below the 0.90 that policy asks for"}},
+		{"suspicion", suspicion, nil, Decision{Action: "kill-process", Reason: "it is only a suspicion"}},
+		{"waits", detect.Finding{Kind: detect.KindPanic, Confidence: 1}, nil, Decision{Action: "power-cycle", Reason: "policy has it wait for an operator"}},
+		{"no rule", detect.Finding{Kind: detect.KindCPUStall, Confidence: 1}, nil, Decision{Reason: "policy has no rule for it"}},
+		{"cooling down", runaway, past(4 * time.Second), Decision{Action: "kill-process", Reason: "policy has it wait 10s after the one before", Again: now.Add(6 * time.Second)}},
+		{"cooled down", runaway, past(10 * time.Second), Decision{Action: "kill-process", Automatic: true, Reason: "policy allows it"}},
+		{"too often", runaway, past(50*time.Minute, time.Minute), Decision{Action: "kill-process", Reason: "policy allows 2 an hour, and 2 have been done", Again: now.Add(10 * time.Minute)}},
+		{"long ago", runaway, past(2*time.Hour, 61*time.Minute, time.Minute), Decision{Action: "kill-process", Automatic: true, Reason: "policy allows it"}},
+		{"others", runaway, []Past{{detect.KindPanic, now}, {detect.KindPanic, now}}, Decision{Action: "kill-process", Automatic: true, Reason: "policy allows it"}},
+	} {
+		if diff := cmp.Diff(tt.want, p.Decide(tt.f, now, tt.past)); diff != "" {
+			t.Errorf("%s: Decide: %s", tt.name, diff)
+		}
+	}
+	if d := Default().Decide(runaway, now, nil); d.Automatic {
+		t.Error("the default policy acts by itself")
+	}
+	if d := (Policy{}).Decide(runaway, now, nil); d.Automatic || d.Action != "" {
+		t.Errorf("an empty policy decides %+v", d)
+	}
+}
+
+func FuzzLoad(f *testing.F) {
+	f.Add([]byte(document))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		p, err := Load(bytes.NewReader(b))
+		if err != nil {
+			return
+		}
+		now := time.Unix(0, 0)
+		for _, k := range detect.Kinds() {
+			d := p.Decide(detect.Finding{Kind: k, Confidence: 1}, now, nil)
+			if d.Automatic && d.Action == "" {
+				t.Fatal("acts without an action")
+			}
+		}
+	})
+}
