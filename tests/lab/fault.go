@@ -2,7 +2,13 @@ package lab
 
 import (
 	"context"
+	"fmt"
+	"math/rand/v2"
+	"regexp"
+	"slices"
 	"time"
+
+	"github.com/backdoor-rhs/backdoor/tests/lab/control"
 )
 
 // Fault is something that the lab can break on the host.
@@ -12,26 +18,137 @@ type Fault string
 const (
 	FaultRunaway  Fault = "runaway"  // a process of random name, PID and CPU that eats a whole CPU
 	FaultPanic    Fault = "panic"    // sysrq-c: the kernel dies and stays dead
-	FaultFreeze   Fault = "freeze"   // all CPUs stop at once (QMP stop) until Thaw
+	FaultFreeze   Fault = "freeze"   // all CPUs stop at once until Thaw
 	FaultIRQsOff  Fault = "irqs-off" // one CPU spins in the kernel with its interrupts off
 	FaultReboot   Fault = "reboot"   // sysrq-b: the kernel reboots at once
 	FaultPowercut Fault = "powercut" // the power goes; memory is lost; nothing restarts it
 )
 
+// Faults lists them with what they do.
+func Faults() []struct {
+	Fault Fault
+	Does  string
+} {
+	return []struct {
+		Fault Fault
+		Does  string
+	}{
+		{FaultRunaway, "a process of random name, PID and CPU eats a whole CPU"},
+		{FaultPanic, "the kernel panics (sysrq-c) and stays dead"},
+		{FaultFreeze, "all CPUs stop at once, until thaw"},
+		{FaultIRQsOff, "one CPU, chosen at random, spins in the kernel with its interrupts off"},
+		{FaultReboot, "the kernel reboots at once (sysrq-b)"},
+		{FaultPowercut, "the power goes; memory is lost and nothing switches it on again"},
+	}
+}
+
 // Truth is what the harness knows of a fault that it has made. It comes from the harness and the host's own /proc, never
 // from the agent.
 type Truth struct {
-	Fault Fault         `json:"fault"`
-	Start time.Time     `json:"start"` // the harness's clock: the fault did not exist before
-	Error time.Duration `json:"error"` // Start may be early by this much
-	PID   int           `json:"pid,omitempty"`
-	Comm  string        `json:"comm,omitempty"`
-	CPU   int           `json:"cpu"` // -1 if it is no single CPU's
-	UID   uint32        `json:"uid"`
-	Boot  string        `json:"boot"` // the boot_id that was hit
+	Fault  Fault         `json:"fault"`
+	Start  time.Time     `json:"start"`  // this machine's clock; not later than the fault
+	Margin time.Duration `json:"margin"` // the fault was there by Start plus this
+	PID    int           `json:"pid,omitempty"`
+	Comm   string        `json:"comm,omitempty"`
+	CPU    int           `json:"cpu"` // -1 if it is no single CPU's
+	UID    uint32        `json:"uid"`
+	Boot   string        `json:"boot"` // the boot_id that was hit
 }
 
-// Fault breaks the host and returns once the fault is there.
+var panicked = regexp.MustCompile(`Kernel panic - not syncing: (.*)`)
+
+// Fault breaks HOST and returns once the fault is there.
 func (h *Host) Fault(ctx context.Context, f Fault) (Truth, error) {
-	return Truth{}, &InfraError{Op: "inject " + string(f), Err: ctx.Err()}
+	t := Truth{Fault: f, CPU: -1, Boot: h.Ready().Boot}
+	var err error
+	switch f {
+	case FaultRunaway:
+		err = h.runaway(ctx, &t)
+	case FaultPanic:
+		mark := h.Console().Mark()
+		if err = h.sysrq(ctx, "c", &t); err == nil {
+			_, err = h.Console().Wait(ctx, mark, panicked)
+		}
+	case FaultReboot:
+		mark := h.EventMark()
+		if err = h.sysrq(ctx, "b", &t); err == nil {
+			_, err = h.WaitEvent(ctx, mark, EventReset)
+		}
+	case FaultFreeze:
+		t.Start = time.Now()
+		err = h.Freeze(ctx)
+		t.Margin = time.Since(t.Start)
+	case FaultPowercut:
+		t.Start = time.Now()
+		err = h.PowerOff(ctx)
+		t.Margin = time.Since(t.Start)
+	case FaultIRQsOff:
+		err = h.irqsOff(ctx, &t)
+	default:
+		err = fmt.Errorf("there is no such fault; there are %v", faultNames())
+	}
+	if err != nil {
+		return Truth{}, fmt.Errorf("fault %s: %w", f, err)
+	}
+	return t, nil
+}
+
+func faultNames() []Fault {
+	var list []Fault
+	for _, f := range Faults() {
+		list = append(list, f.Fault)
+	}
+	return list
+}
+
+// sysrq presses a key and works out when, by this machine's clock.
+func (h *Host) sysrq(ctx context.Context, key string, t *Truth) error {
+	zero, margin, err := h.clock(ctx)
+	if err != nil {
+		return err
+	}
+	var fired control.Fired
+	if err := h.Do(ctx, control.OpSysrq, control.SysrqArgs{Key: key}, &fired); err != nil {
+		return err
+	}
+	// The kernel may be late to wake the one who presses the key, so that Start stays the earliest time.
+	t.Start = zero.Add(fired.At.Boot - margin)
+	t.Margin = 2*margin + 10*time.Millisecond
+	return nil
+}
+
+// runaway starts a process that computes for ever. Everything that could give it away by habit is random.
+func (h *Host) runaway(ctx context.Context, t *Truth) error {
+	others, err := h.PS(ctx)
+	if err != nil {
+		return err
+	}
+	used := func(pid int) bool {
+		return slices.ContainsFunc(others, func(p control.Process) bool { return p.PID == pid })
+	}
+	pid := 0
+	for pid == 0 || used(pid) {
+		pid = 2000 + rand.IntN(30000)
+	}
+	a := control.SpawnArgs{
+		Comm: randomName(), CPU: rand.IntN(h.Ready().CPUs), PID: pid, UID: uint32(1000 + rand.IntN(60000)),
+		Argv: []string{"sh", "-c", "while :; do :; done"},
+	}
+	began := time.Now()
+	p, err := h.Spawn(ctx, a)
+	if err != nil {
+		return err
+	}
+	t.Start, t.Margin = began, time.Since(began)
+	t.PID, t.Comm, t.CPU, t.UID = p.PID, a.Comm, a.CPU, a.UID
+	return nil
+}
+
+func randomName() string {
+	const letters = "abcdefghijklmnopqrstuvwxyz"
+	b := make([]byte, 5+rand.IntN(9))
+	for i := range b {
+		b[i] = letters[rand.IntN(len(letters))]
+	}
+	return string(b)
 }

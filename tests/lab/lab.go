@@ -13,11 +13,17 @@ package lab
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
-	"net/http"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"time"
 
-	"github.com/backdoor-rhs/backdoor/tests/lab/control"
+	"github.com/backdoor-rhs/backdoor/images/kernels"
+	"github.com/backdoor-rhs/backdoor/tests/lab/wire"
+	"golang.org/x/sys/unix"
 )
 
 // Config says what lab to build. The zero value is HOST with Debian's 6.1 cloud kernel and a DPU with the built image.
@@ -28,6 +34,10 @@ type Config struct {
 	HostKernel string
 	// HostMemory is HOST's RAM in bytes, a power of two of at least 256 MiB; zero means 512 MiB.
 	HostMemory int64
+	// HostCPUs is the number of HOST's CPUs; zero means 2.
+	HostCPUs int
+	// HostCPU is QEMU's CPU model with its options; empty means "max", which has five-level page tables.
+	HostCPU string
 	// HostArgs is appended to HOST's kernel command line.
 	HostArgs string
 	// NoDPU leaves the DPU out: HOST and its BMC alone.
@@ -42,7 +52,7 @@ type Config struct {
 	Actions []string
 	// Policy is the agent's policy file; nil means its default, which heals nothing without being asked.
 	Policy json.RawMessage
-	// CacheDir keeps kernels and HOST's initramfs between runs; empty means the user's cache directory.
+	// CacheDir keeps HOST's userland between runs; empty means the user's cache directory.
 	CacheDir string
 	// Log gets a line per step of progress; nil means none.
 	Log io.Writer
@@ -50,10 +60,53 @@ type Config struct {
 	WireCapture string
 }
 
-// Up builds a lab and returns once HOST's userland stands and the DPU's Redfish service answers.
-// It returns a *BootError when a machine did not come up and an *InfraError when the lab could not be built.
-func Up(ctx context.Context, cfg Config) (*Lab, error) {
-	return nil, &InfraError{Op: "start", Err: ctx.Err()}
+// The paths of the agent to HOST's memory.
+const (
+	EngineWindow = "window"
+	EngineDMA    = "dma"
+)
+
+// fill completes the zero values and checks the rest.
+func (c *Config) fill() error {
+	if c.HostKernel == "" {
+		c.HostKernel = "6.1"
+	}
+	if c.HostMemory == 0 {
+		c.HostMemory = 512 << 20
+	}
+	if c.HostCPUs == 0 {
+		c.HostCPUs = 2
+	}
+	if c.HostCPU == "" {
+		c.HostCPU = "max"
+	}
+	if c.Engine == "" {
+		c.Engine = EngineWindow
+	}
+	if c.Log == nil {
+		c.Log = io.Discard
+	}
+	var errs []error
+	if c.HostMemory < 256<<20 || c.HostMemory&(c.HostMemory-1) != 0 {
+		errs = append(errs, fmt.Errorf("the host's memory must be a power of two of at least 256 MiB, not %d bytes: it becomes a PCI BAR", c.HostMemory))
+	}
+	if c.HostCPUs < 1 || c.HostCPUs > 8 {
+		errs = append(errs, fmt.Errorf("the host may have 1 to 8 CPUs, not %d", c.HostCPUs))
+	}
+	if c.Engine != EngineWindow && c.Engine != EngineDMA {
+		errs = append(errs, fmt.Errorf("the engine is %q or %q, not %q", EngineWindow, EngineDMA, c.Engine))
+	}
+	if c.CacheDir == "" {
+		dir, err := os.UserCacheDir()
+		if err != nil {
+			errs = append(errs, err)
+		}
+		c.CacheDir = filepath.Join(dir, "backdoor")
+	}
+	if err := errors.Join(errs...); err != nil {
+		return &InfraError{Op: "configure", Err: err}
+	}
+	return nil
 }
 
 // Lab is a running lab.
@@ -61,91 +114,152 @@ type Lab struct {
 	Host *Host
 	DPU  *DPU // nil with Config.NoDPU
 	BMC  *BMC
+	Wire *wire.Switch
 
-	dir string
+	dir       string
+	temporary bool
+	lock      *os.File
+	closers   []func() error // in the order of their making
+}
+
+// Up builds a lab and returns once HOST's userland stands and the DPU's Redfish service answers.
+// It returns a *BootError when a machine did not come up and an *InfraError when the lab could not be built.
+func Up(ctx context.Context, cfg Config) (l *Lab, err error) {
+	if err := cfg.fill(); err != nil {
+		return nil, err
+	}
+	began := time.Now()
+	say := func(format string, a ...any) {
+		fmt.Fprintf(cfg.Log, "%6.1f s  %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, a...))
+	}
+	l = new(Lab)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Close())
+			l = nil
+		}
+	}()
+	if err := l.makeDir(cfg.Dir); err != nil {
+		return l, err
+	}
+	for _, p := range programs(cfg) {
+		if _, err := find(p); err != nil {
+			return l, err
+		}
+	}
+	root, err := checkout()
+	if err != nil {
+		return l, err
+	}
+	target, err := kernels.Lookup(cfg.HostKernel)
+	if err != nil {
+		return l, &InfraError{Op: "choose the host's kernel", Err: err}
+	}
+	k, err := kernels.Fetch(ctx, filepath.Join(cfg.CacheDir, "kernels"), target)
+	if err != nil {
+		return l, &InfraError{Op: "get the host's kernel", Err: err, Next: "the first use of a kernel downloads it: is there a network, and do the machine's package sources work?"}
+	}
+	initramfs, err := userland(ctx, cfg.CacheDir, root, k)
+	if err != nil {
+		return l, err
+	}
+	say("host: Linux %s, %d CPUs, %d MiB", k.Release, cfg.HostCPUs, cfg.HostMemory>>20)
+	if l.Host, err = newHost(l.dir, cfg, k, initramfs); err != nil {
+		return l, err
+	}
+	l.closers = append(l.closers, l.Host.close)
+	if err := l.Host.boot(ctx); err != nil {
+		return l, err
+	}
+	say("host: its userland stands")
+	return l, nil
+}
+
+// programs lists what the lab will run.
+func programs(cfg Config) []string {
+	list := []string{"qemu-system-x86_64"}
+	if !cfg.NoDPU {
+		list = append(list, "qemu-system-aarch64", "swtpm", "mkfs.ext4")
+	}
+	return list
+}
+
+// tempPrefix begins the names of temporary run directories.
+const tempPrefix = "backdoor-lab-"
+
+// makeDir makes the run directory and locks it against other labs.
+func (l *Lab) makeDir(dir string) error {
+	sweep()
+	var err error
+	if dir == "" {
+		l.temporary = true
+		if dir, err = os.MkdirTemp("", tempPrefix); err != nil {
+			return &InfraError{Op: "make the run directory", Err: err}
+		}
+	} else if dir, err = filepath.Abs(dir); err != nil {
+		return &InfraError{Op: "make the run directory", Err: err}
+	} else if err := os.MkdirAll(dir, 0o700); err != nil {
+		return &InfraError{Op: "make the run directory", Err: err}
+	}
+	l.dir = dir
+	l.lock, err = lockDir(dir)
+	if err != nil {
+		return &InfraError{Op: "lock the run directory", Err: fmt.Errorf("%s: %w", dir, err), Next: "another lab uses it"}
+	}
+	return nil
+}
+
+// lockDir takes the lock that a living lab holds on its run directory. It ends with the process.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// sweep removes the temporary run directories of labs that were killed before they could do it.
+func sweep() {
+	dirs, _ := filepath.Glob(filepath.Join(os.TempDir(), tempPrefix+"*")) // the pattern is valid
+	for _, d := range dirs {
+		st, err := os.Stat(d)
+		if err != nil || time.Since(st.ModTime()) < time.Minute {
+			continue // it may be one that is just being made
+		}
+		if f, err := lockDir(d); err == nil {
+			os.RemoveAll(d)
+			f.Close()
+		}
+	}
 }
 
 // Close stops everything, and removes everything that Up made unless Config.Dir was given; then the logs stay.
-func (l *Lab) Close() error { return nil }
+// It may be called more than once.
+func (l *Lab) Close() error {
+	var errs []error
+	for len(l.closers) > 0 {
+		last := len(l.closers) - 1
+		errs = append(errs, l.closers[last]())
+		l.closers = l.closers[:last]
+	}
+	if l.temporary && l.dir != "" {
+		errs = append(errs, os.RemoveAll(l.dir))
+	}
+	if l.lock != nil {
+		if !l.temporary {
+			if err := os.Remove(l.lock.Name()); !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
+		}
+		errs = append(errs, l.lock.Close())
+		l.lock = nil
+	}
+	return errors.Join(errs...)
+}
 
 // Dir is the run directory.
 func (l *Lab) Dir() string { return l.dir }
-
-// Host is the machine that falls ill.
-type Host struct{}
-
-// RAM is HOST's memory as a file: its path, valid while the lab lives, and its size in bytes. hostmem.Q35Layout tells
-// where host physical addresses are in it.
-func (h *Host) RAM() (path string, size int64) { return "", 0 }
-
-// Console is HOST's first serial port.
-func (h *Host) Console() *Console { return nil }
-
-// Service is the loopback address ("127.0.0.1:port") of HOST's TCP service.
-func (h *Host) Service() string { return "" }
-
-// Boots counts how often HOST's userland has come up.
-func (h *Host) Boots() int { return 0 }
-
-// WaitBoot waits until HOST's userland has come up more than n times and returns what it said of itself.
-func (h *Host) WaitBoot(ctx context.Context, n int) (control.Ready, error) {
-	return control.Ready{}, nil
-}
-
-// Do runs one operation of package control on HOST; result may be nil.
-func (h *Host) Do(ctx context.Context, op string, args, result any) error { return nil }
-
-// Exec runs a busybox command line on HOST.
-func (h *Host) Exec(ctx context.Context, command string) (control.ExecResult, error) {
-	return control.ExecResult{}, nil
-}
-
-// PS lists HOST's processes and kernel threads by its own /proc.
-func (h *Host) PS(ctx context.Context) ([]control.Process, error) { return nil, nil }
-
-// Spawn starts a process on HOST.
-func (h *Host) Spawn(ctx context.Context, a control.SpawnArgs) (control.Process, error) {
-	return control.Process{}, nil
-}
-
-// ReadFile returns a file of HOST, e.g. "/proc/interrupts".
-func (h *Host) ReadFile(ctx context.Context, path string) (string, error) { return "", nil }
-
-// Thaw ends FaultFreeze.
-func (h *Host) Thaw(ctx context.Context) error { return nil }
-
-// TraceFunctions starts counting HOST's kernel functions with ftrace; stop it with Traced.
-func (h *Host) TraceFunctions(ctx context.Context, names ...string) error { return nil }
-
-// Traced stops counting and tells what ran.
-func (h *Host) Traced(ctx context.Context) ([]control.FunctionCost, error) { return nil, nil }
-
-// DPU is the machine that heals.
-type DPU struct {
-	// URL is the Redfish service on loopback, "https://127.0.0.1:port".
-	URL string
-	// User and Password are the initial credential as the DPU's console printed it.
-	User, Password string
-	// CA is the PEM certificate that the service presents.
-	CA []byte
-	// StateDir has what the state disk was made from: configuration, policy, agreement and the keys that the lab generated.
-	StateDir string
-	// BootTook is the time from QEMU's start to the first answer of the Redfish service.
-	BootTook time.Duration
-}
-
-// Console is the DPU's serial port.
-func (d *DPU) Console() *Console { return nil }
-
-// Client returns an HTTP client that trusts exactly the DPU's certificate.
-func (d *DPU) Client() *http.Client { return nil }
-
-// Restart resets the DPU (as a power cut would) and waits for its Redfish service.
-func (d *DPU) Restart(ctx context.Context) error { return nil }
-
-// BMC is HOST's board management controller, as the lab started it.
-type BMC struct {
-	URL            string // on loopback; the DPU reaches the same port at 10.0.2.2
-	User, Password string
-	CA             []byte // PEM
-}

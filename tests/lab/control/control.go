@@ -47,6 +47,17 @@ const (
 	OpTraced = "traced" // → []FunctionCost: stop counting and report
 )
 
+// EventExit is sent when a process that was spawned has ended; its Result is an Exit.
+const EventExit = "exit"
+
+// Exit tells how a spawned process ended.
+type Exit struct {
+	PID    int   `json:"pid"`
+	Code   int   `json:"code"`   // exit code; -1 if a signal ended it
+	Signal int   `json:"signal"` // zero if it ended by itself
+	At     Clock `json:"at"`     // when its parent was told
+}
+
 // EventReady is sent once the host's userland stands; its Result is a Ready.
 const EventReady = "ready"
 
@@ -68,19 +79,19 @@ type Clock struct {
 
 // Process is a process as /proc tells.
 type Process struct {
-	PID    int           `json:"pid"`
-	PPID   int           `json:"ppid"`
-	Comm   string        `json:"comm"`
-	State  string        `json:"state"` // one letter
-	UID    uint32        `json:"uid"`   // effective
-	CPU    int           `json:"cpu"`   // last ran on
-	Thread int           `json:"threads"`
-	UTime  time.Duration `json:"utime"`
-	STime  time.Duration `json:"stime"`
-	Start  time.Duration `json:"start"` // since boot, in steps of 10 ms
-	RSS    int64         `json:"rss"`   // bytes
-	Kernel bool          `json:"kernel"`
-	Stat   string        `json:"stat"` // the whole line of /proc/PID/stat
+	PID     int           `json:"pid"`
+	PPID    int           `json:"ppid"`
+	Comm    string        `json:"comm"`
+	State   string        `json:"state"` // one letter
+	UID     uint32        `json:"uid"`   // effective
+	CPU     int           `json:"cpu"`   // last ran on
+	Threads int           `json:"threads"`
+	UTime   time.Duration `json:"utime"`
+	STime   time.Duration `json:"stime"`
+	Start   time.Duration `json:"start"` // since boot, in steps of 10 ms
+	RSS     int64         `json:"rss"`   // bytes
+	Kernel  bool          `json:"kernel"`
+	Stat    string        `json:"stat"` // the whole line of /proc/PID/stat
 }
 
 // SpawnArgs start a process.

@@ -1,0 +1,329 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"debug/elf"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/images/kernels"
+	"github.com/u-root/u-root/pkg/cpio"
+	"github.com/ulikunitz/xz"
+)
+
+const modulePath = "github.com/backdoor-rhs/backdoor"
+
+// hostModules are the modules that HOST's userland needs, beside what they need themselves.
+var hostModules = []string{"virtio_pci", "virtio_net", "button", "evdev"}
+
+// checkout returns the root of the source tree that the working directory is in.
+func checkout() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", &InfraError{Op: "find the source tree", Err: err}
+	}
+	for d := dir; ; d = filepath.Dir(d) {
+		b, err := os.ReadFile(filepath.Join(d, "go.mod"))
+		if err == nil && bytes.Contains(b, []byte("module "+modulePath+"\n")) {
+			return d, nil
+		}
+		if d == filepath.Dir(d) {
+			return "", &InfraError{
+				Op: "find the source tree", Err: fmt.Errorf("%s is not inside a checkout of %s", dir, modulePath),
+				Next: "run it in the checkout: the lab builds the host's userland from it",
+			}
+		}
+	}
+}
+
+// userland returns the path of HOST's initramfs for a kernel. It is kept in the cache directory under the hash of all
+// that goes into it.
+func userland(ctx context.Context, cache, root string, k kernels.Kernel) (string, error) {
+	dir := filepath.Join(cache, "lab")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", &InfraError{Op: "make the cache directory", Err: err}
+	}
+	bb, err := busybox(ctx, dir)
+	if err != nil {
+		return "", err
+	}
+	key := sha256.New()
+	fmt.Fprintln(key, "1", runtime.Version(), k.Release, k.Version, hostModules)
+	for _, pattern := range []string{"go.mod", "go.sum", "tests/lab/hostinit/*.go", "tests/lab/control/*.go"} {
+		names, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil {
+			return "", err
+		}
+		for _, n := range names {
+			b, err := os.ReadFile(n)
+			if err != nil {
+				return "", &InfraError{Op: "read the host's userland", Err: err}
+			}
+			fmt.Fprintf(key, "%s %d\n%s", filepath.Base(n), len(b), b)
+		}
+	}
+	key.Write(bb)
+	path := filepath.Join(dir, "host-"+hex.EncodeToString(key.Sum(nil)[:10])+".cpio")
+	if _, err := os.Stat(path); err == nil {
+		now := time.Now()
+		os.Chtimes(path, now, now) // keeps it from prune
+		return path, nil
+	}
+	init, err := buildInit(ctx, root)
+	if err != nil {
+		return "", err
+	}
+	mods, err := moduleClosure(k.ModulesDir, hostModules)
+	if err != nil {
+		return "", &InfraError{Op: "pack the host's modules", Err: err}
+	}
+	var out bytes.Buffer
+	if err := pack(&out, init, bb, mods); err != nil {
+		return "", &InfraError{Op: "pack the host's userland", Err: err}
+	}
+	if err := replace(path, out.Bytes()); err != nil {
+		return "", &InfraError{Op: "pack the host's userland", Err: err}
+	}
+	prune(dir)
+	return path, nil
+}
+
+// replace writes a file so that no reader ever sees half of it.
+func replace(path string, b []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // gone already if all went well
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), path)
+}
+
+// prune drops userlands that nobody has used for two weeks.
+func prune(dir string) {
+	names, _ := filepath.Glob(filepath.Join(dir, "host-*.cpio")) // the pattern is valid
+	for _, n := range names {
+		if st, err := os.Stat(n); err == nil && time.Since(st.ModTime()) > 14*24*time.Hour {
+			os.Remove(n)
+		}
+	}
+}
+
+// buildInit builds hostinit for HOST's architecture.
+func buildInit(ctx context.Context, root string) ([]byte, error) {
+	tmp, err := os.MkdirTemp("", "backdoor-hostinit-")
+	if err != nil {
+		return nil, &InfraError{Op: "build the host's userland", Err: err}
+	}
+	defer os.RemoveAll(tmp)
+	out := filepath.Join(tmp, "init")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "./tests/lab/hostinit")
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "GOOS=linux", "GOARCH=amd64", "CGO_ENABLED=0", "GOFLAGS=")
+	if msg, err := cmd.CombinedOutput(); err != nil {
+		return nil, &InfraError{Op: "build the host's userland", Err: fmt.Errorf("%w: %s", err, bytes.TrimSpace(msg)),
+			Next: "the lab needs the Go toolchain and the checkout"}
+	}
+	return os.ReadFile(out)
+}
+
+// busybox returns a static busybox for amd64: the machine's own, or the one from Debian's package, kept in dir.
+func busybox(ctx context.Context, dir string) ([]byte, error) {
+	kept := filepath.Join(dir, "busybox")
+	for _, p := range []string{"/bin/busybox", "/usr/bin/busybox", kept} {
+		if static(p) {
+			return os.ReadFile(p)
+		}
+	}
+	tmp, err := os.MkdirTemp(dir, ".busybox-")
+	if err != nil {
+		return nil, &InfraError{Op: "get busybox", Err: err}
+	}
+	defer os.RemoveAll(tmp)
+	const next = "install it: apt-get install busybox-static, or run make setup"
+	// As root, apt would download as another user, who may not write here.
+	get := exec.CommandContext(ctx, "apt-get", "-o", "APT::Sandbox::User=root", "download", "busybox-static:amd64")
+	get.Dir = tmp
+	if msg, err := get.CombinedOutput(); err != nil {
+		return nil, &InfraError{Op: "download busybox-static", Err: fmt.Errorf("%w: %s", err, bytes.TrimSpace(msg)), Next: next}
+	}
+	debs, err := filepath.Glob(filepath.Join(tmp, "busybox-static_*.deb"))
+	if err != nil || len(debs) != 1 {
+		return nil, &InfraError{Op: "download busybox-static", Err: errors.New("apt-get left no package behind"), Next: next}
+	}
+	if msg, err := exec.CommandContext(ctx, "dpkg-deb", "-x", debs[0], tmp+"/x").CombinedOutput(); err != nil {
+		return nil, &InfraError{Op: "unpack busybox-static", Err: fmt.Errorf("%w: %s", err, bytes.TrimSpace(msg)), Next: next}
+	}
+	for _, p := range []string{tmp + "/x/bin/busybox", tmp + "/x/usr/bin/busybox"} {
+		if static(p) {
+			b, err := os.ReadFile(p)
+			if err == nil {
+				err = replace(kept, b)
+			}
+			if err != nil {
+				return nil, &InfraError{Op: "keep busybox", Err: err}
+			}
+			return b, nil
+		}
+	}
+	return nil, &InfraError{Op: "unpack busybox-static", Err: errors.New("it holds no static busybox for amd64"), Next: next}
+}
+
+// static reports whether path is a program for amd64 that needs no dynamic linker.
+func static(path string) bool {
+	f, err := elf.Open(path)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP {
+			return false
+		}
+	}
+	return f.Machine == elf.EM_X86_64
+}
+
+// pack writes the initramfs: hostinit as /init, busybox, and the modules numbered in the order to load them.
+func pack(w io.Writer, init, busybox []byte, mods []module) error {
+	dirs := []string{"bin", "sbin", "dev", "etc", "proc", "sys", "run", "tmp", "modules", "programs"}
+	var recs []cpio.Record
+	for _, d := range dirs {
+		recs = append(recs, cpio.Directory(d, 0o755))
+	}
+	// The kernel opens the console before devtmpfs is there.
+	recs = append(recs,
+		cpio.CharDev("dev/console", 0o600, 5, 1),
+		cpio.StaticFile("init", string(init), 0o755),
+		cpio.StaticFile("bin/busybox", string(busybox), 0o755),
+		cpio.Symlink("bin/sh", "busybox"),
+		cpio.StaticFile("etc/passwd", "root:x:0:0:root:/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\n", 0o644),
+		cpio.StaticFile("etc/hostname", "host\n", 0o644),
+	)
+	for i, m := range mods {
+		recs = append(recs, cpio.StaticFile(fmt.Sprintf("modules/%02d-%s.ko", i, m.name), string(m.data), 0o644))
+	}
+	cpio.MakeAllReproducible(recs)
+	rw := cpio.Newc.Writer(w)
+	if err := cpio.WriteRecords(rw, recs); err != nil {
+		return err
+	}
+	return cpio.WriteTrailer(rw)
+}
+
+// module is a kernel module, not compressed.
+type module struct {
+	name string // with underscores
+	data []byte
+}
+
+// moduleClosure returns the modules and all that they depend on, in an order in which they can be loaded. Those that
+// are built into the kernel are left out. Debian ships no modules.dep in its packages, so the modules themselves are
+// asked: ".modinfo" of each has a line "depends=" (scripts/mod/modpost.c, Linux 6.1).
+func moduleClosure(dir string, names []string) ([]module, error) {
+	norm := func(s string) string { return strings.ReplaceAll(s, "-", "_") }
+	paths := make(map[string]string)
+	err := filepath.WalkDir(filepath.Join(dir, "kernel"), func(p string, d fs.DirEntry, err error) error {
+		if base, _, ok := strings.Cut(filepath.Base(p), ".ko"); ok && err == nil && !d.IsDir() {
+			paths[norm(base)] = p
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	builtin, err := os.ReadFile(filepath.Join(dir, "modules.builtin"))
+	if err != nil {
+		return nil, err
+	}
+	for line := range strings.Lines(string(builtin)) {
+		base, _, _ := strings.Cut(filepath.Base(strings.TrimSpace(line)), ".ko")
+		paths[norm(base)] = ""
+	}
+	var list []module
+	seen := make(map[string]bool)
+	var visit func(string) error
+	visit = func(name string) error {
+		if name = norm(name); seen[name] {
+			return nil
+		}
+		seen[name] = true
+		path, ok := paths[name]
+		if !ok {
+			return fmt.Errorf("module %s: %w in %s", name, fs.ErrNotExist, dir)
+		}
+		if path == "" {
+			return nil
+		}
+		data, depends, err := readModule(path)
+		if err != nil {
+			return err
+		}
+		for _, d := range depends {
+			if err := visit(d); err != nil {
+				return err
+			}
+		}
+		list = append(list, module{name, data})
+		return nil
+	}
+	for _, n := range names {
+		if err := visit(n); err != nil {
+			return nil, err
+		}
+	}
+	return list, nil
+}
+
+// readModule returns a module, unpacked if it is a .ko.xz, and the names of what it depends on.
+func readModule(path string) (data []byte, depends []string, err error) {
+	data, err = os.ReadFile(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	switch filepath.Ext(path) {
+	case ".ko":
+	case ".xz":
+		r, err := xz.NewReader(bytes.NewReader(data))
+		if err == nil {
+			data, err = io.ReadAll(r)
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("unpack %s: %w", path, err)
+		}
+	default:
+		return nil, nil, fmt.Errorf("unpack %s: unknown compression", path)
+	}
+	f, err := elf.NewFile(bytes.NewReader(data))
+	if err != nil {
+		return nil, nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	s := f.Section(".modinfo")
+	if s == nil {
+		return nil, nil, fmt.Errorf("read %s: no .modinfo", path)
+	}
+	info, err := s.Data()
+	if err != nil {
+		return nil, nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	for _, kv := range strings.Split(string(info), "\x00") {
+		if v, ok := strings.CutPrefix(kv, "depends="); ok && v != "" {
+			depends = strings.Split(v, ",")
+		}
+	}
+	return data, depends, nil
+}
