@@ -126,7 +126,7 @@ type Options struct {
 	Configure func(stateDir string) (Config, error)
 	// Logger gets one line a step. Nil: silent.
 	Logger *slog.Logger
-	// NetworkWait is how long Up waits for the first interface to have an address. 0: 15 s. Interfaces that come later
+	// NetworkWait is how long Up waits for the first interface to have an address. 0: 10 s. Interfaces that come later
 	// are set up in the background.
 	NetworkWait time.Duration
 	// StateWait is how long Up waits for a disk with the state's label. 0: 1 s.
@@ -167,7 +167,7 @@ func Up(ctx context.Context, o Options) (*Machine, error) {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	if o.NetworkWait == 0 {
-		o.NetworkWait = 15 * time.Second
+		o.NetworkWait = 10 * time.Second
 	}
 	if o.StateWait == 0 {
 		o.StateWait = time.Second

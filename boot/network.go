@@ -17,17 +17,18 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// DHCP timing: one request's patience, the pause after a failure, and the bounds of a renewal's (RFC 2131, 4.4.5: T1 is
+// DHCP timing: the patience with one request and with the link, the pause after a failure, and the bounds of a renewal's (RFC 2131, 4.4.5: T1 is
 // half the lease).
 const (
 	dhcpTimeout = 3 * time.Second
-	dhcpPause   = 5 * time.Second
+	linkTimeout = 15 * time.Second
+	dhcpPause   = 2 * time.Second
 	renewMin    = time.Minute
 	renewMax    = 12 * time.Hour
 )
 
-// network sets up the interfaces. Static ones are done when it returns; for DHCP it waits until the first interface has
-// an address, or all have failed once, and goes on in the background.
+// network sets up the interfaces. Static ones are done when it returns; of those with DHCP it waits for the first to have
+// an address, or for all to have failed once, but not longer than wait. The rest goes on in the background.
 func (m *Machine) network(ctx context.Context, cfg Config, wait time.Duration) (Outcome, string, error) {
 	if lo, err := netlink.LinkByName("lo"); err == nil {
 		if err := netlink.LinkSetUp(lo); err != nil {
@@ -68,7 +69,7 @@ func (m *Machine) network(ctx context.Context, cfg Config, wait time.Duration) (
 	}
 	deadline := time.NewTimer(wait)
 	defer deadline.Stop()
-	for addressed := len(did) > 0; waiting > 0 && !addressed; {
+	for waiting > 0 {
 		select {
 		case l := <-leases:
 			waiting--
@@ -76,7 +77,7 @@ func (m *Machine) network(ctx context.Context, cfg Config, wait time.Duration) (
 				errs = append(errs, fmt.Errorf("interface %s: %w", l.name, l.err))
 				continue
 			}
-			did, addressed = append(did, l.name+" "+l.addr+" by DHCP"), true
+			did, waiting = append(did, l.name+" "+l.addr+" by DHCP"), 0
 		case <-deadline.C:
 			errs, waiting = append(errs, fmt.Errorf("no DHCP server answered within %s; still asking", wait)), 0
 		case <-ctx.Done():
@@ -159,6 +160,9 @@ func (m *Machine) keepLease(ctx context.Context, link netlink.Link, dns *resolve
 	failures := 0
 	for ctx.Err() == nil {
 		addr, again, err := lease(ctx, link, dns)
+		if ctx.Err() != nil {
+			return
+		}
 		if err != nil {
 			if failures++; failures == 1 || failures%100 == 0 {
 				m.log.Warn("no DHCP lease", "interface", name, "err", err, "failures", failures)
@@ -181,7 +185,7 @@ func (m *Machine) keepLease(ctx context.Context, link netlink.Link, dns *resolve
 func lease(ctx context.Context, link netlink.Link, dns *resolver) (addr string, again time.Duration, err error) {
 	c := dhclient.Config{Timeout: dhcpTimeout, Retries: 3}
 	err = errors.New("the interface does not come up")
-	for r := range dhclient.SendRequests(ctx, []netlink.Link{link}, true, false, c, dhcpTimeout) {
+	for r := range dhclient.SendRequests(ctx, []netlink.Link{link}, true, false, c, linkTimeout) {
 		if err = r.Err; err != nil {
 			continue
 		}

@@ -3,6 +3,7 @@ package boot
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,7 +17,12 @@ func (m *Machine) PowerOff() error { return m.end(unix.LINUX_REBOOT_CMD_POWER_OF
 
 func (m *Machine) end(cmd int) error {
 	m.cancel()
-	m.wg.Wait()
+	settled := make(chan struct{})
+	go func() { m.wg.Wait(); close(settled) }()
+	select {
+	case <-settled:
+	case <-time.After(2 * time.Second): // a driver that hangs must not keep the machine from restarting
+	}
 	m.mu.Lock()
 	dev := m.stateDev
 	m.mu.Unlock()

@@ -1,0 +1,85 @@
+package builder
+
+import (
+	"fmt"
+	"strings"
+)
+
+// An Image is what the agent's machine boots: a kernel, and an initramfs made of u-root's init and a few of its commands,
+// kernel modules, and the agent.
+type Image struct {
+	Name    string
+	About   string
+	GOARCH  string
+	Kernel  string // a target of images/kernels
+	DTB     string // device tree in the kernel's package; empty: the firmware or machine brings one
+	Console string // the kernel's console on the machine that the image is tested on
+	// Modules are packed with all they need. The agent loads them when their device is there.
+	Modules []string
+	// Commands are u-root's commands, built into one program. The agent needs init only; the others are for a person
+	// who boots with rdinit=/bbin/gosh.
+	Commands []string
+	// Budget bounds the sizes; a build that exceeds it fails.
+	Budget Budget
+}
+
+// A Budget bounds an image's sizes, in bytes.
+type Budget struct {
+	Initramfs int64 `json:"initramfs"` // compressed, agent included
+	Unpacked  int64 `json:"unpacked"`  // what it takes of the machine's memory
+}
+
+// mb is a megabyte as image sizes are given: decimal.
+const mb = 1_000_000
+
+var commands = []string{"init", "gosh", "cat", "dmesg", "ip", "ls", "mount", "ps", "shutdown"}
+
+// virtual are the devices of the lab's machines: disk and network, entropy.
+var virtual = []string{"virtio_pci", "virtio_blk", "virtio_net", "virtio_rng"}
+
+// state is what mounting an ext4 state disk takes; its checksums come from a module of their own.
+var state = []string{"ext4", "crc32c_generic"}
+
+// Images returns all images.
+func Images() []Image {
+	return []Image{
+		{
+			Name: "dpu-arm64", About: "SmartNIC or DPU with 64-bit Arm cores",
+			GOARCH: "arm64", Kernel: "6.1-cloud-arm64", Console: "ttyAMA0",
+			Modules:  join(virtual, state, "tpm_tis"),
+			Commands: commands,
+			Budget:   Budget{Initramfs: 16 * mb, Unpacked: 48 * mb},
+		},
+		{
+			Name: "dpu-amd64", About: "SmartNIC or DPU with x86 cores; the agent on an x86 board",
+			GOARCH: "amd64", Kernel: "6.1-generic", Console: "ttyS0",
+			Modules:  join(virtual, state, "i6300esb", "lpc_ich", "iTCO_wdt"),
+			Commands: commands,
+			Budget:   Budget{Initramfs: 17 * mb, Unpacked: 52 * mb},
+		},
+		{
+			Name: "bmc-armv7", About: "baseboard management controller, ASPEED AST2600",
+			GOARCH: "arm", Kernel: "6.1-armmp", DTB: "aspeed-ast2600-evb.dtb", Console: "ttyS4,115200n8",
+			Modules: join(nil, state, "mdio_aspeed", "ftgmac100", "kcs_bmc_aspeed", "i2c_aspeed", "gpio_aspeed",
+				"sdhci_of_aspeed", "mmc_block"),
+			Commands: commands,
+			Budget:   Budget{Initramfs: 16 * mb, Unpacked: 48 * mb},
+		},
+	}
+}
+
+func join(a, b []string, more ...string) []string {
+	return append(append(append([]string(nil), a...), b...), more...)
+}
+
+// Lookup returns the image with that name, or an error that lists the names there are.
+func Lookup(name string) (Image, error) {
+	var names []string
+	for _, i := range Images() {
+		if i.Name == name {
+			return i, nil
+		}
+		names = append(names, i.Name)
+	}
+	return Image{}, fmt.Errorf("no image %q; there are %s", name, strings.Join(names, ", "))
+}
