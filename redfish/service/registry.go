@@ -1,0 +1,56 @@
+package service
+
+// privilegeTable is Redfish_1.8.0_PrivilegeRegistry (DSP8011 2025.4) for the entities in use. PUT is left out: no resource takes it.
+var privilegeTable = map[string]mapping{
+	"ServiceRoot":              {operations: operations{"GET": Privileges{{Login}, {NoAuth}}, "HEAD": Privileges{{Login}, {NoAuth}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"ComputerSystem":           {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureComponents}}, "POST": Privileges{{ConfigureComponents}}, "DELETE": Privileges{{ConfigureComponents}}}},
+	"ComputerSystemCollection": {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureComponents}}, "POST": Privileges{{ConfigureComponents}}, "DELETE": Privileges{{ConfigureComponents}}}},
+	"Manager":                  {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"ManagerCollection":        {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"Chassis":                  {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureComponents}}, "POST": Privileges{{ConfigureComponents}}, "DELETE": Privileges{{ConfigureComponents}}}},
+	"ChassisCollection":        {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureComponents}}, "POST": Privileges{{ConfigureComponents}}, "DELETE": Privileges{{ConfigureComponents}}}},
+	"LogService": {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}},
+		subordinate: []override{
+			{[]string{"ComputerSystem", "LogServiceCollection"}, operations{"PATCH": Privileges{{ConfigureComponents}}, "POST": Privileges{{ConfigureComponents}}, "DELETE": Privileges{{ConfigureComponents}}}},
+			{[]string{"Chassis", "LogServiceCollection"}, operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureComponents}}, "POST": Privileges{{ConfigureComponents}}, "DELETE": Privileges{{ConfigureComponents}}}},
+		},
+	},
+	"LogServiceCollection": {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}},
+		subordinate: []override{
+			{[]string{"ComputerSystem"}, operations{"PATCH": Privileges{{ConfigureComponents}}, "POST": Privileges{{ConfigureComponents}}, "DELETE": Privileges{{ConfigureComponents}}}},
+			{[]string{"Chassis"}, operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureComponents}}, "POST": Privileges{{ConfigureComponents}}, "DELETE": Privileges{{ConfigureComponents}}}},
+		},
+	},
+	"LogEntry": {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}},
+		subordinate: []override{
+			{[]string{"ComputerSystem", "LogServiceCollection", "LogService", "LogEntryCollection"}, operations{"PATCH": Privileges{{ConfigureComponents}}, "POST": Privileges{{ConfigureComponents}}, "DELETE": Privileges{{ConfigureComponents}}}},
+			{[]string{"Chassis", "LogServiceCollection", "LogService", "LogEntryCollection"}, operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureComponents}}, "POST": Privileges{{ConfigureComponents}}, "DELETE": Privileges{{ConfigureComponents}}}},
+		},
+	},
+	"LogEntryCollection": {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}},
+		subordinate: []override{
+			{[]string{"ComputerSystem", "LogServiceCollection", "LogService"}, operations{"PATCH": Privileges{{ConfigureComponents}}, "POST": Privileges{{ConfigureComponents}}, "DELETE": Privileges{{ConfigureComponents}}}},
+			{[]string{"Chassis", "LogServiceCollection", "LogService"}, operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureComponents}}, "POST": Privileges{{ConfigureComponents}}, "DELETE": Privileges{{ConfigureComponents}}}},
+		},
+	},
+	"Session":           {operations: operations{"GET": Privileges{{ConfigureManager}, {ConfigureSelf}}, "HEAD": Privileges{{ConfigureManager}, {ConfigureSelf}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}, {ConfigureSelf}}}},
+	"SessionCollection": {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{Login}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"SessionService":    {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"AccountService":    {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureUsers}}, "POST": Privileges{{ConfigureUsers}}, "DELETE": Privileges{{ConfigureUsers}}}},
+	"ManagerAccount": {operations: operations{"GET": Privileges{{ConfigureManager}, {ConfigureUsers}, {ConfigureSelf}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureUsers}}, "POST": Privileges{{ConfigureUsers}}, "DELETE": Privileges{{ConfigureUsers}}},
+		property: []override{
+			{[]string{"Password"}, operations{"PATCH": Privileges{{ConfigureUsers}, {ConfigureSelf}}}},
+		},
+	},
+	"ManagerAccountCollection":      {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureUsers}}, "POST": Privileges{{ConfigureUsers}}, "DELETE": Privileges{{ConfigureUsers}}}},
+	"Role":                          {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"RoleCollection":                {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"Task":                          {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"TaskCollection":                {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"TaskService":                   {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"MessageRegistryFile":           {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"MessageRegistryFileCollection": {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"JsonSchemaFile":                {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"JsonSchemaFileCollection":      {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+	"ActionInfo":                    {operations: operations{"GET": Privileges{{Login}}, "HEAD": Privileges{{Login}}, "PATCH": Privileges{{ConfigureManager}}, "POST": Privileges{{ConfigureManager}}, "DELETE": Privileges{{ConfigureManager}}}},
+}

@@ -1,0 +1,195 @@
+package service
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+)
+
+// Serve answers HTTPS requests on a listener until ctx ends; it then lets running requests finish for up to two seconds.
+// It always closes l. Its error is nil if ctx has ended.
+func (s *Service) Serve(ctx context.Context, l net.Listener) error {
+	conns := &connections{limit: s.limits.Connections, idle: map[net.Conn]time.Time{}, all: map[net.Conn]bool{}}
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	server := &http.Server{
+		Handler:           s,
+		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{s.cert}},
+		ReadHeaderTimeout: min(10*time.Second, s.limits.RequestTime),
+		ReadTimeout:       s.limits.RequestTime,
+		WriteTimeout:      2 * s.limits.RequestTime,
+		IdleTimeout:       s.limits.IdleTime,
+		MaxHeaderBytes:    s.limits.Header,
+		Protocols:         &protocols,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: 16, MaxReadFrameSize: 16 << 10},
+		ConnState:         conns.changed,
+		ErrorLog:          log.New(debugWriter{s.log}, "", 0),
+		BaseContext:       func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
+	}
+	served := make(chan error, 1)
+	go func() { served <- server.ServeTLS(l, "", "") }()
+	select {
+	case err := <-served:
+		return fmt.Errorf("serve Redfish: %w", err)
+	case <-ctx.Done():
+	}
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if server.Shutdown(last) != nil {
+		server.Close()
+	}
+	for _, t := range s.tasks.list() {
+		t.cancel()
+	}
+	<-served
+	return nil
+}
+
+// ListenAndServe is Serve on a TCP address such as ":443".
+func (s *Service) ListenAndServe(ctx context.Context, addr string) error {
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+	if err != nil {
+		return fmt.Errorf("serve Redfish: %w", err)
+	}
+	return s.Serve(ctx, l)
+}
+
+// debugWriter takes what net/http has to say, which is about broken handshakes mostly: anybody can cause those.
+type debugWriter struct{ log *slog.Logger }
+
+func (w debugWriter) Write(b []byte) (int, error) {
+	w.log.Debug("http server", "says", string(b))
+	return len(b), nil
+}
+
+// connections bounds the connections of a server. Above the bound, the one goes that has been waiting longest without a
+// request, so that whoever holds many idle connections does not keep others out.
+type connections struct {
+	limit int
+
+	mu   sync.Mutex // guards what follows
+	all  map[net.Conn]bool
+	idle map[net.Conn]time.Time // since when
+}
+
+func (c *connections) changed(conn net.Conn, state http.ConnState) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch state {
+	case http.StateNew:
+		if len(c.all) >= c.limit {
+			c.drop(conn)
+		}
+		c.all[conn] = true
+		c.idle[conn] = time.Now()
+	case http.StateIdle:
+		c.idle[conn] = time.Now()
+	case http.StateActive:
+		delete(c.idle, conn)
+	case http.StateClosed, http.StateHijacked:
+		delete(c.idle, conn)
+		delete(c.all, conn)
+	}
+}
+
+// drop closes the connection that has been idle longest, or else the new one.
+func (c *connections) drop(fresh net.Conn) {
+	victim, since := fresh, time.Now()
+	for conn, t := range c.idle {
+		if t.Before(since) {
+			victim, since = conn, t
+		}
+	}
+	delete(c.idle, victim)
+	delete(c.all, victim)
+	// Closing may write to a peer that does not read.
+	go victim.Close()
+}
+
+// loadCertificate returns the certificate of the state directory; if there is none, it makes and keeps one: ECDSA P-256, the
+// cheapest for the many clients that shake hands for each request, self-signed, for clients to pin.
+func loadCertificate(dir string, names []string, now time.Time) (tls.Certificate, error) {
+	certPath, keyPath := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+	if dir != "" {
+		cert, err := tls.LoadX509KeyPair(certPath, keyPath)
+		if err == nil {
+			return cert, nil
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return tls.Certificate{}, fmt.Errorf("load certificate: %w", err)
+		}
+	}
+	certPEM, keyPEM, err := selfSigned(names, now)
+	if err != nil {
+		return tls.Certificate{}, fmt.Errorf("make certificate: %w", err)
+	}
+	if dir != "" {
+		// The key first: if power fails in between, the certificate is missing and both are made anew.
+		if err := os.Remove(certPath); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return tls.Certificate{}, fmt.Errorf("store certificate: %w", err)
+		}
+		if err := writeFile(keyPath, keyPEM); err != nil {
+			return tls.Certificate{}, fmt.Errorf("store certificate: %w", err)
+		}
+		if err := writeFile(certPath, certPEM); err != nil {
+			return tls.Certificate{}, fmt.Errorf("store certificate: %w", err)
+		}
+	}
+	return tls.X509KeyPair(certPEM, keyPEM)
+}
+
+func selfSigned(names []string, now time.Time) (certPEM, keyPEM []byte, err error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
+	if err != nil {
+		return nil, nil, err
+	}
+	// A device's clock may be years behind at its first start, and ahead later.
+	from := time.Date(2024, 1, 1, 0, 0, 0, 0, time.UTC)
+	if now.Before(from) {
+		now = from
+	}
+	template := &x509.Certificate{
+		SerialNumber: serial, Subject: pkix.Name{CommonName: "Redfish service"}, NotBefore: from, NotAfter: now.AddDate(10, 0, 0),
+		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		IsCA: true, BasicConstraintsValid: true, // so that clients can take it as their CA
+		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback},
+	}
+	for _, name := range names {
+		if ip := net.ParseIP(name); ip != nil {
+			template.IPAddresses = append(template.IPAddresses, ip)
+		} else {
+			template.DNSNames = append(template.DNSNames, name)
+		}
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		return nil, nil, err
+	}
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, nil, err
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), nil
+}
