@@ -216,7 +216,7 @@ func (r *Route) check() error {
 		return errors.New("is a collection, which cannot be changed as a whole")
 	case !r.collection() && r.Create != nil:
 		return errors.New("is not a collection, and cannot take new members")
-	case strings.HasSuffix(r.URI, "/"):
+	case strings.HasSuffix(r.URI, "/") && r.URI != "/":
 		return errors.New("ends in a slash")
 	}
 	return nil
