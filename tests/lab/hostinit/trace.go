@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,18 +17,27 @@ import (
 	"github.com/backdoor-rhs/backdoor/tests/lab/control"
 )
 
-const tracefs = "/sys/kernel/tracing"
+const (
+	tracefs = "/sys/kernel/tracing"
+	group   = "lab" // of the events that the tracer makes
+)
 
-// tracer counts kernel functions with the function_graph tracer. Debian's kernels lack CONFIG_FUNCTION_PROFILER, so the
-// runs are counted from the trace itself.
+// tracer counts kernel functions with kprobes at their entry and exit. Debian's kernels lack CONFIG_FUNCTION_PROFILER,
+// and the function_graph tracer hooks the scheduler: changing code that runs all the time now and then kills a kernel
+// on QEMU's TCG with two CPUs ("int3" oops in __schedule). A kprobe changes only the function that is asked for.
 type tracer struct {
 	mu    sync.Mutex
 	names []string        // guarded by mu; nil while nothing is traced
 	known map[string]bool // guarded by mu
 }
 
-func set(file, value string) error {
-	f, err := os.OpenFile(filepath.Join(tracefs, file), os.O_WRONLY|os.O_TRUNC, 0)
+// set writes a file of tracefs; with add it keeps what is there.
+func set(file, value string, add bool) error {
+	how := os.O_TRUNC
+	if add {
+		how = os.O_APPEND
+	}
+	f, err := os.OpenFile(filepath.Join(tracefs, file), os.O_WRONLY|how, 0)
 	if err != nil {
 		return err
 	}
@@ -42,34 +52,45 @@ func (t *tracer) start(names []string) error {
 		return errors.New("trace: a trace runs already")
 	}
 	for _, s := range [][2]string{
-		{"tracing_on", "0"}, {"current_tracer", "nop"}, {"set_ftrace_filter", ""}, {"trace", ""}, {"buffer_size_kb", "4096"},
+		// record-cmd would hook the scheduler.
+		{"options/record-cmd", "0"}, {"options/record-tgid", "0"}, {"trace", ""}, {"buffer_size_kb", "1024"},
 	} {
-		if err := set(s[0], s[1]); err != nil {
+		if err := set(s[0], s[1], false); err != nil {
 			return fmt.Errorf("trace: set %s: %w", s[0], err)
 		}
 	}
 	known := make(map[string]bool)
-	for _, n := range names {
-		f, err := os.OpenFile(filepath.Join(tracefs, "set_ftrace_filter"), os.O_WRONLY|os.O_APPEND, 0)
-		if err != nil {
-			return fmt.Errorf("trace: %w", err)
-		}
-		_, err = f.WriteString(n)
-		// The kernel looks the name up at the write or at the close and says EINVAL if it cannot trace it.
-		known[n] = errors.Join(err, f.Close()) == nil
+	for i, n := range names {
+		// The kernel refuses a name that it does not know or must not probe.
+		known[n] = set("kprobe_events", fmt.Sprintf("p:%s/e%d %s", group, i, n), true) == nil &&
+			set("kprobe_events", fmt.Sprintf("r:%s/x%d %s", group, i, n), true) == nil
 	}
 	if !slices.ContainsFunc(names, func(n string) bool { return known[n] }) {
-		return fmt.Errorf("trace: the kernel can trace none of %s", strings.Join(names, ", "))
+		return errors.Join(fmt.Errorf("trace: the kernel can trace none of %q", names), clearProbes(len(names)))
 	}
-	for _, s := range [][2]string{
-		{"current_tracer", "function_graph"}, {"options/funcgraph-tail", "1"}, {"options/funcgraph-irqs", "1"}, {"tracing_on", "1"},
-	} {
-		if err := set(s[0], s[1]); err != nil {
-			return fmt.Errorf("trace: set %s: %w", s[0], err)
-		}
+	if err := set("events/"+group+"/enable", "1", false); err != nil {
+		return errors.Join(fmt.Errorf("trace: %w", err), clearProbes(len(names)))
 	}
 	t.names, t.known = slices.Clone(names), known
 	return nil
+}
+
+// clearProbes removes our probes, as far as they are there.
+func clearProbes(n int) error {
+	have, err := os.ReadFile(filepath.Join(tracefs, "kprobe_events"))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for i := range n {
+		for _, kind := range []string{"e", "x"} {
+			name := fmt.Sprintf("%s/%s%d", group, kind, i)
+			if strings.Contains(string(have), ":"+name+" ") {
+				errs = append(errs, set("kprobe_events", "-:"+name, true))
+			}
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func (t *tracer) stop() ([]control.FunctionCost, error) {
@@ -78,7 +99,7 @@ func (t *tracer) stop() ([]control.FunctionCost, error) {
 	if t.names == nil {
 		return nil, errors.New("trace: no trace runs")
 	}
-	if err := set("tracing_on", "0"); err != nil {
+	if err := set("events/"+group+"/enable", "0", false); err != nil {
 		return nil, fmt.Errorf("trace: %w", err)
 	}
 	f, err := os.Open(filepath.Join(tracefs, "trace"))
@@ -86,55 +107,57 @@ func (t *tracer) stop() ([]control.FunctionCost, error) {
 		return nil, fmt.Errorf("trace: %w", err)
 	}
 	defer f.Close()
-	hits, total, err := count(f)
+	hits, total, err := count(f, len(t.names))
 	if err != nil {
 		return nil, fmt.Errorf("trace: %w", err)
 	}
 	var list []control.FunctionCost
-	for _, n := range t.names {
-		list = append(list, control.FunctionCost{Name: n, Hits: hits[n], Total: total[n], Known: t.known[n]})
+	for i, n := range t.names {
+		list = append(list, control.FunctionCost{Name: n, Hits: hits[i], Total: total[i], Known: t.known[n]})
 	}
+	err = clearProbes(len(t.names))
 	t.names = nil
-	return list, errors.Join(set("current_tracer", "nop"), set("set_ftrace_filter", ""), set("trace", ""))
+	return list, err
 }
 
-// count adds up a function_graph trace (Documentation/trace/ftrace.rst of Linux 6.1). A run is one line if nothing that
-// is traced ran inside it, else its end names it, thanks to the option funcgraph-tail:
+// traced matches a line of the trace (Documentation/trace/ftrace.rst and kprobetrace.rst, Linux 6.1):
 //
-//  0. 1.234 us    |  leaf();
-//  0. |  outer() {
-//  0. + 12.345 us   |  } /* outer */
+//	<...>-127     [001] .....    12.345678: e0: (do_exit+0x0/0xb00)
 //
-// The marks before the time ($ @ * # ! +) only say that it was long.
-func count(r io.Reader) (hits map[string]int, total map[string]time.Duration, err error) {
-	hits, total = make(map[string]int), make(map[string]time.Duration)
+// The submatches are the PID, the time in seconds and microseconds, e for entry or x for exit, and the number.
+var traced = regexp.MustCompile(`-(\d+)\s+\[\d+\]\s+\S+\s+(\d+)\.(\d{6}): ([ex])(\d+): `)
+
+// count adds up the runs of n functions: how often each was entered, and the time from entry to exit. An interrupt has
+// the PID of the task that it interrupts, so that entries and exits nest for each PID.
+func count(r io.Reader, n int) (hits []int, total []time.Duration, err error) {
+	hits, total = make([]int, n), make([]time.Duration, n)
+	type key struct {
+		pid string
+		fn  int
+	}
+	open := make(map[key][]time.Duration)
 	in := bufio.NewScanner(r)
 	in.Buffer(nil, 1<<20)
 	for in.Scan() {
-		left, right, ok := strings.Cut(in.Text(), "|")
-		if !ok {
+		m := traced.FindStringSubmatch(in.Text())
+		if m == nil {
 			continue
 		}
-		right = strings.TrimSpace(right)
-		var name string
-		if rest, ok := strings.CutPrefix(right, "} /* "); ok {
-			name, _, _ = strings.Cut(rest, " ")
-		} else if rest, ok := strings.CutSuffix(right, "();"); ok {
-			name = rest
-		} else {
+		sec, err1 := strconv.ParseInt(m[2], 10, 32)
+		us, err2 := strconv.ParseInt(m[3], 10, 32)
+		fn, err3 := strconv.Atoi(m[5])
+		if errors.Join(err1, err2, err3) != nil || fn >= n {
 			continue
 		}
-		name, _, _ = strings.Cut(name, " [") // a module's function has its module behind it
-		hits[name]++
-		f := strings.Fields(left)
-		if len(f) < 2 || f[len(f)-1] != "us" {
-			continue
+		at := time.Duration(sec)*time.Second + time.Duration(us)*time.Microsecond
+		k := key{m[1], fn}
+		if m[4] == "e" {
+			hits[fn]++
+			open[k] = append(open[k], at)
+		} else if s := open[k]; len(s) > 0 {
+			total[fn] += at - s[len(s)-1]
+			open[k] = s[:len(s)-1]
 		}
-		us, err := strconv.ParseFloat(f[len(f)-2], 64)
-		if err != nil {
-			continue
-		}
-		total[name] += time.Duration(us * float64(time.Microsecond))
 	}
 	return hits, total, in.Err()
 }
