@@ -42,6 +42,7 @@ type Memory interface {
 	io.ReaderAt
 	// Map returns the readable RAM, sorted and without overlap. The caller must not change it.
 	Map() []Range
+	// Close gives the path up. Accesses after it fail; closing again does nothing.
 	io.Closer
 }
 

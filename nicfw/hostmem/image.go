@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 )
 
 // Image is a memory dump in a file: raw, ELF64 core or LiME. It is read-only.
@@ -51,7 +52,7 @@ func OpenImage(path string) (Memory, error) {
 		return nil, fmt.Errorf("open image %s: %w", path, err)
 	}
 	if img, ok := mem.(*Image); ok {
-		img.close = f.Close
+		img.close = sync.OnceValue(f.Close)
 	} else {
 		f.Close() // a recording is in memory by now
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -21,6 +22,7 @@ type RAMFile struct {
 	write  bool
 	f      *os.File
 	m      *mapping
+	close  func() error
 }
 
 // OpenRAMFile opens the RAM file at path, of which layout tells what lies where (for q35: Q35Layout). No layout means that
@@ -72,7 +74,8 @@ func newRAMFile(f *os.File, extents []Extent, write bool) (*RAMFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &RAMFile{layout: l, write: write, f: f, m: m}, nil
+	closeBoth := sync.OnceValue(func() error { return errors.Join(m.close(), f.Close()) })
+	return &RAMFile{layout: l, write: write, f: f, m: m, close: closeBoth}, nil
 }
 
 // errShrunk is a load that raised SIGBUS: nothing backs the page any more.
@@ -140,9 +143,7 @@ func (r *RAMFile) Resident() []Range {
 }
 
 // Close implements Memory.
-func (r *RAMFile) Close() error {
-	return errors.Join(r.m.close(), r.f.Close())
-}
+func (r *RAMFile) Close() error { return r.close() }
 
 // storable returns the fault of a write that may not happen or does not lie wholly in RAM.
 func storable(ram []Range, write bool, off int64, n int) error {

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 )
 
 // sharedMemory are the PCI devices that show host memory as plain shared memory, with the BAR that does. On these a
@@ -54,6 +55,7 @@ type Window struct {
 	swaps  bool
 	m      *mapping
 	dev    pciDevice
+	close  func() error
 }
 
 // OpenPCI finds the device, enables it and maps its window.
@@ -120,7 +122,10 @@ func openPCI(o PCIOptions) (*Window, error) {
 		m.close()
 		return nil, err
 	}
-	return &Window{layout: l, write: o.Write, swaps: o.Write && shared && strconv.IntSize == 64, m: m, dev: dev}, nil
+	return &Window{
+		layout: l, write: o.Write, swaps: o.Write && shared && strconv.IntSize == 64, m: m, dev: dev,
+		close: sync.OnceValue(func() error { return errors.Join(m.close(), dev.config.Close()) }),
+	}, nil
 }
 
 // findPCI returns the sysfs folder of the one device that o names.
@@ -320,9 +325,7 @@ func (w *Window) Writer() (Writer, bool) { return w, w.write }
 func (w *Window) Swapper() (Swapper, bool) { return w, w.swaps }
 
 // Close implements Memory.
-func (w *Window) Close() error {
-	return errors.Join(w.m.close(), w.dev.config.Close())
-}
+func (w *Window) Close() error { return w.close() }
 
 // allOnes reports whether b is not empty and has no zero bit.
 func allOnes(b []byte) bool {
