@@ -1,0 +1,56 @@
+# make help says what there is.
+
+# Bash, so that make runs every line through it with the PATH below.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# The Go that "make setup" fetched, if it had to. The directory need not exist.
+export PATH := $(CURDIR)/build/go/bin:$(PATH)
+
+FUZZTIME ?= 20s
+BENCH ?= .
+
+.PHONY: help setup build images demo lab test fuzz bench lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '%-8s %s\n' "$$t" "$$d"; done
+
+setup: ## install what is needed: Debian packages, Go, modules, kernels (fast when nothing is missing)
+	@images/setup.sh
+
+build: setup ## build the commands into build/bin
+	@mkdir -p build/bin
+	go build -trimpath -o build/bin/ ./cmd/...
+
+images: setup ## build the bootable images into build/images
+	@go run ./images build all
+
+demo: setup images ## a host falls ill and is healed from outside, with a timeline
+	@go run ./cmd/backdoor lab demo
+
+lab: setup images ## start the lab (host, DPU, network) and leave it running
+	@go run ./cmd/backdoor lab up
+
+test: setup ## unit tests with the race detector, images booted in QEMU
+	go test -race ./...
+	go test -count=1 ./images -qemu
+
+lint: setup ## formatting, go vet, staticcheck
+	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "not formatted by gofmt:"; echo "$$out"; exit 1; fi
+	go vet ./...
+	go tool staticcheck ./...
+
+fuzz: setup ## run every fuzz target for FUZZTIME (20s)
+	@go test -list '^Fuzz' ./... | awk '/^Fuzz/ {f[n++]=$$1} /^ok/ {for (i=0;i<n;i++) print $$2, f[i]; n=0}' | while read -r pkg f; do
+		echo "$$pkg $$f"
+		go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) "$$pkg"
+	done
+
+bench: setup ## run the benchmarks that match BENCH (all)
+	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
+
+clean: ## remove what the other targets made here; downloads stay in the user's cache directory
+	rm -rf build
