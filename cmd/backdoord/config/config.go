@@ -223,6 +223,9 @@ func (d *Duration) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
+// Std returns it as the standard library's type.
+func (d Duration) Std() time.Duration { return time.Duration(d) }
+
 // MarshalJSON writes a string.
 func (d Duration) MarshalJSON() ([]byte, error) { return json.Marshal(time.Duration(d).String()) }
 

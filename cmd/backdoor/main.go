@@ -1,0 +1,67 @@
+// Backdoor is the operator's command: it asks an agent about the host that it watches, and has the host healed.
+//
+// # Synopsis
+//
+//	backdoor [flags] VERB [arguments]
+//
+// # Description
+//
+// The host is chosen by -host URL or by a context of the configuration file; without either, the current context is used.
+// With -image FILE (a crash dump: ELF vmcore, LiME or raw) or -mem FILE (the live RAM file of a virtual machine) there is no
+// agent: the verbs status, ps, top and dmesg then work on that memory by themselves. Flags may stand before or after the verb.
+// Every verb prints tables for people, or JSON with -json.
+//
+// The verbs:
+//
+//	status       how the host and its agent stand
+//	findings     what is wrong with the host; findings ID tells everything about one
+//	ps           the host's processes
+//	top          the host's busiest processes
+//	dmesg        the host's kernel log; -w follows it
+//	heal         repair a finding: heal FINDING [-dry-run] [-action A] [-y]
+//	power        the host's power: status, on, off, cycle, reset, nmi, soft
+//	journal      what the agent decided and wrote; -verify checks the chain of hashes
+//	login        log in to an agent and keep it as a context
+//	config       contexts: get-contexts, use-context, set-context, delete-context, view
+//	agreement    access agreements: keygen, new, sign, verify, show
+//	lab          two virtual machines to try all of this on
+//	completion   completion for bash, zsh or fish
+//	version      the version of this program
+//	help         help for a verb
+//
+// # Exit status
+//
+//	0  done, and all is well
+//	1  an error
+//	2  wrong usage
+//	3  the host is ill: findings are open, or a repair did not help
+//	4  could not tell: no kernel attached, or memory that says nothing certain
+//	5  denied: wrong credentials, missing privileges, writing switched off, or no agreement
+//
+// # Files
+//
+// $XDG_CONFIG_HOME/backdoor/config.json holds the contexts, readable by its owner only. Passwords are asked for, or read from
+// a file or standard input (-password-file, "-" for standard input), and never taken from the command line. What is kept after a
+// login is a session token, or the password if -save-password says so.
+//
+// # Examples
+//
+//	backdoor login -host https://10.0.0.5 -context dpu1
+//	backdoor status
+//	backdoor heal runaway-process-1 -dry-run
+//	backdoor -image vmcore ps
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	code := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}

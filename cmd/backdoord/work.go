@@ -1,0 +1,194 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/agent/journal"
+	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
+	"github.com/backdoor-rhs/backdoor/cmd/internal/version"
+	"github.com/backdoor-rhs/backdoor/redfish/service"
+)
+
+// journalSize is the space that the journal has; some tens of thousands of records.
+const journalSize = 16 << 20
+
+// work is the second process: everything that the agent does for its host.
+func work(ctx context.Context, path string, level *slog.LevelVar, log *slog.Logger, console io.Writer) int {
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err == nil {
+		limitMemory(uint64(si.Totalram) * uint64(si.Unit))
+	}
+	cfg, why := configure(path)
+	if why != nil {
+		log.Warn("starting without a valid configuration: read-only, watching nothing", "err", why)
+	}
+	if l, err := cfg.Level(); err == nil {
+		level.Set(l)
+	}
+	log.Info("backdoord", "version", version.String(), "memory", cfg.Memory.Backend, "writes", cfg.Writes)
+
+	w := &worker{cfg: cfg, log: log, console: console}
+	p := newParts(cfg, log)
+	for _, err := range p.problems {
+		log.Error("configuration", "err", err)
+	}
+	if err := w.open(p, why); err != nil {
+		log.Error("start", "err", err)
+		return 1
+	}
+	return w.run(ctx)
+}
+
+// configure loads the configuration. With an error comes one that watches and writes nothing.
+func configure(path string) (config.Config, error) {
+	cfg, err := config.Load(path)
+	switch {
+	case err == nil:
+		return cfg, nil
+	case config.Missing(err):
+		err = fmt.Errorf("there is no configuration: %w", err)
+	default:
+		err = fmt.Errorf("the configuration is wrong: %w", err)
+	}
+	return config.Default(), err
+}
+
+type worker struct {
+	cfg     config.Config
+	log     *slog.Logger
+	console io.Writer
+	engine  *engine.Engine
+	service *service.Service
+	journal *journal.Journal
+}
+
+// open makes the engine and the service.
+func (w *worker) open(p *parts, why error) error {
+	if err := os.MkdirAll(w.cfg.StateDir, 0o700); err != nil {
+		return fmt.Errorf("make state directory: %w", err)
+	}
+	j, err := journal.OpenFile(filepath.Join(w.cfg.StateDir, "journal"), journalSize)
+	if err != nil {
+		// Without a journal the engine writes nothing, and says so; it still watches.
+		w.log.Error("open journal: nothing will be written to the host", "err", err)
+	} else {
+		w.journal = j
+	}
+	cache := filepath.Join(w.cfg.StateDir, "cache")
+	if err := os.MkdirAll(cache, 0o700); err != nil {
+		w.log.Warn("make cache directory", "err", err)
+		cache = ""
+	}
+	w.engine = engine.New(engine.Options{
+		Logger:    w.log,
+		Memory:    memory(w.cfg, w.log, why),
+		Writes:    w.cfg.Writes,
+		HostUUID:  w.cfg.HostUUID,
+		Agreement: p.agreement,
+		Policy:    p.policy,
+		Journal:   w.journal,
+		Power:     p.power,
+		Interval:  w.cfg.Intervals.Pass.Std(),
+		CacheDir:  cache,
+	})
+	w.service, err = service.New(service.Options{
+		Logger:   w.log,
+		StateDir: filepath.Join(w.cfg.StateDir, "redfish"),
+		Product:  "Backdoor",
+		Names:    w.cfg.Redfish.Names,
+		Announce: w.announce,
+	})
+	if err != nil {
+		return fmt.Errorf("make Redfish service: %w", err)
+	}
+	return nil
+}
+
+// announce shows the initial password on the console, and nowhere else.
+func (w *worker) announce(c service.Credential) {
+	fmt.Fprintf(w.console, "\nbackdoord: log in as %q with the initial password %q; it must be changed then.\n\n", c.User, c.Password)
+}
+
+// run runs the parts until ctx ends.
+func (w *worker) run(ctx context.Context) int {
+	sum := sha256.Sum256(w.service.Certificate().Raw)
+	fmt.Fprintf(w.console, "backdoord: Redfish on %s, certificate SHA-256 %s\n", w.cfg.Redfish.Listen, hex.EncodeToString(sum[:]))
+	var wg sync.WaitGroup
+	wg.Go(func() { supervise(ctx, w.log, "engine", w.engine.Run) })
+	wg.Go(func() {
+		supervise(ctx, w.log, "redfish", func(ctx context.Context) error {
+			return w.service.ListenAndServe(ctx, w.cfg.Redfish.Listen)
+		})
+	})
+	wg.Go(func() { beat(ctx, w.answers, w.log) })
+	<-ctx.Done()
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(15 * time.Second):
+		w.log.Error("a part does not end; leaving it")
+	}
+	if w.journal != nil {
+		if err := w.journal.Close(); err != nil {
+			w.log.Error("close journal", "err", err)
+		}
+	}
+	return 0
+}
+
+// answers asks the parts for a sign of life.
+func (w *worker) answers(context.Context) error {
+	w.engine.State() // blocks if the engine has locked itself up, and then nobody beats
+	return nil
+}
+
+// supervise runs a part, and again when it fails or panics, ever more slowly if it does so at once.
+func supervise(ctx context.Context, log *slog.Logger, name string, part func(context.Context) error) {
+	delay := time.Second
+	for {
+		started := time.Now()
+		err := guarded(ctx, part)
+		if ctx.Err() != nil {
+			return
+		}
+		if err == nil {
+			err = errors.New("ended by itself")
+		}
+		if time.Since(started) > time.Minute {
+			delay = time.Second
+		}
+		log.Error("a part has ended; starting it again", "part", name, "err", err, "in", delay)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(delay):
+		}
+		delay = min(2*delay, 30*time.Second)
+	}
+}
+
+// guarded turns a panic into an error with the place where it happened.
+func guarded(ctx context.Context, part func(context.Context) error) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("panic: %v\n%s", r, strings.TrimSpace(string(debug.Stack())))
+		}
+	}()
+	return part(ctx)
+}
