@@ -72,6 +72,8 @@ type Finding struct {
 	LastSeen   time.Time  `json:"lastSeen"`
 	Resolved   *time.Time `json:"resolved,omitempty"` // when the detector went quiet or the repair was verified
 	Resolution string     `json:"resolution,omitempty"`
+	// Cause is the ID of another open finding that explains this one; while it stands nothing is done about this one.
+	Cause string `json:"cause,omitempty"`
 	// Action is the ID of the action that policy proposes, and Automatic whether policy lets it run unasked.
 	Action    string `json:"action,omitempty"`
 	Automatic bool   `json:"automatic"`
@@ -107,6 +109,9 @@ type Pass struct {
 	Beats    []kernel.Heartbeat `json:"beats"` // oldest first
 	Tasks    []TaskSample       `json:"tasks"` // oldest first
 	View     *kernel.View       `json:"-"`     // the fresh view; nil in a replayed series
+	// Tickless says that CPUs of this host may run a task without timer ticks (nohz_full): the scheduler then looks after
+	// them from another CPU once a second.
+	Tickless bool `json:"tickless,omitempty"`
 }
 
 // Detector is one kind of judgement.
