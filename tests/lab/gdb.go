@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/tests/lab/control"
@@ -25,12 +26,17 @@ type gdb struct {
 	in   *bufio.Reader
 }
 
-// command sends a packet and returns the answer to it.
+// command sends a packet and returns the answer to it. The news that the machine has stopped may come first.
 func (g *gdb) command(packet string) (string, error) {
 	if err := g.send(packet); err != nil {
 		return "", err
 	}
-	return g.receive()
+	for {
+		s, err := g.receive()
+		if err != nil || !strings.HasPrefix(s, "T") {
+			return s, err
+		}
+	}
 }
 
 func (g *gdb) send(packet string) error {
@@ -137,7 +143,18 @@ func (h *Host) attach(ctx context.Context) (*gdb, func(), error) {
 		deadline = time.Now().Add(time.Minute)
 	}
 	conn.SetDeadline(deadline) // a TCP connection takes deadlines
-	return &gdb{conn, bufio.NewReader(conn)}, func() { conn.Close(); stop() }, nil
+	g := &gdb{conn, bufio.NewReader(conn)}
+	leave := func() {
+		conn.Close()
+		stop()
+		client.Execute(context.WithoutCancel(ctx), "cont", nil, nil) // no-op if it runs; gone if QEMU is
+	}
+	// Only a client that has asked for the description of the registers may read them one by one.
+	if _, err := g.command("qXfer:features:read:target.xml:0,100"); err != nil {
+		leave()
+		return nil, nil, fmt.Errorf("open the debug stub: %w", err)
+	}
+	return g, leave, nil
 }
 
 // spin is "jmp ." of x86-64.

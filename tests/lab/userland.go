@@ -8,18 +8,15 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/images/initramfs"
 	"github.com/backdoor-rhs/backdoor/images/kernels"
-	"github.com/u-root/u-root/pkg/cpio"
-	"github.com/ulikunitz/xz"
+	"github.com/backdoor-rhs/backdoor/images/modpack"
 )
 
 const modulePath = "github.com/backdoor-rhs/backdoor"
@@ -59,7 +56,7 @@ func userland(ctx context.Context, cache, root string, k kernels.Kernel) (string
 		return "", err
 	}
 	key := sha256.New()
-	fmt.Fprintln(key, "1", runtime.Version(), k.Release, k.Version, hostModules)
+	fmt.Fprintln(key, "2", runtime.Version(), k.Release, k.Version, hostModules)
 	for _, pattern := range []string{"go.mod", "go.sum", "tests/lab/hostinit/*.go", "tests/lab/control/*.go"} {
 		names, err := filepath.Glob(filepath.Join(root, pattern))
 		if err != nil {
@@ -84,15 +81,15 @@ func userland(ctx context.Context, cache, root string, k kernels.Kernel) (string
 	if err != nil {
 		return "", err
 	}
-	mods, err := moduleClosure(k.ModulesDir, hostModules)
+	mods, err := modpack.Make(k.ModulesDir, hostModules)
 	if err != nil {
 		return "", &InfraError{Op: "pack the host's modules", Err: err}
 	}
-	var out bytes.Buffer
-	if err := pack(&out, init, bb, mods); err != nil {
+	archive, err := pack(init, bb, mods.LoadOrder())
+	if err != nil {
 		return "", &InfraError{Op: "pack the host's userland", Err: err}
 	}
-	if err := replace(path, out.Bytes()); err != nil {
+	if err := replace(path, archive); err != nil {
 		return "", &InfraError{Op: "pack the host's userland", Err: err}
 	}
 	prune(dir)
@@ -198,132 +195,20 @@ func static(path string) bool {
 	return f.Machine == elf.EM_X86_64
 }
 
-// pack writes the initramfs: hostinit as /init, busybox, and the modules numbered in the order to load them.
-func pack(w io.Writer, init, busybox []byte, mods []module) error {
-	dirs := []string{"bin", "sbin", "dev", "etc", "proc", "sys", "run", "tmp", "modules", "programs"}
-	var recs []cpio.Record
-	for _, d := range dirs {
-		recs = append(recs, cpio.Directory(d, 0o755))
+// pack makes the initramfs: hostinit as /init, busybox, and the modules numbered in the order to load them.
+func pack(init, busybox []byte, mods []modpack.Module) ([]byte, error) {
+	var a initramfs.Archive
+	for _, d := range []string{"dev", "proc", "sys", "run", "tmp", "programs"} {
+		a.Directory(d, 0o755)
 	}
-	// The kernel opens the console before devtmpfs is there.
-	recs = append(recs,
-		cpio.CharDev("dev/console", 0o600, 5, 1),
-		cpio.StaticFile("init", string(init), 0o755),
-		cpio.StaticFile("bin/busybox", string(busybox), 0o755),
-		cpio.Symlink("bin/sh", "busybox"),
-		cpio.StaticFile("etc/passwd", "root:x:0:0:root:/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\n", 0o644),
-		cpio.StaticFile("etc/hostname", "host\n", 0o644),
-	)
+	a.CharDevice("dev/console", 0o600, 5, 1) // the kernel opens it before devtmpfs is there
+	a.File("init", init, 0o755)
+	a.File("bin/busybox", busybox, 0o755)
+	a.Symlink("bin/sh", "busybox")
+	a.File("etc/passwd", []byte("root:x:0:0:root:/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\n"), 0o644)
+	a.File("etc/hostname", []byte("host\n"), 0o644)
 	for i, m := range mods {
-		recs = append(recs, cpio.StaticFile(fmt.Sprintf("modules/%02d-%s.ko", i, m.name), string(m.data), 0o644))
+		a.File(fmt.Sprintf("modules/%02d-%s.ko", i, m.Name), m.Data, 0o644)
 	}
-	cpio.MakeAllReproducible(recs)
-	rw := cpio.Newc.Writer(w)
-	if err := cpio.WriteRecords(rw, recs); err != nil {
-		return err
-	}
-	return cpio.WriteTrailer(rw)
-}
-
-// module is a kernel module, not compressed.
-type module struct {
-	name string // with underscores
-	data []byte
-}
-
-// moduleClosure returns the modules and all that they depend on, in an order in which they can be loaded. Those that
-// are built into the kernel are left out. Debian ships no modules.dep in its packages, so the modules themselves are
-// asked: ".modinfo" of each has a line "depends=" (scripts/mod/modpost.c, Linux 6.1).
-func moduleClosure(dir string, names []string) ([]module, error) {
-	norm := func(s string) string { return strings.ReplaceAll(s, "-", "_") }
-	paths := make(map[string]string)
-	err := filepath.WalkDir(filepath.Join(dir, "kernel"), func(p string, d fs.DirEntry, err error) error {
-		if base, _, ok := strings.Cut(filepath.Base(p), ".ko"); ok && err == nil && !d.IsDir() {
-			paths[norm(base)] = p
-		}
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	builtin, err := os.ReadFile(filepath.Join(dir, "modules.builtin"))
-	if err != nil {
-		return nil, err
-	}
-	for line := range strings.Lines(string(builtin)) {
-		base, _, _ := strings.Cut(filepath.Base(strings.TrimSpace(line)), ".ko")
-		paths[norm(base)] = ""
-	}
-	var list []module
-	seen := make(map[string]bool)
-	var visit func(string) error
-	visit = func(name string) error {
-		if name = norm(name); seen[name] {
-			return nil
-		}
-		seen[name] = true
-		path, ok := paths[name]
-		if !ok {
-			return fmt.Errorf("module %s: %w in %s", name, fs.ErrNotExist, dir)
-		}
-		if path == "" {
-			return nil
-		}
-		data, depends, err := readModule(path)
-		if err != nil {
-			return err
-		}
-		for _, d := range depends {
-			if err := visit(d); err != nil {
-				return err
-			}
-		}
-		list = append(list, module{name, data})
-		return nil
-	}
-	for _, n := range names {
-		if err := visit(n); err != nil {
-			return nil, err
-		}
-	}
-	return list, nil
-}
-
-// readModule returns a module, unpacked if it is a .ko.xz, and the names of what it depends on.
-func readModule(path string) (data []byte, depends []string, err error) {
-	data, err = os.ReadFile(path)
-	if err != nil {
-		return nil, nil, err
-	}
-	switch filepath.Ext(path) {
-	case ".ko":
-	case ".xz":
-		r, err := xz.NewReader(bytes.NewReader(data))
-		if err == nil {
-			data, err = io.ReadAll(r)
-		}
-		if err != nil {
-			return nil, nil, fmt.Errorf("unpack %s: %w", path, err)
-		}
-	default:
-		return nil, nil, fmt.Errorf("unpack %s: unknown compression", path)
-	}
-	f, err := elf.NewFile(bytes.NewReader(data))
-	if err != nil {
-		return nil, nil, fmt.Errorf("read %s: %w", path, err)
-	}
-	s := f.Section(".modinfo")
-	if s == nil {
-		return nil, nil, fmt.Errorf("read %s: no .modinfo", path)
-	}
-	info, err := s.Data()
-	if err != nil {
-		return nil, nil, fmt.Errorf("read %s: %w", path, err)
-	}
-	for _, kv := range strings.Split(string(info), "\x00") {
-		if v, ok := strings.CutPrefix(kv, "depends="); ok && v != "" {
-			depends = strings.Split(v, ",")
-		}
-	}
-	return data, depends, nil
+	return a.Bytes()
 }
