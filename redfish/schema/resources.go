@@ -182,21 +182,24 @@ type LogService struct {
 // LogEntry is LogEntry.v1_21_0.LogEntry.
 type LogEntry struct {
 	Resource
-	EntryType      string   `json:"EntryType"` // Event, SEL, Oem
-	OEMRecordFmt   string   `json:"OemRecordFormat,omitempty"`
-	Created        string   `json:"Created,omitempty"`
-	Modified       string   `json:"Modified,omitempty"`
-	EventTimestamp string   `json:"EventTimestamp,omitempty"`
-	Severity       Health   `json:"Severity,omitempty"`
-	Message        string   `json:"Message,omitempty"`
-	MessageID      string   `json:"MessageId,omitempty"`
-	MessageArgs    []string `json:"MessageArgs,omitempty"`
-	Resolution     string   `json:"Resolution,omitempty"`
-	Resolved       *bool    `json:"Resolved,omitempty"`
-	Links          *struct {
-		OriginOfCondition *Link `json:"OriginOfCondition,omitempty"`
-	} `json:"Links,omitempty"`
-	OEM OEM `json:"Oem,omitempty"`
+	EntryType      string         `json:"EntryType"` // Event, SEL, Oem
+	OEMRecordFmt   string         `json:"OemRecordFormat,omitempty"`
+	Created        string         `json:"Created,omitempty"`
+	Modified       string         `json:"Modified,omitempty"`
+	EventTimestamp string         `json:"EventTimestamp,omitempty"`
+	Severity       Health         `json:"Severity,omitempty"`
+	Message        string         `json:"Message,omitempty"`
+	MessageID      string         `json:"MessageId,omitempty"`
+	MessageArgs    []string       `json:"MessageArgs,omitempty"`
+	Resolution     string         `json:"Resolution,omitempty"`
+	Resolved       *bool          `json:"Resolved,omitempty"`
+	Links          *LogEntryLinks `json:"Links,omitempty"`
+	OEM            OEM            `json:"Oem,omitempty"`
+}
+
+// LogEntryLinks are the related resources of a log entry.
+type LogEntryLinks struct {
+	OriginOfCondition *Link `json:"OriginOfCondition,omitempty"`
 }
 
 // TaskService is TaskService.v1_3_0.TaskService.

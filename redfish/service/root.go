@@ -37,20 +37,15 @@ func (s *Service) standardRoutes() []Route {
 		{URI: "/redfish/v1", Type: schema.TypeServiceRoot, Get: s.root},
 		{
 			URI: "/redfish/v1/Registries", Type: schema.TypeRegistryFileCollection, Name: "Message Registries",
-			Members: Fixed("Base.1.22.1"),
-		},
-		{
-			URI: "/redfish/v1/Registries/{registry}", Type: schema.TypeRegistryFile,
-			Get: func(r *Request) (schema.Object, error) {
-				if r.Param("registry") != "Base.1.22.1" {
-					return nil, NotFound
+			Members: func(*Request) ([]string, error) {
+				ids := []string{baseFile}
+				for i := range s.o.Registries {
+					ids = append(ids, s.o.Registries[i].id())
 				}
-				return &schema.MessageRegistryFile{
-					Resource: schema.Resource{Name: "Base Message Registry File"}, Languages: []string{"en"}, Registry: "Base.1.22",
-					Location: []schema.Location{{Language: "en", PublicationURI: "https://redfish.dmtf.org/registries/Base.1.22.1.json"}},
-				}, nil
+				return ids, nil
 			},
 		},
+		{URI: "/redfish/v1/Registries/{registry}", Type: schema.TypeRegistryFile, Get: s.registryFile},
 		{
 			URI: "/redfish/v1/JsonSchemas", Type: schema.TypeSchemaFileCollection, Name: "JSON Schemas",
 			Members: func(*Request) (ids []string, err error) {
@@ -80,9 +75,51 @@ func (s *Service) standardRoutes() []Route {
 	for _, own := range s.o.Schemas {
 		routes = append(routes, Route{URI: own.uri(), Document: func() (string, []byte) { return "application/xml;charset=utf-8", own.CSDL }})
 	}
+	for i := range s.o.Registries {
+		own := &s.o.Registries[i]
+		routes = append(routes, Route{URI: own.uri(), Document: func() (string, []byte) { return "application/json;charset=utf-8", own.json() }})
+	}
 	routes = append(routes, s.sessionRoutes()...)
 	routes = append(routes, s.accountRoutes()...)
 	return append(routes, s.taskRoutes()...)
+}
+
+// baseFile is DMTF's registry of general messages, which baseMessages is taken from.
+const baseFile = "Base.1.22.1"
+
+func (o *Registry) id() string  { return o.Prefix + "." + o.Version }
+func (o *Registry) uri() string { return "/redfish/v1/registries/" + o.id() + ".json" }
+
+// json writes the registry in the form of DSP8011.
+func (o *Registry) json() []byte {
+	b, err := json.Marshal(map[string]any{
+		"@odata.type": "#MessageRegistry.v1_7_0.MessageRegistry", "Id": o.id(), "Name": o.Prefix + " Message Registry", "Language": "en",
+		"Description": o.Description, "RegistryPrefix": o.Prefix, "RegistryVersion": o.Version, "OwningEntity": o.Owner, "Messages": o.Messages,
+	})
+	if err != nil {
+		panic(err) // strings and numbers only
+	}
+	return b
+}
+
+func (s *Service) registryFile(r *Request) (schema.Object, error) {
+	file := func(id string, where schema.Location) *schema.MessageRegistryFile {
+		where.Language = "en"
+		return &schema.MessageRegistryFile{
+			Resource: schema.Resource{Name: id + " Message Registry File"}, Languages: []string{"en"},
+			Registry: id[:strings.LastIndexByte(id, '.')], Location: []schema.Location{where},
+		}
+	}
+	id := r.Param("registry")
+	if id == baseFile {
+		return file(id, schema.Location{PublicationURI: "https://redfish.dmtf.org/registries/" + id + ".json"}), nil
+	}
+	for i := range s.o.Registries {
+		if own := &s.o.Registries[i]; own.id() == id {
+			return file(id, schema.Location{URI: own.uri()}), nil
+		}
+	}
+	return nil, NotFound
 }
 
 func (o *Schema) uri() string { return "/redfish/v1/schema/" + o.Namespace + "_v1.xml" }

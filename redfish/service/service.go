@@ -44,6 +44,8 @@ type Options struct {
 	Root func(*schema.ServiceRoot)
 	// Schemas are CSDL files of our own by namespace, served under /redfish/v1/schema and referred to in $metadata.
 	Schemas []Schema
+	// Registries are message registries of our own.
+	Registries []Registry
 	// Index is the page at "/", outside of Redfish.
 	Index string
 	// Limits bound what clients can make the service spend.
@@ -58,6 +60,24 @@ type Schema struct {
 	Namespace string   // "BackdoorComputerSystem"
 	Versions  []string // "v1_0_0"
 	CSDL      []byte
+}
+
+// Registry is a message registry (MessageRegistry.v1_7_0) that DMTF does not publish.
+type Registry struct {
+	Prefix, Version string // "BackdoorHost", "1.0.0"
+	Owner           string
+	Description     string
+	Messages        map[string]RegistryMessage
+}
+
+// RegistryMessage is one message of a Registry.
+type RegistryMessage struct {
+	Description string        `json:"Description"`
+	Message     string        `json:"Message"` // with %1, %2 … for arguments
+	Severity    schema.Health `json:"MessageSeverity"`
+	NumArgs     int           `json:"NumberOfArgs"`
+	ParamTypes  []string      `json:"ParamTypes,omitempty"` // "string" or "number"
+	Resolution  string        `json:"Resolution"`
 }
 
 // Limits bound what clients can make a Service spend. Zero means the default.

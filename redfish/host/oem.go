@@ -1,0 +1,182 @@
+package host
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
+	"github.com/backdoor-rhs/backdoor/agent/journal"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/agent/query"
+	"github.com/backdoor-rhs/backdoor/redfish/oem"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
+	"github.com/backdoor-rhs/backdoor/redfish/service"
+)
+
+const (
+	stateURI = "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/State"
+	tasksURI = "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/Tasks"
+)
+
+// Our schemas. A version is never changed once it was released, only followed by another.
+var (
+	systemSchema = oem.Schema{
+		Name: "BackdoorComputerSystem", Version: "v1_0_0", Purpose: "How the agent stands with the host that it watches.",
+		Objects: map[string]any{"ComputerSystem": systemOEM{}},
+		Actions: []oem.Action{{
+			Name: "Heal", Bound: "ComputerSystem.v1_0_0.OemActions",
+			Description: "Plans a repair of a finding and, unless DryRun is true, carries it out. It runs as a task whose Oem object holds the plan and the outcome.",
+			Parameters: []oem.Parameter{
+				{Name: "Finding", Type: "Edm.String", Required: true, Description: "The Id of the finding's log entry."},
+				{Name: "Action", Type: "Edm.String", Description: "The repair. If absent, the one that policy proposes."},
+				{Name: "DryRun", Type: "Edm.Boolean", Description: "Plan only; nothing is written to the host."},
+			},
+		}},
+	}
+	stateSchema = oem.Schema{
+		Name: "BackdoorState", Version: "v1_0_0", Purpose: "The state of the agent's engine.", Resource: stateResource{},
+		URIs: []string{"/redfish/v1/Systems/{ComputerSystemId}/Oem/" + oem.Identifier + "/State"},
+	}
+	processesSchema = oem.Schema{
+		Name: "BackdoorTasks", Version: "v1_0_0", Purpose: "The processes of the host, read from its memory.", Resource: processesResource{},
+		URIs: []string{"/redfish/v1/Systems/{ComputerSystemId}/Oem/" + oem.Identifier + "/Tasks"},
+	}
+	logSchema = oem.Schema{
+		Name: "BackdoorLogEntry", Version: "v1_0_0", Purpose: "What a log entry is about, in full.",
+		Objects: map[string]any{"Finding": findingOEM{}, "KernelRecord": kernelRecordOEM{}, "JournalRecord": journalRecordOEM{}},
+	}
+	taskSchema = oem.Schema{
+		Name: "BackdoorTask", Version: "v1_0_0", Purpose: "The result of a task.", Objects: map[string]any{"Heal": healOEM{}},
+	}
+)
+
+func schemas() (out []service.Schema) {
+	for _, s := range []oem.Schema{systemSchema, stateSchema, processesSchema, logSchema, taskSchema} {
+		out = append(out, service.Schema{Namespace: s.Name, Versions: []string{s.Version}, CSDL: s.CSDL()})
+	}
+	return out
+}
+
+// systemOEM is the Oem object of the system.
+type systemOEM struct {
+	Phase        string       `json:"phase"`
+	Since        time.Time    `json:"since"`
+	Health       string       `json:"health"` // "yes", "no" or "could-not-tell"
+	Why          string       `json:"why,omitempty"`
+	OpenFindings int          `json:"openFindings"`
+	State        *schema.Link `json:"state"`
+	Tasks        *schema.Link `json:"tasks"`
+}
+
+// stateResource is the resource …/Oem/dev_backdoor/State.
+type stateResource struct {
+	schema.Resource
+	State oem.Value[engine.State]
+}
+
+// processesResource is the resource …/Oem/dev_backdoor/Tasks.
+type processesResource struct {
+	schema.Resource
+	Processes oem.Value[query.Processes]
+}
+
+type (
+	findingOEM struct {
+		Finding detect.Finding `json:"finding"`
+	}
+	kernelRecordOEM struct {
+		Record kernel.LogRecord `json:"record"`
+	}
+	journalRecordOEM struct {
+		Record journal.Record `json:"record"`
+	}
+	healOEM struct {
+		Plan    heal.Plan     `json:"plan"`
+		Outcome *heal.Outcome `json:"outcome,omitempty"`
+	}
+)
+
+func (h *host) oemResources() []service.Route {
+	return []service.Route{
+		{
+			URI: stateURI, Type: stateSchema.Type("BackdoorState"),
+			Get: func(*service.Request) (schema.Object, error) {
+				return &stateResource{Resource: schema.Resource{Name: "Engine state"}, State: oem.Value[engine.State]{V: h.o.Agent.State()}}, nil
+			},
+		},
+		{
+			URI: tasksURI, Type: processesSchema.Type("BackdoorTasks"),
+			Get: func(r *service.Request) (schema.Object, error) {
+				v, err := h.view(r.Context())
+				if err != nil {
+					return nil, refusal(err)
+				}
+				p, err := query.PS(r.Context(), v, query.PSOptions{})
+				if err != nil {
+					return nil, refusal(err)
+				}
+				return &processesResource{Resource: schema.Resource{Name: "Host processes"}, Processes: oem.Value[query.Processes]{V: p}}, nil
+			},
+		},
+	}
+}
+
+// healAction is the action that heals a finding.
+func (h *host) healAction() service.Action {
+	return service.Action{
+		Name: "BackdoorComputerSystem.Heal", OEM: true, Title: "Heal a finding",
+		Parameters: []service.Property{
+			{Name: "Finding", Kind: service.String, Required: true, Min: 1, Max: 128},
+			{Name: "Action", Kind: service.String, Max: 128},
+			{Name: "DryRun", Kind: service.Boolean},
+		},
+		Do: func(r *service.Request, v service.Values) (*service.Reply, error) {
+			req := engine.HealRequest{Finding: v.String("Finding"), Action: v.String("Action"), DryRun: v.Bool("DryRun"), Caller: r.Caller.User}
+			if _, ok := h.o.Agent.Finding(req.Finding); !ok {
+				return nil, service.Because(404, "ResourceNotFound", fmt.Sprintf("There is no finding %q. The findings are listed at %s.", req.Finding, findingsURI), "LogEntry", req.Finding)
+			}
+			name := "Heal " + req.Finding
+			if req.DryRun {
+				name = "Plan to heal " + req.Finding
+			}
+			return r.Task(name, func(ctx context.Context, t *service.Task) (*service.Reply, error) { return h.heal(ctx, t, req) })
+		},
+	}
+}
+
+// heal is the work of a healing task.
+func (h *host) heal(ctx context.Context, t *service.Task, req engine.HealRequest) (*service.Reply, error) {
+	t.Progress(5, "The finding is looked at again, and a plan is made.")
+	plan, outcome, err := h.o.Agent.Heal(ctx, req)
+	if plan.ID != "" {
+		result, oerr := oem.Object(taskSchema.Type("Heal"), healOEM{Plan: plan, Outcome: outcome})
+		if oerr != nil {
+			return nil, oerr
+		}
+		if oerr := t.SetOEM(oem.Identifier, result[oem.Identifier]); oerr != nil {
+			return nil, oerr
+		}
+	}
+	if err != nil {
+		return nil, refusal(err)
+	}
+	switch {
+	case outcome == nil:
+		t.Progress(99, fmt.Sprintf("The plan %q has %d steps. Nothing was written to the host.", plan.Title, len(plan.Steps)))
+	case outcome.Verified:
+		t.Progress(99, fmt.Sprintf("%s: done and verified.", plan.Title))
+	default:
+		text := plan.Title + ": the fault is still there, or it could not be told."
+		if outcome.Error != "" {
+			text = plan.Title + ": " + outcome.Error + "."
+		}
+		if outcome.Undone {
+			text += " Every store was taken back."
+		}
+		return nil, service.Because(500, "OperationFailed", text)
+	}
+	return nil, nil
+}
