@@ -68,7 +68,11 @@ fetch_go() {
 	esac
 	root="$cache/go$go_version-$arch"
 	if [ ! -x "$root/bin/go" ]; then
-		command -v go >/dev/null || install golang-go
+		if ! command -v go >/dev/null; then
+			install golang-go
+			hash -r
+			need_go || return 0 # it fetches what it needs by itself
+		fi
 		say "fetching Go $go_version with $(go version | cut -d' ' -f3)"
 		mkdir -p "$cache"
 		tmp=$(mktemp -d "$cache/.go-XXXXXX")
