@@ -1,4 +1,15 @@
 // Package kernel makes a validated, typed, read-only model of a Linux kernel, running or dead, from its memory alone.
+//
+// Open finds the kernel, learns its layout from what it carries about itself (VMCOREINFO, kallsyms, BTF) and proves what
+// it learned; the Image that it returns is immutable and safe for concurrent use. A View is one budgeted pass over the
+// memory: every question of a pass that is asked through the same View reads a page at most once.
+//
+// Nothing is configured, nothing is taken from a list of kernel versions: a layout is what the memory says it is, or the
+// kernel is refused with the reason. Whatever comes from the memory may be torn, broken or hostile: every walk has a bound
+// and a cycle check, every object is validated, and what breaks an invariant is a *CorruptError, never a panic.
+//
+// Memory use: an Image keeps the compressed symbol table and the BTF, 6 to 9 MiB for a Debian kernel; while Open runs,
+// about 25 MiB. A View keeps at most 8 MiB of pages.
 package kernel
 
 import (
@@ -19,9 +30,22 @@ type VirtAddr uint64
 func (a VirtAddr) String() string { return fmt.Sprintf("%#x", uint64(a)) }
 
 var (
-	ErrNotFound     = errors.New("not found")
+	// ErrNotFound means that there is no such thing: no kernel in the memory, no such symbol, type or member.
+	ErrNotFound = errors.New("not found")
+	// ErrNotYet means that there are signs of a kernel that is still starting: Open may succeed in a moment.
+	// It is a kind of ErrNotFound.
+	ErrNotYet = fmt.Errorf("%w: kernel is still starting", ErrNotFound)
+	// ErrNotSupported means that the kernel lacks, or this package does not know, what is needed.
 	ErrNotSupported = errors.New("not supported")
-	ErrTorn         = errors.New("changed while it was read")
+	// ErrTorn means that the host changed an object faster than it could be read consistently: try again.
+	ErrTorn = errors.New("changed while it was read")
+	// ErrGone means that the memory no longer holds the kernel that the Image was made of: it was rebooted, replaced by
+	// kexec, or overwritten. The Image is of no more use; Open again.
+	ErrGone = errors.New("kernel is no longer in memory")
+	// ErrNotMapped means that the kernel's page tables map nothing at a virtual address.
+	ErrNotMapped = errors.New("virtual address is not mapped")
+	// ErrAmbiguous means that several symbols or types have the name.
+	ErrAmbiguous = errors.New("name is ambiguous")
 )
 
 // CorruptError is an object that breaks an invariant of the kernel that it belongs to.
@@ -36,7 +60,8 @@ func (e *CorruptError) Error() string { return fmt.Sprintf("%s at %v: %s", e.Obj
 // Options tune Open. The zero value works.
 type Options struct {
 	Logger *slog.Logger
-	// Note is the physical address of the VMCOREINFO note found by an earlier attach; zero means search.
+	// Note is the physical address of the VMCOREINFO note found by an earlier attach; zero means search. It is a hint:
+	// what is found there is proven as anything else, and if it does not move, the rest of the memory is searched, too.
 	Note hostmem.PhysAddr
 	// Progress is called, if not nil, as the search advances (bytes).
 	Progress func(stage string, done, total uint64)
@@ -50,12 +75,24 @@ type Rung struct {
 	Duration time.Duration `json:"duration"`
 }
 
+// AttachError tells how far Open came before it gave up.
+type AttachError struct {
+	Rungs []Rung
+	Err   error // never nil
+}
+
+func (e *AttachError) Error() string { return "attach: " + e.Err.Error() }
+
+// Unwrap returns the reason.
+func (e *AttachError) Unwrap() error { return e.Err }
+
 // Info is what is known of an attached kernel.
 type Info struct {
 	Arch     string           `json:"arch"`    // "x86_64"
 	Release  string           `json:"release"` // uname -r
 	Banner   string           `json:"banner"`  // linux_banner
 	BuildID  string           `json:"buildID"`
+	BootID   string           `json:"bootID"`   // differs between boots, even of the same kernel at the same place
 	Hostname string           `json:"hostname"` // init_uts_ns at attach
 	CPUs     int              `json:"cpus"`
 	Note     hostmem.PhysAddr `json:"note"`
@@ -75,7 +112,7 @@ type Task struct {
 	TGID      int           `json:"tgid"` // the process's
 	PPID      int           `json:"ppid"`
 	Comm      string        `json:"comm"`
-	State     string        `json:"state"` // one letter as in ps(1): R S D T t Z X I
+	State     string        `json:"state"` // one letter as in ps(1): R S D T t Z X P I
 	UID       uint32        `json:"uid"`   // effective
 	CPU       int           `json:"cpu"`
 	OnCPU     bool          `json:"onCPU"`
@@ -99,10 +136,10 @@ type CPU struct {
 	CurrPID   int      `json:"currPID"`
 	CurrComm  string   `json:"currComm"`
 	Idle      bool     `json:"idle"`
-	TimerIRQs uint64   `json:"timerIRQs"` // irq_stat.apic_timer_irqs
-	NMIs      uint64   `json:"nmis"`
-	IRQs      uint64   `json:"irqs"` // kstat.irqs_sum
-	Preempt   uint32   `json:"preempt"`
+	TimerIRQs uint64   `json:"timerIRQs"` // irq_stat.apic_timer_irqs; wraps at 2^32
+	NMIs      uint64   `json:"nmis"`      // irq_stat.__nmi_count; wraps at 2^32
+	IRQs      uint64   `json:"irqs"`      // kstat.irqs_sum
+	Preempt   uint32   `json:"preempt"`   // softirq depth in bits 8-15, hardirq 16-19, NMI 20-23
 	NextEvent int64    `json:"nextEvent"` // tick device, ns of CLOCK_MONOTONIC; KTIME_MAX when none
 	Online    bool     `json:"online"`
 }
@@ -137,10 +174,10 @@ type LogRecord struct {
 
 // Cost is what a view has cost so far.
 type Cost struct {
-	Reads   int           `json:"reads"`
-	Pages   int           `json:"pages"`
-	Bytes   int64         `json:"bytes"`
-	Elapsed time.Duration `json:"elapsed"`
+	Reads   int           `json:"reads"`   // accesses to the host's memory
+	Pages   int           `json:"pages"`   // of these, whole pages into the cache
+	Bytes   int64         `json:"bytes"`   // read from the host's memory
+	Elapsed time.Duration `json:"elapsed"` // spent in these accesses
 }
 
 // Field is a member of a kernel structure, anonymous members flattened.
@@ -158,9 +195,11 @@ var (
 	_ interface {
 		Info() Info
 		Memory() hostmem.Memory
-		Prove(context.Context) error // cheap: is this still the same kernel, alive or dead? nil, ErrTorn or *CorruptError
+		RAM() []hostmem.Range        // as the kernel itself knows it
+		Prove(context.Context) error // cheap: is this still the same kernel, alive or dead? nil, ErrGone, ErrTorn or a *hostmem.FaultError
 		View(context.Context) *View
 		Symbol(name string) (VirtAddr, error)
+		SymbolAt(va VirtAddr) (name string, offset uint64, err error)
 		PerCPU(name string, cpu int) (VirtAddr, error) // address of a per-CPU symbol on a CPU
 		Field(typ, path string) (Field, error)         // Field("task_struct", "thread_info.flags")
 		Sizeof(typ string) (uint64, error)

@@ -1,0 +1,93 @@
+package kernel
+
+import (
+	"fmt"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// x86-64, Documentation/arch/x86/x86_64/mm.rst: 4 KiB pages, 4 or 5 levels of tables (pgtable_l5_enabled), the kernel
+// image within 1 GiB from __START_KERNEL_map on, all physical memory mapped from page_offset_base on.
+var archX8664 = arch{
+	name: "x86_64",
+	matches: func(v *vmcoreinfo) bool {
+		// arch_crash_save_vmcoreinfo in arch/x86/kernel/{machine_kexec_64,vmcore_info_64}.c; init_top_pgt since v4.13.
+		_, base := v.number("phys_base")
+		_, root := v.symbol("init_top_pgt")
+		return base && root
+	},
+	space:     x8664Space,
+	directMap: x8664DirectMap,
+	timerIRQs: []perCPUField{{"irq_stat", "irq_cpustat_t", "apic_timer_irqs", 4}},
+	nmis:      []perCPUField{{"irq_stat", "irq_cpustat_t", "__nmi_count", 4}},
+	preempt: []perCPUField{
+		// Since Linux commit 64701838bf05 ("x86/percpu: Move preempt_count next to current_task") (in v6.2).
+		{"pcpu_hot", "pcpu_hot", "preempt_count", 4},
+		{"__preempt_count", "", "", 4},
+	},
+	preemptMask: 0x7fffffff, // without PREEMPT_NEED_RESCHED, which is inverted
+}
+
+const (
+	x8664ImageBase = 0xffffffff80000000 // __START_KERNEL_map
+	x8664ImageSize = 1 << 30            // KERNEL_IMAGE_SIZE with KASLR
+
+	x8664Present  = 1 << 0
+	x8664Huge     = 1 << 7 // PS, in the second and third level
+	x8664AddrMask = 0x000ffffffffff000
+)
+
+func x8664Space(v *vmcoreinfo) (*addressSpace, imageMap, error) {
+	img := imageMap{base: x8664ImageBase, size: x8664ImageSize, levels: 4}
+	if n, ok := v.number("KERNEL_IMAGE_SIZE"); ok && n > 0 && n <= 2<<30 {
+		img.size = uint64(n)
+	}
+	if n, ok := v.number("sme_mask"); ok && n != 0 {
+		return nil, img, fmt.Errorf("memory is encrypted (sme_mask %#x): %w", n, ErrNotSupported)
+	}
+	if n, _ := v.number("pgtable_l5_enabled"); n == 1 {
+		img.levels = 5
+	}
+	img.physBase, _ = v.number("phys_base")
+	root, _ := v.symbol("init_top_pgt")
+	if root < img.base || uint64(root-img.base) >= img.size {
+		return nil, img, &CorruptError{"VMCOREINFO", root, "init_top_pgt is not in the kernel image"}
+	}
+	s := &addressSpace{
+		kernel: 0xffff800000000000,
+		root:   hostmem.PhysAddr(uint64(root-img.base) + uint64(img.physBase)),
+		levels: x8664Levels(img.levels),
+		linear: []linearRange{{img.base, img.base + VirtAddr(img.size), hostmem.PhysAddr(img.physBase)}},
+	}
+	if img.levels == 5 {
+		s.kernel = 0xff00000000000000
+	}
+	return s, img, nil
+}
+
+func x8664Levels(n int) []tableLevel {
+	table := func(e uint64) (hostmem.PhysAddr, bool, bool) {
+		return hostmem.PhysAddr(e & x8664AddrMask), false, e&x8664Present != 0
+	}
+	mayBeHuge := func(e uint64) (hostmem.PhysAddr, bool, bool) {
+		return hostmem.PhysAddr(e & x8664AddrMask), e&x8664Huge != 0, e&x8664Present != 0
+	}
+	page := func(e uint64) (hostmem.PhysAddr, bool, bool) {
+		return hostmem.PhysAddr(e & x8664AddrMask), true, e&x8664Present != 0
+	}
+	all := []tableLevel{{48, 9, table}, {39, 9, table}, {30, 9, mayBeHuge}, {21, 9, mayBeHuge}, {12, 9, page}}
+	return all[5-n:]
+}
+
+// x8664DirectMap reads page_offset_base, a variable since KASLR of memory regions (in v4.8).
+func x8664DirectMap(read func(string) (uint64, error), top hostmem.PhysAddr) (linearRange, error) {
+	base, err := read("page_offset_base")
+	if err != nil {
+		return linearRange{}, err
+	}
+	start := VirtAddr(base)
+	if start < 0xff00000000000000 || start%(1<<30) != 0 || start+VirtAddr(top) < start || start+VirtAddr(top) > x8664ImageBase {
+		return linearRange{}, &CorruptError{"page_offset_base", start, "cannot be the start of the direct map"}
+	}
+	return linearRange{start: start, end: start + VirtAddr(top)}, nil
+}

@@ -1,0 +1,80 @@
+package kernel
+
+import (
+	"fmt"
+	"slices"
+	"sync/atomic"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// Image is a kernel that was found and proven. It is immutable and safe for concurrent use; what it answers itself comes
+// from its own copy of the kernel's tables, without an access to the host. For everything else make a View.
+type Image struct {
+	mem   hostmem.Memory
+	arch  *arch
+	space *addressSpace
+	note  *vmcoreinfo
+	syms  *kallsyms
+	types *types
+	lay   *layout
+	ram   []hostmem.Range
+	info  Info
+
+	pageSize               uint64     // of the host's kernel
+	perCPU                 []VirtAddr // __per_cpu_offset of each possible CPU
+	perCPUStart, perCPUEnd VirtAddr   // where the addresses of per-CPU symbols are
+	identity               identity
+	beat                   *beatPlan
+
+	// lastMono is the latest CLOCK_MONOTONIC that Prove saw: it starts again at zero when the host does.
+	lastMono atomic.Int64
+}
+
+// Info returns what is known of the kernel. The caller must not change the slices in it.
+func (img *Image) Info() Info { return img.info }
+
+// Memory returns the memory that the kernel was found in.
+func (img *Image) Memory() hostmem.Memory { return img.mem }
+
+// RAM returns the host's RAM as the kernel itself knows it: the "System RAM" of iomem_resource at the time of the attach, or
+// the map of the memory if that could not be read (the rung "ram" tells). See hostmem.Narrow.
+func (img *Image) RAM() []hostmem.Range { return slices.Clone(img.ram) }
+
+// Symbol returns the address of a symbol of the kernel image; modules' symbols are not known. For a per-CPU symbol see
+// PerCPU. It is ErrNotFound if there is none, ErrAmbiguous if several static objects or functions have the name.
+func (img *Image) Symbol(name string) (VirtAddr, error) { return img.syms.symbol(name) }
+
+// SymbolAt returns the symbol that va is in, and how many bytes behind its start. Beyond the image it is ErrNotFound.
+func (img *Image) SymbolAt(va VirtAddr) (name string, offset uint64, err error) {
+	if va < img.lay.text || va >= img.lay.end {
+		return "", 0, fmt.Errorf("symbol at %v: %w", va, ErrNotFound)
+	}
+	return img.syms.at(va)
+}
+
+// PerCPU returns the address of a per-CPU symbol on a CPU.
+func (img *Image) PerCPU(name string, cpu int) (VirtAddr, error) {
+	if cpu < 0 || cpu >= len(img.perCPU) {
+		return 0, fmt.Errorf("CPU %d of %d: %w", cpu, len(img.perCPU), ErrNotFound)
+	}
+	va, err := img.syms.symbol(name)
+	if err != nil {
+		return 0, err
+	}
+	if va < img.perCPUStart || va >= img.perCPUEnd {
+		return 0, fmt.Errorf("symbol %q at %v is not per CPU: %w", name, va, ErrNotFound)
+	}
+	return va + img.perCPU[cpu], nil
+}
+
+// Field finds a member of a structure or union by its path: Field("task_struct", "thread_info.flags"). Members of
+// anonymous members are found by their own name.
+func (img *Image) Field(typ, path string) (Field, error) { return img.types.field(typ, path) }
+
+// Sizeof returns the size of a type in bytes.
+func (img *Image) Sizeof(typ string) (uint64, error) { return img.types.sizeof(typ) }
+
+// Enum returns the value of an enumerator: Enum("zone_stat_item", "NR_FREE_PAGES"), or Enum("", "MM_ANONPAGES") of an enum
+// without a name.
+func (img *Image) Enum(typ, name string) (int64, error) { return img.types.enum(typ, name) }

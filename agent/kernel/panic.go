@@ -1,0 +1,110 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// Panic tells whether the kernel has panicked, and if so, where and with what words. It reads past the View's cache.
+func (v *View) Panic() (PanicState, error) {
+	p, err := v.panicState()
+	if err != nil {
+		return PanicState{CPU: -1}, fmt.Errorf("read panic state: %w", err)
+	}
+	return p, nil
+}
+
+func (v *View) panicState() (PanicState, error) {
+	img := v.img
+	r := resolver{img: img}
+	vars := [...]VirtAddr{r.symbol("panic_cpu"), r.symbol("oops_in_progress"), r.symbol("tainted_mask")}
+	if r.err != nil {
+		return PanicState{}, r.err
+	}
+	var b [16]byte
+	segs := []hostmem.Segment{{Buf: b[0:4]}, {Buf: b[4:8]}, {Buf: b[8:16]}}
+	for i, va := range vars {
+		pa, _, err := img.space.translate(fresh{v}, va)
+		if err != nil {
+			return PanicState{}, err
+		}
+		segs[i].Addr = pa
+	}
+	if err := v.readScattered(segs); err != nil {
+		return PanicState{}, err
+	}
+	s := PanicState{CPU: int(int32(le32(b[:]))), Oops: le32(b[4:]) != 0, Tainted: le64(b[8:])}
+	if s.CPU == -1 { // PANIC_CPU_INVALID
+		return s, nil
+	}
+	if s.CPU < 0 || s.CPU >= len(img.perCPU) {
+		return s, &CorruptError{"panic_cpu", vars[0], fmt.Sprintf("is %d of %d CPUs", s.CPU, len(img.perCPU))}
+	}
+	s.Panicked = true
+
+	// The rest is worth having, but its absence must not hide the panic.
+	task, err := v.running(s.CPU)
+	if err == nil {
+		s.Task = &task
+	} else if !tolerable(err) {
+		return s, err
+	}
+	// A view of its own: this one may have read the log before the panic.
+	log := img.View(v.ctx)
+	for rec, err := range log.Log() {
+		if err != nil {
+			if !tolerable(err) {
+				return s, err
+			}
+			break
+		}
+		if strings.HasPrefix(rec.Text, "Kernel panic - not syncing") {
+			s.Message = rec.Text
+		}
+	}
+	c := log.Cost()
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.cost.Reads += c.Reads
+	v.cost.Bytes += c.Bytes
+	v.cost.Elapsed += c.Elapsed
+	return s, nil
+}
+
+// tolerable reports whether an error says something of the host's state rather than of the way to it.
+func tolerable(err error) bool {
+	var corrupt *CorruptError
+	return errors.As(err, &corrupt) || errors.Is(err, ErrNotSupported) || errors.Is(err, ErrTorn) || errors.Is(err, ErrNotMapped)
+}
+
+// running returns the task that a CPU runs, read past the cache.
+func (v *View) running(cpu int) (Task, error) {
+	img, src := v.img, fresh{v}
+	r := resolver{img: img}
+	curr := r.symbol("runqueues") + VirtAddr(r.field("rq", 8, "curr"))
+	if r.err != nil {
+		return Task{}, r.err
+	}
+	if err := img.lay.task.err; err != nil {
+		return Task{}, err
+	}
+	var b [8]byte
+	if err := img.space.object(src, "runqueues", curr+img.perCPU[cpu], b[:]); err != nil {
+		return Task{}, err
+	}
+	var o object
+	t, err := img.readTask(src, &o, VirtAddr(le64(b[:])), 0)
+	if err != nil {
+		return Task{}, err
+	}
+	if err := img.related(src, &t); err != nil {
+		return Task{}, err
+	}
+	if t.RSS, err = img.rss(src, t.mm); err != nil {
+		return Task{}, err
+	}
+	return t.Task, nil
+}

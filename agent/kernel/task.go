@@ -1,0 +1,442 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"iter"
+	"time"
+)
+
+// taskLayout is where the fields of task_struct and of what hangs on it are (include/linux/sched.h, 5.14 and later; the
+// alternatives are named where they are resolved).
+type taskLayout struct {
+	err  error
+	init VirtAddr // init_task
+	span span     // of task_struct
+
+	flags, state, exitState, onCPU, cpu, pid, tgid, comm, tasks, threadNode   uint64
+	mm, realParent, cred, signal, utime, stime, runtime, start, nvcsw, nivcsw uint64
+	canary                                                                    uint64
+	hasCanary                                                                 bool
+	threadHead                                                                uint64 // in signal_struct
+	euid                                                                      uint64 // in cred
+	rss                                                                       rssLayout
+}
+
+// rssLayout is how mm_struct counts resident pages.
+type rssLayout struct {
+	offset   uint64 // of mm_struct.rss_stat
+	counters int    // in it
+	// Since Linux commit f1a7941243c1 ("mm: convert mm's rss stats into percpu_counter") (in v6.2) each counter is a
+	// percpu_counter; before, an atomic_long_t, and each thread held back up to 64 pages of its own.
+	perCPU         bool
+	size           uint64 // of one counter
+	count, percpus uint64 // in a percpu_counter
+	resident       []int  // the counters that make up RSS
+}
+
+// Flags and states of task_struct, include/linux/sched.h. They are preprocessor constants, which BTF does not know; these
+// have not changed their values since v4.14.
+const (
+	pfKthread = 0x00200000
+
+	taskUninterruptible = 0x0002
+	taskNoload          = 0x0400
+	taskIdle            = taskUninterruptible | taskNoload
+	taskRTLockWait      = 0x1000 // since v5.16
+	taskFrozen          = 0x8000 // since v6.1
+	taskReport          = 0x7f
+
+	pidMax       = 4 << 20 // PID_MAX_LIMIT
+	listPoison2  = 0xdead000000000122
+	commLen      = 16
+	maxTasks     = 1 << 18
+	maxTaskWalks = 6
+)
+
+func (img *Image) taskLayout() taskLayout {
+	var l taskLayout
+	r := resolver{img: img}
+	task := func(size uint64, paths ...string) uint64 {
+		return l.span.add(r.field("task_struct", size, paths...), size)
+	}
+	l.init = r.symbol("init_task")
+	l.flags = task(4, "flags")
+	l.state = task(4, "__state") // state, of 8 bytes, until v5.13
+	l.exitState = task(4, "exit_state")
+	l.onCPU = task(4, "on_cpu")
+	l.cpu = task(4, "thread_info.cpu", "cpu") // task_struct.cpu until v5.15 where thread_info is in the task
+	l.pid = task(4, "pid")
+	l.tgid = task(4, "tgid")
+	l.comm = task(commLen, "comm")
+	l.tasks = task(16, "tasks")
+	l.threadNode = task(16, "thread_node")
+	l.mm = task(8, "mm")
+	l.realParent = task(8, "real_parent")
+	l.cred = task(8, "real_cred")
+	l.signal = task(8, "signal")
+	l.utime = task(8, "utime")
+	l.stime = task(8, "stime")
+	l.runtime = task(8, "se.sum_exec_runtime")
+	l.start = task(8, "start_time")
+	l.nvcsw = task(8, "nvcsw")
+	l.nivcsw = task(8, "nivcsw")
+	if f, err := img.types.field("task_struct", "stack_canary"); err == nil && f.Size == 8 && f.Offset < 1<<20 {
+		l.canary, l.hasCanary = f.Offset, true
+	}
+	l.threadHead = r.field("signal_struct", 16, "thread_head")
+	l.euid = r.field("cred", 4, "euid")
+	l.rss = rssLayout{offset: r.field("mm_struct", 0, "rss_stat")}
+	if r.err == nil && l.span.size() > 64<<10 {
+		r.fail(&CorruptError{"BTF", 0, fmt.Sprintf("task_struct spreads its fields over %d bytes", l.span.size())})
+	}
+	l.rss.resolve(&r)
+	l.err = r.err
+	return l
+}
+
+func (l *rssLayout) resolve(r *resolver) {
+	total, err := r.img.types.field("mm_struct", "rss_stat")
+	if err != nil {
+		r.fail(err)
+		return
+	}
+	l.size = 8
+	if pc, err := r.img.types.field("percpu_counter", "count"); err == nil {
+		whole := r.size("percpu_counter")
+		if n, err := r.img.types.field("mm_struct", "rss_stat.count"); err != nil || n.Size == 0 {
+			l.perCPU, l.size, l.count = true, whole, pc.Offset
+			l.percpus = r.field("percpu_counter", 8, "counters")
+		}
+	}
+	if l.size == 0 || total.Size%l.size != 0 || total.Size/l.size > 64 {
+		r.fail(&CorruptError{"BTF", 0, fmt.Sprintf("mm_struct.rss_stat of %d bytes", total.Size)})
+		return
+	}
+	l.counters = int(total.Size / l.size)
+	for _, name := range []string{"MM_FILEPAGES", "MM_ANONPAGES", "MM_SHMEMPAGES"} {
+		i, err := r.img.types.enumerator(name)
+		if err != nil || i < 0 || i >= int64(l.counters) {
+			r.fail(fmt.Errorf("counter %s of %d: %w", name, l.counters, errors.Join(ErrNotSupported, err)))
+			return
+		}
+		l.resident = append(l.resident, int(i))
+	}
+}
+
+// errWalkStopped means that the consumer of a walk wants no more.
+var errWalkStopped = errors.New("walk stopped")
+
+// Tasks walks the threads of the host: each process's group leader, then its other threads; the idle task of the boot CPU
+// (PID 0) is left out. A host that runs while its list is read may tear the walk: it is then begun anew, without saying
+// the same task twice; a task's Confident is false when it moved between two looks at it. The error, if any, comes last:
+// a *CorruptError when the same thing was found broken twice, ErrTorn when the walk was torn again and again.
+func (v *View) Tasks() iter.Seq2[Task, error] {
+	return func(yield func(Task, error) bool) {
+		w := taskWalk{v: v, seen: make(map[taskKey]int), yield: yield}
+		err := w.run()
+		if err != nil && !errors.Is(err, errWalkStopped) {
+			yield(Task{}, fmt.Errorf("walk tasks: %w", err))
+		}
+	}
+}
+
+// taskKey tells a task from another that later has its memory.
+type taskKey struct {
+	addr VirtAddr
+	pid  uint32
+}
+
+type taskWalk struct {
+	v       *View
+	attempt int
+	seen    map[taskKey]int // in which attempt, from 1 on
+	yield   func(Task, error) bool
+	obj     object
+	mm      VirtAddr // of which rss is known
+	rss     uint64
+}
+
+func (w *taskWalk) run() error {
+	if err := w.v.img.lay.task.err; err != nil {
+		return err
+	}
+	var last *CorruptError
+	for w.attempt = 1; w.attempt <= maxTaskWalks; w.attempt++ {
+		err := w.processes()
+		var corrupt *CorruptError
+		if !errors.As(err, &corrupt) {
+			return err
+		}
+		if last != nil && *last == *corrupt {
+			return corrupt
+		}
+		last = corrupt
+		w.v.forget()
+	}
+	return fmt.Errorf("%w: %w", ErrTorn, last)
+}
+
+// processes walks init_task.tasks once.
+func (w *taskWalk) processes() error {
+	l := &w.v.img.lay.task
+	w.mm = 0
+	init, err := w.read(l.init, 0)
+	if err != nil {
+		return err
+	}
+	if init.PID != 0 {
+		return &CorruptError{"init_task", l.init, fmt.Sprintf("PID %d", init.PID)}
+	}
+	prev, next := l.init, init.next
+	for next != l.init {
+		if err := w.v.ctx.Err(); err != nil {
+			return err
+		}
+		t, err := w.read(next, 0)
+		if err != nil {
+			return err
+		}
+		if t.prev == listPoison2-VirtAddr(l.tasks) {
+			// Unlinked while we came here; list_del_rcu leaves the way on intact.
+			prev, next = next, t.next
+			continue
+		}
+		if t.PID != t.TGID {
+			return &CorruptError{"task_struct", next, fmt.Sprintf("PID %d of process %d leads a process", t.PID, t.TGID)}
+		}
+		if t.prev != prev {
+			t.Confident = false
+		}
+		if err := w.emit(&t); err != nil {
+			return err
+		}
+		if err := w.threads(&t); err != nil {
+			return err
+		}
+		prev, next = t.Addr, t.next
+	}
+	return nil
+}
+
+// threads walks the other threads of a process by signal_struct.thread_head.
+func (w *taskWalk) threads(leader *taskRecord) error {
+	l := &w.v.img.lay.task
+	head := leader.signal + VirtAddr(l.threadHead)
+	for node := leader.threadNext; node != head; {
+		addr := node - VirtAddr(l.threadNode)
+		if addr == leader.Addr {
+			return &CorruptError{"signal_struct", leader.signal, "list of threads does not end"}
+		}
+		t, err := w.read(addr, leader.signal)
+		if err != nil {
+			return err
+		}
+		if t.threadPrev != listPoison2 {
+			if t.TGID != leader.TGID {
+				return &CorruptError{"task_struct", addr, fmt.Sprintf("thread of process %d among those of %d", t.TGID, leader.TGID)}
+			}
+			if err := w.emit(&t); err != nil {
+				return err
+			}
+		} else if err := w.visit(&t); err != nil {
+			return err
+		}
+		node = t.threadNext
+	}
+	return nil
+}
+
+// visit notes that this attempt came by a task, and finds cycles.
+func (w *taskWalk) visit(t *taskRecord) error {
+	key := taskKey{t.Addr, uint32(t.PID)}
+	if w.seen[key] == w.attempt {
+		return &CorruptError{"task_struct", t.Addr, fmt.Sprintf("PID %d is twice in the list", t.PID)}
+	}
+	if len(w.seen) >= maxTasks {
+		return &CorruptError{"task list", t.Addr, fmt.Sprintf("more than %d tasks", maxTasks)}
+	}
+	w.seen[key] = w.attempt
+	return nil
+}
+
+// emit hands a task out, unless an earlier attempt did.
+func (w *taskWalk) emit(t *taskRecord) error {
+	_, said := w.seen[taskKey{t.Addr, uint32(t.PID)}]
+	if err := w.visit(t); err != nil || said {
+		return err
+	}
+	if err := w.complete(t); err != nil {
+		return err
+	}
+	if !w.yield(t.Task, nil) {
+		return errWalkStopped
+	}
+	return nil
+}
+
+// taskRecord is a Task with its links.
+type taskRecord struct {
+	Task
+	next, prev             VirtAddr // of the list of processes, as task_struct
+	threadNext, threadPrev VirtAddr // of the list of threads, as nodes
+	mm, parent, cred       VirtAddr
+	signal                 VirtAddr
+	exitState              uint32
+}
+
+// read reads and validates one task_struct: in one piece, so that its fields belong together as well as can be. signal, if
+// not zero, is the signal_struct that the task must have.
+func (w *taskWalk) read(addr, signal VirtAddr) (taskRecord, error) {
+	return w.v.img.readTask(w.v, &w.obj, addr, signal)
+}
+
+func (img *Image) readTask(src source, o *object, addr, signal VirtAddr) (taskRecord, error) {
+	const kind = "task_struct"
+	l, s := &img.lay.task, img.space
+	if !s.valid(addr, 8) {
+		return taskRecord{}, &CorruptError{kind, addr, "not an address of the kernel"}
+	}
+	if err := o.load(s, src, kind, l.span, addr); err != nil {
+		return taskRecord{}, err
+	}
+	pid, tgid := o.u32(l.pid), o.u32(l.tgid)
+	comm, ended := cString(o.at(l.comm, commLen))
+	state, exit := o.u32(l.state), o.u32(l.exitState)
+	t := taskRecord{
+		Task: Task{
+			Addr: addr, PID: int(pid), TGID: int(tgid), Comm: comm,
+			State:   stateLetter(state, exit),
+			CPU:     int(o.u32(l.cpu)),
+			OnCPU:   o.u32(l.onCPU) != 0,
+			KThread: o.u32(l.flags)&pfKthread != 0,
+			UTime:   time.Duration(o.u64(l.utime)), STime: time.Duration(o.u64(l.stime)),
+			Runtime:   time.Duration(o.u64(l.runtime)),
+			Start:     time.Duration(o.u64(l.start)),
+			Switches:  o.u64(l.nvcsw) + o.u64(l.nivcsw),
+			Confident: true,
+		},
+		next: o.ptr(l.tasks) - VirtAddr(l.tasks), prev: o.ptr(l.tasks+8) - VirtAddr(l.tasks),
+		threadNext: o.ptr(l.threadNode), threadPrev: o.ptr(l.threadNode + 8),
+		mm: o.ptr(l.mm), parent: o.ptr(l.realParent), cred: o.ptr(l.cred), signal: o.ptr(l.signal), exitState: exit,
+	}
+	bad := func(format string, args ...any) (taskRecord, error) {
+		return taskRecord{}, &CorruptError{kind, addr, fmt.Sprintf(format, args...)}
+	}
+	switch {
+	case pid > pidMax || tgid > pidMax:
+		return bad("PID %d of process %d", int32(pid), int32(tgid))
+	case !ended:
+		return bad("comm does not end")
+	case t.CPU >= len(img.perCPU):
+		return bad("on CPU %d of %d", t.CPU, len(img.perCPU))
+	case !s.valid(t.next, 8), !s.valid(t.threadNext, 8):
+		return bad("next task at %v, next thread at %v", t.next, t.threadNext)
+	case !s.valid(t.parent, 8), !s.valid(t.cred, 8), !s.valid(t.signal, 8):
+		return bad("real_parent %v, real_cred %v, signal %v", t.parent, t.cred, t.signal)
+	case t.mm != 0 && !s.valid(t.mm, 8):
+		return bad("mm %v", t.mm)
+	case signal != 0 && t.signal != signal:
+		return bad("signal_struct %v, its process has %v", t.signal, signal)
+	}
+	return t, nil
+}
+
+// complete adds what other objects tell, and looks a second time whether the task is still the one that was read.
+func (w *taskWalk) complete(t *taskRecord) error {
+	img, l := w.v.img, &w.v.img.lay.task
+	if err := img.related(w.v, t); err != nil {
+		return err
+	}
+	if t.mm != w.mm || t.mm == 0 {
+		rss, err := img.rss(w.v, t.mm)
+		if err != nil {
+			return err
+		}
+		w.mm, w.rss = t.mm, rss
+	}
+	t.RSS = w.rss
+	var b [4]byte
+	if err := img.space.object(fresh{w.v}, "task_struct", t.Addr+VirtAddr(l.pid), b[:]); err != nil {
+		return err
+	}
+	if int(le32(b[:])) != t.PID {
+		t.Confident = false
+	}
+	return nil
+}
+
+// related adds the parent's and the credentials' part of a task.
+func (img *Image) related(src source, t *taskRecord) error {
+	l := &img.lay.task
+	var b [4]byte
+	if err := img.space.object(src, "task_struct", t.parent+VirtAddr(l.tgid), b[:]); err != nil {
+		return err
+	}
+	if t.PPID = int(int32(le32(b[:]))); t.PPID < 0 || t.PPID > pidMax {
+		return &CorruptError{"task_struct", t.parent, fmt.Sprintf("parent of PID %d has PID %d", t.PID, t.PPID)}
+	}
+	if err := img.space.object(src, "cred", t.cred+VirtAddr(l.euid), b[:]); err != nil {
+		return err
+	}
+	t.UID = le32(b[:])
+	return nil
+}
+
+// rss returns the resident bytes of an mm_struct. Counters that were caught in motion are taken as they are, but not below
+// zero; the kernel itself knows them no better.
+func (img *Image) rss(src source, mm VirtAddr) (uint64, error) {
+	if mm == 0 {
+		return 0, nil
+	}
+	l := &img.lay.task.rss
+	b := make([]byte, l.size*uint64(l.counters))
+	if err := img.space.object(src, "mm_struct", mm+VirtAddr(l.offset), b); err != nil {
+		return 0, err
+	}
+	var pages int64
+	for _, i := range l.resident {
+		c := b[uint64(i)*l.size:][:l.size]
+		if !l.perCPU {
+			pages += max(0, int64(le64(c)))
+			continue
+		}
+		n := int64(le64(c[l.count:]))
+		at := VirtAddr(le64(c[l.percpus:]))
+		for cpu, offset := range img.perCPU {
+			if offset == 0 || at == 0 {
+				continue // a CPU that cannot be, or an mm that is being torn down
+			}
+			var part [4]byte
+			va := at + offset
+			if !img.space.valid(va, 4) {
+				return 0, &CorruptError{"mm_struct", mm, fmt.Sprintf("counter %d of CPU %d at %v", i, cpu, va)}
+			}
+			if err := img.space.object(src, "percpu_counter", va, part[:]); err != nil {
+				return 0, err
+			}
+			n += int64(int32(le32(part[:])))
+		}
+		pages += max(0, n)
+	}
+	if pages > 1<<40 {
+		return 0, &CorruptError{"mm_struct", mm, fmt.Sprintf("%d resident pages", pages)}
+	}
+	return uint64(pages) * img.pageSize, nil
+}
+
+// stateLetter is what ps(1) shows: task_state_index of include/linux/sched.h and task_state_array of fs/proc/array.c.
+func stateLetter(state, exit uint32) string {
+	report := (state | exit) & taskReport
+	switch {
+	case state&(taskRTLockWait|taskFrozen) != 0:
+		return "D"
+	case state&taskIdle == taskIdle:
+		return "I"
+	}
+	i := 0
+	for ; report != 0; report >>= 1 {
+		i++
+	}
+	return "RSDTtXZP"[i : i+1]
+}

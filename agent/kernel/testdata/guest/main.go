@@ -1,0 +1,283 @@
+// Guest is the whole userland of the virtual machine that the tests of package kernel look into: process 1 of a stock
+// kernel. It makes processes of every kind and tells over the second serial line what it knows of its own system, so
+// that the model made from memory can be compared with the kernel's own word.
+//
+// One command a line; the answer is one line of JSON. "ps" lists every thread by /proc, "dmesg" the records of
+// /dev/kmsg, "clock" the clocks, "irqs" the counters, "kallsyms" a hash over the symbol table, "iomem" the RAM.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Thread is one thread as /proc tells.
+type Thread struct {
+	PID, TGID, PPID, UID, CPU int
+	Comm, State               string
+	Flags                     uint64
+	UTime, STime, Start       uint64 // clock ticks of 10 ms
+	Runtime                   uint64 // ns, from schedstat
+	RSS                       uint64 // bytes
+	Switches                  uint64
+}
+
+// Record is one record of /dev/kmsg.
+type Record struct {
+	Prefix, Seq, Micros uint64
+	Text                string
+}
+
+func main() {
+	if len(os.Args) > 1 {
+		child(os.Args[1])
+	}
+	for _, m := range [][3]string{{"proc", "/proc", "proc"}, {"sysfs", "/sys", "sysfs"}, {"dev", "/dev", "devtmpfs"}} {
+		os.MkdirAll(m[1], 0o755)
+		if err := unix.Mount(m[0], m[1], m[2], 0, ""); err != nil && err != unix.EBUSY {
+			fmt.Println("mount", m[1], err)
+		}
+	}
+	os.WriteFile("/proc/sys/kernel/printk_devkmsg", []byte("on\n"), 0)
+	os.WriteFile("/proc/sys/kernel/sysrq", []byte("1\n"), 0)
+	os.WriteFile("/proc/sys/kernel/hostname", []byte("guest\n"), 0)
+	for _, kind := range []string{"sleep", "threads", "user", "zombie", "stopped", "memory"} {
+		start(kind)
+	}
+	tty, err := os.OpenFile("/dev/ttyS1", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		fmt.Println(err)
+		select {}
+	}
+	if t, err := unix.IoctlGetTermios(int(tty.Fd()), unix.TCGETS); err == nil {
+		t.Iflag, t.Oflag, t.Lflag = 0, 0, 0
+		t.Cflag = unix.CS8 | unix.CREAD | unix.CLOCAL | unix.B115200
+		unix.IoctlSetTermios(int(tty.Fd()), unix.TCSETS, t)
+	}
+	fmt.Fprintln(tty, `"ready"`)
+	in := bufio.NewScanner(tty)
+	for in.Scan() {
+		out, err := json.Marshal(answer(strings.Fields(in.Text())))
+		if err != nil {
+			out, _ = json.Marshal(err.Error())
+		}
+		tty.Write(append(out, '\n'))
+	}
+	select {}
+}
+
+func start(kind string) error {
+	c := exec.Command("/proc/self/exe", kind)
+	c.Stdout, c.Stderr = os.Stdout, os.Stderr
+	if kind == "user" {
+		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1000, Gid: 1000}}
+	}
+	if err := c.Start(); err != nil {
+		return err
+	}
+	if kind == "stopped" {
+		time.Sleep(100 * time.Millisecond)
+		return c.Process.Signal(unix.SIGSTOP)
+	}
+	return nil // nobody waits: "zombie" stays one
+}
+
+// child is what a started process does.
+func child(kind string) {
+	unix.Prctl(unix.PR_SET_NAME, uintptr(ptr("g-"+kind)), 0, 0, 0)
+	runtime.GOMAXPROCS(1)
+	switch kind {
+	case "zombie":
+		os.Exit(0)
+	case "spin":
+		for {
+		}
+	case "memory":
+		b := make([]byte, 32<<20)
+		for i := 0; i < len(b); i += 4096 {
+			b[i] = 1
+		}
+		defer runtime.KeepAlive(b)
+	case "threads":
+		for range 6 {
+			go func() {
+				runtime.LockOSThread()
+				unix.Pause()
+			}()
+		}
+	case "fork":
+		for {
+			var ws unix.WaitStatus
+			c := exec.Command("/proc/self/exe", "zombie")
+			if c.Start() == nil {
+				unix.Wait4(c.Process.Pid, &ws, 0, nil)
+			}
+		}
+	}
+	for {
+		unix.Pause()
+	}
+}
+
+func answer(cmd []string) any {
+	if len(cmd) == 0 {
+		return "empty"
+	}
+	var arg string
+	if len(cmd) > 1 {
+		arg = cmd[1]
+	}
+	switch cmd[0] {
+	case "ps":
+		return ps()
+	case "dmesg":
+		return dmesg()
+	case "clock":
+		var mono, real, boot unix.Timespec
+		unix.ClockGettime(unix.CLOCK_MONOTONIC, &mono)
+		unix.ClockGettime(unix.CLOCK_REALTIME, &real)
+		unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot)
+		return map[string]int64{"mono": mono.Nano(), "real": real.Nano(), "boot": boot.Nano()}
+	case "irqs":
+		b, _ := os.ReadFile("/proc/interrupts")
+		return string(b)
+	case "stat":
+		b, _ := os.ReadFile("/proc/stat")
+		return string(b)
+	case "iomem":
+		b, _ := os.ReadFile("/proc/iomem")
+		return string(b)
+	case "version":
+		b, _ := os.ReadFile("/proc/version")
+		return string(b)
+	case "kallsyms":
+		return kallsyms()
+	case "spawn": // spawn KIND N
+		n := 1
+		if len(cmd) > 2 {
+			n, _ = strconv.Atoi(cmd[2])
+		}
+		for range n {
+			if err := start(arg); err != nil {
+				return err.Error()
+			}
+		}
+		return "ok"
+	case "kmsg":
+		n, _ := strconv.Atoi(arg)
+		f, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0)
+		if err != nil {
+			return err.Error()
+		}
+		defer f.Close()
+		for i := range n {
+			fmt.Fprintf(f, "<13>guest: line %d %s", i, strings.Repeat("x", i%200))
+		}
+		return "ok"
+	case "sysrq":
+		return fmt.Sprint(os.WriteFile("/proc/sysrq-trigger", []byte(arg), 0))
+	}
+	return "unknown command"
+}
+
+func kallsyms() any {
+	f, err := os.Open("/proc/kallsyms")
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	h, n := fnv.New64a(), 0
+	for in := bufio.NewScanner(f); in.Scan(); {
+		if strings.HasSuffix(in.Text(), "]") {
+			continue // a module's
+		}
+		h.Write(append(in.Bytes(), '\n'))
+		n++
+	}
+	return map[string]any{"hash": fmt.Sprintf("%x", h.Sum64()), "count": n}
+}
+
+func dmesg() any {
+	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err.Error()
+	}
+	defer unix.Close(fd)
+	var out []Record
+	buf := make([]byte, 8192)
+	for {
+		n, err := unix.Read(fd, buf)
+		if err == unix.EPIPE {
+			continue
+		}
+		if err != nil || n <= 0 {
+			return out
+		}
+		head, text, _ := strings.Cut(string(buf[:n]), ";")
+		text, _, _ = strings.Cut(text, "\n")
+		f := strings.Split(head, ",")
+		out = append(out, Record{num(f[0]), num(f[1]), num(f[2]), text})
+	}
+}
+
+func ps() []Thread {
+	var out []Thread
+	dirs, _ := filepath.Glob("/proc/[0-9]*/task/[0-9]*")
+	for _, d := range dirs {
+		stat, err := os.ReadFile(d + "/stat")
+		if err != nil {
+			continue
+		}
+		end := bytes.LastIndexByte(stat, ')')
+		f := strings.Fields(string(stat[end+1:]))
+		t := Thread{State: f[0], PPID: int(num(f[1])), Flags: num(f[6]), UTime: num(f[11]), STime: num(f[12]),
+			Start: num(f[19]), RSS: num(f[21]) * 4096, CPU: int(num(f[36]))}
+		// comm as the status file has it: the stat file may add a workqueue's description.
+		status, _ := os.Open(d + "/status")
+		if status == nil {
+			continue
+		}
+		b, _ := io.ReadAll(status)
+		status.Close()
+		for line := range strings.Lines(string(b)) {
+			k, v, _ := strings.Cut(line, ":")
+			v = strings.TrimSpace(v)
+			switch k {
+			case "Tgid":
+				t.TGID = int(num(v))
+			case "Pid":
+				t.PID = int(num(v))
+			case "Uid":
+				t.UID = int(num(strings.Fields(v)[1]))
+			case "voluntary_ctxt_switches", "nonvoluntary_ctxt_switches":
+				t.Switches += num(v)
+			}
+		}
+		comm, _ := os.ReadFile(d + "/comm")
+		t.Comm = strings.TrimSuffix(string(comm), "\n")
+		if s, err := os.ReadFile(d + "/schedstat"); err == nil {
+			t.Runtime = num(strings.Fields(string(s))[0])
+		}
+		out = append(out, t)
+	}
+	return out
+}
+
+func num(s string) uint64 {
+	n, _ := strconv.ParseUint(s, 10, 64)
+	return n
+}

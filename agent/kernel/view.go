@@ -1,0 +1,235 @@
+package kernel
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// viewPages is how many pages a View keeps: 8 MiB. A pass over more reads the oldest again when it needs them again.
+const viewPages = 2048
+
+// View is one pass over a host's memory. It keeps the pages that it read, so that the same question gets the same answer
+// and no page is read twice; Heartbeat and Panic alone read fresh each time. It is not atomic: the host runs while it reads.
+//
+// A View is safe for concurrent use; any number of Views of one Image may be in use at the same time.
+type View struct {
+	img *Image
+	ctx context.Context
+
+	mu    sync.Mutex
+	cost  Cost                        // guarded by mu
+	pages map[hostmem.PhysAddr][]byte // guarded by mu; a page once in is not written again
+	order []hostmem.PhysAddr          // guarded by mu; ring of the keys of pages, oldest at next
+	next  int                         // guarded by mu
+	slab  []byte                      // guarded by mu; unused pages
+}
+
+// View begins a pass. When ctx ends, whatever the View is asked fails with the context's error.
+func (img *Image) View(ctx context.Context) *View {
+	return &View{img: img, ctx: ctx, pages: make(map[hostmem.PhysAddr][]byte)}
+}
+
+// Image returns the kernel that the View looks at.
+func (v *View) Image() *Image { return v.img }
+
+// Cost returns what the View has read so far.
+func (v *View) Cost() Cost {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.cost
+}
+
+// Phys returns the physical address of a kernel virtual address: in the image, the direct map, vmalloc space, modules or
+// per-CPU areas. It is ErrNotMapped if there is nothing.
+func (v *View) Phys(va VirtAddr) (hostmem.PhysAddr, error) {
+	pa, _, err := v.img.space.translate(v, va)
+	return pa, err
+}
+
+// ReadVirt fills buf from a kernel virtual address on.
+func (v *View) ReadVirt(va VirtAddr, buf []byte) error { return v.img.space.read(v, va, buf) }
+
+// Uint64 reads a little-endian word of 8 bytes.
+func (v *View) Uint64(va VirtAddr) (uint64, error) {
+	var b [8]byte
+	err := v.ReadVirt(va, b[:])
+	return le64(b[:]), err
+}
+
+// Uint32 reads a little-endian word of 4 bytes.
+func (v *View) Uint32(va VirtAddr) (uint32, error) {
+	var b [4]byte
+	err := v.ReadVirt(va, b[:])
+	return le32(b[:]), err
+}
+
+// readPhys reads through the page cache.
+func (v *View) readPhys(pa hostmem.PhysAddr, b []byte) error {
+	for len(b) > 0 {
+		offset := pa % hostmem.PageSize
+		n := min(len(b), int(hostmem.PageSize-offset))
+		page, err := v.page(pa - offset)
+		switch {
+		case err == nil:
+			copy(b[:n], page[offset:])
+		case errors.Is(err, hostmem.ErrNotMapped):
+			// RAM may end within a page.
+			if err := v.readFresh(pa, b[:n]); err != nil {
+				return err
+			}
+		default:
+			return err
+		}
+		pa += hostmem.PhysAddr(n)
+		b = b[n:]
+	}
+	return nil
+}
+
+// page returns the page at pa, which is aligned.
+func (v *View) page(pa hostmem.PhysAddr) ([]byte, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if p, ok := v.pages[pa]; ok {
+		return p, nil
+	}
+	if err := v.ctx.Err(); err != nil {
+		return nil, err
+	}
+	if len(v.slab) == 0 {
+		v.slab = make([]byte, 16*hostmem.PageSize)
+	}
+	p := v.slab[:hostmem.PageSize:hostmem.PageSize]
+	began := time.Now()
+	n, err := v.img.mem.ReadAt(p, int64(pa))
+	v.count(n, began)
+	if err != nil {
+		return nil, err
+	}
+	v.slab = v.slab[hostmem.PageSize:]
+	v.cost.Pages++
+	if len(v.order) < viewPages {
+		v.order = append(v.order, pa)
+	} else {
+		delete(v.pages, v.order[v.next])
+		v.order[v.next] = pa
+		v.next = (v.next + 1) % viewPages
+	}
+	v.pages[pa] = p
+	return p, nil
+}
+
+// count books an access; mu is held.
+func (v *View) count(n int, began time.Time) {
+	v.cost.Reads++
+	v.cost.Bytes += int64(n)
+	v.cost.Elapsed += time.Since(began)
+}
+
+// readFresh reads past the page cache.
+func (v *View) readFresh(pa hostmem.PhysAddr, b []byte) error {
+	if err := v.ctx.Err(); err != nil {
+		return err
+	}
+	began := time.Now()
+	n, err := v.img.mem.ReadAt(b, int64(pa))
+	v.mu.Lock()
+	v.count(n, began)
+	v.mu.Unlock()
+	return err
+}
+
+// readScattered reads segments past the page cache, pipelined where the memory can.
+func (v *View) readScattered(segs []hostmem.Segment) error {
+	if err := v.ctx.Err(); err != nil {
+		return err
+	}
+	began := time.Now()
+	err := hostmem.ReadScatter(v.img.mem, segs)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.cost.Elapsed += time.Since(began)
+	v.cost.Reads += len(segs)
+	for i := range segs {
+		v.cost.Bytes += int64(len(segs[i].Buf))
+	}
+	return err
+}
+
+// forget drops all pages, so that what was torn can be read anew.
+func (v *View) forget() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	clear(v.pages)
+	v.order, v.next = v.order[:0], 0
+}
+
+// fresh is a source that reads past the page cache of a View.
+type fresh struct{ v *View }
+
+func (f fresh) readPhys(pa hostmem.PhysAddr, b []byte) error { return f.v.readFresh(pa, b) }
+
+// direct is a source for the time before there is an Image.
+type direct struct {
+	ctx context.Context
+	mem hostmem.Memory
+}
+
+func (d direct) readPhys(pa hostmem.PhysAddr, b []byte) error {
+	if err := d.ctx.Err(); err != nil {
+		return err
+	}
+	_, err := d.mem.ReadAt(b, int64(pa))
+	return err
+}
+
+// object fills b from the object of the given kind at va. An address where no memory is makes the object corrupt.
+func (s *addressSpace) object(src source, kind string, va VirtAddr, b []byte) error {
+	err := s.read(src, va, b)
+	if err != nil && (errors.Is(err, ErrNotMapped) || errors.Is(err, hostmem.ErrNotMapped)) {
+		return &CorruptError{kind, va, fmt.Sprintf("points to no memory (%v)", err)}
+	}
+	return err
+}
+
+func le16(b []byte) uint16 { return binary.LittleEndian.Uint16(b) }
+func le32(b []byte) uint32 { return binary.LittleEndian.Uint32(b) }
+func le64(b []byte) uint64 { return binary.LittleEndian.Uint64(b) }
+
+// cString returns b up to its first NUL, with what cannot be printed replaced, and whether there was a NUL.
+func cString(b []byte) (string, bool) {
+	for i, c := range b {
+		if c == 0 {
+			return printable(b[:i]), true
+		}
+	}
+	return printable(b), false
+}
+
+// printable returns b as text: bytes that are neither printable ASCII nor valid UTF-8 become "?".
+func printable(b []byte) string {
+	for _, c := range b {
+		if c < ' ' || c > '~' {
+			return sanitize(b)
+		}
+	}
+	return string(b)
+}
+
+func sanitize(b []byte) string {
+	return strings.Map(func(r rune) rune {
+		if r == utf8.RuneError || !unicode.IsPrint(r) && r != '\t' && r != '\n' {
+			return '?'
+		}
+		return r
+	}, string(b))
+}
