@@ -23,7 +23,7 @@ const (
 )
 
 // newELFCore reads the program headers. head is the first 64 bytes, or all of a shorter file.
-func newELFCore(r io.ReaderAt, size int64, head []byte) (Memory, error) {
+func newELFCore(r io.ReaderAt, size int64, head []byte) (*Image, error) {
 	bad := func(at uint64, format string, args ...any) error {
 		return &ImageError{"ELF core", int64(at), fmt.Sprintf(format, args...)}
 	}

@@ -51,12 +51,13 @@ func OpenImage(path string) (Memory, error) {
 		f.Close()
 		return nil, fmt.Errorf("open image %s: %w", path, err)
 	}
-	if img, ok := mem.(*Image); ok {
-		img.close = sync.OnceValue(f.Close)
-	} else {
+	img, ok := mem.(*Image)
+	if !ok {
 		f.Close() // a recording is in memory by now
+		return mem, nil
 	}
-	return mem, nil
+	img.close = sync.OnceValue(f.Close)
+	return img, nil
 }
 
 // foreign are formats that are not read here, by their first bytes, with the advice for them.
@@ -89,14 +90,26 @@ func NewImage(r io.ReaderAt, size int64) (Memory, error) {
 	if _, err := readFull(r, head, 0); err != nil {
 		return nil, fmt.Errorf("read the first bytes: %w", err)
 	}
+	var mem Memory
+	var err error
 	switch {
-	case bytes.HasPrefix(head, []byte("\x7fELF")):
-		return newELFCore(r, size, head)
-	case bytes.HasPrefix(head, []byte(limeMagic)):
-		return newLiME(r, size)
 	case bytes.HasPrefix(head, []byte(recordingMagic)):
-		return OpenRecording(io.NewSectionReader(r, 0, size))
+		mem, err = OpenRecording(io.NewSectionReader(r, 0, size))
+	case bytes.HasPrefix(head, []byte("\x7fELF")):
+		mem, err = newELFCore(r, size, head)
+	case bytes.HasPrefix(head, []byte(limeMagic)):
+		mem, err = newLiME(r, size)
+	default:
+		mem, err = newRaw(r, size, head)
 	}
+	if err != nil {
+		return nil, err // and not a nil pointer in mem
+	}
+	return mem, nil
+}
+
+// newRaw takes what is left: not a format that is known to be another one, and whole pages.
+func newRaw(r io.ReaderAt, size int64, head []byte) (*Image, error) {
 	for _, f := range foreign {
 		if bytes.HasPrefix(head, []byte(f.magic)) {
 			return nil, &ImageError{f.format, 0, "this format is not read here; " + f.advice}

@@ -14,7 +14,7 @@ const limeMagic = "EMiL"
 const limeHeaderSize = 32
 
 // newLiME reads the chain of headers, each in front of its range's bytes.
-func newLiME(r io.ReaderAt, size int64) (Memory, error) {
+func newLiME(r io.ReaderAt, size int64) (*Image, error) {
 	var extents []Extent
 	h := make([]byte, limeHeaderSize)
 	for at := int64(0); at < size; {
