@@ -1,0 +1,97 @@
+package bmc
+
+import (
+	"context"
+	"crypto/x509"
+	"net/http"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/bmc-toolbox/bmclib/v2"
+	"github.com/google/go-cmp/cmp"
+)
+
+// fake is a machine that writes down what is done to it.
+type fake struct {
+	mu  sync.Mutex
+	on  bool
+	did []string
+}
+
+func (f *fake) do(what string, on bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.did, f.on = append(f.did, what), on
+	return nil
+}
+
+func (f *fake) Powered() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.on
+}
+
+func (f *fake) PowerOn(context.Context) error    { return f.do("on", true) }
+func (f *fake) PowerOff(context.Context) error   { return f.do("off", false) }
+func (f *fake) PowerCycle(context.Context) error { return f.do("cycle", true) }
+func (f *fake) Reset(context.Context) error      { return f.do("reset", true) }
+func (f *fake) Shutdown(context.Context) error   { return f.do("shutdown", f.Powered()) }
+func (f *fake) NMI(context.Context) error        { return f.do("nmi", true) }
+
+// The BMC must be one that a stranger's client can use.
+func TestBmclib(t *testing.T) {
+	m := new(fake)
+	b, err := Start(Options{Machine: m, UUID: "4c4c4544-0000-4000-8000-000000000001", MemoryGiB: 0.5, CPUs: 2, StateDir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(b.CA) {
+		t.Fatal("the CA is no certificate")
+	}
+	c := bmclib.NewClient("127.0.0.1", b.User, b.Password,
+		bmclib.WithRedfishPort(b.URL[len("https://127.0.0.1:"):]), bmclib.WithSecureTLS(roots), bmclib.WithRedfishUseBasicAuth(false))
+	c.Registry.Drivers = c.Registry.Using("redfish")
+	if err := c.Open(ctx); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close(ctx)
+	for _, step := range []struct{ do, want string }{{"", "Off"}, {"on", "On"}, {"cycle", "On"}, {"off", "Off"}} {
+		if step.do != "" {
+			if ok, err := c.SetPowerState(ctx, step.do); err != nil || !ok {
+				t.Fatalf("SetPowerState(%s) = %v, %v", step.do, ok, err)
+			}
+		}
+		if got, err := c.GetPowerState(ctx); err != nil || got != step.want {
+			t.Errorf("after %q GetPowerState() = %q, %v; want %q", step.do, got, err, step.want)
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	// Where the machine is on, bmclib 2.3.5 makes ForceRestart of "cycle".
+	if diff := cmp.Diff([]string{"on", "reset", "off"}, m.did); diff != "" {
+		t.Errorf("the machine was told (-want +got):\n%s", diff)
+	}
+}
+
+func TestStranger(t *testing.T) {
+	b, err := Start(Options{Machine: new(fake), StateDir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := http.Get(b.URL + "/redfish/v1"); err == nil {
+		t.Error("a client without the CA trusts the BMC")
+	}
+	for range 2 {
+		if err := b.Close(); err != nil {
+			t.Errorf("Close() = %v", err)
+		}
+	}
+	if _, err := http.Get(b.URL); err == nil {
+		t.Error("the BMC answers after Close")
+	}
+}
