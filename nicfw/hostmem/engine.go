@@ -4,9 +4,12 @@ import (
 	"cmp"
 	"errors"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // ErrAborted means that the host's side refused a burst: an unsupported request or a completer abort, as an IOMMU answers.
@@ -34,6 +37,9 @@ type EngineOptions struct {
 	Timeout time.Duration
 	// Seed makes the latencies repeatable.
 	Seed uint64
+	// Sleep, if not nil, passes the time: time.Sleep under testing/synctest. nil means to wait as precisely as the system
+	// allows; Go's own timers round up to 1 ms when a program is idle (runtime/netpoll_epoll.go), far more than a burst.
+	Sleep func(time.Duration)
 	// Outcome, if not nil, decides what becomes of each burst, in the order of submission, one at a time.
 	Outcome func(op string, r Range) Outcome
 }
@@ -74,6 +80,9 @@ func NewEngine(mem Memory, o EngineOptions) *Engine {
 	o.MaxLatency = max(o.MinLatency, o.MaxLatency)
 	o.Timeout = cmp.Or(o.Timeout, 50*time.Millisecond)
 	o.Depth = max(cmp.Or(o.Depth, 32), 1)
+	if o.Sleep == nil {
+		o.Sleep = sleepPrecisely
+	}
 	e := &Engine{mem: mem, o: o, rng: rand.New(rand.NewPCG(o.Seed, 0)), slots: make([]time.Time, o.Depth)}
 	e.w, e.canStore = AsWriter(mem)
 	return e
@@ -139,7 +148,9 @@ func (e *Engine) submit(q []*burst) {
 
 // complete waits until b is done and sets its error.
 func (e *Engine) complete(b *burst) {
-	time.Sleep(time.Until(b.done))
+	if d := time.Until(b.done); d > 0 {
+		e.o.Sleep(d)
+	}
 	if e.transfer(b); b.err == nil && (b.op == opWrite || allOnes(b.buf)) && e.dropped(b) {
 		b.err = ErrLinkDown
 	}
@@ -147,6 +158,20 @@ func (e *Engine) complete(b *burst) {
 		e.mu.Lock()
 		e.stats.Failed++
 		e.mu.Unlock()
+	}
+}
+
+// sleepPrecisely sleeps in the kernel for most of d and polls for the rest, as a driver does for its completions: a thread
+// sleeps up to 50 µs too long by default (prctl(2), PR_SET_TIMERSLACK).
+func sleepPrecisely(d time.Duration) {
+	const slack = 60 * time.Microsecond
+	end := time.Now().Add(d)
+	if d > slack {
+		ts := unix.NsecToTimespec(int64(d - slack))
+		_ = unix.Nanosleep(&ts, nil) // interrupted: polls longer
+	}
+	for time.Now().Before(end) {
+		runtime.Gosched()
 	}
 }
 
