@@ -10,8 +10,11 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
@@ -52,11 +55,11 @@ type options struct {
 	timeout time.Duration
 
 	// verbs' own
-	all, threads, follow, dryRun, yes, verify, savePassword bool
-	rows                                                    int
-	interval                                                time.Duration
-	level, action, file                                     string
-	agreement                                               agreementFlags
+	all, threads, follow, dryRun, yes, verify, savePassword, names bool
+	rows                                                           int
+	interval                                                       time.Duration
+	level, action, file                                            string
+	agreement                                                      agreementFlags
 }
 
 func (o *options) global(fs *flag.FlagSet) {
@@ -103,7 +106,7 @@ func (e *codeError) Unwrap() error { return e.err }
 func verbs() []verb {
 	return []verb{
 		statusVerb, findingsVerb, psVerb, topVerb, dmesgVerb, healVerb, powerVerb, journalVerb,
-		loginVerb, configVerb, agreementVerb, labVerb, completionVerb, versionVerb, helpVerb,
+		loginVerb, configVerb, agreementVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
 	}
 }
 
@@ -333,10 +336,40 @@ func (e *env) answer(v any, text func(io.Writer) error) error {
 }
 
 func (e *env) json(v any) error {
-	enc := json.NewEncoder(e.stdout)
-	enc.SetIndent("", "  ")
-	enc.SetEscapeHTML(false)
-	return enc.Encode(v)
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return fmt.Errorf("answer in JSON: %w", err)
+	}
+	_, err = e.stdout.Write(append(harmless(b), '\n'))
+	return err
+}
+
+// jsonLine writes v as one line.
+func (e *env) jsonLine(v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("answer in JSON: %w", err)
+	}
+	_, err = e.stdout.Write(append(harmless(b), '\n'))
+	return err
+}
+
+// harmless escapes what JSON allows in a string and a terminal may act on: the C1 controls, invisible and
+// direction-changing characters. In the output of encoding/json they stand nowhere else than in strings.
+func harmless(b []byte) []byte {
+	out := make([]byte, 0, len(b))
+	for _, r := range string(b) {
+		switch {
+		case r < 0x7f || strconv.IsPrint(r):
+			out = utf8.AppendRune(out, r)
+		case r > 0xffff:
+			hi, lo := utf16.EncodeRune(r)
+			out = fmt.Appendf(out, "\\u%04x\\u%04x", hi, lo)
+		default:
+			out = fmt.Appendf(out, "\\u%04x", r)
+		}
+	}
+	return out
 }
 
 // file is the input as a file, or nil if it is none.

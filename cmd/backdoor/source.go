@@ -2,15 +2,13 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
@@ -336,8 +334,8 @@ func loginCommand(a agentAt) string {
 	return "backdoor login -host " + a.URL
 }
 
-// decodeHex is for JSON members that may hold anything.
-func decodeHex(s string) ([]byte, error) { return hex.DecodeString(strings.TrimSpace(s)) }
-
-var _ = json.Valid
-var _ = io.EOF
+// fingerprint is the SHA-256 of a certificate as agents show it on their consoles.
+func fingerprint(c *x509.Certificate) string {
+	sum := sha256.Sum256(c.Raw)
+	return hex.EncodeToString(sum[:])
+}

@@ -1,0 +1,342 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/query"
+)
+
+// agreementFlags are the flags of the verb agreement.
+type agreementFlags struct {
+	id, uuid, hostName, owner, key, allow, protect string
+	monitors                                       list
+	read, write, power                             bool
+	valid                                          time.Duration
+}
+
+// list is a flag that may be given several times.
+type list []string
+
+func (l *list) String() string     { return strings.Join(*l, ",") }
+func (l *list) Set(s string) error { *l = append(*l, s); return nil }
+
+var agreementVerb = verb{
+	name:  "agreement",
+	args:  "keygen FILE|new|sign FILE|verify FILE|show FILE",
+	words: []string{"keygen", "new", "sign", "verify", "show"},
+	short: "access agreements between a host's owner and its monitors",
+	long: `An agent writes to its host only what an agreement permits that the owner and every monitor have signed.
+
+  keygen FILE  make a signing key; the private half goes to FILE, the public half is printed
+  new          print an unsigned agreement; parties are named as NAME=PUBLIC-KEY
+  sign FILE    add the signature of -key to the agreement in FILE
+  verify FILE  check all signatures with the owner's public key (-owner), as the agent will
+  show FILE    tell what the agreement permits
+
+  backdoor agreement keygen owner.key
+  backdoor agreement new -uuid 1b4e28ba-2fa1-11d2-883f-0016d3cca427 -owner acme=hmr…= -monitor ops=8fq…= \
+      -permit-read -permit-write -permit-power -allow kill-process,power-cycle -valid 2160h > agreement.json
+  backdoor agreement sign agreement.json -key owner.key
+  backdoor agreement verify agreement.json -owner hmr…=`,
+	flags: func(fs *flag.FlagSet, o *options) {
+		f := &o.agreement
+		fs.StringVar(&f.id, "id", "", "`name` of the agreement (default one is made)")
+		fs.StringVar(&f.uuid, "uuid", "", "SMBIOS system `UUID` of the host")
+		fs.StringVar(&f.hostName, "host-name", "", "`name` of the host, for people")
+		fs.StringVar(&f.owner, "owner", "", "owner of the host, as `NAME=KEY`; of verify, KEY")
+		fs.Var(&f.monitors, "monitor", "a monitor, as `NAME=KEY`; may be given several times")
+		fs.StringVar(&f.key, "key", "", "private key `file` to sign with")
+		fs.StringVar(&f.allow, "allow", "", "healing `actions` permitted, separated by commas")
+		fs.StringVar(&f.protect, "protect", "", "`users` whose tasks nothing may touch, as 0-99,1000")
+		fs.BoolVar(&f.read, "permit-read", false, "permit to read the host's memory")
+		fs.BoolVar(&f.write, "permit-write", false, "permit to write to the host's memory")
+		fs.BoolVar(&f.power, "permit-power", false, "permit to switch the host's power")
+		fs.DurationVar(&f.valid, "valid", 90*24*time.Hour, "`time` from now for which the agreement is valid")
+	},
+	run: runAgreement,
+}
+
+func runAgreement(_ context.Context, e *env, args []string) (int, error) {
+	word, args := args[0], args[1:]
+	if word == "new" {
+		if err := none("agreement", args); err != nil {
+			return 0, err
+		}
+		a, err := newAgreement(e.o.agreement, time.Now())
+		if err != nil {
+			return 0, err
+		}
+		return exitOK, e.json(a)
+	}
+	if len(args) != 1 {
+		return 0, &usageError{verb: "agreement", msg: fmt.Sprintf("agreement %s takes one file", word)}
+	}
+	path := args[0]
+	switch word {
+	case "keygen":
+		public, err := makeKey(path)
+		if err != nil {
+			return 0, err
+		}
+		text, err := public.MarshalText()
+		if err != nil {
+			return 0, err
+		}
+		return exitOK, e.answer(map[string]string{"publicKey": string(text), "fingerprint": public.Fingerprint()}, func(w io.Writer) error {
+			_, err := fmt.Fprintf(w, "%s\n", text)
+			return err
+		})
+	case "sign":
+		return e.signAgreement(path)
+	case "verify":
+		return e.verifyAgreement(path)
+	}
+	a, err := readAgreement(path)
+	if err != nil {
+		return 0, err
+	}
+	return exitOK, e.answer(a, func(w io.Writer) error { return agreementText(w, a) })
+}
+
+func newAgreement(f agreementFlags, now time.Time) (*access.Agreement, error) {
+	owner, err := party("-owner", f.owner)
+	if err != nil {
+		return nil, err
+	}
+	now = now.UTC().Truncate(time.Second)
+	a := &access.Agreement{
+		Version: access.Version, ID: f.id, Host: access.Host{UUID: strings.ToLower(f.uuid), Name: f.hostName}, Owner: owner,
+		Monitors:  []access.Party{},
+		Rights:    access.Rights{Read: f.read, Write: f.write, Power: f.power, Actions: []string{}},
+		Protected: []access.Protected{}, Signatures: []access.Signature{},
+		ValidFrom: now, ValidUntil: now.Add(f.valid),
+	}
+	if a.ID == "" {
+		a.ID = "agreement-" + strings.ToLower(rand.Text()[:8])
+	}
+	for _, m := range f.monitors {
+		p, err := party("-monitor", m)
+		if err != nil {
+			return nil, err
+		}
+		a.Monitors = append(a.Monitors, p)
+	}
+	for action := range strings.SplitSeq(f.allow, ",") {
+		if action = strings.TrimSpace(action); action != "" {
+			a.Rights.Actions = append(a.Rights.Actions, action)
+		}
+	}
+	for users := range strings.SplitSeq(f.protect, ",") {
+		if users = strings.TrimSpace(users); users == "" {
+			continue
+		}
+		first, last, both := strings.Cut(users, "-")
+		if !both {
+			last = first
+		}
+		lo, err1 := strconv.ParseUint(first, 10, 32)
+		hi, err2 := strconv.ParseUint(last, 10, 32)
+		if err := errors.Join(err1, err2); err != nil || lo > hi {
+			return nil, &usageError{verb: "agreement", msg: fmt.Sprintf("-protect: %q is no range of user numbers like 0-99", users)}
+		}
+		a.Protected = append(a.Protected, access.Protected{FirstUID: uint32(lo), LastUID: uint32(hi)})
+	}
+	// The form is checked as the agent will check it, only without signatures.
+	b, err := json.Marshal(a)
+	if err != nil {
+		return nil, fmt.Errorf("make agreement: %w", err)
+	}
+	if _, err := access.Parse(bytes.NewReader(b)); err != nil {
+		return nil, &usageError{verb: "agreement", msg: err.Error()}
+	}
+	return a, nil
+}
+
+// party reads NAME=KEY.
+func party(name, s string) (access.Party, error) {
+	who, key, ok := strings.Cut(s, "=")
+	p := access.Party{Name: who}
+	if !ok || who == "" {
+		return p, &usageError{verb: "agreement", msg: fmt.Sprintf("%s: want NAME=KEY with the public key that keygen printed, found %q", name, s)}
+	}
+	if err := p.Key.UnmarshalText([]byte(key)); err != nil {
+		return p, &usageError{verb: "agreement", msg: fmt.Sprintf("%s %s: %v", name, who, err)}
+	}
+	return p, nil
+}
+
+// makeKey writes a new private key to a file that must not exist yet, and returns the public half.
+func makeKey(path string) (access.Key, error) {
+	public, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		return nil, fmt.Errorf("make key: %w", err)
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		return nil, fmt.Errorf("make key: %w", err)
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("make key: %w", err)
+	}
+	err = pem.Encode(f, &pem.Block{Type: "PRIVATE KEY", Bytes: der})
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return nil, fmt.Errorf("make key: %w", err)
+	}
+	return access.Key(public), nil
+}
+
+func readKey(path string) (ed25519.PrivateKey, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read key: %w", err)
+	}
+	b, _ := pem.Decode(data)
+	if b == nil {
+		return nil, fmt.Errorf("read key: %s holds no PEM private key; make one with: backdoor agreement keygen FILE", path)
+	}
+	k, err := x509.ParsePKCS8PrivateKey(b.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("read key: %s: %w", path, err)
+	}
+	private, ok := k.(ed25519.PrivateKey)
+	if !ok {
+		return nil, fmt.Errorf("read key: %s holds a key of another kind than Ed25519", path)
+	}
+	return private, nil
+}
+
+func readAgreement(path string) (*access.Agreement, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("read agreement: %w", err)
+	}
+	defer f.Close()
+	a, err := access.Parse(f)
+	if err != nil {
+		return nil, fmt.Errorf("read agreement %s: %w", path, err)
+	}
+	return a, nil
+}
+
+func (e *env) signAgreement(path string) (int, error) {
+	if e.o.agreement.key == "" {
+		return 0, &usageError{verb: "agreement", msg: "agreement sign needs -key FILE"}
+	}
+	a, err := readAgreement(path)
+	if err != nil {
+		return 0, err
+	}
+	key, err := readKey(e.o.agreement.key)
+	if err != nil {
+		return 0, err
+	}
+	if err := a.Sign(key); err != nil {
+		return 0, fmt.Errorf("sign %s: %w", path, err)
+	}
+	b, err := json.MarshalIndent(a, "", "  ")
+	if err != nil {
+		return 0, fmt.Errorf("sign %s: %w", path, err)
+	}
+	tmp := path + ".new"
+	if err := os.WriteFile(tmp, append(b, '\n'), 0o644); err != nil {
+		return 0, fmt.Errorf("sign %s: %w", path, err)
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return 0, fmt.Errorf("sign %s: %w", path, err)
+	}
+	missing := unsigned(a)
+	return exitOK, e.answer(map[string]any{"signatures": len(a.Signatures), "missing": missing}, func(w io.Writer) error {
+		l := &lines{w: w}
+		l.printf("Signed %s.\n", path)
+		for _, m := range missing {
+			l.printf("Still missing: the signature of %s\n", query.Clean(m))
+		}
+		return l.err
+	})
+}
+
+// unsigned lists the parties that have not signed.
+func unsigned(a *access.Agreement) []string {
+	missing := []string{}
+	for _, p := range append([]access.Party{a.Owner}, a.Monitors...) {
+		signed := false
+		for _, s := range a.Signatures {
+			signed = signed || bytes.Equal(s.Key, p.Key)
+		}
+		if !signed {
+			missing = append(missing, p.Name)
+		}
+	}
+	return missing
+}
+
+func (e *env) verifyAgreement(path string) (int, error) {
+	_, text, ok := strings.Cut(e.o.agreement.owner, "=")
+	if !ok || text == "" { // the key alone; base64 ends in "="
+		text = e.o.agreement.owner
+	}
+	var owner access.Key
+	if err := owner.UnmarshalText([]byte(e.o.agreement.owner)); err != nil {
+		if err2 := owner.UnmarshalText([]byte(text)); err2 != nil {
+			return 0, &usageError{verb: "agreement", msg: fmt.Sprintf("-owner: want the owner's public key: %v", err)}
+		}
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, fmt.Errorf("verify agreement: %w", err)
+	}
+	defer f.Close()
+	a, err := access.Load(f, ed25519.PublicKey(owner))
+	if err != nil {
+		return 0, &codeError{exitDenied, fmt.Errorf("verify agreement %s: %w", path, err)}
+	}
+	if now := time.Now(); now.Before(a.ValidFrom) || !now.Before(a.ValidUntil) {
+		return 0, &codeError{exitDenied, fmt.Errorf("verify agreement %s: the signatures are right, but it is valid only from %s to %s",
+			path, a.ValidFrom.UTC().Format(time.RFC3339), a.ValidUntil.UTC().Format(time.RFC3339))}
+	}
+	return exitOK, e.answer(a, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "%s is signed by its owner and every monitor, and valid until %s.\n", query.Clean(a.ID), a.ValidUntil.UTC().Format(time.RFC3339))
+		return err
+	})
+}
+
+// agreementText tells what an agreement permits.
+func agreementText(w io.Writer, a *access.Agreement) error {
+	l := &lines{w: w}
+	l.printf("agreement   %s\n", query.Clean(a.ID))
+	l.printf("host        %s %s\n", query.Clean(a.Host.UUID), query.Clean(a.Host.Name))
+	l.printf("owner       %s, key %s\n", query.Clean(a.Owner.Name), a.Owner.Key.Fingerprint())
+	for _, m := range a.Monitors {
+		l.printf("monitor     %s, key %s\n", query.Clean(m.Name), m.Key.Fingerprint())
+	}
+	l.printf("valid       %s to %s\n", a.ValidFrom.UTC().Format(time.RFC3339), a.ValidUntil.UTC().Format(time.RFC3339))
+	word := map[bool]string{true: "yes", false: "no"}
+	l.printf("permits     read %s, write %s, power %s\n", word[a.Rights.Read], word[a.Rights.Write], word[a.Rights.Power])
+	l.printf("actions     %s\n", query.Clean(strings.Join(a.Rights.Actions, ", ")))
+	for _, p := range a.Protected {
+		l.printf("protected   users %d to %d %s\n", p.FirstUID, p.LastUID, query.Clean(p.Comm))
+	}
+	for _, m := range unsigned(a) {
+		l.printf("UNSIGNED    by %s\n", query.Clean(m))
+	}
+	return l.err
+}

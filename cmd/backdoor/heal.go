@@ -1,0 +1,205 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/heal"
+	"github.com/backdoor-rhs/backdoor/agent/query"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
+)
+
+var healVerb = verb{
+	name:  "heal",
+	args:  "FINDING",
+	short: "repair a finding",
+	long: `The agent makes a plan, which is shown; then it asks, and carries the plan out. With -dry-run it stops at the plan. Nothing is
+written to the host unless its access agreement permits it, and each write is in the agent's journal before it happens.
+
+Exit status: 0 repaired and verified (or planned, with -dry-run), 3 carried out but not verified, 5 denied.
+
+  backdoor heal runaway-process-1 -dry-run
+  backdoor heal runaway-process-1 -action kill-process -y`,
+	flags: func(fs *flag.FlagSet, o *options) {
+		fs.BoolVar(&o.dryRun, "dry-run", false, "show the plan and change nothing")
+		fs.StringVar(&o.action, "action", "", "`action` to use instead of the one that policy proposes")
+		fs.BoolVar(&o.yes, "y", false, "do not ask")
+	},
+	run: runHeal,
+}
+
+func runHeal(ctx context.Context, e *env, args []string) (int, error) {
+	if len(args) != 1 {
+		return 0, &usageError{verb: "heal", msg: "heal takes the ID of one finding; see: backdoor findings"}
+	}
+	id := args[0]
+	a, err := e.openAgent(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer a.Close()
+	if e.o.dryRun || !e.o.yes {
+		h, err := a.Heal(ctx, id, e.o.action, true, nil)
+		if err != nil {
+			return 0, fmt.Errorf("plan a repair of %s: %w", id, err)
+		}
+		if h.Plan == nil {
+			return 0, fmt.Errorf("plan a repair of %s: the agent sent no plan", id)
+		}
+		if e.o.dryRun {
+			return exitOK, e.answer(h, func(w io.Writer) error { return planText(w, *h.Plan) })
+		}
+		// The plan is a question, not the answer: with -json only the outcome goes to standard output.
+		w := e.stdout
+		if e.o.json {
+			w = e.stderr
+		}
+		if err := planText(w, *h.Plan); err != nil {
+			return 0, err
+		}
+		yes, err := e.confirm("Carry this out on the host?")
+		if err != nil {
+			return 0, err
+		}
+		if !yes {
+			return 0, fmt.Errorf("nothing was done")
+		}
+	}
+	h, err := a.Heal(ctx, id, e.o.action, false, func(t schema.Task) {
+		if !e.o.json && t.PercentComplete != nil {
+			fmt.Fprintf(e.stderr, "backdoor: task %s: %s, %d %%\n", query.Clean(t.ID), t.TaskState, *t.PercentComplete)
+		}
+	})
+	if h.Outcome != nil {
+		if aerr := e.answer(h, func(w io.Writer) error { return outcomeText(w, *h.Outcome) }); aerr != nil {
+			return 0, aerr
+		}
+	}
+	switch {
+	case err != nil && h.Outcome != nil: // it was begun, and has not helped
+		return 0, &codeError{exitIll, fmt.Errorf("heal %s: %w", id, err)}
+	case err != nil:
+		return 0, fmt.Errorf("heal %s: %w", id, err)
+	case h.Outcome == nil:
+		return 0, fmt.Errorf("heal %s: the agent sent no outcome", id)
+	case !h.Outcome.Verified:
+		return exitIll, nil
+	}
+	return exitOK, nil
+}
+
+// confirm asks a question whose safe answer is no. Only a terminal, or what a test gives, can say yes.
+func (e *env) confirm(question string) (bool, error) {
+	if f := file(e.stdin); f != nil && !isTerminal(f) {
+		return false, &usageError{msg: "nobody can be asked here: use -y to carry it out, or -dry-run to look only"}
+	}
+	fmt.Fprintf(e.stderr, "%s [y/N] ", question)
+	line, err := readLine(e.stdin)
+	if err != nil {
+		return false, fmt.Errorf("read the answer: %w", err)
+	}
+	switch strings.ToLower(strings.TrimSpace(line)) {
+	case "y", "yes":
+		return true, nil
+	}
+	return false, nil
+}
+
+// planText prints a plan, step by step.
+func planText(w io.Writer, p heal.Plan) error {
+	l := &lines{w: w}
+	l.printf("Plan %s: %s\n", query.Clean(p.ID), query.Clean(p.Title))
+	l.printf("  for finding  %s\n", query.Clean(p.Finding))
+	l.printf("  action       %s, risk %s\n", query.Clean(p.Action), p.Risk)
+	if t := p.Target; t != nil {
+		l.printf("  target       PID %d, process %d, %s, user %d\n", t.PID, t.TGID, query.Clean(t.Comm), t.UID)
+	}
+	undo := "cannot be taken back"
+	if p.Undo {
+		undo = "can be taken back"
+	}
+	l.printf("  once done    %s\n", undo)
+	for i, c := range p.Calls {
+		name := "  host runs   "
+		if i > 0 {
+			name = "              "
+		}
+		l.printf("%s %s in %s: %s\n", name, query.Clean(c.Function), query.Clean(c.Context), query.Clean(c.Purpose))
+	}
+	for i, s := range p.Steps {
+		l.printf("  %2d %-6s %s\n", i+1, s.Op, query.Clean(s.Why))
+		switch s.Op {
+		case heal.OpExpect:
+			l.printf("            at %v%s: %s\n", s.Addr, object(s), hexText(s.Expect))
+		case heal.OpWrite, heal.OpArm:
+			l.printf("            at %v%s: %s -> %s\n", s.Addr, object(s), hexText(s.Expect), hexText(s.Put))
+		case heal.OpAwait:
+			for _, c := range s.Until {
+				l.printf("            until %s (at most %s)\n", query.Clean(c.What), query.Round(s.Timeout))
+			}
+		case heal.OpPower:
+			l.printf("            power %s through the host's BMC\n", query.Clean(s.Power))
+		}
+	}
+	return l.err
+}
+
+func object(s heal.Step) string {
+	if s.Object == "" {
+		return ""
+	}
+	return " (" + query.Clean(s.Object) + ")"
+}
+
+// hexText prints memory content, shortened in the middle.
+func hexText(b heal.Bytes) string {
+	const most = 16
+	if len(b) <= most {
+		return fmt.Sprintf("%x", []byte(b))
+	}
+	return fmt.Sprintf("%x… (%d bytes)", []byte(b[:most]), len(b))
+}
+
+// outcomeText prints what became of a plan.
+func outcomeText(w io.Writer, o heal.Outcome) error {
+	l := &lines{w: w}
+	switch {
+	case o.Verified:
+		l.printf("Repaired and verified: %s\n", query.Clean(o.Plan.Title))
+	case o.Undone:
+		l.printf("NOT repaired, and every write was taken back: %s\n", query.Clean(o.Plan.Title))
+	default:
+		l.printf("NOT verified: %s\n", query.Clean(o.Plan.Title))
+	}
+	if o.Error != "" {
+		l.printf("  error        %s\n", query.Clean(o.Error))
+	}
+	l.printf("  took         %s, from %s\n", query.Round(o.Finished.Sub(o.Started)), o.Started.UTC().Format(time.RFC3339Nano))
+	if o.Stores > 0 || o.BytesWritten > 0 {
+		how := "read-compare-write-verify"
+		if o.Atomic {
+			how = "compare-and-swap"
+		}
+		l.printf("  written      %d bytes in %d stores, armed by %s\n", o.BytesWritten, o.Stores, how)
+	}
+	for _, f := range o.HostFunctions {
+		sure := "may have run"
+		if f.Confirmed {
+			sure = "ran"
+		}
+		l.printf("  host         %s %s, %d times within %s, in %s\n", query.Clean(f.Function), sure, f.Runs, query.Round(f.Within), query.Clean(f.Context))
+	}
+	for _, r := range o.Left {
+		l.printf("  left behind  %d bytes at %v differ from what they were\n", r.Size, r.Start)
+	}
+	for _, s := range o.Steps {
+		if s.Error != "" {
+			l.printf("  step %-2d      %s\n", s.Step+1, query.Clean(s.Error))
+		}
+	}
+	return l.err
+}
