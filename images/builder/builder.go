@@ -306,7 +306,7 @@ func makeBase(ctx context.Context, img Image, k kernels.Kernel, goVersion string
 		return stored{}, err
 	}
 	var a initramfs.Archive
-	if err := a.Append(bytes.NewReader(newc)); err != nil {
+	if err := a.Append(newc); err != nil {
 		return stored{}, err
 	}
 	for _, d := range []string{"lib/modules", "run", "var/lib/backdoor"} {

@@ -22,30 +22,33 @@ import (
 // An Archive collects what goes into an initramfs. The zero value is empty and ready to use.
 type Archive struct {
 	records map[string]cpio.Record
+	implied map[string]bool // directories that nobody added, but something is in them
 	err     error
 }
 
 func (a *Archive) add(r cpio.Record) {
+	r = cpio.MakeReproducible(r)
 	r.Name = strings.TrimPrefix(path.Clean("/"+r.Name), "/")
 	if r.Name == "" {
 		return // the root directory is the kernel's
 	}
 	if a.records == nil {
-		a.records = map[string]cpio.Record{}
+		a.records, a.implied = map[string]cpio.Record{}, map[string]bool{}
 	}
-	if old, ok := a.records[r.Name]; ok && !(isDir(old) && isDir(r)) {
+	if old, ok := a.records[r.Name]; ok && !(isDir(old) && isDir(r) && (a.implied[r.Name] || old.Mode == r.Mode)) {
 		a.err = errors.Join(a.err, fmt.Errorf("%s is there twice", r.Name))
 		return
 	}
 	for dir := path.Dir(r.Name); dir != "."; dir = path.Dir(dir) {
 		if old, ok := a.records[dir]; !ok {
-			a.records[dir] = cpio.Directory(dir, 0o755)
+			a.records[dir], a.implied[dir] = cpio.MakeReproducible(cpio.Directory(dir, 0o755)), true
 		} else if !isDir(old) {
 			a.err = errors.Join(a.err, fmt.Errorf("%s is below %s, which is no directory", r.Name, dir))
 			return
 		}
 	}
-	a.records[r.Name] = cpio.MakeReproducible(r)
+	a.records[r.Name] = r
+	delete(a.implied, r.Name)
 }
 
 func isDir(r cpio.Record) bool { return r.Mode&cpio.S_IFMT == cpio.S_IFDIR }
@@ -67,8 +70,11 @@ func (a *Archive) CharDevice(name string, perm, major, minor uint64) {
 }
 
 // Append adds the entries of an uncompressed newc archive, such as mkuimage makes.
-func (a *Archive) Append(newc io.ReaderAt) error {
-	records, err := cpio.ReadAllRecords(cpio.Newc.Reader(newc))
+func (a *Archive) Append(newc []byte) error {
+	records, err := cpio.ReadAllRecords(cpio.Newc.Reader(bytes.NewReader(newc)))
+	if err == nil && !bytes.Contains(newc[max(0, len(newc)-1024):], []byte(cpio.Trailer)) {
+		err = io.ErrUnexpectedEOF // which the reader takes for the end
+	}
 	if err != nil {
 		return fmt.Errorf("read archive: %w", err)
 	}
