@@ -7,48 +7,28 @@ import (
 	"time"
 )
 
-func TestDevFaults(t *testing.T) {
+func TestDevFull(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Second)
 	defer cancel()
-	l, err := Up(ctx, Config{NoDPU: true, Log: os.Stderr, HostKernel: os.Getenv("K")})
+	l, err := Up(ctx, Config{Log: os.Stderr, HostKernel: os.Getenv("K")})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	for range 2 {
-		t0 := time.Now()
-		tr, err := l.Host.Fault(ctx, FaultIRQsOff)
-		t.Logf("%v %+v %v", time.Since(t0), tr, err)
-		time.Sleep(4 * time.Second)
-		out, _ := func() (string, error) { c, _ := l.Host.machine.client(); return c.Human(ctx, "info registers -a") }()
-		t.Log(out[:400])
-		c, cc := context.WithTimeout(ctx, 3*time.Second)
-		s, err := l.Host.ReadFile(c, "/proc/interrupts")
-		t.Log(s, err)
-		cc()
-		b := l.Host.Boots()
-		t0 = time.Now()
-		t.Log(l.Host.PowerCycle(ctx))
-		_, err = l.Host.WaitBoot(ctx, b)
-		t.Log(time.Since(t0), err)
+	t.Log(l.DPU.URL, l.DPU.User, l.DPU.Password, l.DPU.InitialPassword, l.DPU.BootTook)
+	for _, li := range l.DPU.Console().Tail(100) {
+		t.Log(li)
 	}
-	tr, err := l.Host.Fault(ctx, FaultPanic)
-	t.Logf("%+v %v %v", tr, err, time.Since(tr.Start))
-	b := l.Host.Boots()
+	c, err := l.DPU.Redfish()
+	t.Log(err)
+	s, err := c.System(ctx)
+	t.Logf("%+v %v", s, err)
 	t0 := time.Now()
-	t.Log(l.Host.Reset(ctx))
-	_, err = l.Host.WaitBoot(ctx, b)
-	t.Log(time.Since(t0), err)
-	b = l.Host.Boots()
-	tr, err = l.Host.Fault(ctx, FaultReboot)
-	t.Logf("%+v %v %v", tr, err, time.Since(tr.Start))
-	_, err = l.Host.WaitBoot(ctx, b)
-	t.Log(time.Since(t0), err)
-	m := l.Host.EventMark()
-	t.Log(l.Host.Shutdown(ctx))
-	e, err := l.Host.WaitEvent(ctx, m, EventOff)
-	t.Log(e, err)
-	for _, e := range l.Host.Events(0) {
-		t.Log(e.At, e.Name, string(e.Data))
+	t.Log(l.DPU.Restart(ctx), time.Since(t0))
+	for _, li := range l.DPU.Console().Tail(25) {
+		t.Log(li)
 	}
+	t.Log(l.DPU.WirePort().Counters())
+	s, err = c.System(ctx)
+	t.Logf("%+v %v", s, err)
 }

@@ -2,36 +2,295 @@ package lab
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
 	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sync"
 	"time"
+
+	"github.com/backdoor-rhs/backdoor/redfish/client"
+	"github.com/backdoor-rhs/backdoor/tests/lab/bmc"
+	"github.com/backdoor-rhs/backdoor/tests/lab/qmp"
+	"github.com/backdoor-rhs/backdoor/tests/lab/wire"
+	"golang.org/x/sys/unix"
 )
 
-// DPU is the machine that heals.
+// dpuMemory is the DPU's RAM in MiB.
+const dpuMemory = 512
+
+// DPU is the machine that heals. It is safe for concurrent use; its fields do not change after Up.
 type DPU struct {
 	// URL is the Redfish service on loopback, "https://127.0.0.1:port".
 	URL string
-	// User and Password are the initial credential as the DPU's console printed it.
+	// InitialPassword is what the DPU's console printed at its first boot.
+	InitialPassword string
+	// User and Password are good now: Up has changed the initial password, unless Config.InitialPassword says otherwise.
 	User, Password string
-	// CA is the PEM certificate that the service presents.
-	CA []byte
-	// StateDir has what the state disk was made from: configuration, policy, agreement and the keys that the lab generated.
+	// CA is the PEM certificate that the service presents, Fingerprint its SHA-256 in hexadecimal as the console printed it.
+	CA          []byte
+	Fingerprint string
+	// StateDir has what the state disk was made from: configuration, policy, agreement.
 	StateDir string
 	// BootTook is the time from QEMU's start to the first answer of the Redfish service.
 	BootTook time.Duration
+
+	machine *machine
+	redfish *port
+	log     *os.File
+	events  *trail[Event]
+
+	mu    sync.Mutex
+	swtpm *process   // guarded by mu; nil while the DPU is off
+	port  *wire.Port // guarded by mu; nil while the DPU is off
+}
+
+// What the agent prints on the console.
+var (
+	initialLine = regexp.MustCompile(`^backdoord: log in as "([^"]+)" with the initial password "([^"]+)"`)
+	serviceLine = regexp.MustCompile(`^backdoord: Redfish on \S+, certificate SHA-256 ([0-9a-f]{64})`)
+	dpuTrouble  = regexp.MustCompile(`Kernel panic - not syncing`)
+)
+
+// newDPU prepares the DPU; it is off.
+func newDPU(dir string, cfg Config, h *Host, b *bmc.BMC, sw *wire.Switch) (*DPU, error) {
+	d := &DPU{StateDir: filepath.Join(dir, "dpu-state"), events: newTrail[Event](10000)}
+	tpm := filepath.Join(dir, "tpm")
+	for _, sub := range []string{d.StateDir, tpm} {
+		if err := os.MkdirAll(sub, 0o700); err != nil {
+			return nil, &InfraError{Op: "make the DPU's state", Err: err}
+		}
+	}
+	keys, err := writeState(d.StateDir, cfg, h, b)
+	if err != nil {
+		return nil, err
+	}
+	if err := keys.keep(dir); err != nil {
+		return nil, err
+	}
+	disk := filepath.Join(dir, "dpu-state.img")
+	if err := makeDisk(disk, d.StateDir); err != nil {
+		return nil, err
+	}
+	if d.log, err = logFile(filepath.Join(dir, "dpu-console.log")); err != nil {
+		return nil, err
+	}
+	if d.redfish, err = reserve(); err != nil {
+		d.log.Close()
+		return nil, err
+	}
+	d.URL = "https://" + d.redfish.String()
+	d.machine = &machine{
+		name: "dpu", program: "qemu-system-aarch64", console: newConsole(d.log), onEnd: d.ended,
+		onEvent: func(e qmp.Event) { d.events.add(Event{e.At, e.Name, e.Data}) },
+		args: func(f *fds) ([]string, error) {
+			mem, err := h.ram.dup()
+			if err != nil {
+				return nil, err
+			}
+			memFD := f.add(mem)
+			tpmFD, err := d.startTPM(f, tpm)
+			if err != nil {
+				return nil, err
+			}
+			p, far, err := sw.Socket("dpu")
+			if err != nil {
+				return nil, &InfraError{Op: "plug the DPU into the wire", Err: err}
+			}
+			wireFD := f.add(far)
+			d.mu.Lock()
+			d.port = p
+			d.mu.Unlock()
+			return []string{
+				"-machine", "virt", "-accel", "tcg,thread=multi", "-cpu", "cortex-a57", "-m", fmt.Sprintf("%dM", dpuMemory),
+				// With one possible CPU, QEMU's atomic instructions would not be atomic against the host's.
+				"-smp", "1,maxcpus=2",
+				"-object", fmt.Sprintf("memory-backend-file,id=hostram,size=%dM,mem-path=/proc/self/fd/%d,share=on", cfg.HostMemory>>20, memFD),
+				"-device", "ivshmem-plain,memdev=hostram",
+				"-chardev", fmt.Sprintf("socket,id=tpm,fd=%d", tpmFD), "-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", "tpm-tis-device,tpmdev=tpm0",
+				"-drive", "if=none,id=state,format=raw,file=" + disk, "-device", "virtio-blk-pci,drive=state",
+				"-netdev", fmt.Sprintf("user,id=net0,hostfwd=tcp:%v-:443", d.redfish), "-device", "virtio-net-pci,netdev=net0,romfile=,mac=" + dpuMAC,
+				"-netdev", fmt.Sprintf("dgram,id=wire,local.type=fd,local.str=%d", wireFD),
+				"-device", fmt.Sprintf("virtio-net-pci,netdev=wire,romfile=,host_mtu=%d,mac=%s", wire.MTU, dpuWireMAC),
+				"-kernel", cfg.DPUKernel, "-initrd", cfg.DPUImage, "-append", "console=ttyAMA0 panic=-1 quiet",
+			}, nil
+		},
+	}
+	return d, nil
+}
+
+// startTPM starts swtpm and returns the number of QEMU's end of its control channel. The TPM's state outlives it.
+func (d *DPU) startTPM(f *fds, dir string) (int, error) {
+	near, far, err := socketpair(unix.SOCK_STREAM)
+	if err != nil {
+		return 0, err
+	}
+	defer near.Close()
+	own := fds{}
+	fd := own.add(near)
+	p, err := start("swtpm", []string{
+		"socket", "--tpm2", "--tpmstate", "dir=" + dir, "--ctrl", fmt.Sprintf("type=unixio,clientfd=%d", fd),
+		"--flags", "startup-clear", "--terminate",
+	}, own.files)
+	if err != nil {
+		far.Close()
+		return 0, err
+	}
+	d.mu.Lock()
+	d.swtpm = p
+	d.mu.Unlock()
+	return f.add(far), nil
+}
+
+// ended clears up after a run of QEMU.
+func (d *DPU) ended() {
+	d.mu.Lock()
+	p, tpm := d.port, d.swtpm
+	d.port, d.swtpm = nil, nil
+	d.mu.Unlock()
+	if p != nil {
+		p.Close()
+	}
+	if tpm != nil {
+		tpm.terminate(2 * time.Second) // it ends by itself when QEMU is gone
+	}
+	d.events.add(Event{At: time.Now(), Name: EventOff})
+}
+
+func (d *DPU) close() error {
+	d.machine.off()
+	d.ended() // what a start that failed has left
+	d.redfish.release()
+	return d.log.Close()
+}
+
+// boot switches the DPU on and waits until its Redfish service answers.
+func (d *DPU) boot(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, bootTime, fmt.Errorf("nothing after %v", bootTime))
+	defer cancel()
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	console, mark, eventMark := d.machine.console, d.machine.console.Mark(), d.events.mark()
+	began := time.Now()
+	if err := d.machine.on(ctx); err != nil {
+		return err
+	}
+	go func() {
+		if l, err := console.Wait(ctx, mark, dpuTrouble); err == nil {
+			fail(errors.New(l.Text))
+		}
+	}()
+	go func() {
+		if _, err := d.events.wait(ctx, eventMark, func(e Event) bool { return e.Name == EventOff }); err == nil {
+			fail(errors.New("QEMU has ended"))
+		}
+	}()
+	l, err := console.Wait(ctx, mark, serviceLine)
+	if err != nil {
+		return d.machine.bootError("its Redfish service", err)
+	}
+	d.Fingerprint = serviceLine.FindStringSubmatch(l.Text)[1]
+	// The password, if it is still the initial one, was printed before.
+	for _, l := range console.Since(mark) {
+		if m := initialLine.FindStringSubmatch(l.Text); m != nil {
+			d.User, d.Password, d.InitialPassword = m[1], m[2], m[2]
+		}
+	}
+	for {
+		err := d.hello(ctx)
+		if err == nil {
+			d.BootTook = time.Since(began)
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return d.machine.bootError("an answer of its Redfish service", errors.Join(context.Cause(ctx), err))
+		case <-time.After(20 * time.Millisecond): // the forwarded port has no event for "somebody listens now"
+		}
+	}
+}
+
+// hello asks for the service root and keeps the certificate.
+func (d *DPU) hello(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, d.URL+"/redfish/v1/", nil)
+	if err != nil {
+		return err
+	}
+	c := d.Client()
+	defer c.CloseIdleConnections()
+	resp, err := c.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("GET /redfish/v1/: %s", resp.Status)
+	}
+	d.CA = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: resp.TLS.PeerCertificates[0].Raw})
+	return nil
+}
+
+// setPassword replaces the initial password by a random one.
+func (d *DPU) setPassword(ctx context.Context) error {
+	c, err := d.Redfish()
+	if err != nil {
+		return err
+	}
+	to := rand.Text()
+	if err := c.ChangePassword(ctx, to); err != nil {
+		return d.machine.bootError("the change of its initial password", err)
+	}
+	d.Password = to // and the service has ended the session
+	return nil
+}
+
+// Redfish returns a client of the DPU's Redfish service that trusts exactly the DPU's certificate.
+func (d *DPU) Redfish() (*client.Client, error) {
+	return client.New(client.Config{URL: d.URL, User: d.User, Password: d.Password, Fingerprint: d.Fingerprint})
+}
+
+// Client returns an HTTP client that trusts exactly the DPU's certificate. It sends no credential.
+func (d *DPU) Client() *http.Client {
+	return &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{
+		MinVersion: tls.VersionTLS12,
+		// Verification is not skipped but replaced: by the exact certificate that the console has printed.
+		InsecureSkipVerify: true,
+		VerifyPeerCertificate: func(certs [][]byte, _ [][]*x509.Certificate) error {
+			if sum := sha256.Sum256(certs[0]); hex.EncodeToString(sum[:]) != d.Fingerprint {
+				return fmt.Errorf("the certificate has SHA-256 %x, not the one that the console has printed", sum)
+			}
+			return nil
+		},
+	}}}
 }
 
 // Console is the DPU's serial port.
-func (d *DPU) Console() *Console { return nil }
+func (d *DPU) Console() *Console { return d.machine.console }
 
-// Client returns an HTTP client that trusts exactly the DPU's certificate.
-func (d *DPU) Client() *http.Client { return nil }
+// Restart cuts the DPU's power, gives it back and waits for its Redfish service. Its disk and TPM keep their state.
+func (d *DPU) Restart(ctx context.Context) error {
+	d.machine.off()
+	return d.boot(ctx)
+}
 
-// Restart resets the DPU (as a power cut would) and waits for its Redfish service.
-func (d *DPU) Restart(ctx context.Context) error { return nil }
+// QMP runs a QMP command on the DPU's QEMU; args and result may be nil.
+func (d *DPU) QMP(ctx context.Context, command string, args, result any) error {
+	return d.machine.execute(ctx, command, args, result)
+}
 
-// BMC is HOST's board management controller, as the lab started it.
-type BMC struct {
-	URL            string // on loopback; the DPU reaches the same port at 10.0.2.2
-	User, Password string
-	CA             []byte // PEM
+// WirePort is the DPU's port on the wire; nil while it is off.
+func (d *DPU) WirePort() *wire.Port {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.port
 }

@@ -19,9 +19,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/images/kernels"
+	"github.com/backdoor-rhs/backdoor/tests/lab/bmc"
 	"github.com/backdoor-rhs/backdoor/tests/lab/wire"
 	"golang.org/x/sys/unix"
 )
@@ -56,6 +58,8 @@ type Config struct {
 	CacheDir string
 	// Log gets a line per step of progress; nil means none.
 	Log io.Writer
+	// InitialPassword leaves the DPU's initial password as it is; with it, nothing but changing it is allowed.
+	InitialPassword bool
 	// WireCapture, if not empty, is a file that gets every frame on the wire in pcap format.
 	WireCapture string
 }
@@ -113,7 +117,7 @@ func (c *Config) fill() error {
 type Lab struct {
 	Host *Host
 	DPU  *DPU // nil with Config.NoDPU
-	BMC  *BMC
+	BMC  *bmc.BMC
 	Wire *wire.Switch
 
 	dir       string
@@ -129,7 +133,10 @@ func Up(ctx context.Context, cfg Config) (l *Lab, err error) {
 		return nil, err
 	}
 	began := time.Now()
+	var saying sync.Mutex
 	say := func(format string, a ...any) {
+		saying.Lock()
+		defer saying.Unlock()
 		fmt.Fprintf(cfg.Log, "%6.1f s  %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, a...))
 	}
 	l = new(Lab)
@@ -151,6 +158,9 @@ func Up(ctx context.Context, cfg Config) (l *Lab, err error) {
 	if err != nil {
 		return l, err
 	}
+	if err := cfg.findImage(root); err != nil {
+		return l, err
+	}
 	target, err := kernels.Lookup(cfg.HostKernel)
 	if err != nil {
 		return l, &InfraError{Op: "choose the host's kernel", Err: err}
@@ -168,11 +178,97 @@ func Up(ctx context.Context, cfg Config) (l *Lab, err error) {
 		return l, err
 	}
 	l.closers = append(l.closers, l.Host.close)
-	if err := l.Host.boot(ctx); err != nil {
+	l.BMC, err = bmc.Start(bmc.Options{
+		Machine: l.Host, UUID: l.Host.UUID, MemoryGiB: float64(cfg.HostMemory) / (1 << 30), CPUs: cfg.HostCPUs,
+		Names: []string{gateway}, StateDir: filepath.Join(l.dir, "bmc"),
+	})
+	if err != nil {
+		return l, &InfraError{Op: "start the host's BMC", Err: err}
+	}
+	l.closers = append(l.closers, l.BMC.Close)
+	if err := l.makeWire(cfg.WireCapture); err != nil {
 		return l, err
 	}
-	say("host: its userland stands")
-	return l, nil
+	if !cfg.NoDPU {
+		if l.DPU, err = newDPU(l.dir, cfg, l.Host, l.BMC, l.Wire); err != nil {
+			return l, err
+		}
+		l.closers = append(l.closers, l.DPU.close)
+	}
+	// The machines boot at the same time, and the failure of one ends the wait for the other.
+	both, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	errs := make(chan error, 2)
+	wait := 1
+	go func() {
+		err := l.Host.boot(both)
+		if err == nil {
+			say("host: its userland stands")
+		}
+		errs <- err
+	}()
+	if l.DPU != nil {
+		wait++
+		go func() {
+			err := l.DPU.boot(both)
+			if err == nil {
+				say("dpu: its Redfish service answers at %s", l.DPU.URL)
+				if !cfg.InitialPassword {
+					err = l.DPU.setPassword(both)
+				}
+			}
+			errs <- err
+		}()
+	}
+	for range wait {
+		if e := <-errs; e != nil && err == nil {
+			err = e
+			fail(errors.New("the other machine has failed"))
+		}
+	}
+	return l, err
+}
+
+// makeWire makes the switch, with its capture file and its socket for other programs.
+func (l *Lab) makeWire(capture string) error {
+	var o wire.Options
+	if capture != "" {
+		f, err := os.Create(capture)
+		if err != nil {
+			return &InfraError{Op: "capture the wire", Err: err}
+		}
+		l.closers = append(l.closers, f.Close)
+		o.Capture = f
+	}
+	var err error
+	if l.Wire, err = wire.New(o); err != nil {
+		return &InfraError{Op: "make the wire", Err: err}
+	}
+	l.closers = append(l.closers, l.Wire.Close)
+	if err := l.Wire.Listen(filepath.Join(l.dir, "wire.sock")); err != nil {
+		return &InfraError{Op: "make the wire", Err: err}
+	}
+	return nil
+}
+
+// findImage completes the paths of the DPU's image and kernel, and sees that they are there.
+func (c *Config) findImage(root string) error {
+	if c.NoDPU {
+		return nil
+	}
+	built := filepath.Join(root, "build", "images", "dpu-arm64")
+	if c.DPUImage == "" {
+		c.DPUImage = built + ".cpio.zst"
+	}
+	if c.DPUKernel == "" {
+		c.DPUKernel = built + ".vmlinuz"
+	}
+	for _, p := range []string{c.DPUImage, c.DPUKernel} {
+		if _, err := os.Stat(p); err != nil {
+			return &InfraError{Op: "find the DPU's image", Err: err, Next: "build it: make images"}
+		}
+	}
+	return nil
 }
 
 // programs lists what the lab will run.
