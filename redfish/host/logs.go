@@ -111,7 +111,7 @@ func (h *host) findings(*service.Request) ([]schema.Object, error) {
 			e.Resolution = fmt.Sprintf("Run the action BackdoorComputerSystem.Heal of the system with Finding %q; it will do %q.", f.ID, f.Action)
 		}
 		var err error
-		if e.OEM, err = oem.Object(logSchema.Type("Finding"), findingOEM{Finding: f}); err != nil {
+		if e.OEM, err = oem.Object(logSchema.Type("FindingEntry"), findingOEM{Finding: f}); err != nil {
 			return nil, err
 		}
 		out = append(out, e)
@@ -159,7 +159,7 @@ func dmesgEntry(rec kernel.LogRecord, boot time.Time) (*schema.LogEntry, error) 
 		e.Created = schema.Time(boot.Add(rec.Time))
 	}
 	var err error
-	e.OEM, err = oem.Object(logSchema.Type("KernelRecord"), kernelRecordOEM{Record: rec})
+	e.OEM, err = oem.Object(logSchema.Type("KernelEntry"), kernelRecordOEM{Record: rec})
 	return e, err
 }
 
@@ -203,6 +203,6 @@ func journalEntry(rec journal.Record) (*schema.LogEntry, error) {
 		EntryType: "Oem", OEMRecordFmt: "Backdoor journal", Created: schema.Time(rec.Time), Severity: schema.HealthOK, Message: text,
 	}
 	var err error
-	e.OEM, err = oem.Object(logSchema.Type("JournalRecord"), journalRecordOEM{Record: rec})
+	e.OEM, err = oem.Object(logSchema.Type("JournalEntry"), journalRecordOEM{Record: rec})
 	return e, err
 }

@@ -46,7 +46,7 @@ var (
 	}
 	logSchema = oem.Schema{
 		Name: "BackdoorLogEntry", Version: "v1_0_0", Purpose: "What a log entry is about, in full.",
-		Objects: map[string]any{"Finding": findingOEM{}, "KernelRecord": kernelRecordOEM{}, "JournalRecord": journalRecordOEM{}},
+		Objects: map[string]any{"FindingEntry": findingOEM{}, "KernelEntry": kernelRecordOEM{}, "JournalEntry": journalRecordOEM{}},
 	}
 	taskSchema = oem.Schema{
 		Name: "BackdoorTask", Version: "v1_0_0", Purpose: "The result of a task.", Objects: map[string]any{"Heal": healOEM{}},

@@ -2,7 +2,7 @@
 // describes them from the very types that are served, so that the two cannot drift apart.
 //
 // A property is named as its JSON member, with the first letter in upper case: "hostUUID" is served as "HostUUID". Decoders
-// of encoding/json therefore read an OEM object into the same Go type. What has no value (null, the zero time) is absent.
+// of encoding/json therefore read an OEM object into the same Go type. What has no value (null, the empty string, the zero time) is absent.
 // Durations are nanoseconds.
 package oem
 
@@ -99,7 +99,7 @@ func rename(t reflect.Type, v any) any {
 		out := make(map[string]any, len(v))
 		for _, f := range fields(t) {
 			item, ok := v[f.json]
-			if !ok || item == nil || f.typ == timeType && item == "0001-01-01T00:00:00Z" {
+			if !ok || item == nil || item == "" || f.typ == timeType && item == "0001-01-01T00:00:00Z" {
 				continue
 			}
 			out[f.name] = rename(f.typ, item)
@@ -265,6 +265,9 @@ func (s Schema) CSDL() []byte {
 	}
 	for len(g.queue) > 0 {
 		t := g.queue[0]
+		if _, taken := s.Objects[typeName(t)]; taken {
+			panic("schema " + s.Name + ": the object and the Go type " + typeName(t) + " have the same name")
+		}
 		g.queue = g.queue[1:]
 		g.line(3, `<ComplexType Name=%q>`, typeName(t))
 		g.line(4, `<Annotation Term="OData.AdditionalProperties" Bool="false"/>`)

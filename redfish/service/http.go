@@ -707,10 +707,12 @@ func matchesETag(lists []string, etag string) bool {
 			if end < 0 {
 				break
 			}
-			if list[:end+2] == etag {
+			tag, rest := list[:end+2], list[end+2:]
+			before, after, _ := strings.Cut(rest, ",")
+			if tag == etag && strings.TrimSpace(before) == "" { // else it is no tag but only begins like one
 				return true
 			}
-			list = list[end+2:]
+			list = after
 		}
 	}
 	return false

@@ -1,7 +1,9 @@
 package service
 
 import (
+	"crypto/rand"
 	"crypto/sha256"
+	"encoding/hex"
 	"net/http"
 	"slices"
 	"strings"
@@ -57,7 +59,9 @@ func (t *sessions) open(user, address string) (token string, _ session) {
 	case len(t.byID) >= t.limits.Sessions:
 		t.evict(func(*session) bool { return true })
 	}
-	token = randomText(32)
+	var secret [32]byte
+	rand.Read(secret[:])
+	token = hex.EncodeToString(secret[:])
 	now := t.now()
 	s := &session{id: randomText(9), user: user, address: address, created: now, used: now, key: sha256.Sum256([]byte(token))}
 	t.byKey[s.key], t.byID[s.id] = s, s

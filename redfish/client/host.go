@@ -1,0 +1,53 @@
+package client
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/backdoor-rhs/backdoor/redfish/oem"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
+)
+
+// OEM decodes our object of an Oem member into v. It reports whether there is one.
+func OEM(o schema.OEM, v any) (bool, error) {
+	raw, ok := o[oem.Identifier]
+	if !ok {
+		return false, nil
+	}
+	if err := json.Unmarshal(raw, v); err != nil {
+		return false, fmt.Errorf("decode OEM object: %w", err)
+	}
+	return true, nil
+}
+
+// The URIs of an agent's resources.
+const (
+	StateURI    = "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/State"
+	TasksURI    = "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/Tasks"
+	FindingsURI = "/redfish/v1/Systems/system/LogServices/Findings/Entries"
+	DmesgURI    = "/redfish/v1/Systems/system/LogServices/Dmesg/Entries"
+	JournalURI  = "/redfish/v1/Managers/bmc/LogServices/Journal/Entries"
+)
+
+// HealRequest asks for the repair of a finding.
+type HealRequest struct {
+	Finding string `json:"Finding"`          // ID
+	Action  string `json:"Action,omitempty"` // the repair; empty means the one that policy proposes
+	DryRun  bool   `json:"DryRun,omitempty"` // plan only
+}
+
+// Heal has a finding repaired, or a repair planned, and waits for the end. The task's Oem object, which OEM decodes, holds the
+// Plan and the Outcome; it is returned with a *TaskError as well, as far as it came.
+func (c *Client) Heal(ctx context.Context, r HealRequest, progress func(schema.Task)) (*schema.Task, error) {
+	s, err := c.System(ctx)
+	if err != nil {
+		return nil, err
+	}
+	action, ok := s.Actions["#BackdoorComputerSystem.Heal"]
+	if !ok {
+		return nil, errors.New("the service cannot heal its host: it is not a Backdoor agent")
+	}
+	return c.Run(ctx, action.Target, r, nil, progress)
+}

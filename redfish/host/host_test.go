@@ -1,0 +1,250 @@
+package host
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"iter"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
+	"github.com/backdoor-rhs/backdoor/agent/journal"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/agent/query"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
+	"github.com/backdoor-rhs/backdoor/redfish/service"
+)
+
+const (
+	testUser     = "root"
+	testPassword = "correct horse"
+)
+
+var bootTime = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+
+// fakeAgent is an agent whose host is a set of variables.
+type fakeAgent struct {
+	mu       sync.Mutex // guards what follows
+	state    engine.State
+	findings []detect.Finding
+	power    string // "" says that the controller does not answer
+	noPower  bool
+	denied   error
+	ops      []string
+	healErr  error
+	verified bool
+}
+
+func newFakeAgent() *fakeAgent {
+	one := 1
+	resolved := bootTime.Add(10 * time.Minute)
+	return &fakeAgent{
+		power: "on", verified: true,
+		state: engine.State{
+			Phase: engine.Attached, Since: bootTime.Add(time.Minute), Started: bootTime, Health: engine.Ill, HostUUID: "9f2c3b1a-0d4e-4f6a-8b7c-1e2d3c4b5a69",
+			Kernel: &kernel.Info{
+				Arch: "x86_64", Release: "6.1.0-18-amd64", Banner: "Linux version 6.1.0-18-amd64", Hostname: "patient", CPUs: 2, BootTime: bootTime,
+				Rungs: []kernel.Rung{{Name: "vmcoreinfo", OK: true, Detail: "found", Duration: time.Second}}, KASLR: 0xffffffff,
+			},
+			Detectors: []engine.DetectorStatus{{ID: "panic", Title: "Kernel panic", Health: engine.Healthy, Runs: 7}},
+			Agreement: &engine.AgreementState{ID: "a1", Owner: "owner", Monitors: []string{"m"}, Rights: access.Rights{Read: true}},
+			Attaches:  1, Passes: 42, Writes: true,
+		},
+		findings: []detect.Finding{
+			{
+				ID: "runaway-process-2", Key: "412@3.2s", Kind: detect.KindRunawayProcess, Severity: detect.Critical, Title: "stress (412) eats CPU 1",
+				Detail: "It has used 98 % of a CPU for 30 s.", Culprit: detect.Culprit{CPU: &one, PID: 412, TGID: 412, Comm: "stress"},
+				Evidence: []detect.Evidence{{What: "share", Value: "98 %"}}, Confidence: 0.95, FirstSeen: bootTime.Add(5 * time.Minute), LastSeen: bootTime.Add(6 * time.Minute),
+				Action: "kill-process",
+			},
+			{
+				ID: "cpu-stall-1", Kind: detect.KindCPUStall, Severity: detect.Warning, Title: "CPU 0 stalled", Detail: "No progress for 12 s.",
+				FirstSeen: bootTime.Add(2 * time.Minute), LastSeen: bootTime.Add(3 * time.Minute), Resolved: &resolved, Resolution: "It went away.",
+			},
+		},
+	}
+}
+
+func (a *fakeAgent) State() engine.State {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.state
+}
+
+func (a *fakeAgent) Findings() []detect.Finding {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return append([]detect.Finding(nil), a.findings...)
+}
+
+func (a *fakeAgent) Finding(id string) (detect.Finding, bool) {
+	for _, f := range a.Findings() {
+		if f.ID == id {
+			return f, true
+		}
+	}
+	return detect.Finding{}, false
+}
+
+func (a *fakeAgent) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, *heal.Outcome, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.healErr != nil {
+		return heal.Plan{}, nil, a.healErr
+	}
+	p := heal.Plan{
+		ID: "plan-1", Action: "kill-process", Finding: r.Finding, Title: "Kill stress (412)", Risk: heal.RiskTask, Made: bootTime,
+		Calls: []heal.Call{{Function: "do_send_sig_info", Addr: 0xffffffff81000000, Context: "timer tick of CPU 1", Purpose: "sends SIGKILL"}},
+		Steps: []heal.Step{{Op: heal.OpArm, Why: "arm", Addr: 0x1000, Expect: heal.Bytes{1, 2}, Put: heal.Bytes{3, 4}}},
+	}
+	if r.DryRun {
+		return p, nil, nil
+	}
+	return p, &heal.Outcome{
+		Plan: p, Caller: r.Caller, Started: bootTime, Finished: bootTime.Add(time.Second), Verified: a.verified,
+		Steps:         []heal.StepOutcome{{Step: 0, Started: bootTime, Took: time.Millisecond, How: "compare-and-swap"}},
+		HostFunctions: []heal.FunctionRun{{Call: p.Calls[0], Runs: 1, Confirmed: true}},
+	}, nil
+}
+
+func (a *fakeAgent) View(context.Context) (*kernel.View, error) { return nil, engine.ErrNotAttached }
+
+func (a *fakeAgent) Power() heal.Power {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.noPower {
+		return nil
+	}
+	return fakePower{a}
+}
+
+func (a *fakeAgent) PowerControl(_ context.Context, op, caller string) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.denied != nil {
+		return a.denied
+	}
+	a.ops = append(a.ops, op+" by "+caller)
+	switch op {
+	case "on", "cycle":
+		a.power = "on"
+	case "off", "shutdown":
+		a.power = "off"
+	}
+	return nil
+}
+
+// fakePower tells the state; orders go through PowerControl.
+type fakePower struct{ a *fakeAgent }
+
+func (p fakePower) State(context.Context) (string, error) {
+	p.a.mu.Lock()
+	defer p.a.mu.Unlock()
+	if p.a.power == "" {
+		return "", errors.New("no answer")
+	}
+	return p.a.power, nil
+}
+func (fakePower) Cycle(context.Context) error            { return errors.New("not by this way") }
+func (fakePower) On(context.Context) error               { return errors.New("not by this way") }
+func (fakePower) Off(context.Context) error              { return errors.New("not by this way") }
+func (fakePower) NMI(context.Context) error              { return errors.New("not by this way") }
+func (fakePower) GracefulShutdown(context.Context) error { return errors.New("not by this way") }
+
+// fakeView is a host with three tasks and a log.
+type fakeView struct{ records int }
+
+func (fakeView) Tasks() iter.Seq2[kernel.Task, error] {
+	return func(yield func(kernel.Task, error) bool) {
+		for i, comm := range []string{"init", "sshd", "stress"} {
+			if !yield(kernel.Task{PID: i + 1, TGID: i + 1, Comm: comm, State: "S", UID: 0, RSS: 4096, Confident: true, Addr: 0xffff888000000000}, nil) {
+				return
+			}
+		}
+	}
+}
+
+func (fakeView) Heartbeat() (kernel.Heartbeat, error) {
+	return kernel.Heartbeat{At: bootTime.Add(time.Minute), Jiffies: 1000, Mono: 1e9, CPUs: make([]kernel.CPU, 2)}, nil
+}
+
+func (fakeView) Panic() (kernel.PanicState, error) { return kernel.PanicState{CPU: -1}, nil }
+
+func (v fakeView) Log() iter.Seq2[kernel.LogRecord, error] {
+	return func(yield func(kernel.LogRecord, error) bool) {
+		for i := range v.records {
+			if !yield(kernel.LogRecord{Seq: uint64(i), Time: time.Duration(i) * time.Second, Level: uint8(i % 8), Text: fmt.Sprintf("line %d", i)}, nil) {
+				return
+			}
+		}
+	}
+}
+
+// fakeJournal has two records.
+type fakeJournal struct{}
+
+func (fakeJournal) Records() iter.Seq2[journal.Record, error] {
+	return func(yield func(journal.Record, error) bool) {
+		_ = yield(journal.Record{Restart: 1 << 63, Seq: 1, Time: bootTime, Kind: "finding", Data: json.RawMessage(`{"id":"runaway-process-2"}`)}, nil) &&
+			yield(journal.Record{Restart: 1 << 63, Seq: 2, Time: bootTime, Kind: "intent"}, nil)
+	}
+}
+
+// newTestService returns a service with the resources of a fake agent's host.
+func newTestService(t testing.TB, a *fakeAgent, o service.Options) *service.Service {
+	t.Helper()
+	if o.Account == nil {
+		o.Account = &service.Credential{User: testUser, Password: testPassword}
+	}
+	if o.Limits.Hash == (service.HashCost{}) {
+		o.Limits.Hash = service.HashCost{Memory: 64, Passes: 1}
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.NewTextHandler(t.Output(), nil))
+	}
+	Configure(&o)
+	s, err := service.New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Handle(Routes(s, Options{
+		Agent: a, Journal: fakeJournal{}, Version: "1.0.0", ResetAgent: func(context.Context, bool) error { return nil },
+		View: func(context.Context) (query.View, error) { return fakeView{records: 700}, nil },
+	})...)
+	return s
+}
+
+var serve = flag.String("serve", "", "address to serve the resources of a fake host at, for validators, until the file stop appears beside the test; user root, password \"correct horse\"")
+
+// TestServe serves for tools that are started by hand; see the flag.
+func TestServe(t *testing.T) {
+	if *serve == "" {
+		t.Skip("only with -serve ADDRESS: it serves a fake host for validators")
+	}
+	s := newTestService(t, newFakeAgent(), service.Options{StateDir: os.Getenv("SERVE_STATE"), Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+	l, err := net.Listen("tcp", *serve)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	if d, ok := t.Deadline(); ok {
+		ctx, cancel = context.WithDeadline(ctx, d.Add(-2*time.Second))
+		defer cancel()
+	}
+	if err := s.Serve(ctx, l); err != nil {
+		t.Fatal(err)
+	}
+}
+
+var _ = schema.Time
