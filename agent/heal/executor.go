@@ -270,8 +270,8 @@ func (r *run) fresh() error {
 			return fmt.Errorf("the kernel is no longer the one that was attached: %w: %w", err, ErrStale)
 		}
 		got := Identify(r.x.o.Kernel.Info())
-		if got.Note != want.Note || got.BuildID != want.BuildID || got.Release != want.Release || !got.BootTime.Equal(want.BootTime) {
-			return fmt.Errorf("the plan is for kernel %s booted %v, and %s booted %v runs: %w", want.Release, want.BootTime, got.Release, got.BootTime, ErrStale)
+		if got != *want {
+			return fmt.Errorf("the plan is for kernel %s of boot %s, and %s of boot %s runs: %w", want.Release, want.BootID, got.Release, got.BootID, ErrStale)
 		}
 	}
 	if r.x.o.Confirm == nil {

