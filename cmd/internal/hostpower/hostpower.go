@@ -195,16 +195,17 @@ func (c *Client) set(ctx context.Context, b *bmclib.Client, order, want string) 
 		return fmt.Errorf("order %q: %w", order, err)
 	}
 	c.o.Logger.Info("host BMC accepted a power order", "order", order)
+	last := Unknown
 	for want != "" {
 		state, err := power(ctx, b)
 		if err == nil && state == want {
 			return nil
 		}
+		if err == nil {
+			last = state
+		}
 		if serr := sleep(ctx, c.poll); serr != nil {
-			if err == nil {
-				err = fmt.Errorf("the BMC still says %q", state)
-			}
-			return fmt.Errorf("order %q was accepted: wait for power %q: %w: %w", order, want, ErrState, err)
+			return fmt.Errorf("order %q was accepted: wait for power %q: %w: the BMC last said %q", order, want, ErrState, last)
 		}
 	}
 	return nil
@@ -241,7 +242,7 @@ func (c *Client) do(ctx context.Context, what string, order func(context.Context
 			if cause := context.Cause(ctx); cause != nil {
 				err = fmt.Errorf("%w: %w", cause, err)
 			}
-			err = fmt.Errorf("host BMC %s: %s: %w", c.o.URL, what, err)
+			err = &orderError{fmt.Errorf("host BMC %s: %s: %w", c.o.URL, what, err)}
 		}
 	}()
 
@@ -270,6 +271,12 @@ func (c *Client) do(ctx context.Context, what string, order func(context.Context
 	}()
 	return order(ctx, b)
 }
+
+// orderError is an error on one line: bmclib's take several.
+type orderError struct{ error }
+
+func (e *orderError) Error() string { return strings.Join(strings.Fields(e.error.Error()), " ") }
+func (e *orderError) Unwrap() error { return e.error }
 
 // httpClient makes a client whose connections live no longer than ctx, and that follows no redirection to another host.
 func (c *Client) httpClient(ctx context.Context, conns *connections) *http.Client {
