@@ -203,6 +203,8 @@ func journalEntry(rec journal.Record) (*schema.LogEntry, error) {
 		EntryType: "Oem", OEMRecordFmt: "Backdoor journal", Created: schema.Time(rec.Time), Severity: schema.HealthOK, Message: text,
 	}
 	var err error
-	e.OEM, err = oem.Object(logSchema.Type("JournalEntry"), journalRecordOEM{Record: rec})
+	e.OEM, err = oem.Object(logSchema.Type("JournalEntry"), journalRecordOEM{
+		Record: journalRecord{Restart: rec.Restart, Seq: rec.Seq, Time: rec.Time, Kind: rec.Kind, Data: string(rec.Data)},
+	})
 	return e, err
 }

@@ -8,7 +8,6 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/heal"
-	"github.com/backdoor-rhs/backdoor/agent/journal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/query"
 	"github.com/backdoor-rhs/backdoor/redfish/oem"
@@ -91,7 +90,15 @@ type (
 		Record kernel.LogRecord `json:"record"`
 	}
 	journalRecordOEM struct {
-		Record journal.Record `json:"record"`
+		Record journalRecord `json:"record"`
+	}
+	// journalRecord is journal.Record with its data as text: what is in there depends on the kind, and its bytes are what was hashed.
+	journalRecord struct {
+		Restart uint64    `json:"restart"`
+		Seq     uint64    `json:"seq"`
+		Time    time.Time `json:"time"`
+		Kind    string    `json:"kind"`
+		Data    string    `json:"data,omitempty"`
 	}
 	healOEM struct {
 		Plan    heal.Plan     `json:"plan"`

@@ -25,7 +25,6 @@ const Identifier = "dev_backdoor"
 var (
 	timeType     = reflect.TypeFor[time.Time]()
 	durationType = reflect.TypeFor[time.Duration]()
-	rawType      = reflect.TypeFor[json.RawMessage]()
 	textType     = reflect.TypeFor[encoding.TextMarshaler]()
 	linkType     = reflect.TypeFor[schema.Link]()
 )
@@ -89,11 +88,6 @@ func rename(t reflect.Type, v any) any {
 	switch v := v.(type) {
 	case map[string]any:
 		if t.Kind() != reflect.Struct {
-			if t.Kind() == reflect.Map {
-				for k, item := range v {
-					v[k] = rename(t.Elem(), item)
-				}
-			}
 			return v
 		}
 		out := make(map[string]any, len(v))
@@ -117,7 +111,7 @@ func rename(t reflect.Type, v any) any {
 
 // opaque reports whether a type writes its JSON by itself.
 func opaque(t reflect.Type) bool {
-	return t == timeType || t == rawType || t == linkType || t.Implements(textType) || reflect.PointerTo(t).Implements(textType)
+	return t == timeType || t == linkType || t.Implements(textType) || reflect.PointerTo(t).Implements(textType)
 }
 
 // member is a member of a struct as JSON has it.
@@ -275,12 +269,6 @@ func (s Schema) CSDL() []byte {
 		g.properties(t, false)
 		g.line(3, `</ComplexType>`)
 	}
-	if g.open {
-		g.line(3, `<ComplexType Name="Document">`)
-		g.line(4, `<Annotation Term="OData.AdditionalProperties" Bool="true"/>`)
-		g.describe(4, "A JSON object whose members depend on what it is about.")
-		g.line(3, `</ComplexType>`)
-	}
 	g.line(2, `</Schema>`)
 	g.line(1, `</edmx:DataServices>`)
 	g.line(0, `</edmx:Edmx>`)
@@ -293,7 +281,6 @@ type generator struct {
 	namespace string
 	done      map[reflect.Type]bool
 	queue     []reflect.Type
-	open      bool // a Document is used
 }
 
 func (g *generator) line(depth int, format string, args ...any) {
@@ -361,9 +348,6 @@ func (g *generator) edm(t reflect.Type) string {
 		return "Edm.DateTimeOffset"
 	case t == durationType:
 		return "Edm.Int64"
-	case t == rawType:
-		g.open = true
-		return g.namespace + ".Document"
 	case opaque(t):
 		return "Edm.String"
 	}
@@ -388,8 +372,7 @@ func (g *generator) edm(t reflect.Type) string {
 		}
 		return g.namespace + "." + typeName(t)
 	}
-	g.open = true
-	return g.namespace + ".Document"
+	panic(fmt.Sprintf("%s cannot be described in CSDL: give it a type of its own", t))
 }
 
 func pkg(t reflect.Type) string { return t.PkgPath()[strings.LastIndexByte(t.PkgPath(), '/')+1:] }
