@@ -66,6 +66,11 @@ func Top(before *Processes, after Processes) (Load, error) {
 			over = after.Uptime - p.Start
 		} else if was, ok := old[identity{p.PID, p.TID, p.Start}]; ok {
 			ran -= was // of a thread that ended in between the time is lost: never below zero
+		} else if p.Start < before.Uptime {
+			ran = 0 // it was there before the first sample, which has missed it
+			if len(l.Doubts) < maxDoubts {
+				l.Doubts = append(l.Doubts, fmt.Sprintf("PID %d was not in the first sample", p.PID))
+			}
 		}
 		if over > 0 && ran > 0 {
 			b.Share = float64(ran) / float64(over)
