@@ -186,6 +186,9 @@ func (c Cache) fetch(ctx context.Context, dir string, t Target) (Kernel, error) 
 	if err != nil {
 		return Kernel{}, err
 	}
+	if len(t.Metas) == 0 {
+		return Kernel{}, fmt.Errorf("no meta package leads to it: %w", ErrNotFound)
+	}
 	var missing []error
 	for _, m := range t.Metas {
 		k, err := c.fetchMeta(ctx, log, dir, t, m, sources)
