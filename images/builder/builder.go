@@ -240,6 +240,9 @@ func buildAgent(ctx context.Context, img Image, o Options) ([]byte, File, error)
 	if err != nil {
 		return nil, File{}, err
 	}
+	if !bytes.HasPrefix(data, []byte("\x7fELF")) { // go build makes something of a library, too
+		return nil, File{}, fmt.Errorf("%s is not a command", o.Agent)
+	}
 	f := describe("bbin/backdoord", data)
 	o.Logger.Info("agent built", "image", img.Name, "bytes", f.Size, "took", time.Since(start).Round(time.Millisecond))
 	return data, f, nil
