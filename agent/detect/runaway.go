@@ -38,8 +38,14 @@ func runawayProcess(c Config) Detector {
 			if base < 0 {
 				return nil, ErrTooEarly
 			}
-			then, before := runtimes(&p.Tasks[base]), runtimes(&p.Tasks[n-2])
-			window, step := now.At.Sub(p.Tasks[base].At), now.At.Sub(p.Tasks[n-2].At)
+			recent := base // the newest sample that is far enough back to show what goes on lately
+			for i := n - 2; i > recent; i-- {
+				if now.At.Sub(p.Tasks[i].At) >= c.Tasks/2 {
+					recent = i
+				}
+			}
+			then, before := runtimes(&p.Tasks[base]), runtimes(&p.Tasks[recent])
+			window, step := now.At.Sub(p.Tasks[base].At), now.At.Sub(p.Tasks[recent].At)
 
 			hottest := map[int]hot{}
 			var odd error

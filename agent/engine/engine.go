@@ -2,40 +2,230 @@ package engine
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/agent/policy"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
-// Engine watches one host.
-type Engine struct{ o Options }
+// keepResolved is how many resolved findings Findings still shows.
+const keepResolved = 100
+
+// Engine watches one host. Its methods are safe for concurrent use, and none of them waits for the loop's reads.
+type Engine struct {
+	o         Options
+	log       *slog.Logger
+	src       source
+	config    detect.Config
+	detectors []detect.Detector
+	journal   chan entry
+	wake      chan struct{} // has the loop begin a pass at once
+	healing   chan struct{} // holds one token: one repair at a time
+
+	mu          sync.Mutex
+	phase       Phase               // guarded by mu, like everything below
+	since       time.Time           //
+	started     time.Time           //
+	why         string              // why not attached
+	progress    *Progress           //
+	mem         hostmem.Memory      //
+	target      target              // nil unless attached
+	uuid        string              // system UUID as the host tells it
+	attachTook  time.Duration       //
+	attaches    int                 //
+	dead        bool                //
+	status      []DetectorStatus    // in the order of detectors
+	tracked     map[string]*tracked // by kind and key
+	resolved    []detect.Finding    // oldest first
+	counts      map[detect.Kind]int // IDs given
+	force       map[string]bool     // IDs of detectors to run in the next pass
+	changed     chan struct{} // closed and replaced after each pass
+	passes      uint64
+	cost        PassCost
+	current     string // ID of the plan being carried out
+	plans       int
+	past        []policy.Past
+	subscribers map[chan Event]bool
+	eventSeq    uint64
+	faults      []FaultNote
+}
 
 // New returns an engine that does nothing until Run.
-func New(o Options) *Engine { return &Engine{o: o} }
+func New(o Options) *Engine {
+	e := &Engine{
+		o: o, log: o.Logger, src: kernels{}, config: o.Policy.DetectConfig(),
+		journal: make(chan entry, 1024), wake: make(chan struct{}, 1), healing: make(chan struct{}, 1),
+		phase: NoMemory, since: time.Now(), started: time.Now(), why: "not started yet",
+		tracked: make(map[string]*tracked), counts: make(map[detect.Kind]int), force: make(map[string]bool),
+		changed: make(chan struct{}),
+	}
+	if e.log == nil {
+		e.log = slog.New(slog.DiscardHandler)
+	}
+	if o.Interval > 0 {
+		e.config.Heartbeat = o.Interval
+		e.config.Tasks = max(e.config.Tasks, o.Interval)
+	}
+	e.detectors = detect.Detectors(e.config)
+	for _, d := range e.detectors {
+		e.status = append(e.status, DetectorStatus{ID: d.ID, Title: d.Title, Health: CouldNotTell, Error: "has not run yet"})
+	}
+	return e
+}
 
 // Run works until ctx ends; it returns earlier only if the options are invalid.
-func (e *Engine) Run(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+func (e *Engine) Run(ctx context.Context) error {
+	if e.o.Memory == nil {
+		return errors.New("engine: no memory is given")
+	}
+	if e.o.Policy.Version != 0 || len(e.o.Policy.Rules) > 0 {
+		if err := e.o.Policy.Check(heal.IDs()); err != nil {
+			return fmt.Errorf("engine: %w", err)
+		}
+	}
+	if err := e.config.Check(); err != nil {
+		return fmt.Errorf("engine: %w", err)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { e.writeJournal(ctx) })
+	e.mu.Lock()
+	e.started = time.Now()
+	e.record("start", map[string]any{"writes": e.o.Writes, "agreement": e.agreementID()})
+	e.mu.Unlock()
+	e.loop(ctx)
+	wg.Wait()
+	return ctx.Err()
+}
+
+func (e *Engine) agreementID() string {
+	if e.o.Agreement == nil {
+		return ""
+	}
+	return e.o.Agreement.ID
+}
 
 // State returns a snapshot.
-func (e *Engine) State() State { return State{Phase: NoMemory, Health: CouldNotTell} }
+func (e *Engine) State() State {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	s := State{
+		Phase: e.phase, Since: e.since, Started: e.started, Why: e.why, Dead: e.dead, HostUUID: e.uuid,
+		AttachTook: e.attachTook, Attaches: e.attaches, Health: e.health(), Detectors: slices.Clone(e.status),
+		Passes: e.passes, LastPass: e.cost, Writes: e.o.Writes, Healing: e.current, Errors: slices.Clone(e.faults),
+	}
+	if s.HostUUID == "" {
+		s.HostUUID = e.o.HostUUID
+	}
+	if e.progress != nil {
+		p := *e.progress
+		s.Progress = &p
+	}
+	if e.target != nil {
+		i := e.target.Info()
+		s.Kernel = &i
+	}
+	for _, t := range e.tracked {
+		if t.ID == "" && t.Suspicion {
+			s.Suspicions = append(s.Suspicions, t.Finding)
+		}
+	}
+	if a := e.o.Agreement; a != nil {
+		s.Agreement = &AgreementState{ID: a.ID, Host: a.Host, Owner: a.Owner.Name, Rights: a.Rights, ValidUntil: a.ValidUntil}
+		for _, m := range a.Monitors {
+			s.Agreement.Monitors = append(s.Agreement.Monitors, m.Name)
+		}
+		if err := e.grant().Denied(); err != nil {
+			s.Agreement.Denied = err.Error()
+		}
+	}
+	return s
+}
 
-// Findings returns the open findings, the newest first, and behind them the latest resolved ones.
-func (e *Engine) Findings() []detect.Finding { return nil }
+// health is the overall judgement. e.mu is held.
+func (e *Engine) health() Health {
+	for _, t := range e.tracked {
+		if t.ID != "" {
+			return Ill
+		}
+	}
+	if e.phase != Attached {
+		return CouldNotTell
+	}
+	for _, s := range e.status {
+		if s.Health != Healthy {
+			return CouldNotTell
+		}
+	}
+	return Healthy
+}
+
+// grant returns what the agreement permits on the host that is there. The identity from the configuration and the one that
+// the host tells must both be the one of the agreement. e.mu is held.
+func (e *Engine) grant() access.Grant {
+	ids := []string{e.o.HostUUID, e.uuid}
+	if e.uuid == "" || e.o.HostUUID == "" {
+		ids = []string{e.o.HostUUID + e.uuid}
+	}
+	var g access.Grant
+	for _, id := range ids {
+		g = e.o.Agreement.Grant(id, time.Now)
+		if g.Denied() != nil {
+			break
+		}
+	}
+	return g
+}
+
+// Findings returns the open findings, the newest first, and behind them the latest resolved ones, again the newest first.
+func (e *Engine) Findings() []detect.Finding {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var out []detect.Finding
+	for _, t := range e.tracked {
+		if t.ID != "" {
+			out = append(out, t.Finding)
+		}
+	}
+	slices.SortFunc(out, func(a, b detect.Finding) int {
+		if c := b.FirstSeen.Compare(a.FirstSeen); c != 0 {
+			return c
+		}
+		return slices.Compare([]byte(a.ID), []byte(b.ID))
+	})
+	for _, f := range slices.Backward(e.resolved) {
+		out = append(out, f)
+	}
+	return out
+}
 
 // Finding returns one finding, open or resolved.
-func (e *Engine) Finding(id string) (detect.Finding, bool) { return detect.Finding{}, false }
-
-// Heal plans a repair of an open finding and, unless DryRun is set, carries it out. The outcome is nil when nothing was begun.
-func (e *Engine) Heal(ctx context.Context, r HealRequest) (heal.Plan, *heal.Outcome, error) {
-	return heal.Plan{}, nil, ErrNotAttached
+func (e *Engine) Finding(id string) (detect.Finding, bool) {
+	for _, f := range e.Findings() {
+		if f.ID == id {
+			return f, true
+		}
+	}
+	return detect.Finding{}, false
 }
 
 // View returns a fresh view of the attached kernel.
-func (e *Engine) View(ctx context.Context) (*kernel.View, error) { return nil, ErrNotAttached }
+func (e *Engine) View(ctx context.Context) (*kernel.View, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.target == nil || e.target.image() == nil {
+		return nil, fmt.Errorf("%w: %s", ErrNotAttached, e.why)
+	}
+	return e.target.image().View(ctx), nil
+}
 
-// Power returns the host's power controller, or nil.
+// Power returns the host's power controller, or nil. It asks nobody: operators' requests go through PowerControl.
 func (e *Engine) Power() heal.Power { return e.o.Power }
-
-// Subscribe returns a channel of events from now on. It is closed when ctx ends. A slow reader loses events and sees so by Seq.
-func (e *Engine) Subscribe(ctx context.Context) <-chan Event { return nil }

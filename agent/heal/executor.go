@@ -365,7 +365,7 @@ func (r *run) step(i int, s *Step, o *StepOutcome) error {
 	case OpPower:
 		ctx, cancel := context.WithTimeout(r.ctx, powerTimeout)
 		defer cancel()
-		err = doPower(ctx, r.x.o.Power, s.Power)
+		err = DoPower(ctx, r.x.o.Power, s.Power)
 	}
 	return err
 }

@@ -31,8 +31,8 @@ func PowerStep(op, why string) Step {
 	return Step{Op: OpPower, Power: op, Why: why, Timeout: powerTimeout}
 }
 
-// doPower carries a power operation out.
-func doPower(ctx context.Context, p Power, op string) error {
+// DoPower does a power operation: "on", "off", "cycle", "nmi" or "shutdown".
+func DoPower(ctx context.Context, p Power, op string) error {
 	if p == nil {
 		return fmt.Errorf("power %s: this agent has no power controller for the host: %w", op, kernel.ErrNotSupported)
 	}

@@ -1,0 +1,354 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/agent/policy"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+const (
+	healTimeout    = 30 * time.Second // one repair by memory writes, its verification included
+	restartTimeout = 6 * time.Minute  // until a restarted host is attached and healthy again
+	confirmTimeout = 5 * time.Second
+)
+
+// decide lets policy say what becomes of the open findings, and begins what it allows, one thing at a time.
+func (e *Engine) decide(ctx context.Context, now time.Time) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, t := range e.ordered() {
+		if t.Cause != "" {
+			continue
+		}
+		d := e.o.Policy.Decide(t.Finding, now, e.past)
+		t.Action, t.Automatic = d.Action, d.Automatic || !d.Again.IsZero()
+		switch {
+		case len(t.tried) > 0:
+			continue // it has had its turn; what comes next is up to the escalation
+		case !d.Automatic:
+			if !t.told && d.Again.IsZero() {
+				t.told = true
+				e.publish(findingEvent(EventWaiting, t.Finding, fmt.Sprintf("%s waits for an operator: %s", t.ID, d.Reason)))
+			}
+		default:
+			select {
+			case e.healing <- struct{}{}:
+			default:
+				return // another repair is under way; the next pass will see
+			}
+			t.tried = append(t.tried, d.Action)
+			e.past = append(e.past, policy.Past{Kind: t.Kind, At: now})
+			if len(e.past) > 1000 {
+				e.past = e.past[len(e.past)-1000:]
+			}
+			go e.automatic(context.WithoutCancel(ctx), ctx.Done(), t.Finding, d.Action)
+		}
+	}
+}
+
+// ordered returns the open findings, the oldest first. e.mu is held.
+func (e *Engine) ordered() []*tracked {
+	var ts []*tracked
+	for _, t := range e.tracked {
+		if t.ID != "" {
+			ts = append(ts, t)
+		}
+	}
+	slices.SortFunc(ts, func(a, b *tracked) int { return a.FirstSeen.Compare(b.FirstSeen) })
+	return ts
+}
+
+// automatic does what policy has allowed, and what policy has follow when that does not help. It holds the healing token.
+func (e *Engine) automatic(ctx context.Context, stop <-chan struct{}, f detect.Finding, action string) {
+	defer func() { <-e.healing }()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-stop:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	for action != "" {
+		_, _, err := e.repair(ctx, f, action, "policy", false)
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		e.mu.Lock()
+		t := e.open(f.ID)
+		if t == nil {
+			e.mu.Unlock()
+			return // it has gone by itself
+		}
+		next := e.o.Policy.Next(f.Kind, action)
+		if next == "" || slices.Contains(t.tried, next) {
+			t.told = true
+			e.publish(findingEvent(EventWaiting, t.Finding, fmt.Sprintf("%s waits for an operator: %s has not helped: %v", t.ID, action, err)))
+			e.mu.Unlock()
+			return
+		}
+		t.tried = append(t.tried, next)
+		e.publish(findingEvent(EventEscalated, t.Finding, fmt.Sprintf("%s: %s has not helped, %s is next", t.ID, action, next)))
+		f, action = t.Finding, next
+		e.mu.Unlock()
+	}
+}
+
+// Heal plans a repair of an open finding and, unless DryRun is set, carries it out and verifies it. It returns when all that
+// is done. The plan is returned with an error, too, as far as there is one; the outcome is nil if nothing was begun.
+func (e *Engine) Heal(ctx context.Context, r HealRequest) (heal.Plan, *heal.Outcome, error) {
+	e.mu.Lock()
+	t := e.open(r.Finding)
+	if t == nil {
+		e.mu.Unlock()
+		return heal.Plan{}, nil, fmt.Errorf("finding %q: %w", r.Finding, ErrNoFinding)
+	}
+	f := t.Finding
+	e.mu.Unlock()
+	action := r.Action
+	if action == "" {
+		action = f.Action
+	}
+	if action == "" {
+		return heal.Plan{}, nil, fmt.Errorf("policy proposes no action for %s; name one of %v", f.ID, actionsFor(f.Kind))
+	}
+	caller := r.Caller
+	if caller == "" {
+		caller = "unknown"
+	}
+	if r.DryRun {
+		return e.repair(ctx, f, action, caller, true)
+	}
+	select {
+	case e.healing <- struct{}{}:
+		defer func() { <-e.healing }()
+	default:
+		return heal.Plan{}, nil, ErrBusy
+	}
+	return e.repair(ctx, f, action, caller, false)
+}
+
+func actionsFor(k detect.Kind) []string {
+	var ids []string
+	for _, a := range heal.Actions() {
+		if slices.Contains(a.For, k) {
+			ids = append(ids, a.ID)
+		}
+	}
+	return ids
+}
+
+// repair plans and, unless dry, carries out. The caller holds the healing token, unless dry.
+func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller string, dry bool) (p heal.Plan, out *heal.Outcome, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("panic while planning or healing: %v", r)
+		}
+		if dry || err == nil {
+			return
+		}
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		var o heal.Outcome
+		if out != nil {
+			o = *out
+		} else {
+			e.record("refused", map[string]any{"finding": f.ID, "action": action, "caller": caller, "error": err.Error()})
+		}
+		e.publish(outcomeEvent(EventFailed, f, o, fmt.Sprintf("%s of %s has failed: %v", action, f.ID, err)))
+	}()
+	a, ok := heal.Find(action)
+	if !ok {
+		return p, nil, fmt.Errorf("action %q is unknown; there are %v", action, heal.IDs())
+	}
+	if !slices.Contains(a.For, f.Kind) {
+		return p, nil, fmt.Errorf("%s is no remedy for a %s; there are %v", action, f.Kind, actionsFor(f.Kind))
+	}
+	limit := healTimeout
+	if a.Risk == heal.RiskRestart {
+		limit = restartTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+
+	e.mu.Lock()
+	var img *kernel.Image
+	if e.target != nil {
+		img = e.target.image()
+	}
+	mem, grant := e.mem, e.grant()
+	boot := e.bootID()
+	e.mu.Unlock()
+	var v *kernel.View
+	if img != nil {
+		v = img.View(ctx)
+	}
+	if p, err = a.Plan(ctx, v, f); err != nil {
+		return p, nil, err
+	}
+	e.mu.Lock()
+	e.plans++
+	p.ID, p.Made = fmt.Sprintf("plan-%d", e.plans), time.Now()
+	e.mu.Unlock()
+	if dry {
+		return p, nil, nil
+	}
+	if !e.o.Writes && len(p.Ranges()) > 0 {
+		return p, nil, ErrWritesOff
+	}
+
+	e.mu.Lock()
+	e.current = p.ID
+	e.publish(findingEvent(EventPlanned, f, fmt.Sprintf("%s: %s (for %s)", p.ID, p.Title, caller)))
+	e.mu.Unlock()
+	defer func() {
+		e.mu.Lock()
+		e.current = ""
+		e.mu.Unlock()
+	}()
+	x := e.executor(mem, img, grant, f, boot)
+	o, err := x.Apply(ctx, p, caller)
+	if err != nil {
+		return p, &o, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.resolveID(f.ID, fmt.Sprintf("healed by %s (%s)", p.ID, action))
+	e.publish(outcomeEvent(EventHealed, f, o, fmt.Sprintf("%s: %s: healed in %v", f.ID, p.Title, o.Finished.Sub(o.Started).Round(time.Millisecond))))
+	return p, &o, nil
+}
+
+func (e *Engine) executor(mem hostmem.Memory, img *kernel.Image, grant access.Grant, f detect.Finding, boot string) *heal.Executor {
+	o := heal.Options{Memory: mem, Grant: grant, Power: e.o.Power, Logger: e.log}
+	if img != nil {
+		o.Kernel = img
+	}
+	if e.o.Journal != nil {
+		o.Journal = e.o.Journal
+	}
+	o.Confirm = func(ctx context.Context, _ heal.Plan) error { return e.confirm(ctx, f) }
+	o.Cured = func(ctx context.Context, p heal.Plan) error {
+		if p.Risk == heal.RiskRestart {
+			return e.restarted(ctx, boot)
+		}
+		return e.quiet(ctx, f)
+	}
+	return heal.NewExecutor(o)
+}
+
+// confirm waits until the finding's detector has spoken of it again in a pass that began later than now.
+func (e *Engine) confirm(ctx context.Context, f detect.Finding) error {
+	from := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
+	defer cancel()
+	return e.await(ctx, f, func() (bool, error) {
+		t := e.open(f.ID)
+		switch {
+		case t == nil:
+			return false, errors.New("it is gone")
+		case !t.quiet.IsZero() && !t.quiet.Before(from):
+			return false, errors.New("its detector is silent now")
+		}
+		return t.LastSeen.After(from), nil
+	})
+}
+
+// quiet waits until the finding's detector has run later than now and been silent about it.
+func (e *Engine) quiet(ctx context.Context, f detect.Finding) error {
+	from := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
+	defer cancel()
+	return e.await(ctx, f, func() (bool, error) {
+		t := e.open(f.ID)
+		return t == nil || !t.quiet.IsZero() && !t.quiet.Before(from), nil
+	})
+}
+
+// await checks after each pass, and has the finding's detector run in each, until done says so. done is called with e.mu held.
+func (e *Engine) await(ctx context.Context, f detect.Finding, done func() (bool, error)) error {
+	select {
+	case e.wake <- struct{}{}:
+	default:
+	}
+	for {
+		e.mu.Lock()
+		ok, err := done()
+		for i := range e.detectors {
+			if d := &e.detectors[i]; d.Kind == f.Kind {
+				e.force[d.ID] = true
+			}
+		}
+		changed := e.changed
+		e.mu.Unlock()
+		if ok || err != nil {
+			return err
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("%s was not judged anew in time: %w", f.ID, ctx.Err())
+		}
+	}
+}
+
+// restarted waits until another kernel than the one with that boot ID is attached, and alive.
+func (e *Engine) restarted(ctx context.Context, boot string) error {
+	for {
+		e.mu.Lock()
+		now, dead, phase, changed := e.bootID(), e.dead, e.phase, e.changed
+		e.mu.Unlock()
+		if phase == Attached && !dead && now != boot {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-time.After(retryEvery):
+		case <-ctx.Done():
+			return fmt.Errorf("no new kernel was seen alive on the host: %w", ctx.Err())
+		}
+	}
+}
+
+// PowerControl does a power operation for an operator: "on", "off", "cycle", "nmi" or "shutdown". The agreement must give the
+// right to, and the journal holds the intent before the controller is asked.
+func (e *Engine) PowerControl(ctx context.Context, op, caller string) error {
+	e.mu.Lock()
+	grant := e.grant()
+	e.plans++
+	id := fmt.Sprintf("plan-%d", e.plans)
+	e.mu.Unlock()
+	if err := grant.Permit(access.Power); err != nil {
+		return fmt.Errorf("power %s: %w", op, err)
+	}
+	if e.o.Journal == nil {
+		return fmt.Errorf("power %s: there is no journal, and nothing is done without one: %w", op, access.ErrDenied)
+	}
+	select {
+	case e.healing <- struct{}{}:
+		defer func() { <-e.healing }()
+	default:
+		return fmt.Errorf("power %s: %w", op, ErrBusy)
+	}
+	if _, err := e.o.Journal.Write("power", map[string]string{"id": id, "operation": op, "caller": caller, "agreement": grant.Agreement()}); err != nil {
+		return fmt.Errorf("power %s: journal the intent: %w", op, err)
+	}
+	err := heal.DoPower(ctx, e.o.Power, op)
+	result := map[string]string{"id": id}
+	if err != nil {
+		result["error"] = err.Error()
+	}
+	if _, jerr := e.o.Journal.Write("power-outcome", result); jerr != nil {
+		err = errors.Join(err, fmt.Errorf("journal the outcome: %w", jerr))
+	}
+	return err
+}

@@ -1,0 +1,674 @@
+package engine
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+const (
+	retryEvery  = 250 * time.Millisecond // between attempts to open memory or to find a kernel
+	retryMost   = 2 * time.Second
+	openTimeout = 5 * time.Minute  // one search of all memory over a slow path
+	passTimeout = 10 * time.Second // one pass
+	proveEvery  = 500 * time.Millisecond
+	// pathPatience is how long reads may fail in other ways than ErrLinkDown before the path is opened anew.
+	pathPatience = 3 * time.Second
+	// A kernel that has panicked, or shows no life for quietAfter, may be a corpse beside a new kernel: memory is searched
+	// again, at most every searchEvery.
+	quietAfter  = 5 * time.Second
+	searchEvery = 2 * time.Second
+	probeEvery  = time.Second // detectors' passes while there is no kernel
+)
+
+// loop attaches and watches until ctx ends.
+func (e *Engine) loop(ctx context.Context) {
+	w := watcher{e: e}
+	defer w.closeMemory()
+	for ctx.Err() == nil {
+		if err := w.guarded("loop", func() error { return w.turn(ctx) }); err != nil && ctx.Err() == nil {
+			e.mu.Lock()
+			e.note("loop", err)
+			e.mu.Unlock()
+			sleep(ctx, retryEvery)
+		}
+	}
+}
+
+// watcher is the loop's own state; only the loop touches it.
+type watcher struct {
+	e    *Engine
+	mem  hostmem.Memory
+	note hostmem.PhysAddr // where the kernel was last
+	down time.Time        // since when the path has been dead; zero while it works
+	was  bool             // a kernel was attached before
+	wait time.Duration    // back-off
+
+	t          target
+	boot       string
+	tickless   bool
+	beats      []kernel.Heartbeat
+	tasks      []detect.TaskSample
+	nextTasks  time.Time
+	nextProve  time.Time
+	moved      time.Time // when the host last showed life
+	badSince   time.Time
+	nextSearch time.Time
+	found      chan search // from the search in the background; nil if there is none
+	stopSearch context.CancelFunc
+	searches   sync.WaitGroup
+	nextRun    map[string]time.Time
+	lastProbe  time.Time
+	due        time.Time // when the next pass should begin
+	load       ewma
+	bytes      ewma
+	began      time.Time
+}
+
+// ewma is a mean that forgets.
+type ewma struct{ v float64 }
+
+func (m *ewma) add(x float64) {
+	const weight = 0.05
+	if m.v == 0 {
+		m.v = x
+		return
+	}
+	m.v += weight * (x - m.v)
+}
+
+// guarded runs f and turns a panic into an error: a fault in one pass never stops the loop.
+func (w *watcher) guarded(where string, f func() error) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("panic in %s: %v", where, r)
+			w.e.log.Error("recovered", "where", where, "panic", r, "stack", string(debug.Stack()))
+		}
+	}()
+	return f()
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}
+
+// turn does whatever is next.
+func (w *watcher) turn(ctx context.Context) error {
+	switch {
+	case w.mem == nil:
+		return w.openMemory(ctx)
+	case w.t == nil:
+		return w.attach(ctx)
+	}
+	return w.watch(ctx)
+}
+
+func (w *watcher) setPhase(p Phase, why string) {
+	e := w.e
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.phase != p {
+		e.phase, e.since = p, time.Now()
+	}
+	e.why = why
+	if p == Attached {
+		e.progress = nil
+	}
+}
+
+// pause waits for the next attempt, longer from time to time, while the detectors that need no kernel go on.
+func (w *watcher) pause(ctx context.Context, why string) {
+	w.wait = min(max(2*w.wait, retryEvery), retryMost)
+	for end := time.Now().Add(w.wait); ctx.Err() == nil && time.Now().Before(end); {
+		w.probe(ctx, why)
+		sleep(ctx, min(time.Until(end), probeEvery))
+	}
+}
+
+// probe runs the detectors without a kernel.
+func (w *watcher) probe(ctx context.Context, why string) {
+	now := time.Now()
+	if now.Sub(w.lastProbe) < probeEvery {
+		return
+	}
+	w.lastProbe = now
+	p := &detect.Pass{Now: now, Path: why}
+	if w.was {
+		p.PathDown = w.down
+	}
+	w.judge(ctx, p)
+}
+
+func (w *watcher) openMemory(ctx context.Context) error {
+	e := w.e
+	mem, err := e.o.Memory(ctx)
+	if err != nil {
+		if w.down.IsZero() {
+			w.down = time.Now()
+		}
+		w.setPhase(NoMemory, fmt.Sprintf("open host memory: %v", err))
+		w.pause(ctx, err.Error())
+		return nil
+	}
+	w.mem = mem
+	e.mu.Lock()
+	e.mem = mem
+	e.mu.Unlock()
+	return nil
+}
+
+func (w *watcher) closeMemory() {
+	if w.mem == nil {
+		return
+	}
+	w.endSearch()
+	w.searches.Wait() // it reads from this memory
+	w.detach()
+	e := w.e
+	e.mu.Lock()
+	e.mem = nil
+	e.mu.Unlock()
+	if err := w.mem.Close(); err != nil {
+		e.log.Warn("close host memory", "err", err)
+	}
+	w.mem = nil
+}
+
+func (w *watcher) detach() {
+	w.t = nil
+	w.e.mu.Lock()
+	w.e.target, w.e.dead = nil, false
+	w.e.mu.Unlock()
+}
+
+// attach looks for a kernel once.
+func (w *watcher) attach(ctx context.Context) error {
+	e := w.e
+	if w.note == 0 {
+		w.note = e.loadHint()
+	}
+	if w.was {
+		w.setPhase(Lost, "looking for the kernel that comes next")
+	} else {
+		w.setPhase(Searching, "looking for a kernel")
+	}
+	began := time.Now()
+	octx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	t, err := e.src.open(octx, w.mem, kernel.Options{Logger: e.log, Note: w.note, Progress: func(stage string, done, total uint64) {
+		e.mu.Lock()
+		e.progress = &Progress{stage, done, total}
+		e.mu.Unlock()
+	}})
+	if err != nil {
+		w.note = 0
+		if w.pathLost(ctx, err) {
+			return nil
+		}
+		w.down = time.Time{}
+		phase := Searching
+		if w.was {
+			phase = Lost
+		}
+		w.setPhase(phase, err.Error())
+		w.pause(ctx, err.Error())
+		return nil
+	}
+	w.take(ctx, t, time.Since(began))
+	return nil
+}
+
+// pathLost closes the memory if an error means that the path to it is lost.
+func (w *watcher) pathLost(ctx context.Context, err error) bool {
+	if !errors.Is(err, hostmem.ErrLinkDown) {
+		return false
+	}
+	if w.down.IsZero() {
+		w.down = time.Now()
+	}
+	w.lose("the path to the host's memory is lost: " + err.Error())
+	w.setPhase(NoMemory, err.Error())
+	w.closeMemory()
+	w.pause(ctx, err.Error())
+	return true
+}
+
+// take makes t the kernel that is watched.
+func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
+	e := w.e
+	info := t.Info()
+	w.t, w.boot, w.note = t, info.BootID, info.Note
+	w.wait, w.down, w.was = 0, time.Time{}, true
+	w.beats, w.tasks, w.nextRun = nil, nil, make(map[string]time.Time)
+	now := time.Now()
+	w.nextTasks, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now, time.Time{}, now, now.Add(searchEvery), now
+	vctx, cancel := context.WithTimeout(ctx, passTimeout)
+	defer cancel()
+	w.tickless = tickless(vctx, t)
+	uuid, err := systemUUID(vctx, t)
+	e.saveHint(info.Note)
+
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.target, e.dead, e.uuid, e.attachTook = t, false, uuid, took
+	e.attaches++
+	if e.phase != Attached {
+		e.since = now
+	}
+	e.phase, e.why, e.progress = Attached, "", nil
+	if err != nil && !errors.Is(err, kernel.ErrNotSupported) {
+		e.note("system UUID", err)
+	}
+	e.newKernel(info.BootID)
+	e.record("attached", info)
+	e.publish(kernelEvent(EventAttached, info, fmt.Sprintf("attached to %s on %s in %v", info.Release, info.Hostname, took.Round(time.Millisecond))))
+}
+
+// lose gives the kernel up.
+func (w *watcher) lose(why string) {
+	e := w.e
+	if w.t == nil {
+		return
+	}
+	info := w.t.Info()
+	w.t = nil
+	w.endSearch()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.target, e.dead = nil, false
+	e.phase, e.since, e.why = Lost, time.Now(), why
+	e.record("lost", map[string]string{"boot": info.BootID, "why": why})
+	e.publish(kernelEvent(EventLost, info, why))
+}
+
+// watch makes one pass when it is due.
+func (w *watcher) watch(ctx context.Context) error {
+	e := w.e
+	if d := time.Until(w.due); d > 0 {
+		t := time.NewTimer(d)
+		select {
+		case <-ctx.Done():
+		case <-t.C:
+		case <-e.wake:
+		case s := <-w.found:
+			w.consider(ctx, s)
+		}
+		t.Stop()
+		if ctx.Err() != nil || w.t == nil {
+			return nil
+		}
+	}
+	began := time.Now()
+	late := began.Sub(w.due) > e.config.Heartbeat
+	pctx, cancel := context.WithTimeout(ctx, passTimeout)
+	cost, err := w.pass(pctx)
+	cancel()
+	took := time.Since(began)
+	interval := began.Add(e.config.Heartbeat)
+	if after := time.Now().Add(e.config.Heartbeat / 5); interval.Before(after) {
+		interval = after // leave the machine some air when a pass takes longer than the interval
+	}
+	w.due = interval
+	if !w.began.IsZero() {
+		if period := began.Sub(w.began).Seconds(); period > 0 {
+			w.load.add(took.Seconds() / period)
+			w.bytes.add(float64(cost.Bytes) / period)
+		}
+	}
+	w.began = began
+
+	e.mu.Lock()
+	e.passes++
+	c := &e.cost
+	c.At, c.Took, c.Reads, c.Bytes = began, took, cost.Reads, cost.Bytes
+	c.Load, c.BytesPerSec = min(w.load.v, 1), w.bytes.v
+	if late {
+		c.Late++
+	}
+	close(e.changed)
+	e.changed = make(chan struct{})
+	e.mu.Unlock()
+
+	switch {
+	case err == nil:
+		w.badSince = time.Time{}
+	case ctx.Err() != nil:
+	case w.pathLost(ctx, err):
+	case errors.Is(err, kernel.ErrGone):
+		w.lose("the host runs another kernel, or none: " + err.Error())
+	default:
+		if w.badSince.IsZero() {
+			w.badSince = began
+		} else if time.Since(w.badSince) > pathPatience {
+			w.badSince = time.Time{}
+			w.lose("the kernel cannot be read: " + err.Error())
+			w.closeMemory()
+		}
+		return err
+	}
+	return nil
+}
+
+// pass reads and judges once.
+func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
+	e := w.e
+	now := time.Now()
+	l := w.t.look(ctx)
+	p := &detect.Pass{Now: now, Tickless: w.tickless}
+	if v, ok := l.(*kernel.View); ok {
+		p.View = v
+	}
+	// At first what is cheapest and matters most.
+	panicState, perr := l.Panic()
+	if perr == nil {
+		p.Panic = &panicState
+	}
+	beat, berr := l.Heartbeat()
+	e.mean(&e.cost.MeanHeartbeat, time.Since(now))
+	if berr == nil {
+		w.addBeat(beat)
+		p.Beats = w.beats
+	}
+	var terr error
+	if e.tasksDue(w.nextTasks, now) {
+		w.nextTasks = now.Add(e.config.Tasks)
+		var s detect.TaskSample
+		if s, terr = taskSample(l); terr == nil {
+			w.tasks = append(w.tasks, s)
+			_, keep := e.config.Keep()
+			for len(w.tasks) > 2 && now.Sub(w.tasks[1].At) > keep {
+				w.tasks = w.tasks[1:]
+			}
+			e.mean(&e.cost.MeanTasks, s.Took)
+		}
+	}
+	if n := len(w.tasks); n > 0 && terr == nil {
+		p.Tasks = w.tasks
+	}
+	p.Took = time.Since(now)
+	failed := errors.Join(perr, berr, terr)
+	dead := panicState.Panicked || time.Since(w.moved) > quietAfter
+	if errors.Is(failed, hostmem.ErrLinkDown) {
+		return l.Cost(), failed
+	}
+	// What is about to be said of this kernel must be about this kernel: nothing new is believed, and no failure blamed on
+	// it, before it is proven after the reading.
+	if failed != nil || now.After(w.nextProve) || w.wouldSpeak(p) {
+		if err := w.t.Prove(ctx); err != nil && !errors.Is(err, kernel.ErrTorn) {
+			return l.Cost(), err
+		}
+		w.nextProve = now.Add(proveEvery)
+	}
+	e.mu.Lock()
+	e.dead = dead
+	e.mu.Unlock()
+	w.judge(ctx, p)
+	if dead {
+		w.searchAgain(ctx)
+	}
+	return l.Cost(), failed
+}
+
+func (e *Engine) tasksDue(next, now time.Time) bool {
+	if !now.Before(next) {
+		return true
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.force) > 0
+}
+
+func (e *Engine) mean(to *time.Duration, d time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if *to == 0 {
+		*to = d
+	} else {
+		*to += (d - *to) / 20
+	}
+}
+
+func taskSample(l look) (detect.TaskSample, error) {
+	s := detect.TaskSample{At: time.Now()}
+	for t, err := range l.Tasks() {
+		if err != nil {
+			return s, fmt.Errorf("list tasks: %w", err)
+		}
+		s.Tasks = append(s.Tasks, t)
+	}
+	s.Took = time.Since(s.At)
+	return s, nil
+}
+
+func (w *watcher) addBeat(b kernel.Heartbeat) {
+	if n := len(w.beats); n > 0 && alive(w.beats[n-1], b) {
+		w.moved = b.At
+	}
+	w.beats = append(w.beats, b)
+	keep, _ := w.e.config.Keep()
+	for len(w.beats) > 2 && b.At.Sub(w.beats[1].At) > keep {
+		w.beats = w.beats[1:]
+	}
+}
+
+// alive reports whether the host has done anything between two beats.
+func alive(a, b kernel.Heartbeat) bool {
+	if a.Jiffies != b.Jiffies || a.Mono != b.Mono || len(a.CPUs) != len(b.CPUs) {
+		return true
+	}
+	for i := range b.CPUs {
+		x, y := &a.CPUs[i], &b.CPUs[i]
+		if x.TimerIRQs != y.TimerIRQs || x.IRQs != y.IRQs || x.Switches != y.Switches || x.Clock != y.Clock {
+			return true
+		}
+	}
+	return false
+}
+
+// wouldSpeak reports whether the panic detector, whose one look is its verdict, has something new to say. All others judge
+// series that are longer than the time between two proofs.
+func (w *watcher) wouldSpeak(p *detect.Pass) bool {
+	if p.Panic == nil || !p.Panic.Panicked {
+		return false
+	}
+	e := w.e
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, t := range e.tracked {
+		if t.Kind == detect.KindPanic && t.ID != "" {
+			return false
+		}
+	}
+	return true
+}
+
+// judge runs the detectors that are due and takes in what they say.
+func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
+	e := w.e
+	if w.nextRun == nil {
+		w.nextRun = make(map[string]time.Time)
+	}
+	for i := range e.detectors {
+		d := &e.detectors[i]
+		e.mu.Lock()
+		forced := e.force[d.ID]
+		delete(e.force, d.ID)
+		cause := e.cause(d)
+		e.mu.Unlock()
+		if !forced && p.Now.Before(w.nextRun[d.ID]) {
+			continue
+		}
+		// A tenth of a heartbeat early is in time: else a detector would run every second beat instead of each.
+		w.nextRun[d.ID] = p.Now.Add(d.Every - e.config.Heartbeat/10)
+		began := time.Now()
+		var found []detect.Finding
+		var err error
+		switch lack := lacking(d, p); {
+		case cause != "":
+			err = fmt.Errorf("explained by %s", cause)
+		case lack != "":
+			err = fmt.Errorf("lacks %s", lack)
+			if p.Path != "" {
+				err = fmt.Errorf("lacks %s: %s", lack, p.Path)
+			}
+		default:
+			err = w.guarded(d.ID, func() (err error) {
+				found, err = d.Detect(ctx, p)
+				return err
+			})
+		}
+		took := time.Since(began)
+
+		e.mu.Lock()
+		s := &e.status[i]
+		s.LastRun, s.Took, s.Error = p.Now, took, ""
+		s.Runs++
+		for _, t := range e.tracked {
+			if t.detector == d.ID {
+				t.Cause = cause
+			}
+		}
+		switch {
+		case err != nil:
+			s.Health, s.Error = CouldNotTell, err.Error()
+			if cause == "" && !errors.Is(err, detect.ErrTooEarly) {
+				s.Faults++
+			}
+		default:
+			e.update(d, found, p.Now)
+			s.Health = Healthy
+			if len(found) > 0 {
+				s.Health = Ill
+			}
+		}
+		e.mu.Unlock()
+	}
+	e.decide(ctx, p.Now)
+}
+
+// lacking returns what a detector needs and the pass does not have, or "".
+func lacking(d *detect.Detector, p *detect.Pass) detect.Need {
+	for _, n := range d.Needs {
+		var has bool
+		switch n {
+		case detect.NeedPanic:
+			has = p.Panic != nil
+		case detect.NeedHeartbeats:
+			has = len(p.Beats) > 0
+		case detect.NeedTasks:
+			has = len(p.Tasks) > 0
+		}
+		if !has {
+			return n
+		}
+	}
+	return ""
+}
+
+// search is what a search in the background has come to.
+type search struct {
+	t    target // nil if it found nothing
+	took time.Duration
+}
+
+// searchAgain looks for a newer kernel in the background.
+func (w *watcher) searchAgain(ctx context.Context) {
+	if w.found != nil || time.Now().Before(w.nextSearch) {
+		return
+	}
+	ctx, w.stopSearch = context.WithTimeout(context.WithoutCancel(ctx), openTimeout)
+	found := make(chan search, 1)
+	w.found = found
+	mem, src, log := w.mem, w.e.src, w.e.log
+	w.searches.Go(func() {
+		began := time.Now()
+		var t target
+		err := w.guarded("search", func() (err error) {
+			t, err = src.open(ctx, mem, kernel.Options{Logger: log})
+			return err
+		})
+		if err != nil {
+			log.Debug("no newer kernel", "err", err, "took", time.Since(began))
+			t = nil
+		}
+		found <- search{t, time.Since(began)}
+	})
+}
+
+// endSearch gives the search in the background up.
+func (w *watcher) endSearch() {
+	if w.found != nil {
+		w.stopSearch()
+		w.found = nil
+	}
+}
+
+// consider changes over to a kernel that the search has found, if it is another one, and alive.
+func (w *watcher) consider(ctx context.Context, s search) {
+	w.endSearch()
+	w.nextSearch = time.Now().Add(max(searchEvery, 5*s.took))
+	if s.t == nil || s.t.Info().BootID == w.boot || !slices.ContainsFunc(s.t.Info().Rungs, func(r kernel.Rung) bool { return r.Name == "alive" && r.OK }) {
+		return
+	}
+	w.lose("a newer kernel runs on the host")
+	w.take(ctx, s.t, s.took)
+}
+
+// The hint makes the first attach after a restart of the agent fast. It is only a hint: kernel.Open proves what it finds.
+type hint struct {
+	Note hostmem.PhysAddr `json:"note"`
+}
+
+func (e *Engine) hintPath() string { return filepath.Join(e.o.CacheDir, "kernel-note.json") }
+
+func (e *Engine) loadHint() hostmem.PhysAddr {
+	if e.o.CacheDir == "" {
+		return 0
+	}
+	b, err := os.ReadFile(e.hintPath())
+	if err != nil {
+		return 0
+	}
+	var h hint
+	if json.Unmarshal(b, &h) != nil {
+		return 0
+	}
+	return h.Note
+}
+
+func (e *Engine) saveHint(note hostmem.PhysAddr) {
+	if e.o.CacheDir == "" || note == 0 {
+		return
+	}
+	b, err := json.Marshal(hint{note})
+	if err == nil {
+		err = os.MkdirAll(e.o.CacheDir, 0o700)
+	}
+	if err == nil {
+		err = os.WriteFile(e.hintPath()+".new", b, 0o600)
+	}
+	if err == nil {
+		err = os.Rename(e.hintPath()+".new", e.hintPath())
+	}
+	if err != nil {
+		e.mu.Lock()
+		e.note("keep where the kernel's note is", err)
+		e.mu.Unlock()
+	}
+}
