@@ -77,6 +77,9 @@ func BenchmarkCompareAndSwap(b *testing.B) {
 				b.Skip("this build cannot swap through it")
 			}
 			old, err := s.CompareAndSwap(4096, 0, 0)
+			if err != nil {
+				b.Fatal(err)
+			}
 			for b.Loop() {
 				if old, err = s.CompareAndSwap(4096, old, old+1); err != nil {
 					b.Fatal(err)

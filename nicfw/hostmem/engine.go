@@ -23,7 +23,6 @@ const (
 	NeverEnds                // no completion: times out; a write may have arrived all the same
 	Aborts                   // refused by the host's side: ErrAborted, nothing transferred
 	LosesLink                // the link goes down under it, and stays so until SetLink
-	outcomes                 // their number
 )
 
 // EngineOptions describe a DMA engine. The zero value is a plausible one.

@@ -1,6 +1,15 @@
 package hostmem
 
-import "crypto/sha256"
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+)
+
+// ReadBody reads the records of a recording without their compression.
+func ReadBody(body []byte) (*Recording, error) {
+	return readBody(bufio.NewReader(bytes.NewReader(body)))
+}
 
 // Resum returns body with the checksum at its end put right.
 func Resum(body []byte) []byte {

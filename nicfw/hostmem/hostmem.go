@@ -2,6 +2,34 @@
 //
 // Everything above it works on the Memory interface alone, and so runs unchanged over a PCI window on a DPU,
 // over a DMA engine, over the RAM file of a virtual machine, and over a crash dump on a laptop.
+//
+//	             stores              compare-and-swap
+//	OpenPCI      if asked for        if asked for, and the BAR is shared memory (ivshmem)
+//	OpenRAMFile  if asked for        if asked for
+//	OpenImage    no                  no                   raw, ELF64 core, LiME version 1, recording
+//	NewEngine    as what it wraps    no                   bursts of 4 KiB, 20 to 200 µs each, which may fail
+//	NewRecorder  no                  no                   notes each page read, for a .hostmem file
+//	Narrow       as what it wraps    as what it wraps     within a smaller map
+//	NewGuard     if its rule allows  as what it wraps     the only door for stores
+//
+// An offset is a host physical address. What is not RAM in the map faults, before it is put on any link: holes never read
+// as zero and device registers are never touched. A read that stops short says at which address and why, by a *FaultError;
+// its cause is ErrNotMapped, ErrLinkDown, ErrTimeout, ErrAborted, ErrReadOnly, ErrUnaligned, ErrNotRecorded, or what the
+// system said. A write stores nothing unless all of it is RAM.
+//
+// What a memory can do beyond reading is asked with AsWriter and AsSwapper, because a type assertion does not know what a
+// wrapper wraps or how a file was opened. ReadScatter, ResidentRanges and VMCOREINFO use an ability where there is one and
+// have an answer where there is none.
+//
+// An agent's stores go through a Guard and nothing else:
+//
+//	win, err := hostmem.OpenPCI(hostmem.PCIOptions{Layout: hostmem.Q35Layout(ram), Write: true})
+//	…                                                     // attach, and read the true RAM map from the host's kernel
+//	mem := hostmem.NewGuard(hostmem.Narrow(win, trueMap), grant)
+//
+// Every backend and wrapper passes the one test in package hostmemtest. The agent's processor may be 64-bit or 32-bit (arm
+// v7: no compare-and-swap through a window, and less than 2 GiB can be mapped). DESIGN.md says how device memory is
+// accessed, what the engine models and how a .hostmem file is laid out.
 package hostmem
 
 import (

@@ -196,8 +196,12 @@ func FuzzImage(f *testing.F) {
 	s := loads(small())
 	core := elfCore(append(s, segment{typ: 4, data: note("VMCOREINFO", info)})...)
 	lime := limeFile(small())
+	golden, err := os.ReadFile(filepath.Join("testdata", "v1.hostmem"))
+	if err != nil {
+		f.Fatal(err)
+	}
 	for _, b := range [][]byte{
-		nil, core, core[:70], elfCore(s[0], s[0], segment{typ: 1, paddr: 0x1008, data: make([]byte, 100)}), manyHeaders(core, 3),
+		nil, golden, core, core[:70], elfCore(s[0], s[0], segment{typ: 1, paddr: 0x1008, data: make([]byte, 100)}), manyHeaders(core, 3),
 		lime, lime[:40], slices.Concat(lime, lime), make([]byte, page), []byte("KDUMP   "),
 	} {
 		f.Add(b)

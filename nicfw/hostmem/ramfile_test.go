@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -116,6 +117,19 @@ func TestRAMFileThatShrinks(t *testing.T) {
 	}
 	if _, err := mem.ReadAt(make([]byte, page), 0); err != nil {
 		t.Errorf("ReadAt in front of the new end = %v", err)
+	}
+}
+
+func TestRAMFileBeyondTheAddressSpace(t *testing.T) {
+	if strconv.IntSize > 32 {
+		t.Skip("a 64-bit agent maps whatever a host has; this is about GOARCH=arm")
+	}
+	path := writeFile(t, filepath.Join(t.TempDir(), "ram"), nil)
+	if err := os.Truncate(path, 3<<30); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := hostmem.OpenRAMFile(path, nil, false); err == nil || !strings.Contains(err.Error(), "3072 MiB do not fit into the address space") {
+		t.Errorf("OpenRAMFile(3 GiB) = %v; want a clear error", err)
 	}
 }
 

@@ -54,15 +54,6 @@ func Intersect(a, b []Range) []Range {
 	return out
 }
 
-// Total returns the bytes in a normalised set of ranges.
-func Total(ranges []Range) uint64 {
-	var n uint64
-	for _, r := range ranges {
-		n += r.Size
-	}
-	return n
-}
-
 // find returns the index of the range that holds pa, or -1. m is sorted and without overlap.
 func find(m []Range, pa PhysAddr) int {
 	i, ok := slices.BinarySearchFunc(m, pa, func(r Range, pa PhysAddr) int { return cmp.Compare(r.Start, pa) })

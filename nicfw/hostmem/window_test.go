@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem/hostmemtest"
 )
 
 func TestOpenPCIEnablesTheDevice(t *testing.T) {
@@ -132,8 +133,10 @@ func TestWindowLinkLoss(t *testing.T) {
 		}
 		k, err := w.WriteAt(ones[:8], at)
 		checkLinkDown("WriteAt", k, err)
-		_, err = w.CompareAndSwap(at, ^uint64(0), 1)
-		checkLinkDown("CompareAndSwap", 0, err)
+		if hostmemtest.Atomic64 {
+			_, err = w.CompareAndSwap(at, ^uint64(0), 1)
+			checkLinkDown("CompareAndSwap", 0, err)
+		}
 		// The swap took place in the stand-in, which has no link to lose.
 		d.setConfig(t, goodConfig())
 		if _, err := w.WriteAt(ones[:8], at); err != nil {
