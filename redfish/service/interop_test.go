@@ -289,4 +289,3 @@ func TestSushy(t *testing.T) {
 		t.Errorf("after sushy: power %s", got)
 	}
 }
-

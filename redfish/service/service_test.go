@@ -191,20 +191,3 @@ func (a answer) messageID() string {
 	id, _ := a.at("error", "@Message.ExtendedInfo", 0, "MessageId").(string)
 	return strings.TrimPrefix(id, baseRegistry)
 }
-
-func TestServiceSmoke(t *testing.T) {
-	s, _ := newTestService(t, Options{})
-	p := newPeer(t, listen(t, s))
-	a := p.do("GET", "/redfish/v1/Systems/system", "")
-	t.Logf("%s %v\n%s", a.Status, a.Header, a.body)
-	a = p.do("GET", "/redfish/v1/$metadata", "", "Accept", "*/*")
-	t.Logf("%s %v\n%s", a.Status, a.Header, a.body)
-	a = p.do("GET", "/redfish/v1", "", "Authorization", "")
-	t.Logf("%s %v\n%s", a.Status, a.Header, a.body)
-	a = p.do("GET", "/redfish/v1/Systems?$expand=*($levels=2)", "")
-	t.Logf("%s %v\n%s", a.Status, a.Header, a.body)
-	a = p.do("PATCH", "/redfish/v1/Systems/system", `{"Boot":{"BootSourceOverrideTarget":"Pxe","BootSourceOverrideEnabled":"Once","Foo":1},"Name":"x"}`)
-	t.Logf("%s %v\n%s", a.Status, a.Header, a.body)
-	a = p.do("POST", "/redfish/v1/Systems/system/Actions/ComputerSystem.Reset", `{"ResetType":"Foo", "X":1}`)
-	t.Logf("%s %v\n%s", a.Status, a.Header, a.body)
-}
