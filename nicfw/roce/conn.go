@@ -25,7 +25,7 @@ func (d *Device) NewQP(pd *PD, cq *CQ, cfg QPConfig) (*QP, error) {
 		return nil, d.err
 	}
 	q := d.handle(cq)
-	core, err := d.eng.addQP(pd, cfg, q)
+	core, err := d.eng.addQP(pd, cfg.withDefaults(d.eng.mtu), q)
 	if err != nil {
 		return nil, err
 	}

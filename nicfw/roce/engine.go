@@ -214,12 +214,13 @@ func (e *engine) release(p *peer) {
 	}
 }
 
-// addQP makes a queue pair with a random number and a random first PSN. Its owner is told of everything that ends.
+// addQP makes a queue pair with a random number and a random first PSN. Its owner is told of everything that ends. cfg
+// comes from withDefaults.
 func (e *engine) addQP(pd *PD, cfg QPConfig, owner completer) (*qp, error) {
 	if len(e.qps) >= e.limits.QPs {
 		return nil, fmt.Errorf("create queue pair: %w: %d exist", ErrLimit, len(e.qps))
 	}
-	q := newQP(e, pd, cfg.withDefaults(e.mtu), owner)
+	q := newQP(e, pd, cfg, owner)
 	for q.num <= QPNGeneral || q.num == psnMask || e.qps[q.num] != nil {
 		q.num = QPN(random32() & psnMask)
 	}

@@ -373,6 +373,7 @@ func (r *responder) keep(res resource) (Syndrome, error) {
 	r.msn++
 	r.epsn = r.epsn.Add(res.n)
 	res.msn, res.pending = r.msn, true
+	r.ackPending = false // the response acknowledges everything before it
 	r.resources.push(res)
 	r.pending++
 	return 0, nil

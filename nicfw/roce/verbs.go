@@ -3,7 +3,10 @@ package roce
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"net/netip"
+	"reflect"
+	"strings"
 	"time"
 )
 
@@ -175,4 +178,27 @@ type Counters struct {
 	CMReceived, CMSent, CMMalformed, CMUnmatched, CMDropped       uint64
 	ConnectionsRefused, ConnectionsEstablished, ConnectionsFailed uint64
 	Throttled                                                     uint64 // times that READ responses waited for their turn under BytesPerSecond
+}
+
+// All yields the counters by name.
+func (c Counters) All() iter.Seq2[string, uint64] {
+	return func(yield func(string, uint64) bool) {
+		v := reflect.ValueOf(c)
+		for i := range v.NumField() {
+			if !yield(v.Type().Field(i).Name, v.Field(i).Uint()) {
+				return
+			}
+		}
+	}
+}
+
+// String returns those that are not zero.
+func (c Counters) String() string {
+	var b strings.Builder
+	for name, n := range c.All() {
+		if n != 0 {
+			fmt.Fprintf(&b, " %s=%d", name, n)
+		}
+	}
+	return strings.TrimPrefix(b.String(), " ")
 }
