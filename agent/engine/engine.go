@@ -48,7 +48,7 @@ type Engine struct {
 	resolved    []detect.Finding    // oldest first
 	counts      map[detect.Kind]int // IDs given
 	force       map[string]bool     // IDs of detectors to run in the next pass
-	changed     chan struct{} // closed and replaced after each pass
+	changed     chan struct{}       // closed and replaced after each pass
 	passes      uint64
 	cost        PassCost
 	current     string // ID of the plan being carried out
@@ -62,7 +62,7 @@ type Engine struct {
 // New returns an engine that does nothing until Run.
 func New(o Options) *Engine {
 	e := &Engine{
-		o: o, log: o.Logger, src: kernels{}, config: o.Policy.DetectConfig(),
+		o: o, log: o.Logger, src: memoryKernels{}, config: o.Policy.DetectConfig(),
 		journal: make(chan entry, 1024), wake: make(chan struct{}, 1), healing: make(chan struct{}, 1),
 		phase: NoMemory, since: time.Now(), started: time.Now(), why: "not started yet",
 		tracked: make(map[string]*tracked), counts: make(map[detect.Kind]int), force: make(map[string]bool),

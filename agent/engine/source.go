@@ -34,10 +34,10 @@ type look interface {
 	Cost() kernel.Cost
 }
 
-// kernels is the real source.
-type kernels struct{}
+// memoryKernels is the real source.
+type memoryKernels struct{}
 
-func (kernels) open(ctx context.Context, mem hostmem.Memory, o kernel.Options) (target, error) {
+func (memoryKernels) open(ctx context.Context, mem hostmem.Memory, o kernel.Options) (target, error) {
 	img, err := kernel.Open(ctx, mem, o)
 	if err != nil {
 		return nil, err

@@ -70,9 +70,10 @@ func provenIRQWork(m model) (irqWork, error) {
 	if err != nil {
 		return irqWork{}, fmt.Errorf("irq_work: %w", err)
 	}
-	if flags&^irqWorkClaimed != irqWorkType|irqWorkLazy || kernel.VirtAddr(fn) != klogd {
+	// The type is added when it is first claimed.
+	if flags&^(irqWorkClaimed|irqWorkType) != irqWorkLazy || kernel.VirtAddr(fn) != klogd {
 		return fail("the kernel's own wake_up_klogd_work has flags %#x and function %#x, not %#x and %v: the layout is another one",
-			flags, fn, irqWorkType|irqWorkLazy, klogd)
+			flags, fn, irqWorkLazy, klogd)
 	}
 	return w, nil
 }

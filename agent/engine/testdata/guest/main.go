@@ -1,0 +1,212 @@
+// Guest is the whole userland of the virtual machine in which the engine's tests let things go wrong: process 1 of a stock
+// kernel. It takes commands on the second serial line, one a line, and answers with one line of JSON. It tells of each child
+// that ends with a line {"exit": pid, "signal": n}.
+//
+//	spawn KIND   start a child: spin, sleep, nanosleep, blocked, blockedspin, threads, forks, stopped, zombie
+//	dmesg        all records of /dev/kmsg with level 4 (warning) or worse
+//	sysrq X      press the key
+//	uptime       CLOCK_MONOTONIC in ns
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	if len(os.Args) > 1 {
+		child(os.Args[1])
+	}
+	for _, m := range [][2]string{{"/proc", "proc"}, {"/sys", "sysfs"}, {"/dev", "devtmpfs"}} {
+		os.MkdirAll(m[0], 0o755)
+		if err := unix.Mount(m[1], m[0], m[1], 0, ""); err != nil && err != unix.EBUSY {
+			fmt.Println("mount", m[0], err)
+		}
+	}
+	os.WriteFile("/proc/sys/kernel/sysrq", []byte("1\n"), 0)
+	os.WriteFile("/proc/sys/kernel/hostname", []byte("guest\n"), 0)
+	tty, err := os.OpenFile("/dev/ttyS1", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		fmt.Println(err)
+		select {}
+	}
+	if t, err := unix.IoctlGetTermios(int(tty.Fd()), unix.TCGETS); err == nil {
+		t.Iflag, t.Oflag, t.Lflag = 0, 0, 0
+		t.Cflag = unix.CS8 | unix.CREAD | unix.CLOCAL | unix.B115200
+		unix.IoctlSetTermios(int(tty.Fd()), unix.TCSETS, t)
+	}
+	var mu sync.Mutex
+	say := func(v any) {
+		b, err := json.Marshal(v)
+		if err != nil {
+			b = []byte(`{"error":"cannot say"}`)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		tty.Write(append(b, '\n'))
+	}
+	sig := make(chan os.Signal, 1)
+	signal.Notify(sig, unix.SIGCHLD)
+	go func() {
+		for range sig {
+			for {
+				var ws unix.WaitStatus
+				pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
+				if err != nil || pid <= 0 {
+					break
+				}
+				say(map[string]int{"exit": pid, "signal": int(ws.Signal())})
+			}
+		}
+	}()
+	say(map[string]string{"ready": "yes"})
+	in := bufio.NewScanner(tty)
+	for in.Scan() {
+		f := strings.Fields(in.Text())
+		if len(f) == 0 {
+			continue
+		}
+		arg := ""
+		if len(f) > 1 {
+			arg = f[1]
+		}
+		switch f[0] {
+		case "spawn":
+			pid, err := start(arg)
+			if err != nil {
+				say(map[string]string{"error": err.Error()})
+				continue
+			}
+			say(map[string]int{"pid": pid})
+		case "dmesg":
+			say(map[string]any{"dmesg": dmesg()})
+		case "sysrq":
+			say(map[string]string{"ok": "pressing"})
+			time.Sleep(50 * time.Millisecond)
+			os.WriteFile("/proc/sysrq-trigger", []byte(arg), 0)
+		case "uptime":
+			var ts unix.Timespec
+			unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
+			say(map[string]int64{"mono": ts.Nano()})
+		default:
+			say(map[string]string{"error": "unknown command"})
+		}
+	}
+	select {}
+}
+
+func start(kind string) (int, error) {
+	c := exec.Command("/proc/self/exe", kind)
+	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1000, Gid: 1000}}
+	out, err := c.StdoutPipe()
+	if err != nil {
+		return 0, err
+	}
+	if err := c.Start(); err != nil {
+		return 0, err
+	}
+	// The child says which of its (or its child's) PIDs is meant, once it does what it is for.
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		return 0, err
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(line))
+	if err == nil && kind == "stopped" {
+		err = unix.Kill(pid, unix.SIGSTOP)
+	}
+	return pid, err
+}
+
+func blockAll() {
+	set := ^uint64(0)
+	unix.Syscall6(unix.SYS_RT_SIGPROCMASK, 2, uintptr(unsafe.Pointer(&set)), 0, 8, 0, 0)
+}
+
+// child is what a started process does.
+func child(kind string) {
+	runtime.LockOSThread()
+	unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(&append([]byte("v-"+kind), 0)[0])), 0, 0, 0)
+	pid := os.Getpid()
+	switch kind {
+	case "blocked", "blockedspin":
+		blockAll()
+	case "threads":
+		for range 3 {
+			go func() {
+				runtime.LockOSThread()
+				unix.Pause()
+			}()
+		}
+	case "zombie": // a child whose parent never takes note of its death
+		c := exec.Command("/proc/self/exe", "sleep")
+		if err := c.Start(); err != nil {
+			os.Exit(1)
+		}
+		fmt.Println(c.Process.Pid)
+		for {
+			unix.Pause()
+		}
+	}
+	fmt.Println(pid)
+	switch kind {
+	case "spin", "blockedspin", "threads":
+		for {
+		}
+	case "nanosleep":
+		for {
+			unix.Nanosleep(&unix.Timespec{Sec: 1000}, nil)
+		}
+	case "forks":
+		for {
+			c := exec.Command("/proc/self/exe", "exit")
+			if c.Start() == nil {
+				var ws unix.WaitStatus
+				unix.Wait4(c.Process.Pid, &ws, 0, nil)
+			}
+		}
+	case "exit":
+		os.Exit(0)
+	}
+	for {
+		unix.Pause()
+	}
+}
+
+// dmesg returns what the kernel has complained about.
+func dmesg() []string {
+	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return []string{err.Error()}
+	}
+	defer unix.Close(fd)
+	out := []string{}
+	buf := make([]byte, 8192)
+	for {
+		n, err := unix.Read(fd, buf)
+		if err == unix.EPIPE {
+			continue
+		}
+		if err != nil || n <= 0 {
+			return out
+		}
+		head, text, _ := strings.Cut(string(buf[:n]), ";")
+		prefix, _, _ := strings.Cut(head, ",")
+		if p, err := strconv.Atoi(prefix); err == nil && p&7 <= 4 && p>>3 == 0 {
+			text, _, _ = strings.Cut(text, "\n")
+			out = append(out, text)
+		}
+	}
+}
