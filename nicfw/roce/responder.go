@@ -485,13 +485,13 @@ func (r *responder) transmit(now time.Duration, out *outbox) {
 				h.AETH().Encode(r.ackSyndrome(), res.msn)
 				h.AtomicAckETH().Encode(res.prev)
 			} else if !r.answerRead(now, res, out) {
-				return
+				break // for now, or for good
 			}
 			res.pending = false
 			r.pending--
 		}
 	}
-	if out.full() {
+	if r.pending > 0 || out.full() {
 		return
 	}
 	switch {
