@@ -55,7 +55,8 @@ type Truth struct {
 	Boot   string        `json:"boot"` // the boot_id that was hit
 }
 
-var panicked = regexp.MustCompile(`Kernel panic - not syncing: (.*)`)
+// panicked matches the kernel's last words, after which no CPU does anything any more.
+var panicked = regexp.MustCompile(`end Kernel panic - not syncing`)
 
 // Fault breaks HOST and returns once the fault is there.
 func (h *Host) Fault(ctx context.Context, f Fault) (Truth, error) {

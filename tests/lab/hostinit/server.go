@@ -102,7 +102,7 @@ func (s *server) do(req control.Request) (any, error) {
 		if err != nil {
 			return nil, err
 		}
-		return process(pid)
+		return named(pid, a.Comm)
 	case control.OpPS:
 		return processes()
 	case control.OpRead:
@@ -223,6 +223,20 @@ func process(pid int) (control.Process, error) {
 		Start: ticks(f[22-3]), RSS: int64(num(24)) * int64(os.Getpagesize()),
 		Kernel: flags&pfKthread != 0, Stat: line,
 	}, nil
+}
+
+// named reads a process that has just been started. The kernel lets the parent go on, by closing its descriptors, a moment
+// before it gives the process its new name (begin_new_exec, fs/exec.c, Linux 6.1).
+func named(pid int, comm string) (control.Process, error) {
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		p, err := process(pid)
+		if err != nil || p.Comm == comm {
+			return p, err
+		}
+		if time.Now().After(end) {
+			return p, fmt.Errorf("process %d is called %q, not %q", pid, p.Comm, comm)
+		}
+	}
 }
 
 func processes() ([]control.Process, error) {

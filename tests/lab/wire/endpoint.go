@@ -7,11 +7,10 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 	"strconv"
 	"sync"
 
-	"golang.org/x/sys/unix"
+	"github.com/backdoor-rhs/backdoor/tests/lab/internal/unixsock"
 )
 
 // Endpoint is a Go program's network card on the wire. It is safe for concurrent use.
@@ -99,7 +98,7 @@ func (e *Endpoint) Close() error {
 // of its own. It ends, and the socket goes, with the switch.
 func (s *Switch) Listen(path string) error {
 	var ln *net.UnixListener
-	err := short(path, func(p string) (err error) {
+	err := unixsock.Short(path, func(p string) (err error) {
 		ln, err = net.ListenUnix("unixpacket", &net.UnixAddr{Name: p, Net: "unixpacket"})
 		return err
 	})
@@ -147,7 +146,7 @@ func (c packetConn) Read(p []byte) (int, error) {
 // Dial plugs this program into the wire of a lab in another process.
 func Dial(path string) (*Endpoint, error) {
 	var conn *net.UnixConn
-	err := short(path, func(p string) (err error) {
+	err := unixsock.Short(path, func(p string) (err error) {
 		conn, err = net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: p, Net: "unixpacket"})
 		return err
 	})
@@ -155,17 +154,4 @@ func Dial(path string) (*Endpoint, error) {
 		return nil, fmt.Errorf("wire: dial: %w", err)
 	}
 	return newEndpoint(packetConn{conn}), nil
-}
-
-// short calls f with a name of the socket at path that fits into a socket address (108 bytes), however deep path is.
-func short(path string, f func(string) error) error {
-	if len(path) < 100 {
-		return f(path)
-	}
-	dir, err := unix.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return &os.PathError{Op: "open", Path: filepath.Dir(path), Err: err}
-	}
-	defer unix.Close(dir)
-	return f(fmt.Sprintf("/proc/self/fd/%d/%s", dir, filepath.Base(path)))
 }
