@@ -58,7 +58,7 @@ func (a *agent) get(ctx context.Context, uri string, out any) error {
 // State reads the engine's state.
 func (a *agent) State(ctx context.Context) (engine.State, error) {
 	var r struct{ State engine.State }
-	err := a.get(ctx, "/redfish/v1/Systems/system/Oem/dev_backdoor/State", &r)
+	err := a.get(ctx, client.StateURI, &r)
 	return r.State, err
 }
 
@@ -142,7 +142,7 @@ func (a *agent) PS(ctx context.Context, o query.PSOptions) (query.Processes, err
 		return query.Processes{}, &usageError{verb: "ps", msg: "an agent lists whole processes; -threads works with -image and -mem"}
 	}
 	var r struct{ Processes query.Processes }
-	err := a.get(ctx, "/redfish/v1/Systems/system/Oem/dev_backdoor/Tasks", &r)
+	err := a.get(ctx, client.TasksURI, &r)
 	return r.Processes, unattached(err)
 }
 
@@ -150,13 +150,13 @@ func (a *agent) Top(ctx context.Context, interval time.Duration) (query.Load, er
 	return top(ctx, a, interval)
 }
 
-// ours decodes the project's own part. The keys begin with capitals there, which encoding/json takes for the same.
+// ours decodes the project's own part of an answer, which must be there.
 func ours(o schema.OEM, out any) error {
-	raw, ok := o["dev_backdoor"]
-	if !ok {
-		return errors.New("it lacks the member Oem.dev_backdoor; is this service an agent?")
+	ok, err := client.OEM(o, out)
+	if err == nil && !ok {
+		err = errors.New("the service says nothing of its own about it; is it an agent?")
 	}
-	return json.Unmarshal(raw, out)
+	return err
 }
 
 // Dmesg reads the log. To follow it cheaply it asks, after a first whole reading, only for what lies behind the last
@@ -193,7 +193,7 @@ func (a *agent) Dmesg(ctx context.Context, o query.DmesgOptions) (query.Log, err
 
 // log reads the log's records behind the first skip ones.
 func (a *agent) log(ctx context.Context, skip int) ([]kernel.LogRecord, error) {
-	uri := "/redfish/v1/Systems/system/LogServices/Dmesg/Entries"
+	uri := client.DmesgURI
 	if skip > 0 {
 		uri += "?$skip=" + strconv.Itoa(skip)
 	}
@@ -214,7 +214,7 @@ func (a *agent) log(ctx context.Context, skip int) ([]kernel.LogRecord, error) {
 // Findings reads open and resolved findings.
 func (a *agent) Findings(ctx context.Context) (query.Findings, error) {
 	fs := query.Findings{}
-	for entry, err := range client.Members[schema.LogEntry](ctx, a.c, "/redfish/v1/Systems/system/LogServices/Findings/Entries") {
+	for entry, err := range client.Members[schema.LogEntry](ctx, a.c, client.FindingsURI) {
 		if err != nil {
 			return nil, a.e.explain(a.at, err)
 		}
@@ -230,7 +230,7 @@ func (a *agent) Findings(ctx context.Context) (query.Findings, error) {
 // Finding reads one finding.
 func (a *agent) Finding(ctx context.Context, id string) (detect.Finding, error) {
 	var entry schema.LogEntry
-	err := a.get(ctx, "/redfish/v1/Systems/system/LogServices/Findings/Entries/"+url.PathEscape(id), &entry)
+	err := a.get(ctx, client.FindingsURI+"/"+url.PathEscape(id), &entry)
 	var refused *client.Error
 	if errors.As(err, &refused) && refused.Status == 404 {
 		return detect.Finding{}, fmt.Errorf("there is no finding %q; see: backdoor findings -all", id)
@@ -252,16 +252,27 @@ func finding(entry schema.LogEntry) (detect.Finding, error) {
 // Journal reads the agent's records from sequence number from on.
 func (a *agent) Journal(ctx context.Context, from uint64) ([]journal.Record, error) {
 	records := []journal.Record{}
-	for entry, err := range client.Members[schema.LogEntry](ctx, a.c, "/redfish/v1/Managers/bmc/LogServices/Journal/Entries") {
+	for entry, err := range client.Members[schema.LogEntry](ctx, a.c, client.JournalURI) {
 		if err != nil {
 			return nil, a.e.explain(a.at, err)
 		}
-		var x struct{ Record journal.Record }
+		// Data is served as the text that was hashed.
+		var x struct {
+			Record struct {
+				Restart, Seq uint64
+				Time         time.Time
+				Kind, Data   string
+			}
+		}
 		if err := ours(entry.OEM, &x); err != nil {
 			return nil, fmt.Errorf("journal entry %s: %w", entry.ID, err)
 		}
-		if x.Record.Seq >= from {
-			records = append(records, x.Record)
+		r := journal.Record{Restart: x.Record.Restart, Seq: x.Record.Seq, Time: x.Record.Time, Kind: x.Record.Kind}
+		if json.Valid([]byte(x.Record.Data)) {
+			r.Data = json.RawMessage(x.Record.Data)
+		}
+		if r.Seq >= from {
+			records = append(records, r)
 		}
 	}
 	return records, nil
@@ -275,18 +286,12 @@ type healed struct {
 
 // Heal plans, or plans and carries out, a repair.
 func (a *agent) Heal(ctx context.Context, finding, action string, dryRun bool, progress func(schema.Task)) (healed, error) {
-	in := map[string]any{"Finding": finding, "DryRun": dryRun}
-	if action != "" {
-		in["Action"] = action
-	}
-	task, err := a.c.Run(ctx, "/redfish/v1/Systems/system/Actions/Oem/BackdoorComputerSystem.Heal", in, nil, progress)
+	task, err := a.c.Heal(ctx, client.HealRequest{Finding: finding, Action: action, DryRun: dryRun}, progress)
 	var h healed
 	if task != nil {
-		var x healed
-		if oemErr := ours(task.OEM, &x); oemErr != nil && err == nil {
+		if oemErr := ours(task.OEM, &h); oemErr != nil && err == nil {
 			err = fmt.Errorf("task %s: %w", task.ID, oemErr)
 		}
-		h = x
 	}
 	return h, a.e.explain(a.at, denied(err))
 }

@@ -225,10 +225,7 @@ func findVerb(args []string) (string, int) {
 	all := flag.NewFlagSet("", flag.ContinueOnError)
 	new(options).global(all)
 	takes := make(map[string]bool) // a value behind the flag
-	note := func(f *flag.Flag) {
-		b, ok := f.Value.(interface{ IsBoolFlag() bool })
-		takes[f.Name] = !ok || !b.IsBoolFlag()
-	}
+	note := func(f *flag.Flag) { takes[f.Name] = takesValue(f) }
 	all.VisitAll(note)
 	for _, v := range verbs() {
 		if v.flags != nil {
@@ -257,20 +254,30 @@ func findVerb(args []string) (string, int) {
 func permute(fs *flag.FlagSet, args []string) ([]string, error) {
 	var pos []string
 	for len(args) > 0 {
-		before := args
-		if err := fs.Parse(args); err != nil {
+		a := args[0]
+		if a == "--" {
+			return append(pos, args[1:]...), nil
+		}
+		if len(a) < 2 || a[0] != '-' {
+			pos, args = append(pos, a), args[1:]
+			continue
+		}
+		n := 1
+		if f := fs.Lookup(strings.TrimLeft(a, "-")); f != nil && takesValue(f) {
+			n = min(2, len(args))
+		}
+		if err := fs.Parse(args[:n]); err != nil {
 			return nil, err
 		}
-		args = fs.Args()
-		if n := len(before) - len(args); n > 0 && before[n-1] == "--" {
-			return append(pos, args...), nil
-		}
-		if len(args) > 0 {
-			pos = append(pos, args[0])
-			args = args[1:]
-		}
+		args = args[n:]
 	}
 	return pos, nil
+}
+
+// takesValue tells whether the value of a flag is the argument behind it.
+func takesValue(f *flag.Flag) bool {
+	b, ok := f.Value.(interface{ IsBoolFlag() bool })
+	return !ok || !b.IsBoolFlag()
 }
 
 // usageText prints the help of a verb, or of the command if the verb is empty.

@@ -70,7 +70,7 @@ func runHeal(ctx context.Context, e *env, args []string) (int, error) {
 		}
 	}
 	h, err := a.Heal(ctx, id, e.o.action, false, func(t schema.Task) {
-		if !e.o.json && t.PercentComplete != nil {
+		if f := file(e.stderr); f != nil && isTerminal(f) && t.PercentComplete != nil {
 			fmt.Fprintf(e.stderr, "backdoor: task %s: %s, %d %%\n", query.Clean(t.ID), t.TaskState, *t.PercentComplete)
 		}
 	})

@@ -62,6 +62,7 @@ func runLogin(ctx context.Context, e *env, args []string) (int, error) {
 			return 0, err
 		}
 	}
+	known := a // for advice: it has a name only if there is such a context
 	a.Name = name
 	if a.User == "" {
 		a.User = "admin"
@@ -87,10 +88,10 @@ func runLogin(ctx context.Context, e *env, args []string) (int, error) {
 			return 0, err
 		}
 		if err := c.ChangePassword(ctx, password); err != nil {
-			return 0, e.explain(a, err)
+			return 0, e.explain(known, err)
 		}
 	case err != nil:
-		return 0, e.explain(a, err)
+		return 0, e.explain(known, err)
 	}
 	a.Token, a.Session = c.Session()
 	a.Password = ""

@@ -21,6 +21,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/journal"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
 	"github.com/backdoor-rhs/backdoor/cmd/internal/version"
+	"github.com/backdoor-rhs/backdoor/redfish/host"
 	"github.com/backdoor-rhs/backdoor/redfish/service"
 )
 
@@ -42,7 +43,7 @@ func work(ctx context.Context, path string, level *slog.LevelVar, log *slog.Logg
 	}
 	log.Info("backdoord", "version", version.String(), "memory", cfg.Memory.Backend, "writes", cfg.Writes)
 
-	w := &worker{cfg: cfg, log: log, console: console}
+	w := &worker{cfg: cfg, log: log, console: console, resets: make(chan struct{}, 1)}
 	p := newParts(cfg, log)
 	for _, err := range p.problems {
 		log.Error("configuration", "err", err)
@@ -75,6 +76,17 @@ type worker struct {
 	engine  *engine.Engine
 	service *service.Service
 	journal *journal.Journal
+	resets  chan struct{} // a reset of the agent's machine was asked for
+}
+
+// reset is how Redfish restarts the agent's machine: this process ends, and its keeper does it.
+func (w *worker) reset(_ context.Context, graceful bool) error {
+	w.log.Warn("a restart was asked for over Redfish", "graceful", graceful)
+	select {
+	case w.resets <- struct{}{}:
+	default: // one is under way
+	}
+	return nil
 }
 
 // open makes the engine and the service.
@@ -106,16 +118,21 @@ func (w *worker) open(p *parts, why error) error {
 		Interval:  w.cfg.Intervals.Pass.Std(),
 		CacheDir:  cache,
 	})
-	w.service, err = service.New(service.Options{
+	so := service.Options{
 		Logger:   w.log,
 		StateDir: filepath.Join(w.cfg.StateDir, "redfish"),
-		Product:  "Backdoor",
 		Names:    w.cfg.Redfish.Names,
 		Announce: w.announce,
-	})
-	if err != nil {
+	}
+	host.Configure(&so)
+	if w.service, err = service.New(so); err != nil {
 		return fmt.Errorf("make Redfish service: %w", err)
 	}
+	ho := host.Options{Agent: w.engine, Version: version.Get().Version, ResetAgent: w.reset}
+	if w.journal != nil {
+		ho.Journal = w.journal
+	}
+	w.service.Handle(host.Routes(w.service, ho)...)
 	return nil
 }
 
@@ -128,6 +145,8 @@ func (w *worker) announce(c service.Credential) {
 func (w *worker) run(ctx context.Context) int {
 	sum := sha256.Sum256(w.service.Certificate().Raw)
 	fmt.Fprintf(w.console, "backdoord: Redfish on %s, certificate SHA-256 %s\n", w.cfg.Redfish.Listen, hex.EncodeToString(sum[:]))
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() { supervise(ctx, w.log, "engine", w.engine.Run) })
 	wg.Go(func() {
@@ -136,7 +155,13 @@ func (w *worker) run(ctx context.Context) int {
 		})
 	})
 	wg.Go(func() { beat(ctx, w.answers, w.log) })
-	<-ctx.Done()
+	code := 0
+	select {
+	case <-ctx.Done():
+	case <-w.resets:
+		code = exitReboot
+		cancel()
+	}
 	done := make(chan struct{})
 	go func() { wg.Wait(); close(done) }()
 	select {
@@ -149,7 +174,7 @@ func (w *worker) run(ctx context.Context) int {
 			w.log.Error("close journal", "err", err)
 		}
 	}
-	return 0
+	return code
 }
 
 // answers asks the parts for a sign of life.
