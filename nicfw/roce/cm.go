@@ -387,6 +387,7 @@ func (c *conn) receive(now time.Duration, mad MAD) {
 		c.failed(now, &RejectError{f.Reason, f.Private[:]})
 	case a == AttrMRA && (c.state == connREQSent || c.state == connREPSent):
 		delay := min(ackTimeout(MRA(mad.Payload()).ServiceTimeout()), maxMRADelay)
+		c.tries = cmRetries
 		c.m.e.timers.set(&c.timer, max(c.timer.want, now+delay))
 	case a == AttrDREQ && (c.state == connREPSent || c.state == connEstablished || c.state == connDREQSent):
 		if c.q == nil || DREQ(mad.Payload()).RemoteQPN() != c.q.num {

@@ -137,6 +137,10 @@ func (s *sim) run(limit time.Duration, done func() bool) bool {
 		if next == 0 {
 			return false // nothing will ever happen again
 		}
+		if next > end {
+			s.now = end
+			break
+		}
 		s.now = max(s.now, next)
 		for len(s.wire) > 0 && s.wire[0].at <= s.now {
 			p := heap.Pop(&s.wire).(simPacket)
