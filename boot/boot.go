@@ -6,7 +6,7 @@
 // goes on. Only Linux is supported, only what an initramfs offers is used (no udev, no modprobe, no shell).
 //
 // The order: pseudo-filesystems, kernel modules for the devices that are there, the state disk, the clock, the
-// configuration (which lies on the state disk), host name, watchdog, network.
+// configuration (which lies on the state disk), host name, watchdog, random numbers, network.
 package boot
 
 import (
@@ -176,6 +176,7 @@ func Up(ctx context.Context, o Options) (*Machine, error) {
 	m := &Machine{log: o.Logger, boot: time.Now(), cancel: cancel}
 	var cfg Config
 	m.step("mounts", mountPseudo)
+	seeded := seedRandom() // takes a second on some machines; meanwhile the rest goes on
 	if os.Getpid() == 1 {
 		m.background(background, reapOrphans)
 	}
@@ -198,6 +199,7 @@ func Up(ctx context.Context, o Options) (*Machine, error) {
 	}
 	m.step("hostname", func() (Outcome, string, error) { return setHostname(cfg.Hostname) })
 	m.step("watchdog", func() (Outcome, string, error) { return m.armWatchdog(background, cfg.WatchdogSeconds) })
+	m.step("random", func() (Outcome, string, error) { return waitRandom(ctx, seeded, entropyWait) })
 	m.step("network", func() (Outcome, string, error) { return m.network(background, cfg, o.NetworkWait) })
 	if err := ctx.Err(); err != nil {
 		m.Close()

@@ -3,6 +3,7 @@ package boot
 import (
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,8 +38,20 @@ func (m *Machine) end(cmd int) error {
 			}
 		}
 	}
+	drainConsole()
 	if rerr := unix.Reboot(cmd); rerr != nil {
 		return errors.Join(err, fmt.Errorf("restart or power off: %w", rerr))
 	}
 	return err
+}
+
+// drainConsole lets the last lines of the log reach a serial console: they are the ones that will be asked for.
+func drainConsole() {
+	time.Sleep(100 * time.Millisecond) // u-root's init copies our output there
+	f, err := os.OpenFile("/dev/console", os.O_WRONLY|unix.O_NOCTTY, 0)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	_ = unix.IoctlSetInt(int(f.Fd()), unix.TCSBRK, 1) // tcdrain(3); best effort
 }

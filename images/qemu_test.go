@@ -118,7 +118,7 @@ func start(t *testing.T, dir string, img builder.Image, verb string, machine ...
 		if strings.Contains(line, "Welcome to u-root") {
 			uinit = time.Since(begin)
 		}
-		if text, ok := strings.CutPrefix(line, "TESTINIT "); ok {
+		if _, text, ok := strings.Cut(line, "TESTINIT "); ok {
 			if err := json.Unmarshal([]byte(text), &r); err != nil {
 				t.Errorf("report: %v: %s", err, text)
 			}

@@ -84,7 +84,10 @@ func run(ctx context.Context, args []string) int {
 	if err != nil {
 		return 1
 	}
-	fmt.Printf("TESTINIT %s\n", b)
+	// Straight to the console: standard output goes through u-root's init, which may be late when the machine ends.
+	if err := os.WriteFile("/dev/console", append(append([]byte("TESTINIT "), b...), '\n'), 0); err != nil {
+		fmt.Println("testinit:", err)
+	}
 	verb := "poweroff"
 	if len(args) > 0 {
 		verb = args[0]
