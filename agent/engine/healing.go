@@ -50,7 +50,7 @@ func (e *Engine) decide(ctx context.Context, now time.Time) {
 			if len(e.past) > 1000 {
 				e.past = e.past[len(e.past)-1000:]
 			}
-			go e.automatic(context.WithoutCancel(ctx), ctx.Done(), t.Finding, d.Action)
+			go e.automatic(ctx, t.Finding, d.Action)
 		}
 	}
 }
@@ -68,17 +68,8 @@ func (e *Engine) ordered() []*tracked {
 }
 
 // automatic does what policy has allowed, and what policy has follow when that does not help. It holds the healing token.
-func (e *Engine) automatic(ctx context.Context, stop <-chan struct{}, f detect.Finding, action string) {
+func (e *Engine) automatic(ctx context.Context, f detect.Finding, action string) {
 	defer func() { <-e.healing }()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go func() {
-		select {
-		case <-stop:
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
 	for action != "" {
 		_, _, err := e.repair(ctx, f, action, "policy", false)
 		if err == nil || ctx.Err() != nil {

@@ -34,7 +34,7 @@ const (
 
 // loop attaches and watches until ctx ends.
 func (e *Engine) loop(ctx context.Context) {
-	w := watcher{e: e}
+	w := watcher{e: e, root: ctx}
 	defer w.closeMemory()
 	for ctx.Err() == nil {
 		if err := w.guarded("loop", func() error { return w.turn(ctx) }); err != nil && ctx.Err() == nil {
@@ -49,6 +49,7 @@ func (e *Engine) loop(ctx context.Context) {
 // watcher is the loop's own state; only the loop touches it.
 type watcher struct {
 	e    *Engine
+	root context.Context // ends with the loop; a pass has a shorter one
 	mem  hostmem.Memory
 	note hostmem.PhysAddr // where the kernel was last
 	down time.Time        // since when the path has been dead; zero while it works
@@ -319,6 +320,9 @@ func (w *watcher) watch(ctx context.Context) error {
 	pctx, cancel := context.WithTimeout(ctx, passTimeout)
 	cost, err := w.pass(pctx)
 	cancel()
+	if err == nil {
+		w.e.decide(ctx, began) // what it begins outlives the pass
+	}
 	took := time.Since(began)
 	interval := began.Add(e.config.Heartbeat)
 	if after := time.Now().Add(e.config.Heartbeat / 5); interval.Before(after) {
@@ -559,7 +563,6 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 		}
 		e.mu.Unlock()
 	}
-	e.decide(ctx, p.Now)
 }
 
 // lacking returns what a detector needs and the pass does not have, or "".
