@@ -205,8 +205,12 @@ func (c *Client) Close(ctx context.Context) error {
 	if c.token == "" {
 		return nil
 	}
-	_, err := c.once(ctx, http.MethodDelete, c.session, nil, nil, nil)
+	_, err := c.once(ctx, http.MethodDelete, c.session, nil, http.Header{"X-Auth-Token": {c.token}}, nil)
 	c.token, c.session = "", ""
+	var e *Error
+	if errors.As(err, &e) && (e.Status == http.StatusUnauthorized || e.Status == http.StatusNotFound) {
+		return nil // it has ended by itself
+	}
 	if err != nil {
 		return fmt.Errorf("log out: %w", err)
 	}

@@ -41,6 +41,11 @@ type Journal interface {
 	Records() iter.Seq2[journal.Record, error]
 }
 
+var (
+	_ Agent   = (*engine.Engine)(nil)
+	_ Journal = (*journal.Journal)(nil)
+)
+
 // Options are what the resources show. Agent is required.
 type Options struct {
 	Agent Agent

@@ -21,7 +21,6 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/journal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/query"
-	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/redfish/service"
 )
 
@@ -246,5 +245,3 @@ func TestServe(t *testing.T) {
 		t.Fatal(err)
 	}
 }
-
-var _ = schema.Time
