@@ -76,8 +76,11 @@ func newHost(dir string, cfg Config, k kernels.Kernel, initramfs string) (*Host,
 		h.service.release()
 		return nil, err
 	}
-	// rdinit=/init is the default. panic=0, the kernel's default, too, is given so that it is seen: a dead host stays dead.
-	command := "console=ttyS0,115200 panic=0"
+	// panic=0, the kernel's default, is given so that it is seen: a dead host stays dead. The rest gives an emulated
+	// machine what every real one has: no_timer_check, because the kernel's test of the timer interrupt gives QEMU less
+	// time than a busy machine may need ("IO-APIC + timer doesn't work!"); tsc=reliable, because it believes the time
+	// stamp counters of two CPUs, which are one and the same in QEMU, to be out of step.
+	command := "console=ttyS0,115200 panic=0 no_timer_check tsc=reliable"
 	if cfg.HostArgs != "" {
 		command += " " + cfg.HostArgs
 	}
