@@ -24,8 +24,9 @@ type Link interface {
 	// Send hands over packets to the network, in order. It may block while the network is busy; it does not keep the
 	// packets. A packet lost on the way is no error: an error means that the link is of no use any more.
 	Send(packets []Packet) error
-	// Recv fills packets with at least one packet and returns their number, or 0 when wait has passed or Wake was called.
-	// wait < 0 waits without end, 0 not at all. Data is valid until the next Recv. The error wraps net.ErrClosed after Close.
+	// Recv waits for packets and returns how many it put into packets: 0 when wait has passed, when Wake was called or when
+	// those that came were dropped. wait < 0 waits without end, 0 not at all. Data is valid until the next Recv. The error
+	// wraps net.ErrClosed after Close.
 	Recv(packets []Packet, wait time.Duration) (int, error)
 	// Wake makes a Recv that waits, or else the next one, return.
 	Wake()

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"net/netip"
+	"sync"
 	"time"
 )
 
@@ -66,4 +68,73 @@ func ReadPCAP(r io.Reader) iter.Seq2[CapturedFrame, error] {
 type CapturedFrame struct {
 	Time time.Time
 	Data []byte // from the Ethernet header on
+}
+
+// Capture returns a link that does what l does and writes every packet that passes into a capture file, with made-up
+// Ethernet and IP headers and a right ICRC. The first error of w ends the capture, not the link.
+func Capture(l Link, w io.Writer) Link {
+	c := &capture{Link: l, w: w}
+	head := binary.LittleEndian.AppendUint32(nil, pcapMagic)
+	head = binary.LittleEndian.AppendUint16(head, 2)
+	head = binary.LittleEndian.AppendUint16(head, 4)
+	head = append(head, make([]byte, 8)...)
+	head = binary.LittleEndian.AppendUint32(head, pcapSnapLen)
+	head = binary.LittleEndian.AppendUint32(head, pcapEthernet)
+	_, c.err = w.Write(head)
+	return c
+}
+
+type capture struct {
+	Link
+	mu    sync.Mutex
+	w     io.Writer // guarded by mu
+	err   error     // of w; guarded by mu
+	check checker   // guarded by mu
+	buf   []byte    // guarded by mu
+}
+
+// Counters returns those of the link underneath.
+func (c *capture) Counters() LinkCounters {
+	if l, ok := c.Link.(interface{ Counters() LinkCounters }); ok {
+		return l.Counters()
+	}
+	return LinkCounters{}
+}
+
+func (c *capture) Send(packets []Packet) error {
+	for i := range packets {
+		c.record(c.LocalAddr(), packets[i].Peer, packets[i].Data)
+	}
+	return c.Link.Send(packets)
+}
+
+func (c *capture) Recv(packets []Packet, wait time.Duration) (int, error) {
+	n, err := c.Link.Recv(packets, wait)
+	for i := range n {
+		c.record(packets[i].Peer, c.LocalAddr(), packets[i].Data)
+	}
+	return n, err
+}
+
+// record writes one packet.
+func (c *capture) record(src, dst netip.AddrPort, data []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return
+	}
+	f := Frame{UDP: UDPFields{SrcPort: src.Port(), DstPort: dst.Port()}}
+	if src.Addr().Is4() {
+		f.V4 = IPv4Fields{Flags: DontFragment, TTL: defaultHopLimit, Src: src.Addr(), Dst: dst.Addr()}
+	} else {
+		f.V6 = IPv6Fields{HopLimit: defaultHopLimit, Src: src.Addr(), Dst: dst.Addr()}
+	}
+	f.Data = binary.LittleEndian.AppendUint32(append([]byte(nil), data...), c.check.sum(src, dst, 0, DontFragment, data))
+	c.buf = f.Append(append(c.buf[:0], make([]byte, pcapRecordLen)...))
+	now := time.Now()
+	n := uint32(len(c.buf) - pcapRecordLen)
+	for i, v := range []uint32{uint32(now.Unix()), uint32(now.Nanosecond() / 1000), n, n} {
+		binary.LittleEndian.PutUint32(c.buf[4*i:], v)
+	}
+	_, c.err = c.w.Write(c.buf)
 }

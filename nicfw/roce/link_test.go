@@ -1,0 +1,243 @@
+//go:build linux
+
+package roce
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// linkPairs are the kinds of link, each as two ends of one.
+var linkPairs = []struct {
+	name string
+	open func(t testing.TB) (a, b Link)
+}{
+	{"pipe", func(t testing.TB) (Link, Link) {
+		return NewPipe(netip.MustParseAddrPort("10.0.0.1:4791"), netip.MustParseAddrPort("10.0.0.2:4791"), 4096, Faults{})
+	}},
+	{"pipe with capture", func(t testing.TB) (Link, Link) {
+		a, b := NewPipe(netip.MustParseAddrPort("10.0.0.1:4791"), netip.MustParseAddrPort("10.0.0.2:4791"), 4096, Faults{})
+		return Capture(a, new(bytes.Buffer)), b
+	}},
+	{"udp", func(t testing.TB) (Link, Link) { return udpPair(t, UDPConfig{}) }},
+	{"udp without offload", func(t testing.TB) (Link, Link) { return udpPair(t, UDPConfig{NoOffload: true}) }},
+	{"udp busy polling", func(t testing.TB) (Link, Link) { return udpPair(t, UDPConfig{Spin: 50 * time.Microsecond}) }},
+}
+
+// udpPair opens two links on loopback, at addresses that no other test of this machine uses at the same time.
+func udpPair(t testing.TB, cfg UDPConfig) (a, b Link) {
+	t.Helper()
+	var links [2]Link
+	for i := range links {
+		for try := 0; ; try++ {
+			r := random32()
+			cfg.Addr = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, byte(1 + r%200), byte(r >> 8), byte(1 + r>>16%250)}), 0)
+			l, err := ListenUDP(cfg)
+			if errors.Is(err, unix.EADDRINUSE) && try < 10 {
+				continue
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			links[i] = l
+			break
+		}
+		t.Cleanup(func() { links[i].Close() })
+	}
+	return links[0], links[1]
+}
+
+func datagramPacket(to netip.AddrPort, n int, seq uint32) Packet {
+	p := Packet{Peer: to, Data: make([]byte, n, n+icrcLen)}
+	BTH(p.Data).Encode(&BTHFields{Opcode: OpSendOnly, PKey: defaultPKey, PSN: PSN(seq)})
+	binary.BigEndian.PutUint32(p.Data[n-4:], seq)
+	return p
+}
+
+// TestLinks is what every link must do.
+func TestLinks(t *testing.T) {
+	for _, kind := range linkPairs {
+		t.Run(kind.name, func(t *testing.T) {
+			t.Parallel()
+			a, b := kind.open(t)
+			if !a.LocalAddr().IsValid() || a.LocalAddr() == b.LocalAddr() || a.PathMTU() != 4096 {
+				t.Fatalf("at %v, path MTU %d", a.LocalAddr(), a.PathMTU())
+			}
+			rx := newPackets(batch)
+			// Runs of equal and different sizes, as READ responses are.
+			var sizes []int
+			for i := range 200 {
+				sizes = append(sizes, []int{4112, 4108, 4108, 4108, 4112, 16, 16, 20}[i%8])
+			}
+			for range 40 {
+				sizes = append(sizes, 4108)
+			}
+			for range 150 {
+				sizes = append(sizes, 24)
+			}
+			for i := 0; i < len(sizes); i += 30 {
+				var packets []Packet
+				for j := i; j < min(i+30, len(sizes)); j++ {
+					packets = append(packets, datagramPacket(b.LocalAddr(), sizes[j], uint32(j)))
+				}
+				if err := a.Send(packets); err != nil {
+					t.Fatal(err)
+				}
+				for got := 0; got < len(packets); {
+					n, err := b.Recv(rx[:7], time.Second)
+					if err != nil || n == 0 {
+						t.Fatalf("after %d of %d packets: Recv = %d, %v", got, len(packets), n, err)
+					}
+					for _, p := range rx[:n] {
+						if !bytes.Equal(p.Data, packets[got].Data) || p.Peer != a.LocalAddr() {
+							t.Fatalf("packet %d from %v: % x", i+got, p.Peer, p.Data[:12])
+						}
+						got++
+					}
+				}
+			}
+			if n, err := b.Recv(rx, 0); n != 0 || err != nil {
+				t.Errorf("Recv of nothing = %d, %v", n, err)
+			}
+			start := time.Now()
+			if n, err := b.Recv(rx, 5*time.Millisecond); n != 0 || err != nil || time.Since(start) < 5*time.Millisecond {
+				t.Errorf("Recv of nothing for 5 ms = %d, %v after %v", n, err, time.Since(start))
+			}
+			b.Wake()
+			if n, err := b.Recv(rx, -1); n != 0 || err != nil {
+				t.Errorf("Recv after Wake = %d, %v", n, err)
+			}
+			go func() { time.Sleep(5 * time.Millisecond); b.Wake() }()
+			if n, err := b.Recv(rx, -1); n != 0 || err != nil {
+				t.Errorf("Recv woken up = %d, %v", n, err)
+			}
+			go func() { time.Sleep(5 * time.Millisecond); b.Close() }()
+			if n, err := b.Recv(rx, -1); n != 0 || !errors.Is(err, net.ErrClosed) {
+				t.Errorf("Recv closed = %d, %v", n, err)
+			}
+			if err := b.Send([]Packet{datagramPacket(a.LocalAddr(), 16, 0)}); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("Send closed: %v", err)
+			}
+			if err := errors.Join(b.Close(), a.Close()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestUDPDrops: what has no right ICRC never comes up, and is counted.
+func TestUDPDrops(t *testing.T) {
+	a, _ := udpPair(t, UDPConfig{})
+	c, err := net.Dial("udp", a.LocalAddr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for _, n := range []int{1, 15, 16, 100, maxDatagram, maxDatagram + 1, 9000} {
+		if _, err := c.Write(make([]byte, n)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rx := newPackets(batch)
+	for range 7 {
+		if n, err := a.Recv(rx, 10*time.Millisecond); n != 0 || err != nil {
+			t.Fatalf("Recv = %d, %v", n, err)
+		}
+	}
+	if c := a.(*udpLink).Counters(); c.BadICRC != 3 || c.BadLength != 4 {
+		t.Errorf("counters %+v", c)
+	}
+}
+
+// TestUDPSegmentationRefused: a kernel that refuses to segment gets the packets one by one, with the ICRC for that.
+func TestUDPSegmentationRefused(t *testing.T) {
+	a, b := udpPair(t, UDPConfig{})
+	l := a.(*udpLink)
+	packets := make([]Packet, 40)
+	for i := range packets {
+		packets[i] = datagramPacket(b.LocalAddr(), 1000, uint32(i))
+	}
+	// The kernel answers EINVAL to a segment size with checksums off, as it answers EIO on devices that cannot checksum.
+	if err := unix.SetsockoptInt(l.fd, unix.SOL_SOCKET, unix.SO_NO_CHECK, 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Send(packets); err != nil {
+		t.Fatal(err)
+	}
+	rx := newPackets(batch)
+	for got := 0; got < len(packets); {
+		n, err := b.Recv(rx, time.Second)
+		if n == 0 || err != nil {
+			t.Fatalf("after %d packets: Recv = %d, %v", got, n, err)
+		}
+		got += n
+	}
+	if c := l.Counters(); c.Segmented != 0 || c.Sent != 40 || l.segments {
+		t.Errorf("counters %+v, segmentation %v", c, l.segments)
+	}
+}
+
+func TestListenUDPErrors(t *testing.T) {
+	for _, a := range []string{"0.0.0.0:0", "[::]:0", "192.0.2.1:0", "[::ffff:127.0.0.1]:0"} {
+		if l, err := ListenUDP(UDPConfig{Addr: netip.MustParseAddrPort(a)}); err == nil {
+			l.Close()
+			t.Errorf("listening on %v", a)
+		}
+	}
+}
+
+// TestUDPv6: one machine has one loopback address in IPv6, so the link talks to itself.
+func TestUDPv6(t *testing.T) {
+	l, err := ListenUDP(UDPConfig{Addr: netip.MustParseAddrPort("[::1]:0")})
+	if err != nil {
+		t.Skipf("no IPv6 on this machine: %v", err)
+	}
+	defer l.Close()
+	var packets []Packet
+	for i := range 20 {
+		packets = append(packets, datagramPacket(l.LocalAddr(), 4108, uint32(i)))
+	}
+	if err := l.Send(packets); err != nil {
+		t.Fatal(err)
+	}
+	rx := newPackets(batch)
+	for got := 0; got < len(packets); {
+		n, err := l.Recv(rx, time.Second)
+		if n == 0 || err != nil {
+			t.Fatalf("after %d packets: Recv = %d, %v (%+v)", got, n, err, l.(*udpLink).Counters())
+		}
+		got += n
+	}
+}
+
+func TestCapture(t *testing.T) {
+	var file bytes.Buffer
+	a, b := NewPipe(netip.MustParseAddrPort("[fd00::1]:4791"), netip.MustParseAddrPort("[fd00::2]:4791"), 4096, Faults{})
+	a = Capture(a, &file)
+	sent := datagramPacket(b.LocalAddr(), 100, 7)
+	a.Send([]Packet{sent})
+	b.Send([]Packet{datagramPacket(a.LocalAddr(), 60, 8)})
+	rx := newPackets(1)
+	a.Recv(rx, time.Second)
+	var sizes []int
+	for cf, err := range ReadPCAP(&file) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := ParseFrame(cf.Data)
+		if err != nil || !f.CheckICRC() || !f.IsRoCE || time.Since(cf.Time) > time.Minute {
+			t.Errorf("frame at %v: %v, ICRC good: %v", cf.Time, err, f.CheckICRC())
+		}
+		sizes = append(sizes, len(f.Data))
+	}
+	if len(sizes) != 2 || sizes[0] != 104 || sizes[1] != 64 {
+		t.Errorf("captured packets of %v bytes", sizes)
+	}
+}

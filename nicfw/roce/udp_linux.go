@@ -1,0 +1,555 @@
+package roce
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// udpLink is a Link over one UDP socket: packets are received many at a time by recvmmsg, coalesced ones where the
+// kernel has UDP_GRO, and sent by sendmmsg with UDP_SEGMENT.
+//
+// The socket is never connected: Linux gives the packets of an unconnected socket with DF the IPv4 identification 0, and
+// the k-th segment of a segmented one the identification k, while a connected one starts at a random number
+// (__ip_select_ident and inet_gso_segment, seen on 6.1 to 6.18). The ICRC covers it.
+type udpLink struct {
+	fd, wakeFD int
+	local      netip.AddrPort
+	scope      uint32
+	mtu        int
+	spin       time.Duration
+
+	woken    atomic.Bool
+	sleeping atomic.Bool
+	closed   atomic.Bool
+	counters struct{ received, sent, badICRC, badLength, sendErrors, segmented atomic.Uint64 }
+
+	recvMu  sync.Mutex
+	rx      checker      // guarded by recvMu
+	rxMsgs  []mmsghdr    // guarded by recvMu
+	rxNames []sockaddr   // guarded by recvMu
+	rxIovs  []unix.Iovec // guarded by recvMu
+	rxCtl   []byte       // guarded by recvMu
+	rxBuf   []byte       // guarded by recvMu
+	rxHave  int          // messages received; guarded by recvMu
+	rxNext  int          // the one to be taken apart next; guarded by recvMu
+	rxOff   int          // and where in it; guarded by recvMu
+	idle    bool         // the last receive found less than it had room for; guarded by recvMu
+
+	sendMu   sync.Mutex
+	tx       checker      // guarded by sendMu
+	txMsgs   []mmsghdr    // guarded by sendMu
+	txNames  []sockaddr   // guarded by sendMu
+	txIovs   []unix.Iovec // guarded by sendMu
+	txCtl    []byte       // guarded by sendMu
+	segments bool         // UDP_SEGMENT works, as far as is known; guarded by sendMu
+}
+
+// mmsghdr is struct mmsghdr of recvmmsg(2) and sendmmsg(2).
+type mmsghdr struct {
+	hdr unix.Msghdr
+	len uint32
+}
+
+// sockaddr has room for struct sockaddr_in and struct sockaddr_in6.
+type sockaddr = unix.RawSockaddrInet6
+
+const (
+	rxMessages   = 32
+	rxBufferSize = 1 << 16 // a coalesced datagram
+	controlSize  = 64      // room for one control message, aligned
+	maxSegments  = 64      // UDP_MAX_SEGMENTS of kernels before 6.7
+	maxSegmented = 65000   // bytes of a datagram that is to be segmented
+)
+
+// UDPConfig describes a link over UDP. Zero fields take the defaults.
+type UDPConfig struct {
+	Addr       netip.AddrPort // a definite address of this machine; port 0 is 4791, where peers send to
+	PathMTU    int            // 256 to 4096; default: what fits into the MTU of the address's interface
+	Spin       time.Duration  // how long Recv looks for packets before it sleeps: latency for CPU time
+	RecvBuffer int            // bytes; default 8 MiB; less if the system's limit is lower and we may not exceed it
+	SendBuffer int            // bytes; default 1 MiB; the smaller, the earlier Send waits for a slow wire
+	NoOffload  bool           // do without UDP_SEGMENT and UDP_GRO
+}
+
+// ListenUDP opens a link on a UDP socket.
+func ListenUDP(cfg UDPConfig) (Link, error) {
+	l, err := listenUDP(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("listen on UDP %v: %w", cfg.Addr, err)
+	}
+	return l, nil
+}
+
+func listenUDP(cfg UDPConfig) (_ *udpLink, err error) {
+	addr := cfg.Addr.Addr()
+	if !addr.IsValid() || addr.IsUnspecified() || addr.Is4In6() {
+		return nil, errors.New("the ICRC needs one definite address")
+	}
+	port := cfg.Addr.Port()
+	if port == 0 {
+		port = Port
+	}
+	ifi, err := interfaceOf(addr)
+	if err != nil {
+		return nil, err
+	}
+	l := &udpLink{fd: -1, wakeFD: -1, local: netip.AddrPortFrom(addr.WithZone(""), port), mtu: cfg.PathMTU, spin: cfg.Spin}
+	if l.mtu == 0 {
+		l.mtu = PathMTUFor(ifi.MTU, addr.Is6())
+	}
+	if mtuCode(l.mtu) == 0 {
+		return nil, fmt.Errorf("no path MTU fits into the %d bytes of %s", ifi.MTU, ifi.Name)
+	}
+	if addr.IsLinkLocalUnicast() && addr.Is6() {
+		l.scope = uint32(ifi.Index)
+	}
+	defer func() {
+		if err != nil {
+			l.closeFDs()
+		}
+	}()
+	family := unix.AF_INET
+	if addr.Is6() {
+		family = unix.AF_INET6
+	}
+	if l.fd, err = unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0); err != nil {
+		return nil, err
+	}
+	if l.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, err
+	}
+	var name unix.Sockaddr
+	if addr.Is4() {
+		err = unix.SetsockoptInt(l.fd, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
+		name = &unix.SockaddrInet4{Port: int(port), Addr: addr.As4()}
+	} else {
+		// RoCEv2 senders leave the UDP checksum at 0, which IPv6 drops silently unless told not to.
+		err = errors.Join(
+			unix.SetsockoptInt(l.fd, unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DO),
+			unix.SetsockoptInt(l.fd, unix.IPPROTO_UDP, unix.UDP_NO_CHECK6_RX, 1))
+		name = &unix.SockaddrInet6{Port: int(port), Addr: addr.As16(), ZoneId: l.scope}
+	}
+	if err != nil {
+		return nil, err
+	}
+	buffer := func(size, def, force, plain int) {
+		if size == 0 {
+			size = def
+		}
+		if unix.SetsockoptInt(l.fd, unix.SOL_SOCKET, force, size) != nil {
+			unix.SetsockoptInt(l.fd, unix.SOL_SOCKET, plain, size) // as much as the system's limit allows
+		}
+	}
+	buffer(cfg.RecvBuffer, 8<<20, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF)
+	buffer(cfg.SendBuffer, 1<<20, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF)
+	gro := false
+	if !cfg.NoOffload {
+		_, err := unix.GetsockoptInt(l.fd, unix.IPPROTO_UDP, unix.UDP_SEGMENT)
+		l.segments = err == nil
+		gro = unix.SetsockoptInt(l.fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil
+	}
+	if err := unix.Bind(l.fd, name); err != nil {
+		return nil, err
+	}
+	l.initRecv(gro)
+	l.initSend()
+	return l, nil
+}
+
+// interfaceOf finds the interface that has an address.
+func interfaceOf(addr netip.Addr) (*net.Interface, error) {
+	ifs, err := net.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	for _, ifi := range ifs {
+		addrs, err := ifi.Addrs()
+		if err != nil {
+			continue
+		}
+		for _, a := range addrs {
+			p, err := netip.ParsePrefix(a.String())
+			if err != nil || addr.Zone() != "" && addr.Zone() != ifi.Name {
+				continue
+			}
+			// All of 127.0.0.0/8 is this machine.
+			if p.Addr() == addr.WithZone("") || addr.IsLoopback() && p.Contains(addr) {
+				return &ifi, nil
+			}
+		}
+	}
+	return nil, errors.New("no interface has this address")
+}
+
+func (l *udpLink) initRecv(gro bool) {
+	n, size := rxMessages, rxBufferSize
+	if !gro {
+		n, size = batch, maxDatagram+1 // one more, so that longer ones show
+	}
+	l.rxMsgs, l.rxNames, l.rxIovs = make([]mmsghdr, n), make([]sockaddr, n), make([]unix.Iovec, n)
+	l.rxCtl, l.rxBuf = make([]byte, n*controlSize), make([]byte, n*size)
+	for i := range l.rxMsgs {
+		h := &l.rxMsgs[i].hdr
+		l.rxIovs[i].Base = &l.rxBuf[i*size]
+		l.rxIovs[i].SetLen(size)
+		h.Name, h.Iov = (*byte)(unsafe.Pointer(&l.rxNames[i])), &l.rxIovs[i]
+		h.SetIovlen(1)
+		h.Control = &l.rxCtl[i*controlSize]
+	}
+}
+
+func (l *udpLink) initSend() {
+	l.txMsgs, l.txNames, l.txIovs = make([]mmsghdr, batch), make([]sockaddr, batch), make([]unix.Iovec, batch)
+	l.txCtl = make([]byte, batch*controlSize)
+	for i := range l.txMsgs {
+		l.txMsgs[i].hdr.Name = (*byte)(unsafe.Pointer(&l.txNames[i]))
+	}
+}
+
+func (l *udpLink) LocalAddr() netip.AddrPort { return l.local }
+func (l *udpLink) PathMTU() int              { return l.mtu }
+
+// Counters returns what was carried and dropped.
+func (l *udpLink) Counters() LinkCounters {
+	c := &l.counters
+	return LinkCounters{
+		Received: c.received.Load(), Sent: c.sent.Load(), BadICRC: c.badICRC.Load(), BadLength: c.badLength.Load(),
+		SendErrors: c.sendErrors.Load(), Segmented: c.segmented.Load(),
+	}
+}
+
+func (l *udpLink) Wake() {
+	l.woken.Store(true)
+	if l.sleeping.Load() {
+		var one = [8]byte{1}
+		unix.Write(l.wakeFD, one[:]) // full is as good
+	}
+}
+
+func (l *udpLink) Close() error {
+	if l.closed.Swap(true) {
+		return nil
+	}
+	l.Wake()
+	l.recvMu.Lock()
+	defer l.recvMu.Unlock()
+	l.sendMu.Lock()
+	defer l.sendMu.Unlock()
+	return l.closeFDs()
+}
+
+func (l *udpLink) closeFDs() error {
+	var errs []error
+	for _, fd := range []*int{&l.fd, &l.wakeFD} {
+		if *fd >= 0 {
+			errs = append(errs, unix.Close(*fd))
+			*fd = -1
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
+	l.recvMu.Lock()
+	defer l.recvMu.Unlock()
+	var start time.Time
+	if wait > 0 || l.spin > 0 && wait != 0 {
+		start = time.Now()
+	}
+	for {
+		if l.rxNext < l.rxHave {
+			return l.deliver(packets)
+		}
+		if l.closed.Load() {
+			return 0, net.ErrClosed
+		}
+		if wait != 0 && l.woken.Swap(false) {
+			return 0, nil
+		}
+		// After a receive that emptied the socket, waiting first saves looking in vain.
+		if !l.idle || wait == 0 || l.spin > 0 {
+			if err := l.recvmmsg(); err == nil {
+				return l.deliver(packets)
+			} else if err != unix.EAGAIN {
+				return 0, err
+			}
+			l.idle = true
+			if wait == 0 {
+				return 0, nil
+			}
+		}
+		left := time.Duration(-1)
+		if !start.IsZero() {
+			passed := time.Since(start)
+			if wait > 0 {
+				if left = wait - passed; left <= 0 {
+					return 0, nil
+				}
+			}
+			if passed < l.spin {
+				continue
+			}
+		}
+		if !l.sleep(left) {
+			if l.closed.Load() {
+				return 0, net.ErrClosed
+			}
+			return 0, nil
+		}
+		if err := l.recvmmsg(); err == nil {
+			return l.deliver(packets)
+		} else if err != unix.EAGAIN {
+			return 0, err
+		}
+	}
+}
+
+// deliver hands up what was received. That may be nothing, when all of it had to be dropped: who floods us with rubbish
+// must not keep the caller from its timers.
+func (l *udpLink) deliver(packets []Packet) (int, error) {
+	n := l.split(packets)
+	l.counters.received.Add(uint64(n))
+	return n, nil
+}
+
+// sleep waits for packets, for Wake or for left to pass, without end if it is negative, and reports whether there may be
+// packets.
+func (l *udpLink) sleep(left time.Duration) bool {
+	l.sleeping.Store(true)
+	defer l.sleeping.Store(false)
+	if l.woken.Swap(false) {
+		return false
+	}
+	fds := [2]unix.PollFd{{Fd: int32(l.fd), Events: unix.POLLIN}, {Fd: int32(l.wakeFD), Events: unix.POLLIN}}
+	var ts *unix.Timespec
+	if left >= 0 {
+		t := unix.NsecToTimespec(int64(left))
+		ts = &t
+	}
+	unix.Ppoll(fds[:], ts, nil) // an interruption is like a packet that is not there
+	if fds[1].Revents != 0 {
+		var b [8]byte
+		unix.Read(l.wakeFD, b[:])
+		l.woken.Store(false)
+		return fds[0].Revents != 0
+	}
+	return true
+}
+
+// recvmmsg receives what is there, without waiting.
+func (l *udpLink) recvmmsg() error {
+	for i := range l.rxMsgs {
+		h := &l.rxMsgs[i].hdr
+		h.Namelen = unix.SizeofSockaddrInet6
+		h.SetControllen(controlSize)
+	}
+	for {
+		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0])), uintptr(len(l.rxMsgs)), unix.MSG_DONTWAIT, 0, 0)
+		switch errno {
+		case 0:
+			l.rxHave, l.rxNext, l.rxOff = int(n), 0, 0
+			l.idle = int(n) < len(l.rxMsgs)
+			return nil
+		case unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH: // news about what was sent
+			continue
+		default:
+			return errno
+		}
+	}
+}
+
+// split takes received datagrams apart into packets whose ICRC is right.
+func (l *udpLink) split(packets []Packet) int {
+	n := 0
+	for l.rxNext < l.rxHave && n < len(packets) {
+		m := &l.rxMsgs[l.rxNext]
+		peer := peerAddr(&l.rxNames[l.rxNext])
+		size := len(l.rxBuf) / len(l.rxMsgs)
+		buf := l.rxBuf[l.rxNext*size:][:m.len]
+		segment := groSize(l.rxCtl[l.rxNext*controlSize:][:m.hdr.Controllen])
+		if segment <= 0 {
+			segment = len(buf)
+		}
+		for l.rxOff < len(buf) && n < len(packets) {
+			part := buf[l.rxOff:min(l.rxOff+segment, len(buf))]
+			l.rxOff += len(part)
+			if len(part) < bthLen+icrcLen || len(part) > maxDatagram {
+				l.counters.badLength.Add(1)
+				continue
+			}
+			data, _, ok := l.rx.open(peer, l.local, part)
+			if !ok {
+				l.counters.badICRC.Add(1)
+				continue
+			}
+			packets[n] = Packet{peer, data}
+			n++
+		}
+		if l.rxOff >= len(buf) {
+			l.rxNext, l.rxOff = l.rxNext+1, 0
+		}
+	}
+	return n
+}
+
+// groSize returns the size of the segments that a datagram was made of, from its control message, or 0.
+func groSize(ctl []byte) int {
+	if len(ctl) < unix.CmsgLen(4) {
+		return 0
+	}
+	h := (*unix.Cmsghdr)(unsafe.Pointer(&ctl[0]))
+	if h.Level != unix.IPPROTO_UDP || h.Type != unix.UDP_GRO {
+		return 0
+	}
+	return int(*(*int32)(unsafe.Pointer(&ctl[unix.CmsgLen(0)])))
+}
+
+// peerAddr returns the address in a sockaddr.
+func peerAddr(s *sockaddr) netip.AddrPort {
+	p := (*[2]byte)(unsafe.Pointer(&s.Port))
+	port := uint16(p[0])<<8 | uint16(p[1])
+	if s.Family == unix.AF_INET {
+		return netip.AddrPortFrom(netip.AddrFrom4((*unix.RawSockaddrInet4)(unsafe.Pointer(s)).Addr), port)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16(s.Addr), port)
+}
+
+// setPeer is the inverse of peerAddr and returns the length.
+func (l *udpLink) setPeer(s *sockaddr, a netip.AddrPort) uint32 {
+	p := (*[2]byte)(unsafe.Pointer(&s.Port))
+	p[0], p[1] = byte(a.Port()>>8), byte(a.Port())
+	if a.Addr().Is4() {
+		s.Family = unix.AF_INET
+		(*unix.RawSockaddrInet4)(unsafe.Pointer(s)).Addr = a.Addr().As4()
+		return unix.SizeofSockaddrInet4
+	}
+	s.Family, s.Addr, s.Scope_id = unix.AF_INET6, a.Addr().As16(), 0
+	if a.Addr().IsLinkLocalUnicast() {
+		s.Scope_id = l.scope
+	}
+	return unix.SizeofSockaddrInet6
+}
+
+func (l *udpLink) Send(packets []Packet) error {
+	l.sendMu.Lock()
+	defer l.sendMu.Unlock()
+	for len(packets) > 0 {
+		if l.closed.Load() {
+			return net.ErrClosed
+		}
+		n := min(len(packets), batch)
+		if err := l.sendBatch(packets[:n]); err != nil {
+			return err
+		}
+		packets = packets[n:]
+	}
+	return nil
+}
+
+// sendBatch sends at most batch packets.
+func (l *udpLink) sendBatch(packets []Packet) error {
+	for next := 0; next < len(packets); {
+		first, msgs := next, 0
+		for next < len(packets) {
+			next += l.prepare(msgs, packets[next:], next)
+			msgs++
+		}
+		done, err := l.sendmmsg(msgs)
+		if err != nil {
+			return err
+		}
+		if done < msgs { // segmentation turned out not to work: what is left goes again without it
+			next = first
+			for i := range done {
+				next += int(l.txMsgs[i].hdr.Iovlen)
+			}
+		}
+	}
+	return nil
+}
+
+// prepare makes the msg-th message from the packets at the start of the slice that can go together: to one peer and of
+// one size, but for the last, which may be shorter. It returns how many those are. at is the place of the first in the
+// batch.
+func (l *udpLink) prepare(msg int, packets []Packet, at int) int {
+	size, total, n := len(packets[0].Data), 0, 0
+	for n < len(packets) && (n == 0 || l.segments) {
+		p := &packets[n]
+		if n > 0 && (p.Peer != packets[0].Peer || len(p.Data) > size || total+len(p.Data)+icrcLen > maxSegmented) || n == maxSegments {
+			break
+		}
+		wire := l.tx.seal(l.local, p, uint16(n))
+		iov := &l.txIovs[at+n]
+		iov.Base = &wire[0]
+		iov.SetLen(len(wire))
+		total += len(wire)
+		n++
+		if len(p.Data) < size {
+			break
+		}
+	}
+	h := &l.txMsgs[msg].hdr
+	h.Namelen = l.setPeer(&l.txNames[msg], packets[0].Peer)
+	h.Iov = &l.txIovs[at]
+	h.SetIovlen(n)
+	h.Control = nil
+	h.SetControllen(0)
+	if n > 1 {
+		ctl := l.txCtl[msg*controlSize:]
+		c := (*unix.Cmsghdr)(unsafe.Pointer(&ctl[0]))
+		c.Level, c.Type = unix.IPPROTO_UDP, unix.UDP_SEGMENT
+		c.SetLen(unix.CmsgLen(2))
+		*(*uint16)(unsafe.Pointer(&ctl[unix.CmsgLen(0)])) = uint16(size + icrcLen)
+		h.Control = &ctl[0]
+		h.SetControllen(unix.CmsgSpace(2))
+	}
+	return n
+}
+
+// sendmmsg sends prepared messages and returns how many were dealt with. They are fewer than msgs only if the next one
+// needs segmentation and cannot have it.
+func (l *udpLink) sendmmsg(msgs int) (int, error) {
+	for done := 0; done < msgs; {
+		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.txMsgs[done])), uintptr(msgs-done), 0, 0, 0)
+		switch errno {
+		case 0:
+			for i := range int(n) {
+				packets := uint64(l.txMsgs[done+i].hdr.Iovlen)
+				l.counters.sent.Add(packets)
+				if packets > 1 {
+					l.counters.segmented.Add(packets)
+				}
+			}
+			done += int(n)
+		case unix.EINTR:
+		case unix.EAGAIN:
+			if l.closed.Load() {
+				return done, net.ErrClosed
+			}
+			fds := [1]unix.PollFd{{Fd: int32(l.fd), Events: unix.POLLOUT}}
+			unix.Poll(fds[:], 100)
+		case unix.EBADF:
+			return done, net.ErrClosed
+		case unix.EIO, unix.EINVAL:
+			if l.txMsgs[done].hdr.Iovlen > 1 {
+				// A device without checksum offload, on a kernel that does not segment for it (before 6.2, say).
+				l.segments = false
+				return done, nil
+			}
+			fallthrough
+		default:
+			// No route, no buffers, a filter, a packet too long for the path: lost, as packets are.
+			l.counters.sendErrors.Add(uint64(l.txMsgs[done].hdr.Iovlen))
+			done++
+		}
+	}
+	return msgs, nil
+}
