@@ -91,6 +91,13 @@ func (w *worker) reset(_ context.Context, graceful bool) error {
 
 // open makes the engine and the service.
 func (w *worker) open(p *parts, why error) error {
+	if err := w.openEngine(p, why); err != nil {
+		return err
+	}
+	return w.openService()
+}
+
+func (w *worker) openEngine(p *parts, why error) error {
 	if err := os.MkdirAll(w.cfg.StateDir, 0o700); err != nil {
 		return fmt.Errorf("make state directory: %w", err)
 	}
@@ -118,6 +125,10 @@ func (w *worker) open(p *parts, why error) error {
 		Interval:  w.cfg.Intervals.Pass.Std(),
 		CacheDir:  cache,
 	})
+	return nil
+}
+
+func (w *worker) openService() (err error) {
 	so := service.Options{
 		Logger:   w.log,
 		StateDir: filepath.Join(w.cfg.StateDir, "redfish"),

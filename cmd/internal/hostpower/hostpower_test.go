@@ -85,7 +85,8 @@ func (m *machine) given() []schema.ResetType {
 // bmc starts a BMC on loopback and returns how to reach it.
 func bmc(t *testing.T, m *machine) Options {
 	t.Helper()
-	s, err := service.New(service.Options{StateDir: t.TempDir(), Account: &service.Credential{User: user, Password: password}})
+	s, err := service.New(service.Options{StateDir: t.TempDir(), Account: &service.Credential{User: user, Password: password},
+		Limits: service.Limits{Hash: service.HashCost{Memory: 64, Passes: 1}}})
 	if err != nil {
 		t.Fatal(err)
 	}
