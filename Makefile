@@ -29,14 +29,15 @@ images: setup ## build the bootable images into build/images
 	@go run ./images build all
 
 demo: setup images ## a host falls ill and is healed from outside, with a timeline
-	@go run ./cmd/backdoor lab demo
+	@go run ./tests/demo
 
 lab: setup images ## start the lab (host, DPU, network) and leave it running
 	@go run ./cmd/backdoor lab up
 
-test: setup ## unit tests with the race detector, images booted in QEMU
-	go test -race ./...
-	go test -count=1 ./images -qemu
+test: setup images ## all tests: unit with the race detector, short fuzzing, images and lab in QEMU
+	go test -race -short ./...
+	$(MAKE) fuzz FUZZTIME=3s
+	go test -count=1 -p 1 -timeout 60m ./images/... ./tests/...
 
 lint: setup ## formatting, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "not formatted by gofmt:"; echo "$$out"; exit 1; fi

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"flag"
 	"io"
 	"log/slog"
 	"os"
@@ -19,8 +18,6 @@ import (
 	"github.com/backdoor-rhs/backdoor/boot"
 	"github.com/backdoor-rhs/backdoor/images/builder"
 )
-
-var withQEMU = flag.Bool("qemu", false, "boot the images in QEMU")
 
 // A report is what boot/internal/testinit says.
 type report struct {
@@ -47,8 +44,8 @@ func (r report) step(name string) boot.Step {
 // buildTestImage builds an image with testinit in the agent's place.
 func buildTestImage(t *testing.T, name string) (dir string, img builder.Image) {
 	t.Helper()
-	if !*withQEMU {
-		t.Skip("boots a machine in QEMU, with a kernel from the package archive; run with -qemu")
+	if testing.Short() {
+		t.Skip("boots a machine in QEMU; not with -short")
 	}
 	img, err := builder.Lookup(name)
 	if err != nil {

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"flag"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -16,27 +15,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 )
-
-var fetchAll = flag.Bool("fetch", false, "fetch every target into a new cache, from the package archive")
-
-func TestFetchAll(t *testing.T) {
-	if !*fetchAll {
-		t.Skip("downloads 400 MB from the machine's package archive; run with -fetch")
-	}
-	dir := t.TempDir()
-	for _, target := range Targets() {
-		k, err := Fetch(t.Context(), dir, target)
-		if err != nil {
-			t.Errorf("Fetch(%s): %v", target.Name, err)
-			continue
-		}
-		t.Logf("%s: %s %s", target.Name, k.Package, k.Version)
-		// A second time without apt: out of the cache.
-		if again, err := (Cache{Dir: dir, etc: t.TempDir()}).Fetch(t.Context(), target); err != nil || again != k {
-			t.Errorf("Fetch(%s) again = %v, %v; want %v", target.Name, again, err, k)
-		}
-	}
-}
 
 const bookwormSources = `# A comment.
 Types: deb deb-src
