@@ -63,6 +63,8 @@ type Options struct {
 	// Note is the physical address of the VMCOREINFO note found by an earlier attach; zero means search. It is a hint:
 	// what is found there is proven as anything else, and if it does not move, the rest of the memory is searched, too.
 	Note hostmem.PhysAddr
+	// NoteOnly rules out the search: the kernel of Note is the one, moving or not. For recordings and known images.
+	NoteOnly bool
 	// Progress is called, if not nil, as the search advances (bytes).
 	Progress func(stage string, done, total uint64)
 }

@@ -80,6 +80,12 @@ func (a *attacher) attach() (*Image, error) {
 		v, err := readNote(a.mem, a.opt.Note)
 		a.tried[a.opt.Note] = true
 		a.try(v, err, Rung{Name: "note", Detail: fmt.Sprintf("%v, as known from before", a.opt.Note)}, began)
+		if a.opt.NoteOnly {
+			if len(a.found) == 0 {
+				return nil, a.err
+			}
+			return a.choose(a.found[0], "not asked"), nil
+		}
 		if c := a.moving(moveSoon); c != nil {
 			return a.choose(c, "moves"), nil
 		}

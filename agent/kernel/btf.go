@@ -318,6 +318,9 @@ func fieldIn(in btf.Type, path string) (Field, error) {
 // it may still look at: types that contain each other twice over make a tree of exponential size.
 func findMember(in btf.Type, name string, visits *int) (btf.Member, uint64, bool) {
 	list, _ := members(in)
+	if name == "" {
+		return btf.Member{}, 0, false
+	}
 	if *visits -= len(list); *visits < 0 {
 		return btf.Member{}, 0, false
 	}

@@ -121,6 +121,9 @@ func newKallsyms(t kallsymsTables, n int) (*kallsyms, error) {
 		if !ok {
 			return nil, fmt.Errorf("name of symbol %d of %d at %d: %w", i, n, at, errShortNames)
 		}
+		if k.tokens[body[0]] == "" {
+			return nil, fmt.Errorf("name of symbol %d of %d has no type", i, n)
+		}
 		keys[i] = uint64(k.hash(body))<<32 | uint64(i)
 		at = next
 	}

@@ -114,6 +114,7 @@ func (v *View) walkLog(yield func(LogRecord, error) bool) error {
 		return &CorruptError{"printk_ringbuffer", rb, fmt.Sprintf("records from %#x to %#x in a ring of %d", tail, head, ring.count)}
 	}
 	seen, last := false, uint64(0)
+	var text uint64
 	for i := range n {
 		if err := v.ctx.Err(); err != nil {
 			return err
@@ -126,6 +127,9 @@ func (v *View) walkLog(yield func(LogRecord, error) bool) error {
 			continue
 		}
 		seen, last = true, rec.Seq
+		if text += uint64(len(rec.Text)); text > 4*ring.size { // what cannot be printed may grow
+			return &CorruptError{"printk_ringbuffer", rb, fmt.Sprintf("more text than %d bytes hold", ring.size)}
+		}
 		if !yield(rec, nil) {
 			return nil
 		}

@@ -43,7 +43,7 @@ type Record struct {
 }
 
 func main() {
-	if len(os.Args) > 1 {
+	if len(os.Args) > 1 && os.Getpid() != 1 { // the kernel gives parameters that it does not know to its init
 		child(os.Args[1])
 	}
 	for _, m := range [][3]string{{"proc", "/proc", "proc"}, {"sysfs", "/sys", "sysfs"}, {"dev", "/dev", "devtmpfs"}} {

@@ -1,0 +1,260 @@
+package kernel
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/images/kernels"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+var guestsFlag = flag.String("guests", "", "comma-separated `kernels` to boot in QEMU and look into (6.1, 6.12, 6.1-generic, 6.12-generic, or all)")
+
+// guestKernels are the kernels that are tested.
+var guestKernels = []string{"6.1", "6.12", "6.1-generic", "6.12-generic"}
+
+// forEachGuest runs f for the kernels that were asked for.
+func forEachGuest(t *testing.T, f func(t *testing.T, kernel string)) {
+	if *guestsFlag == "" {
+		t.Skip("boots kernels in QEMU: ask for it with -guests=all")
+	}
+	want := guestKernels
+	if *guestsFlag != "all" {
+		want = strings.Split(*guestsFlag, ",")
+	}
+	for _, k := range want {
+		t.Run(k, func(t *testing.T) { f(t, k) })
+	}
+}
+
+// guest is a running virtual machine whose RAM is a file.
+type guest struct {
+	t     *testing.T
+	mem   *hostmem.RAMFile
+	dir   string
+	began time.Time
+	mu    sync.Mutex
+	ctl   net.Conn
+	in    *bufio.Reader
+	qmp   net.Conn
+	qmpIn *bufio.Reader
+}
+
+type guestOptions struct {
+	cpu, cmdline string
+	mib          int  // 512 if zero
+	early        bool // return at once, not when userland is ready
+}
+
+var guestInit = sync.OnceValues(func() ([]byte, error) {
+	out := filepath.Join(os.TempDir(), fmt.Sprintf("kernel-guest-%d", os.Getpid()))
+	defer os.Remove(out)
+	c := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "./testdata/guest")
+	c.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+	if b, err := c.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build guest: %w: %s", err, b)
+	}
+	return os.ReadFile(out)
+})
+
+// cpio makes an initramfs of a single program.
+func cpio(init []byte) []byte {
+	var b bytes.Buffer
+	entry := func(name string, mode int, data []byte) {
+		fmt.Fprintf(&b, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x", 1, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name)+1, 0)
+		b.WriteString(name + "\x00")
+		b.Write(make([]byte, -b.Len()&3))
+		b.Write(data)
+		b.Write(make([]byte, -b.Len()&3))
+	}
+	entry("dev", 0o40755, nil)
+	entry("init", 0o100755, init)
+	entry("TRAILER!!!", 0, nil)
+	return b.Bytes()
+}
+
+func startGuest(t *testing.T, kernel string, o guestOptions) *guest {
+	t.Helper()
+	target, err := kernels.Lookup(kernel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := kernels.Fetch(t.Context(), "", target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	init, err := guestInit()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	initrd := filepath.Join(dir, "init.cpio")
+	if err := os.WriteFile(initrd, cpio(init), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if o.cpu == "" {
+		o.cpu = "max"
+	}
+	if o.mib == 0 {
+		o.mib = 512
+	}
+	ram, err := os.CreateTemp("/dev/shm", "kernel-guest-*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(ram.Name()) })
+	if err := ram.Truncate(int64(o.mib) << 20); err != nil {
+		t.Fatal(err)
+	}
+	ram.Close()
+	g := &guest{t: t, dir: dir, began: time.Now()}
+	c := exec.Command("qemu-system-x86_64", "-M", "q35,memory-backend=ram0",
+		"-object", fmt.Sprintf("memory-backend-file,id=ram0,size=%dM,mem-path=%s,share=on", o.mib, ram.Name()),
+		"-m", fmt.Sprint(o.mib), "-smp", "2", "-cpu", o.cpu, "-kernel", k.Vmlinuz, "-initrd", initrd,
+		"-append", "console=ttyS0 loglevel=4 panic=0 "+o.cmdline, "-nodefaults", "-display", "none",
+		"-serial", "file:"+filepath.Join(dir, "console"),
+		"-serial", "unix:"+filepath.Join(dir, "ctl")+",server=on,wait=off",
+		"-qmp", "unix:"+filepath.Join(dir, "qmp")+",server=on,wait=off")
+	var stderr bytes.Buffer
+	c.Stderr = &stderr
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // even when a test times out
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		c.Process.Kill()
+		c.Wait()
+		if t.Failed() {
+			console, _ := os.ReadFile(filepath.Join(dir, "console"))
+			t.Logf("console:\n%s\nqemu: %s", console[max(0, len(console)-3000):], stderr.Bytes())
+		}
+	})
+	dial := func(name string) (net.Conn, *bufio.Reader) {
+		for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			conn, err := net.Dial("unix", filepath.Join(dir, name))
+			if err == nil {
+				t.Cleanup(func() { conn.Close() })
+				return conn, bufio.NewReaderSize(conn, 1<<20)
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%v: %s", err, stderr.Bytes())
+			}
+		}
+	}
+	g.qmp, g.qmpIn = dial("qmp")
+	g.ctl, g.in = dial("ctl")
+	if _, err := g.qmpIn.ReadBytes('\n'); err != nil {
+		t.Fatal(err)
+	}
+	g.execute("qmp_capabilities")
+	if g.mem, err = hostmem.OpenRAMFile(ram.Name(), hostmem.Q35Layout(uint64(o.mib)<<20), false); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { g.mem.Close() })
+	if !o.early {
+		g.ready()
+	}
+	return g
+}
+
+// ready waits for the guest's userland.
+func (g *guest) ready() {
+	g.t.Helper()
+	g.ctl.SetReadDeadline(time.Now().Add(3 * time.Minute))
+	for {
+		line, err := g.in.ReadString('\n')
+		if err != nil {
+			g.t.Fatalf("guest is not ready: %v", err)
+		}
+		if strings.Contains(line, `"ready"`) {
+			return
+		}
+	}
+}
+
+// send puts a command to the guest that it will not answer.
+func (g *guest) send(command string) { fmt.Fprintln(g.ctl, command) }
+
+// ask puts a command to the guest and decodes its answer.
+func (g *guest) ask(into any, command string) {
+	g.t.Helper()
+	g.send(command)
+	g.ctl.SetReadDeadline(time.Now().Add(2 * time.Minute))
+	line, err := g.in.ReadBytes('\n')
+	if err != nil {
+		g.t.Fatalf("%s: %v", command, err)
+	}
+	if into == nil {
+		return
+	}
+	if err := json.Unmarshal(line, into); err != nil {
+		g.t.Fatalf("%s: %v: %.200s", command, err, line)
+	}
+}
+
+// execute runs a QMP command.
+func (g *guest) execute(command string) {
+	g.t.Helper()
+	fmt.Fprintf(g.qmp, "{\"execute\":%q}\n", command)
+	g.qmp.SetReadDeadline(time.Now().Add(time.Minute))
+	for {
+		line, err := g.qmpIn.ReadBytes('\n')
+		if err != nil {
+			g.t.Fatalf("%s: %v", command, err)
+		}
+		var answer struct{ Return, Error any }
+		if err := json.Unmarshal(line, &answer); err != nil || answer.Error != nil {
+			g.t.Fatalf("%s: %s", command, line)
+		}
+		if answer.Return != nil {
+			return
+		}
+	}
+}
+
+func (g *guest) attach(o Options) *Image {
+	g.t.Helper()
+	return g.attachTo(g.mem, o)
+}
+
+func (g *guest) attachTo(mem hostmem.Memory, o Options) *Image {
+	g.t.Helper()
+	img, err := Open(context.Background(), mem, o)
+	if err != nil {
+		var a *AttachError
+		errors.As(err, &a)
+		g.t.Fatalf("Open = %v; rungs %+v", err, a)
+	}
+	return img
+}
+
+// await waits for a panic state.
+func (g *guest) await(img *Image, is func(PanicState) bool) PanicState {
+	g.t.Helper()
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
+		p, err := img.View(context.Background()).Panic()
+		if err != nil {
+			g.t.Fatal(err)
+		}
+		if is(p) {
+			return p
+		}
+		if time.Now().After(end) {
+			g.t.Fatalf("panic state is %+v", p)
+		}
+	}
+}

@@ -1,0 +1,133 @@
+package kernel
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+var updateFlag = flag.Bool("update", false, "record the guests of -guests anew into testdata")
+
+// A recording has these frames, one after the other, of one kernel.
+const (
+	frameAlive  = iota // attach, heartbeat, tasks, log, panic state
+	frameLater         // heartbeat, proof
+	framePanic         // the same kernel after sysrq-c: panic state, tasks
+	frameReboot        // another boot of the same kernel: proof
+)
+
+// TestRecord makes the recordings:
+//
+//	go test ./agent/kernel -run TestRecord -guests=6.1,6.12 -update
+func TestRecord(t *testing.T) {
+	if !*updateFlag {
+		t.Skip("rewrites testdata: ask for it with -update")
+	}
+	forEachGuest(t, func(t *testing.T, kernel string) {
+		// Without KASLR the next boot is at the same place.
+		g := startGuest(t, kernel, guestOptions{mib: 256, cmdline: "nokaslr"})
+		note := g.attach(Options{}).Info().Note
+		label := func(rec *hostmem.Recorder, key string, v any) {
+			b, err := json.Marshal(v)
+			if err != nil {
+				t.Fatal(err)
+			}
+			rec.Label(key, string(b))
+		}
+		var threads []guestThread
+		var records []guestRecord
+		g.ask(&threads, "ps")
+		g.ask(&records, "dmesg")
+		g.execute("stop")
+		rec := hostmem.NewRecorder(g.mem)
+		img := g.attachTo(rec, Options{Note: note, NoteOnly: true})
+		rec.Label("note", strconv.FormatUint(uint64(note), 10))
+		rec.Label("release", img.Info().Release)
+		rec.Label("bootID", img.Info().BootID)
+		label(rec, "ps", threads)
+		label(rec, "dmesg", records)
+		pass := func(parts ...func(*View) error) {
+			v := img.View(t.Context())
+			for _, p := range parts {
+				if err := p(v); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		beat := func(v *View) error { _, err := v.Heartbeat(); return err }
+		panicked := func(v *View) error { _, err := v.Panic(); return err }
+		tasks := func(v *View) (last error) {
+			for _, err := range v.Tasks() {
+				last = err
+			}
+			return last
+		}
+		log := func(v *View) (last error) {
+			for _, err := range v.Log() {
+				last = err
+			}
+			return last
+		}
+		prove := func(v *View) error { return img.Prove(v.ctx) }
+		pass(beat, tasks, log, panicked, prove)
+
+		rec.NextFrame()
+		g.execute("cont")
+		time.Sleep(time.Second)
+		g.execute("stop")
+		pass(beat, prove)
+
+		g.execute("cont")
+		g.send("sysrq c")
+		g.await(img, func(p PanicState) bool { return p.Panicked })
+		time.Sleep(time.Second)
+		rec.NextFrame()
+		pass(beat, panicked, tasks, prove)
+
+		g.execute("system_reset")
+		g.ready()
+		rec.NextFrame()
+		if err := img.Prove(t.Context()); !errors.Is(err, ErrGone) {
+			t.Fatal(err)
+		}
+		f, err := os.Create(filepath.Join("testdata", kernel+".hostmem"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		n, err := rec.WriteTo(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%s: %d bytes", f.Name(), n)
+	})
+}
+
+// recorded calls f for each recording.
+func recorded(tb testing.TB, f func(name string, rec *hostmem.Recording)) {
+	tb.Helper()
+	files, err := filepath.Glob("testdata/*.hostmem")
+	if err != nil || len(files) == 0 {
+		tb.Fatalf("no recordings in testdata: %v", err)
+	}
+	for _, name := range files {
+		file, err := os.Open(name)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		rec, err := hostmem.OpenRecording(file)
+		file.Close()
+		if err != nil {
+			tb.Fatal(err)
+		}
+		f(strings.TrimSuffix(filepath.Base(name), ".hostmem"), rec)
+	}
+}
