@@ -43,6 +43,8 @@ type Engine struct {
 	attachTook  time.Duration       //
 	attaches    int                 //
 	dead        bool                //
+	moved       time.Time           // when the attached kernel last showed life; zero if not yet
+	restarting  bool                // the host has been switched off and on, and no new kernel has been seen yet
 	status      []DetectorStatus    // in the order of detectors
 	tracked     map[string]*tracked // by kind and key
 	resolved    []detect.Finding    // oldest first

@@ -294,11 +294,21 @@ func (e *Engine) await(ctx context.Context, f detect.Finding, done func() (bool,
 
 // restarted waits until another kernel than the one with that boot ID is attached, and alive.
 func (e *Engine) restarted(ctx context.Context, boot string) error {
+	e.mu.Lock()
+	e.restarting = true
+	e.mu.Unlock()
+	defer func() {
+		e.mu.Lock()
+		e.restarting = false
+		e.mu.Unlock()
+	}()
+	from := time.Now()
 	for {
 		e.mu.Lock()
 		now, dead, phase, changed := e.bootID(), e.dead, e.phase, e.changed
+		lives := e.moved.After(from)
 		e.mu.Unlock()
-		if phase == Attached && !dead && now != boot {
+		if phase == Attached && !dead && now != boot && lives {
 			return nil
 		}
 		select {

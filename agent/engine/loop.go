@@ -19,12 +19,15 @@ import (
 
 const (
 	retryEvery  = 250 * time.Millisecond // between attempts to open memory or to find a kernel
-	retryMost   = 2 * time.Second
+	retryMost   = time.Second
 	openTimeout = 5 * time.Minute  // one search of all memory over a slow path
 	passTimeout = 10 * time.Second // one pass
 	proveEvery  = 500 * time.Millisecond
-	// pathPatience is how long reads may fail in other ways than ErrLinkDown before the path is opened anew.
-	pathPatience = 3 * time.Second
+	// pathPatience is how long reads may fail in other ways than ErrLinkDown before the path is opened anew, and
+	// corruptPatience how long the kernel may make no sense before it is taken for overwritten.
+	pathPatience    = 3 * time.Second
+	corruptPatience = 500 * time.Millisecond
+	uuidEvery       = 5 * time.Second // until the host has told its system UUID
 	// A kernel that has panicked, or shows no life for quietAfter, may be a corpse beside a new kernel: memory is searched
 	// again, at most every searchEvery.
 	quietAfter  = 5 * time.Second
@@ -63,8 +66,10 @@ type watcher struct {
 	tasks      []detect.TaskSample
 	nextTasks  time.Time
 	nextProve  time.Time
-	moved      time.Time // when the host last showed life
+	moved      time.Time // when the host last showed life, or was attached
+	lived      time.Time // when it last showed life; zero if not since the attach
 	badSince   time.Time
+	nextUUID   time.Time // zero when there is nothing to find out
 	nextSearch time.Time
 	found      chan search // from the search in the background; nil if there is none
 	stopSearch context.CancelFunc
@@ -259,15 +264,19 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	w.beats, w.tasks, w.nextRun = nil, nil, make(map[string]time.Time)
 	now := time.Now()
 	w.nextTasks, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now, time.Time{}, now, now.Add(searchEvery), now
+	w.nextUUID, w.lived = time.Time{}, time.Time{}
 	vctx, cancel := context.WithTimeout(ctx, passTimeout)
 	defer cancel()
 	w.tickless = tickless(vctx, t)
 	uuid, err := systemUUID(vctx, t)
+	if err != nil {
+		w.nextUUID = now.Add(uuidEvery)
+	}
 	e.saveHint(info.Note)
 
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.target, e.dead, e.uuid, e.attachTook = t, false, uuid, took
+	e.target, e.dead, e.uuid, e.attachTook, e.moved = t, false, uuid, took, time.Time{}
 	e.attaches++
 	if e.phase != Attached {
 		e.since = now
@@ -357,10 +366,14 @@ func (w *watcher) watch(ctx context.Context) error {
 	case errors.Is(err, kernel.ErrGone):
 		w.lose("the host runs another kernel, or none: " + err.Error())
 	default:
+		var corrupt *kernel.CorruptError
 		if w.badSince.IsZero() {
 			w.badSince = began
-		} else if time.Since(w.badSince) > pathPatience {
-			w.badSince = time.Time{}
+		}
+		switch bad := time.Since(w.badSince); {
+		case errors.As(err, &corrupt) && bad > corruptPatience:
+			w.lose("the kernel is being overwritten: " + err.Error())
+		case bad > pathPatience:
 			w.lose("the kernel cannot be read: " + err.Error())
 			w.closeMemory()
 		}
@@ -419,8 +432,18 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		}
 		w.nextProve = now.Add(proveEvery)
 	}
+	var uuid string
+	if now.After(w.nextUUID) && w.nextUUID.After(time.Time{}) {
+		w.nextUUID = now.Add(uuidEvery)
+		if uuid, _ = systemUUID(ctx, w.t); uuid != "" {
+			w.nextUUID = time.Time{}
+		}
+	}
 	e.mu.Lock()
-	e.dead = dead
+	e.dead, e.moved = dead, w.lived
+	if uuid != "" {
+		e.uuid = uuid
+	}
 	e.mu.Unlock()
 	w.judge(ctx, p)
 	if dead {
@@ -462,7 +485,7 @@ func taskSample(l look) (detect.TaskSample, error) {
 
 func (w *watcher) addBeat(b kernel.Heartbeat) {
 	if n := len(w.beats); n > 0 && alive(w.beats[n-1], b) {
-		w.moved = b.At
+		w.moved, w.lived = b.At, b.At
 	}
 	w.beats = append(w.beats, b)
 	keep, _ := w.e.config.Keep()
@@ -625,7 +648,12 @@ func (w *watcher) endSearch() {
 // consider changes over to a kernel that the search has found, if it is another one, and alive.
 func (w *watcher) consider(ctx context.Context, s search) {
 	w.endSearch()
-	w.nextSearch = time.Now().Add(max(searchEvery, 5*s.took))
+	w.nextSearch = time.Now().Add(max(searchEvery, 4*s.took))
+	w.e.mu.Lock()
+	if w.e.restarting {
+		w.nextSearch = time.Now().Add(searchEvery / 2)
+	}
+	w.e.mu.Unlock()
 	if s.t == nil || s.t.Info().BootID == w.boot || !slices.ContainsFunc(s.t.Info().Rungs, func(r kernel.Rung) bool { return r.Name == "alive" && r.OK }) {
 		return
 	}
