@@ -50,7 +50,7 @@ type Config struct {
 }
 
 // maxBody bounds an answer that is decoded.
-const maxBody = 64 << 20
+const maxBody = 16 << 20
 
 // Client is a client of one service. It is safe for concurrent use.
 type Client struct {
@@ -62,7 +62,6 @@ type Client struct {
 	mu      sync.Mutex // guards what follows
 	token   string
 	session string // URI
-	change  string // URI of the account whose password must be changed
 }
 
 // New checks the configuration; it sends nothing.
@@ -128,7 +127,7 @@ func (c *Client) login(ctx context.Context) error {
 	if c.o.Basic {
 		return nil
 	}
-	c.token, c.session, c.change = "", "", ""
+	c.token, c.session = "", ""
 	body, err := json.Marshal(map[string]string{"UserName": c.o.User, "Password": c.o.Password})
 	if err != nil {
 		return fmt.Errorf("log in: %w", err)
@@ -150,8 +149,7 @@ func (c *Client) login(ctx context.Context) error {
 	}
 	for _, m := range session.ExtendedInfo {
 		if isMessage(m.MessageID, "PasswordChangeRequired") && len(m.MessageArgs) > 0 {
-			c.change = m.MessageArgs[0]
-			return &PasswordChangeError{User: c.o.User, Account: c.change}
+			return &PasswordChangeError{User: c.o.User, Account: m.MessageArgs[0]}
 		}
 	}
 	return nil
@@ -160,26 +158,9 @@ func (c *Client) login(ctx context.Context) error {
 // ChangePassword sets a new password for the client's own user, and uses it from then on. It is the only thing that an account
 // whose password must be changed may do.
 func (c *Client) ChangePassword(ctx context.Context, to string) error {
-	account := ""
-	if err := c.Login(ctx); err != nil {
-		var change *PasswordChangeError
-		if !errors.As(err, &change) {
-			return err
-		}
-		account = change.Account
-	}
-	if account == "" {
-		for a, err := range Members[schema.ManagerAccount](ctx, c, "/redfish/v1/AccountService/Accounts") {
-			if err != nil {
-				return fmt.Errorf("find own account: %w", err)
-			}
-			if a.UserName == c.o.User {
-				account = a.ODataID
-			}
-		}
-		if account == "" {
-			return fmt.Errorf("find own account: no account of %q is shown", c.o.User)
-		}
+	account, err := c.ownAccount(ctx)
+	if err != nil {
+		return fmt.Errorf("change password: %w", err)
 	}
 	if err := c.Patch(ctx, account, map[string]string{"Password": to}, nil); err != nil {
 		return fmt.Errorf("change password: %w", err)
@@ -187,7 +168,28 @@ func (c *Client) ChangePassword(ctx context.Context, to string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.o.Password = to
-	return c.login(ctx)
+	return nil
+}
+
+// ownAccount returns the URI of the client's own account.
+func (c *Client) ownAccount(ctx context.Context) (string, error) {
+	var change *PasswordChangeError
+	if err := c.Login(ctx); errors.As(err, &change) {
+		return change.Account, nil
+	} else if err != nil {
+		return "", err
+	}
+	for a, err := range Members[schema.ManagerAccount](ctx, c, "/redfish/v1/AccountService/Accounts") {
+		switch {
+		case errors.As(err, &change): // with basic authentication there was no login to say so
+			return change.Account, nil
+		case err != nil:
+			return "", fmt.Errorf("find own account: %w", err)
+		case a.UserName == c.o.User:
+			return a.ODataID, nil
+		}
+	}
+	return "", fmt.Errorf("find own account: the service shows no account of %q", c.o.User)
 }
 
 // Session returns the token and the URI of the open session, for a later client to resume; empty if there is none.

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
@@ -62,6 +63,9 @@ func (e *Error) Error() string {
 		b.WriteString(sep + strings.TrimSpace(text))
 	}
 	if h := e.Hint(); h != "" {
+		if !strings.HasSuffix(b.String(), ".") {
+			b.WriteByte('.')
+		}
 		b.WriteString(" Next: " + h)
 	}
 	return b.String()
@@ -138,6 +142,10 @@ func (c *Client) explain(method, uri string, err error) error {
 		dns       *net.DNSError
 		op        *net.OpError
 	)
+	var request *url.Error
+	if errors.As(err, &request) {
+		err = request.Err // it repeats what is said below
+	}
 	next := ""
 	switch {
 	case errors.Is(err, context.Canceled):
@@ -147,7 +155,7 @@ func (c *Client) explain(method, uri string, err error) error {
 		next = "give the CA that signed the server's certificate, or pin the certificate by its fingerprint"
 	case errors.As(err, &name):
 		next = "use a name that the certificate is made for, or pin the certificate by its fingerprint"
-	case errors.As(err, &record):
+	case errors.As(err, &record), errors.Is(err, http.ErrSchemeMismatch):
 		next = "check the port: what answers there does not speak TLS"
 	case errors.As(err, &dns):
 		next = "check the host's name"

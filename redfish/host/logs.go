@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -72,7 +73,7 @@ func (h *host) logs() []service.Route {
 }
 
 // log returns the routes of a log service and its entries.
-func (h *host) log(uri string, entries func(*service.Request) ([]schema.Object, error), look schema.LogService) []service.Route {
+func (h *host) log(uri string, entries func(*service.Request) (service.Listing, error), look schema.LogService) []service.Route {
 	return []service.Route{
 		{
 			URI: uri, Type: schema.TypeLogService,
@@ -89,40 +90,40 @@ func (h *host) log(uri string, entries func(*service.Request) ([]schema.Object, 
 	}
 }
 
-func (h *host) findings(*service.Request) ([]schema.Object, error) {
-	var out []schema.Object
-	for _, f := range h.o.Agent.Findings() {
-		if f.Suspicion {
-			continue
-		}
-		resolved := f.Resolved != nil
-		id, args, text := findingMessage(f)
-		e := &schema.LogEntry{
-			Resource:  schema.Resource{ID: f.ID, Name: f.Title},
-			EntryType: "Event", Created: schema.Time(f.FirstSeen), Modified: schema.Time(f.LastSeen), Severity: severity(f.Severity),
-			Message: text, MessageID: id, MessageArgs: args, Resolved: &resolved,
-			Links: &schema.LogEntryLinks{OriginOfCondition: schema.LinkTo("/redfish/v1/Systems/system")},
-		}
-		switch {
-		case resolved:
-			e.Modified = schema.Time(*f.Resolved)
-			e.Resolution = f.Resolution
-		case f.Action != "":
-			e.Resolution = fmt.Sprintf("Run the action BackdoorComputerSystem.Heal of the system with Finding %q; it will do %q.", f.ID, f.Action)
-		}
-		var err error
-		if e.OEM, err = oem.Object(logSchema.Type("FindingEntry"), findingOEM{Finding: f}); err != nil {
-			return nil, err
-		}
-		out = append(out, e)
+func (h *host) findings(*service.Request) (service.Listing, error) {
+	all := slices.DeleteFunc(slices.Clone(h.o.Agent.Findings()), func(f detect.Finding) bool { return f.Suspicion })
+	return service.Listing{
+		Len: len(all),
+		ID:  func(i int) string { return all[i].ID },
+		At:  func(i int) (schema.Object, error) { return findingEntry(all[i]) },
+	}, nil
+}
+
+func findingEntry(f detect.Finding) (*schema.LogEntry, error) {
+	resolved := f.Resolved != nil
+	id, args, text := findingMessage(f)
+	e := &schema.LogEntry{
+		Resource:  schema.Resource{Name: f.Title},
+		EntryType: "Event", Created: schema.Time(f.FirstSeen), Modified: schema.Time(f.LastSeen), Severity: severity(f.Severity),
+		Message: text, MessageID: id, MessageArgs: args, Resolved: &resolved,
+		Links: &schema.LogEntryLinks{OriginOfCondition: schema.LinkTo("/redfish/v1/Systems/system")},
 	}
-	return out, nil
+	switch {
+	case resolved:
+		e.Modified = schema.Time(*f.Resolved)
+		e.Resolution = f.Resolution
+	case f.Action != "":
+		e.Resolution = fmt.Sprintf("Run the action BackdoorComputerSystem.Heal of the system with Finding %q; it will do %q.", f.ID, f.Action)
+	}
+	var err error
+	e.OEM, err = oem.Object(logSchema.Type("FindingEntry"), findingOEM{Finding: f})
+	return e, err
 }
 
 // dmesgFresh is how long a reading of the kernel log serves: a client takes a page after the other.
 const dmesgFresh = 2 * time.Second
 
-func (h *host) dmesgEntries(r *service.Request) ([]schema.Object, error) {
+func (h *host) dmesgEntries(r *service.Request) (service.Listing, error) {
 	log, err := h.dmesg.get(h.now(), dmesgFresh, func() (query.Log, error) {
 		ctx, cancel := context.WithTimeout(r.Context(), 20*time.Second)
 		defer cancel()
@@ -133,26 +134,22 @@ func (h *host) dmesgEntries(r *service.Request) ([]schema.Object, error) {
 		return query.Dmesg(ctx, v, query.DmesgOptions{})
 	})
 	if err != nil {
-		return nil, refusal(err)
+		return service.Listing{}, refusal(err)
 	}
 	var boot time.Time
 	if k := h.o.Agent.State().Kernel; k != nil {
 		boot = k.BootTime
 	}
-	out := make([]schema.Object, 0, len(log.Records))
-	for i := range log.Records {
-		e, err := dmesgEntry(log.Records[i], boot)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, e)
-	}
-	return out, nil
+	return service.Listing{
+		Len: len(log.Records),
+		ID:  func(i int) string { return strconv.FormatUint(log.Records[i].Seq, 10) },
+		At:  func(i int) (schema.Object, error) { return dmesgEntry(log.Records[i], boot) },
+	}, nil
 }
 
 func dmesgEntry(rec kernel.LogRecord, boot time.Time) (*schema.LogEntry, error) {
 	e := &schema.LogEntry{
-		Resource:  schema.Resource{ID: strconv.FormatUint(rec.Seq, 10), Name: "Kernel log record"},
+		Resource:  schema.Resource{Name: "Kernel log record"},
 		EntryType: "Oem", OEMRecordFmt: "Linux kernel log", Severity: levelSeverity(rec.Level), Message: rec.Text,
 	}
 	if !boot.IsZero() {
@@ -174,19 +171,19 @@ func levelSeverity(level uint8) schema.Health {
 	return schema.HealthOK
 }
 
-func (h *host) journalEntries(*service.Request) ([]schema.Object, error) {
-	var out []schema.Object
+func (h *host) journalEntries(*service.Request) (service.Listing, error) {
+	var all []journal.Record
 	for rec, err := range h.o.Journal.Records() {
 		if err != nil {
-			return nil, service.Because(500, "OperationFailed", "Reading the journal: "+err.Error()+".")
+			return service.Listing{}, service.Because(500, "OperationFailed", "Reading the journal: "+err.Error()+".")
 		}
-		e, err := journalEntry(rec)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, e)
+		all = append(all, rec)
 	}
-	return out, nil
+	return service.Listing{
+		Len: len(all),
+		ID:  func(i int) string { return strconv.FormatUint(all[i].Seq, 10) },
+		At:  func(i int) (schema.Object, error) { return journalEntry(all[i]) },
+	}, nil
 }
 
 func journalEntry(rec journal.Record) (*schema.LogEntry, error) {
@@ -199,7 +196,7 @@ func journalEntry(rec journal.Record) (*schema.LogEntry, error) {
 		text = text[:enough] + "…"
 	}
 	e := &schema.LogEntry{
-		Resource:  schema.Resource{ID: strconv.FormatUint(rec.Seq, 10), Name: "Journal record"},
+		Resource:  schema.Resource{Name: "Journal record"},
 		EntryType: "Oem", OEMRecordFmt: "Backdoor journal", Created: schema.Time(rec.Time), Severity: schema.HealthOK, Message: text,
 	}
 	var err error

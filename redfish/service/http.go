@@ -361,13 +361,17 @@ func (s *Service) collect(r *Request, q query) (schema.Object, error) {
 		if err != nil {
 			return nil, err
 		}
-		total = len(all)
+		total = all.Len
 		member = func(i int) (json.RawMessage, error) {
-			sub, err := r.sub(r.URI + "/" + all[i].Meta().ID)
+			sub, err := r.sub(r.URI + "/" + all.ID(i))
 			if err != nil {
 				return nil, err
 			}
-			b, _, err := sub.marshal(all[i])
+			o, err := all.At(i)
+			if err != nil {
+				return nil, err
+			}
+			b, _, err := sub.marshal(o)
 			return b, err
 		}
 	}

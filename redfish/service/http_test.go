@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -15,12 +16,10 @@ import (
 
 // testRoutes are resources that the BMC has not: a log, a parametrised family, an action that runs as a task.
 func testRoutes(t testing.TB) []Route {
-	entries := func(*Request) ([]schema.Object, error) {
-		var out []schema.Object
-		for i := range 1200 {
-			out = append(out, &schema.LogEntry{Resource: schema.Resource{ID: fmt.Sprint(i), Name: "Entry"}, EntryType: "Event", Message: fmt.Sprint("message ", i)})
-		}
-		return out, nil
+	entries := func(*Request) (Listing, error) {
+		return Listing{Len: 1200, ID: strconv.Itoa, At: func(i int) (schema.Object, error) {
+			return &schema.LogEntry{Resource: schema.Resource{Name: "Entry"}, EntryType: "Event", Message: fmt.Sprint("message ", i)}, nil
+		}}, nil
 	}
 	return []Route{
 		{URI: "/redfish/v1/Systems/system/LogServices", Type: schema.TypeLogServiceCollection, Name: "Logs", Members: Fixed("Log")},

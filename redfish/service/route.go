@@ -27,9 +27,9 @@ type Route struct {
 
 	// Members makes the route a collection: it returns the Ids of the members, in order. The members have a route of their own.
 	Members func(*Request) ([]string, error)
-	// Entries makes the route a collection whose members are always expanded, as LogEntryCollection's are. Each has its
-	// Id set. The members get their route from here: a second function is only worth it where one entry is cheap.
-	Entries func(*Request) ([]schema.Object, error)
+	// Entries makes the route a collection whose members are always expanded, as LogEntryCollection's are. The members get
+	// their own route from here.
+	Entries func(*Request) (Listing, error)
 	// Name is the name of a collection.
 	Name string
 
@@ -47,6 +47,14 @@ type Route struct {
 	Handler func(*Request) (*Reply, error)
 
 	schemaURI string // of the schema, if it is our own
+}
+
+// Listing is the members of a collection that are made only when they are asked for.
+type Listing struct {
+	Len int
+	// ID returns the Id of member i, and At the member, whose Id the service fills in.
+	ID func(i int) string
+	At func(i int) (schema.Object, error)
 }
 
 // Create is how a collection takes a POST.

@@ -252,9 +252,9 @@ func (r *Route) entry() Route {
 			if err != nil {
 				return nil, err
 			}
-			for _, o := range all {
-				if o.Meta().ID == q.Param("entry") {
-					return o, nil
+			for i := range all.Len {
+				if all.ID(i) == q.Param("entry") {
+					return all.At(i)
 				}
 			}
 			return nil, NotFound
