@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 )
 
 // QP is a queue pair: one end of a reliable connection.
@@ -15,6 +16,8 @@ type QP struct {
 	psn  PSN
 	done chan struct{} // closed when the queue pair fails or is closed
 	err  error         // guarded by d.mu
+
+	backlog []*waiter // whose requests the send queue has no room for yet, in order; guarded by d.mu
 }
 
 // NewQP makes a queue pair whose completions go to cq. Without one it takes Do and the methods built on it only.
@@ -107,6 +110,13 @@ func (q *QP) Close() error {
 func (q *QP) ended(core *qp, cause error) {
 	q.err = cause
 	close(q.done)
+	for _, w := range q.backlog {
+		next, rest := w.next, w.queue[w.next:]
+		for i := range rest { // the last result gives w away
+			w.result(next+i, Completion{ID: rest[i].ID, QPN: core.num, Verb: rest[i].Verb, Err: ErrFlushed})
+		}
+	}
+	q.backlog = nil
 	q.d.log.Debug("queue pair ended", "qpn", core.num, "peer", core.peer.Addr(), "cause", cause)
 	q.d.wakeAll()
 }
@@ -123,31 +133,34 @@ func (q *QP) complete(core *qp, c Completion, w *waiter, tag int) {
 	if w.left == 0 {
 		return // abandoned
 	}
+	w.result(tag, c)
+	q.refill()
+}
+
+// result notes the outcome of one request. Called with mu held.
+func (w *waiter) result(tag int, c Completion) {
 	w.out[tag] = c
-	w.left--
-	if w.next < len(w.queue) {
-		if c.Err == nil {
-			q.fill(w)
-		} else {
-			w.left -= len(w.queue) - w.next // they were never posted
-			for ; w.next < len(w.queue); w.next++ {
-				r := &w.queue[w.next]
-				w.out[w.next] = Completion{ID: r.ID, QPN: core.num, Verb: r.Verb, Err: ErrFlushed}
-			}
-		}
-	}
-	if w.left == 0 {
+	if w.left--; w.left == 0 {
 		w.finish()
 	}
 }
 
-// fill posts what there is room for of the requests of w. Called with mu held.
-func (q *QP) fill(w *waiter) {
-	for w.next < len(w.queue) && !q.q.req.sq.full() {
-		if q.q.req.post(w.queue[w.next], w, w.next) != nil {
-			return // the window of sequence numbers; what is under way will make room
+// refill posts what there is room for of the requests that wait for it. Called with mu held.
+func (q *QP) refill() {
+	for len(q.backlog) > 0 && q.err == nil && q.q.state != qpError {
+		w := q.backlog[0]
+		tag := w.next
+		wr := &w.queue[tag]
+		err := q.q.req.post(*wr, w, tag)
+		if err == ErrQueueFull {
+			return
 		}
-		w.next++
+		if w.next++; w.next == len(w.queue) {
+			q.backlog = append(q.backlog[:0], q.backlog[1:]...)
+		}
+		if err != nil { // the last result gives w away
+			w.result(tag, Completion{ID: wr.ID, QPN: q.q.num, Verb: wr.Verb, Err: err})
+		}
 	}
 }
 
@@ -227,30 +240,26 @@ func (q *QP) Do(ctx context.Context, wrs []WorkRequest, out []Completion) error 
 	if len(wrs) == 0 {
 		return nil
 	}
-	w := newWaiter()
+	w := q.d.newWaiter()
 	w.left, w.out, w.queue = len(wrs), out[:len(wrs)], wrs
-	return q.do(ctx, w)
+	reuse, err := q.do(ctx, w)
+	if reuse {
+		q.d.spare.Put(w)
+	}
+	return err
 }
 
-// do runs the requests of w and gives w back.
-func (q *QP) do(ctx context.Context, w *waiter) error {
+// do runs the requests of w. It reports whether w may be used again: not if somebody may still look at it.
+func (q *QP) do(ctx context.Context, w *waiter) (reuse bool, err error) {
 	d := q.d
 	d.mu.Lock()
 	if err := q.usable(); err != nil {
 		d.mu.Unlock()
-		return err
+		return true, err
 	}
 	now := d.now()
-	q.fill(w)
-	if w.next == 0 && q.q.req.sq.n == 0 { // not for want of room
-		err := q.q.req.post(w.queue[0], w, 0)
-		d.mu.Unlock()
-		return fmt.Errorf("%v: %w", w.queue[0].Verb, err)
-	}
-	if w.next == 0 {
-		d.mu.Unlock()
-		return ErrQueueFull
-	}
+	q.backlog = append(q.backlog, w)
+	q.refill()
 	d.eng.schedule(now, q.q)
 	d.kick(now)
 	d.mu.Unlock()
@@ -259,29 +268,30 @@ func (q *QP) do(ctx context.Context, w *waiter) error {
 		defer d.mu.Unlock()
 		if !w.done.Load() {
 			w.left = 0
-			w.next = len(w.queue)
+			q.backlog = slices.DeleteFunc(q.backlog, func(o *waiter) bool { return o == w })
 			q.q.req.abandon(w)
-			return err
+			return false, err
 		}
 	}
-	var err error
 	for i := range w.out {
 		if c := &w.out[i]; c.Err != nil {
-			err = fmt.Errorf("%v of %v: %w", c.Verb, q.Peer(), c.Err)
-			break
+			return true, fmt.Errorf("%v of %v: %w", c.Verb, q.Peer(), c.Err)
 		}
 	}
-	waiters.Put(w)
-	return err
+	return true, nil
 }
 
 // single runs one request and returns its completion.
 func (q *QP) single(ctx context.Context, wr WorkRequest) (Completion, error) {
-	w := newWaiter()
+	w := q.d.newWaiter()
 	w.reqs[0] = wr
 	w.left, w.out, w.queue = 1, w.one[:], w.reqs[:]
-	err := q.do(ctx, w)
-	return w.one[0], err
+	reuse, err := q.do(ctx, w)
+	c := w.one[0]
+	if reuse {
+		q.d.spare.Put(w)
+	}
+	return c, err
 }
 
 // Read fills buf from the peer's memory at va.
@@ -317,7 +327,7 @@ func (q *QP) Send(ctx context.Context, buf []byte) error {
 // Recv waits for a message and returns its length in buf.
 func (q *QP) Recv(ctx context.Context, buf []byte) (Completion, error) {
 	d := q.d
-	w := newWaiter()
+	w := d.newWaiter()
 	w.left, w.out = 1, w.one[:]
 	d.mu.Lock()
 	err := q.err
@@ -338,7 +348,7 @@ func (q *QP) Recv(ctx context.Context, buf []byte) (Completion, error) {
 		}
 	}
 	c := w.one[0]
-	waiters.Put(w)
+	d.spare.Put(w)
 	return c, c.Err
 }
 
@@ -461,7 +471,7 @@ func (d *Device) Dial(ctx context.Context, addr netip.Addr, service ServiceID, p
 	if err != nil {
 		return nil, nil, err
 	}
-	w := newWaiter()
+	w := d.newWaiter()
 	d.mu.Lock()
 	now := d.now()
 	c, err := d.eng.cm.dial(now, addr, service, q.q, private, dialer{w})

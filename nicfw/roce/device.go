@@ -24,6 +24,7 @@ type Device struct {
 	start time.Time
 
 	seat    chan struct{} // full while somebody drives
+	spare   sync.Pool     // of *waiter
 	callers atomic.Int64  // counts those who came to drive besides Run
 
 	rx []Packet // of the one who drives
@@ -132,7 +133,7 @@ func (d *Device) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		err := d.step()
+		err := d.step(nil)
 		<-d.seat
 		if err != nil {
 			return err
@@ -149,8 +150,9 @@ func (d *Device) Run(ctx context.Context) error {
 // courtesy is how long Run leaves the device to other callers.
 const courtesy = 100 * time.Microsecond
 
-// step sends what is to be sent, waits for packets or the next deadline, and deals with them. Called from the seat.
-func (d *Device) step() error {
+// step sends what is to be sent, waits for packets or the next deadline unless w is done, and deals with them. Called
+// from the seat.
+func (d *Device) step(w *waiter) error {
 	d.mu.Lock()
 	if d.err != nil {
 		defer d.mu.Unlock()
@@ -163,6 +165,10 @@ func (d *Device) step() error {
 		wait = 0
 	} else if next := d.eng.next(); next != 0 {
 		wait = max(next-now, 0)
+	}
+	if w != nil && w.done.Load() { // a deadline did it
+		d.mu.Unlock()
+		return nil
 	}
 	d.sleeping = forever
 	if wait >= 0 {
@@ -273,10 +279,12 @@ func (w *waiter) finish() {
 	}
 }
 
-var waiters = sync.Pool{New: func() any { return &waiter{ch: make(chan struct{}, 1)} }}
-
-func newWaiter() *waiter {
-	w := waiters.Get().(*waiter)
+// newWaiter returns a waiter that was used before, if there is one.
+func (d *Device) newWaiter() *waiter {
+	w, _ := d.spare.Get().(*waiter)
+	if w == nil {
+		return &waiter{ch: make(chan struct{}, 1)}
+	}
 	w.done.Store(false)
 	select {
 	case <-w.ch:
@@ -310,7 +318,7 @@ func (d *Device) await(ctx context.Context, w *waiter) error {
 		var err error
 		for err == nil && !w.done.Load() {
 			if err = ctx.Err(); err == nil {
-				err = d.step()
+				err = d.step(w)
 			}
 		}
 		<-d.seat

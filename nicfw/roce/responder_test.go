@@ -218,7 +218,7 @@ func TestResponder(t *testing.T) {
 		}, qpError},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			o := newOneEnd(t, QPConfig{}, tt.access)
+			o := newOneEnd(t, QPConfig{Resources: 4}, tt.access)
 			for i := range tt.recvs {
 				o.q.resp.post(recvRequest{id: uint64(i), buf: make([]byte, 512)})
 			}

@@ -1,0 +1,368 @@
+package roce
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// pipeDevices returns two devices over a pipe, of which the second runs.
+func pipeDevices(t *testing.T, f Faults) (a, b *Device) {
+	t.Helper()
+	la, lb := NewPipe(netip.MustParseAddrPort("[fd00::a]:4791"), netip.MustParseAddrPort("[fd00::b]:4791"), 4096, f)
+	return openDevices(t, la, lb)
+}
+
+func openDevices(t testing.TB, la, lb Link) (a, b *Device) {
+	t.Helper()
+	a, err := Open(la, Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err = Open(lb, Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- b.Run(ctx) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-done; !errors.Is(err, context.Canceled) && !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Run: %v", err)
+		}
+		if err := errors.Join(a.Close(), b.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	return a, b
+}
+
+// joined returns two connected queue pairs without connection management.
+func joined(t testing.TB, a, b *Device, cfg QPConfig) (qa, qb *QP, pd *PD) {
+	t.Helper()
+	pd = b.NewPD()
+	qa, err := a.NewQP(a.NewPD(), a.NewCQ(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	qb, err = b.NewQP(pd, b.NewCQ(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = errors.Join(
+		qa.Connect(Remote{b.link.LocalAddr().Addr(), qb.QPN(), qb.PSN()}),
+		qb.Connect(Remote{a.link.LocalAddr().Addr(), qa.QPN(), qa.PSN()}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return qa, qb, pd
+}
+
+// exercise uses everything that two queue pairs can do.
+func exercise(t *testing.T, qa, qb *QP, pd *PD) {
+	t.Helper()
+	ctx := context.Background()
+	mem := NewBuffer(1 << 20)
+	mr, err := pd.Register(mem, MRConfig{Addr: 1 << 40, Length: 1 << 20, Access: allAccess})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, got := bytes.Repeat([]byte("backdoor"), 20000), make([]byte, 160000)
+	if err := qa.Write(ctx, want, mr.Addr()+1000, mr.RKey()); err != nil {
+		t.Fatal(err)
+	}
+	if err := qa.Read(ctx, got, mr.Addr()+1000, mr.RKey()); err != nil || !bytes.Equal(want, got) {
+		t.Fatalf("read: %v", err)
+	}
+	for i := range uint64(5) {
+		if prev, err := qa.FetchAdd(ctx, mr.Addr(), mr.RKey(), 3); err != nil || prev != 3*i {
+			t.Fatalf("fetch and add = %d, %v", prev, err)
+		}
+	}
+	if prev, err := qa.CompareAndSwap(ctx, mr.Addr(), mr.RKey(), 15, 99); err != nil || prev != 15 {
+		t.Fatalf("compare and swap = %d, %v", prev, err)
+	}
+	if prev, err := qa.CompareAndSwap(ctx, mr.Addr(), mr.RKey(), 15, 100); err != nil || prev != 99 {
+		t.Fatalf("compare and swap = %d, %v", prev, err)
+	}
+	// Many at once: more than the queue has room for.
+	wrs, out := make([]WorkRequest, 1000), make([]Completion, 1000)
+	for i := range wrs {
+		wrs[i] = WorkRequest{ID: uint64(i), Verb: VerbRead, Buf: make([]byte, 8), Addr: mr.Addr() + 1000 + uint64(i*8), RKey: mr.RKey()}
+	}
+	if err := qa.Do(ctx, wrs, out); err != nil {
+		t.Fatal(err)
+	}
+	for i := range wrs {
+		if out[i].ID != uint64(i) || string(wrs[i].Buf) != "backdoor" {
+			t.Fatalf("read %d: %+v %q", i, out[i], wrs[i].Buf)
+		}
+	}
+	// Messages, both ways.
+	recv := make(chan error, 1)
+	go func() {
+		buf := make([]byte, 100)
+		c, err := qb.Recv(ctx, buf)
+		if err == nil {
+			err = qb.Send(ctx, append([]byte("you said "), buf[:c.Len]...))
+		}
+		recv <- err
+	}()
+	answer := make([]byte, 100)
+	done := make(chan Completion, 1)
+	go func() {
+		c, _ := qa.Recv(ctx, answer)
+		done <- c
+	}()
+	if err := qa.Send(ctx, []byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	if c := <-done; c.Err != nil || string(answer[:c.Len]) != "you said hello" {
+		t.Fatalf("answer %q, %v", answer[:c.Len], c.Err)
+	}
+	if err := <-recv; err != nil {
+		t.Fatal(err)
+	}
+	// And through completion queues.
+	if _, err := qa.Post(WorkRequest{ID: 1, Verb: VerbWrite, Buf: []byte("12345678"), Addr: mr.Addr(), RKey: mr.RKey()}, WorkRequest{ID: 2, Verb: VerbRead, Buf: got[:8], Addr: mr.Addr(), RKey: mr.RKey()}); err != nil {
+		t.Fatal(err)
+	}
+	for n := 0; n < 2; {
+		k, err := qa.cq.Wait(ctx, out[n:2])
+		if err != nil {
+			t.Fatal(err)
+		}
+		n += k
+	}
+	if out[0].ID != 1 || out[1].ID != 2 || out[1].Err != nil || string(got[:8]) != "12345678" {
+		t.Fatalf("completions %+v, read %q", out[:2], got[:8])
+	}
+}
+
+func TestDeviceOverPipe(t *testing.T) {
+	for _, f := range []Faults{{}, {Seed: 1, Loss: 0.02, Dup: 0.02, Reorder: 0.02, Corrupt: 0.02}} {
+		synctest.Test(t, func(t *testing.T) {
+			a, b := pipeDevices(t, f)
+			qa, qb, pd := joined(t, a, b, QPConfig{AckTimeout: 5 * time.Millisecond})
+			exercise(t, qa, qb, pd)
+		})
+	}
+}
+
+func TestDeviceOverUDP(t *testing.T) {
+	for _, cfg := range []UDPConfig{{}, {NoOffload: true}, {Spin: 20 * time.Microsecond}} {
+		la, lb := udpPair(t, cfg)
+		a, b := openDevices(t, la, lb)
+		qa, qb, pd := joined(t, a, b, QPConfig{})
+		exercise(t, qa, qb, pd)
+	}
+}
+
+// TestConnectionManager connects, talks and disconnects as applications do.
+func TestConnectionManager(t *testing.T) {
+	for _, f := range []Faults{{}, {Seed: 3, Loss: 0.05, Dup: 0.05, Reorder: 0.05}} {
+		synctest.Test(t, func(t *testing.T) {
+			ctx := context.Background()
+			a, b := pipeDevices(t, f)
+			l, err := b.Listen(ServiceTCP(7471))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := b.Listen(ServiceTCP(7471)); err == nil {
+				t.Error("two listeners for one service")
+			}
+			pd := b.NewPD()
+			accepted := make(chan *QP)
+			go func() {
+				for {
+					r, err := l.Accept(ctx)
+					if err != nil {
+						close(accepted)
+						return
+					}
+					if string(r.Private()[:5]) != "token" {
+						r.Reject([]byte("who are you?"))
+						continue
+					}
+					if r.Peer() != a.link.LocalAddr().Addr() || r.PathMTU() != 4096 {
+						t.Errorf("request of %v with path MTU %d", r.Peer(), r.PathMTU())
+					}
+					q, err := r.Accept(pd, b.NewCQ(), QPConfig{AckTimeout: 5 * time.Millisecond}, []byte("key"))
+					if err != nil {
+						t.Error(err)
+					}
+					accepted <- q
+				}
+			}()
+			var rej *RejectError
+			if _, _, err := a.Dial(ctx, b.link.LocalAddr().Addr(), ServiceTCP(7471), a.NewPD(), nil, QPConfig{}, []byte("stranger")); !errors.As(err, &rej) || !bytes.HasPrefix(rej.Private, []byte("who are you?")) {
+				t.Errorf("dial without token: %v", err)
+			}
+			qa, private, err := a.Dial(ctx, b.link.LocalAddr().Addr(), ServiceTCP(7471), a.NewPD(), a.NewCQ(), QPConfig{AckTimeout: 5 * time.Millisecond}, []byte("token"))
+			if err != nil || !bytes.HasPrefix(private, []byte("key\x00")) {
+				t.Fatalf("dial: %q, %v", private, err)
+			}
+			qb := <-accepted
+			exercise(t, qa, qb, pd)
+			run, stop := context.WithCancel(ctx)
+			var wg sync.WaitGroup
+			wg.Go(func() { a.Run(run) })
+			defer wg.Wait()
+			defer stop()
+			qb.Close()
+			<-qa.Done()
+			if !errors.Is(qa.Err(), ErrDisconnected) {
+				t.Errorf("ended: %v", qa.Err())
+			}
+			if err := qa.Read(ctx, make([]byte, 1), 0, 0); !errors.Is(err, ErrDisconnected) {
+				t.Errorf("read after the end: %v", err)
+			}
+			qa.Close()
+			l.Close()
+			if _, ok := <-accepted; ok {
+				t.Error("accepted after Close")
+			}
+			short, cancel := context.WithTimeout(ctx, time.Second)
+			defer cancel()
+			if _, _, err := a.Dial(short, b.link.LocalAddr().Addr(), ServiceTCP(7471), a.NewPD(), nil, QPConfig{}, nil); !errors.As(err, &rej) || rej.Reason != RejectInvalidService {
+				t.Errorf("dial a closed service: %v", err)
+			}
+		})
+	}
+}
+
+func TestCancel(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := pipeDevices(t, Faults{Loss: 1})
+		qa, _, _ := joined(t, a, b, QPConfig{RetryCount: 7, AckTimeout: time.Second})
+		for _, f := range []func(ctx context.Context) error{
+			func(ctx context.Context) error { return qa.Read(ctx, make([]byte, 100), 0, 1) },
+			func(ctx context.Context) error { return qa.Write(ctx, make([]byte, 100), 0, 1) },
+			func(ctx context.Context) error { _, err := qa.Recv(ctx, make([]byte, 100)); return err },
+			func(ctx context.Context) error { _, err := qa.cq.Wait(ctx, make([]Completion, 1)); return err },
+			func(ctx context.Context) error {
+				_, _, err := a.Dial(ctx, b.link.LocalAddr().Addr(), 1, a.NewPD(), nil, QPConfig{}, nil)
+				return err
+			},
+		} {
+			ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+			start := time.Now()
+			if err := f(ctx); !errors.Is(err, context.DeadlineExceeded) || time.Since(start) != 100*time.Millisecond {
+				t.Errorf("%v after %v", err, time.Since(start))
+			}
+			cancel()
+		}
+		// What was abandoned does not come back, and others go on.
+		if err := qa.Read(context.Background(), make([]byte, 8), 0, 1); !errors.Is(err, ErrRetryExceeded) && !errors.Is(err, ErrFlushed) {
+			t.Error(err)
+		}
+	})
+}
+
+// TestAbandonedRead: the answer to a READ that nobody waits for any more does not go into the caller's memory.
+func TestAbandonedRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		la, lb := NewPipe(netip.MustParseAddrPort("[fd00::a]:4791"), netip.MustParseAddrPort("[fd00::b]:4791"), 4096, Faults{})
+		a, _ := Open(la, Config{})
+		b, _ := Open(lb, Config{})
+		qa, _, pd := joined(t, a, b, QPConfig{})
+		mem := NewBuffer(8)
+		mem.WriteAt([]byte("12345678"), 0)
+		mr, _ := pd.Register(mem, MRConfig{Length: 8, Access: AccessRead})
+		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+		defer cancel()
+		buf := make([]byte, 8)
+		if err := qa.Read(ctx, buf, 0, mr.RKey()); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+		run, stop := context.WithCancel(context.Background())
+		go b.Run(run)
+		other := make([]byte, 8)
+		if err := qa.Read(context.Background(), other, 0, mr.RKey()); err != nil || string(other) != "12345678" || buf[0] != 0 {
+			t.Errorf("%v, buffers %q, %q", err, other, buf)
+		}
+		stop()
+		a.Close()
+		b.Close()
+	})
+}
+
+func TestCloseEndsEverything(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := pipeDevices(t, Faults{Loss: 1})
+		qa, _, _ := joined(t, a, b, QPConfig{AckTimeout: time.Hour})
+		l, _ := a.Listen(1)
+		var wg sync.WaitGroup
+		for _, f := range []func(ctx context.Context) error{
+			func(ctx context.Context) error { return qa.Read(ctx, make([]byte, 100), 0, 1) },
+			func(ctx context.Context) error { _, err := qa.Recv(ctx, make([]byte, 100)); return err },
+			func(ctx context.Context) error { _, err := qa.cq.Wait(ctx, make([]Completion, 1)); return err },
+			func(ctx context.Context) error { _, err := l.Accept(ctx); return err },
+			func(ctx context.Context) error { return a.Run(ctx) },
+		} {
+			wg.Go(func() {
+				if err := f(context.Background()); err == nil {
+					t.Error("no error")
+				}
+			})
+		}
+		time.Sleep(time.Second)
+		a.Close()
+		wg.Wait()
+		if _, err := a.NewQP(a.NewPD(), nil, QPConfig{}); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("new queue pair of a closed device: %v", err)
+		}
+	})
+}
+
+// TestConcurrent lets many goroutines use one queue pair and one device at the same time, over real sockets.
+func TestConcurrent(t *testing.T) {
+	la, lb := udpPair(t, UDPConfig{})
+	a, b := openDevices(t, la, lb)
+	qa, _, pd := joined(t, a, b, QPConfig{SendDepth: 3})
+	mem := NewBuffer(1 << 16)
+	mr, err := pd.Register(mem, MRConfig{Length: 1 << 16, Access: allAccess})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const workers, rounds = 8, 100
+	var wg sync.WaitGroup
+	for i := range workers {
+		wg.Go(func() {
+			ctx := context.Background()
+			at := uint64(1024 * (i + 1))
+			for n := range uint64(rounds) {
+				want, got := make([]byte, 500), make([]byte, 500)
+				binary.LittleEndian.PutUint64(want, n)
+				err := qa.Write(ctx, want, at, mr.RKey())
+				if err == nil {
+					err = qa.Read(ctx, got, at, mr.RKey())
+				}
+				if err != nil || !bytes.Equal(want, got) {
+					t.Errorf("worker %d: %v", i, err)
+					return
+				}
+			}
+			if _, err := qa.FetchAdd(ctx, 0, mr.RKey(), 1); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if n, err := qa.FetchAdd(context.Background(), 0, mr.RKey(), 0); n != workers || err != nil {
+		t.Errorf("counter %d, %v; want %d", n, err, workers)
+	}
+	mr.Revoke()
+	var nak *NAKError
+	if err := qa.Read(context.Background(), make([]byte, 8), 0, mr.RKey()); !errors.As(err, &nak) || nak.Syndrome != NAKRemoteAccess {
+		t.Errorf("read of a revoked window: %v", err)
+	}
+}
