@@ -378,27 +378,25 @@ func (g *generator) edm(t reflect.Type) string {
 func pkg(t reflect.Type) string { return t.PkgPath()[strings.LastIndexByte(t.PkgPath(), '/')+1:] }
 
 // typeName tells types of different packages apart.
-func typeName(t reflect.Type) string { return property(pkg(t)) + t.Name() }
+func typeName(t reflect.Type) string { return property(pkg(t)) + property(t.Name()) }
 
-// words splits a name for people: "LastRun" is "last run".
+// words splits a name for people: "LastRun" is "last run", "TimerIRQs" is "timer IRQs".
 func words(name string) string {
+	lower := func(i int) bool { return i >= 0 && i < len(name) && 'a' <= name[i] && name[i] <= 'z' }
+	plural := func(i int) bool { return i < len(name) && name[i] == 's' && !lower(i+1) }
 	var out strings.Builder
-	for i, r := range name {
-		upper := 'A' <= r && r <= 'Z'
-		if upper && i > 0 {
-			before := name[i-1]
-			after := byte('A')
-			if i+1 < len(name) {
-				after = name[i+1]
-			}
-			if 'a' <= before && before <= 'z' || 'a' <= after && after <= 'z' && !('a' <= before && before <= 'z') {
+	for i := range len(name) {
+		c := name[i]
+		if 'A' <= c && c <= 'Z' {
+			begins := lower(i+1) && !plural(i+1) // of a word that is no abbreviation
+			if i > 0 && (lower(i-1) || begins) {
 				out.WriteByte(' ')
 			}
+			if begins {
+				c += 'a' - 'A'
+			}
 		}
-		if upper && i+1 < len(name) && 'a' <= name[i+1] && name[i+1] <= 'z' {
-			r += 'a' - 'A'
-		}
-		out.WriteRune(r)
+		out.WriteByte(c)
 	}
 	return out.String()
 }
