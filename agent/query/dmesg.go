@@ -10,15 +10,18 @@ import (
 
 // Log is the answer to "what did the kernel say?", the oldest record first.
 type Log struct {
-	At       time.Time          `json:"at"` // the reader's clock
-	Records  []kernel.LogRecord `json:"records"`
-	Complete bool               `json:"complete"`
-	Doubts   []string           `json:"doubts,omitempty"`
+	At      time.Time          `json:"at"` // the reader's clock
+	Records []kernel.LogRecord `json:"records"`
+	// Next is the sequence number behind the newest record, wanted or not. If it is less than an earlier answer's, the host
+	// has booted anew and counts from zero.
+	Next     uint64   `json:"next"`
+	Complete bool     `json:"complete"`
+	Doubts   []string `json:"doubts,omitempty"`
 }
 
 // DmesgOptions tune Dmesg. The zero value reads the whole ring.
 type DmesgOptions struct {
-	// From is the first sequence number wanted: the one behind the last record seen follows a log.
+	// From is the first sequence number wanted: the Next of the answer before follows a log.
 	From uint64
 	// MaxLevel keeps records of this priority and more urgent ones (0 is an emergency, 7 debug); nil keeps all.
 	MaxLevel *uint8
@@ -45,6 +48,7 @@ func Dmesg(ctx context.Context, v View, o DmesgOptions) (Log, error) {
 			continue
 		}
 		read++
+		l.Next = r.Seq + 1
 		if r.Seq < o.From || o.MaxLevel != nil && r.Level > *o.MaxLevel {
 			continue
 		}

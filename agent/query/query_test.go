@@ -269,8 +269,8 @@ func TestTopOfOneSample(t *testing.T) {
 
 func TestDmesg(t *testing.T) {
 	l, err := Dmesg(t.Context(), example(), DmesgOptions{})
-	if err != nil || len(l.Records) != 3 {
-		t.Fatalf("Dmesg = %d records, %v; want 3", len(l.Records), err)
+	if err != nil || len(l.Records) != 3 || l.Next != 13 {
+		t.Fatalf("Dmesg = %d records, next %d, %v; want 3 and 13", len(l.Records), l.Next, err)
 	}
 	var b bytes.Buffer
 	if err := l.Text(&b); err != nil {

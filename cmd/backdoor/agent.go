@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
@@ -76,13 +77,21 @@ func statusOf(st engine.State, now time.Time) query.Status {
 		At: now, Phase: string(st.Phase), Since: st.Since, Kernel: st.Kernel, Health: query.CouldNotTell,
 		Agent: &query.Agent{Writes: st.Writes, Attaches: st.Attaches, Passes: st.Passes},
 	}
-	switch st.Health {
-	case engine.Healthy:
+	var unsure []string
+	for _, d := range st.Detectors {
+		if d.Health != engine.Healthy && d.Health != engine.Ill {
+			unsure = append(unsure, d.ID)
+		}
+	}
+	switch {
+	case st.Health == engine.Healthy:
 		s.Health, s.Why = query.Healthy, "every detector looked and found nothing"
-	case engine.Ill:
+	case st.Health == engine.Ill:
 		s.Health, s.Why = query.Unhealthy, "findings are open; see: backdoor findings"
-	case engine.CouldNotTell:
-		s.Why = "not every detector could tell"
+	case len(unsure) > 0:
+		s.Why = "nothing was found, but not every detector could look: " + strings.Join(unsure, ", ")
+	default:
+		s.Why = "no detector has looked yet"
 	}
 	if st.Phase != engine.Attached {
 		s.Why = "no kernel is attached"
@@ -100,7 +109,7 @@ func statusOf(st engine.State, now time.Time) query.Status {
 		s.Agent.AttachTook = query.Round(st.AttachTook)
 	}
 	if c := st.LastPass; !c.At.IsZero() {
-		s.Agent.LastPass = fmt.Sprintf("%s, %d reads, %s", query.Round(c.Took), c.Reads, query.Bytes(uint64(max(c.Bytes, 0))))
+		s.Agent.LastPass = fmt.Sprintf("%s, %d reads of %s bytes in all", query.Round(c.Took), c.Reads, query.Bytes(uint64(max(c.Bytes, 0))))
 	}
 	for _, d := range st.Detectors {
 		line := d.ID + ": "
@@ -129,7 +138,7 @@ func statusOf(st engine.State, now time.Time) query.Status {
 		}
 	}
 	for _, f := range st.Errors {
-		s.Agent.Errors = append(s.Agent.Errors, fmt.Sprintf("%s %s: %s (%d times)", f.At.UTC().Format(time.RFC3339), f.Where, f.Error, f.Count))
+		s.Agent.Errors = append(s.Agent.Errors, fmt.Sprintf("%s %s: %s (%d times)", f.At.UTC().Format(time.RFC3339), f.Where, strings.ReplaceAll(f.Error, "\n", "; "), f.Count))
 	}
 	if st.Healing != "" {
 		s.Notes = append(s.Notes, "healing: plan "+st.Healing)
@@ -179,7 +188,7 @@ func (a *agent) Dmesg(ctx context.Context, o query.DmesgOptions) (query.Log, err
 		if records, err = a.log(ctx, 0); err != nil {
 			return query.Log{}, err
 		}
-		a.logSeen = len(records)
+		a.logSeen, a.logNext = len(records), 0
 	}
 	l := query.Log{At: at, Complete: true, Records: []kernel.LogRecord{}}
 	for _, r := range records {
@@ -188,6 +197,7 @@ func (a *agent) Dmesg(ctx context.Context, o query.DmesgOptions) (query.Log, err
 			l.Records = append(l.Records, r)
 		}
 	}
+	l.Next = a.logNext
 	return l, nil
 }
 

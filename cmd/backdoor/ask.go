@@ -195,45 +195,55 @@ line of JSON.
 	},
 }
 
-// follow shows a log and what is added to it, until ctx ends.
+// follow shows a log and what is added to it, until ctx ends. It goes on through a reboot of the host.
 func (e *env) follow(ctx context.Context, s source, o query.DmesgOptions, l query.Log) error {
-	if e.o.interval < 100*time.Millisecond {
-		e.o.interval = 100 * time.Millisecond
-	}
+	every := max(e.o.interval, 100*time.Millisecond)
+	waiting := false
 	for {
-		for _, r := range l.Records {
-			o.From = max(o.From, r.Seq+1)
-			if e.o.json {
-				if err := e.jsonLine(r); err != nil {
-					return err
-				}
-			}
-		}
-		if !e.o.json {
-			if err := l.Text(e.stdout); err != nil {
-				return err
-			}
-		}
-		if sleep(ctx, e.o.interval) != nil {
-			return nil // interrupted, as is usual
-		}
-		next, err := s.Dmesg(ctx, o)
-		if ctx.Err() != nil {
-			return nil
-		}
-		if err != nil {
+		if err := e.showLog(l); err != nil {
 			return err
 		}
-		// A host that has rebooted counts from zero again.
-		if len(next.Records) == 0 && o.From > 0 {
-			all, err := s.Dmesg(ctx, query.DmesgOptions{MaxLevel: o.MaxLevel})
-			if err == nil && len(all.Records) > 0 && all.Records[len(all.Records)-1].Seq+1 < o.From {
-				fmt.Fprintln(e.stderr, "backdoor: the log begins anew: the host has rebooted")
-				o.From, next = 0, all
-			}
+		o.From = max(o.From, l.Next)
+		if sleep(ctx, every) != nil {
+			return nil // interrupted, as is usual
 		}
-		l = next
+		var err error
+		l, err = s.Dmesg(ctx, o)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil && exitCode(err) == exitUnsure:
+			if !waiting {
+				fmt.Fprintf(e.stderr, "backdoor: waiting: %v\n", err)
+			}
+			waiting, l = true, query.Log{Complete: true}
+			continue
+		case err != nil:
+			return err
+		}
+		waiting = false
+		if l.Next >= o.From {
+			continue
+		}
+		fmt.Fprintln(e.stderr, "backdoor: the log begins anew: the host has rebooted")
+		o.From = 0
+		if l, err = s.Dmesg(ctx, o); err != nil {
+			l = query.Log{Complete: true} // the next look tells why
+		}
 	}
+}
+
+// showLog prints records: as text, or as one line of JSON each.
+func (e *env) showLog(l query.Log) error {
+	if !e.o.json {
+		return l.Text(e.stdout)
+	}
+	for _, r := range l.Records {
+		if err := e.jsonLine(r); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func level(s string) (uint8, error) {

@@ -192,7 +192,9 @@ func (e *env) dispatch(ctx context.Context, args []string) (int, error) {
 	}
 	rest := slices.Delete(slices.Clone(args), at, at+1)
 	if v.raw {
-		rest = args[:at]
+		if rest = args[:at]; len(rest) > 0 {
+			return 0, &usageError{verb: v.name, msg: fmt.Sprintf("flags for %s stand behind that word", v.name)}
+		}
 	}
 	pos, err := permute(fs, rest)
 	if errors.Is(err, flag.ErrHelp) {

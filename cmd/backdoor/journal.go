@@ -25,7 +25,7 @@ state directory, is read, and -verify then checks every hash of its chain.
 	flags: func(fs *flag.FlagSet, o *options) {
 		fs.BoolVar(&o.verify, "verify", false, "check the chain")
 		fs.StringVar(&o.file, "file", "", "journal `file` to read instead of asking an agent")
-		fs.IntVar(&o.rows, "n", 20, "`number` of processes; 0 for all")
+		fs.IntVar(&o.rows, "n", 20, "`number` of records, the newest; 0 for all")
 	},
 	run: func(ctx context.Context, e *env, args []string) (int, error) {
 		if err := none("journal", args); err != nil {

@@ -14,10 +14,10 @@ import (
 
 var labVerb = verb{
 	name:  "lab",
-	args:  "up|down|status|console|fault …",
-	words: []string{"up", "down", "status", "console", "fault", "exec"},
+	args:  "up|down|status|fault|power|exec|console …",
+	words: []string{"up", "down", "status", "fault", "power", "exec", "console"},
 	short: "two virtual machines to try all of this on",
-	long:  "Everything behind the word lab is the laboratory's own; see: backdoor lab help",
+	long:  "Everything behind the word lab is the laboratory's own; see: backdoor lab -h",
 	raw:   true,
 	run: func(ctx context.Context, e *env, args []string) (int, error) {
 		return lab.Command(ctx, args, e.stdin, e.stdout, e.stderr), nil

@@ -388,7 +388,13 @@ func TestFollow(t *testing.T) {
 	if got := out.until(t, "second new line"); strings.Contains(got, "first new line") {
 		t.Errorf("dmesg -w repeats itself: %q", got)
 	}
-	b.agent.do(func() { b.agent.records = []kernel.LogRecord{{Seq: 0, Level: 6, Text: "after the reboot"}} })
+	// The host reboots: for a while there is no kernel, and the next one counts from zero.
+	b.agent.do(func() { b.agent.detached = true })
+	errs.until(t, "waiting: ")
+	b.agent.do(func() {
+		b.agent.detached = false
+		b.agent.records = []kernel.LogRecord{{Seq: 0, Level: 6, Text: "after the reboot"}}
+	})
 	errs.until(t, "the host has rebooted")
 	out.until(t, "after the reboot")
 	cancel()
