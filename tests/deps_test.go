@@ -36,7 +36,7 @@ var layers = map[string]int{
 	"cmd":              5,
 	"images":           5,
 	"tests":            6,
-	"cmd/backdoor":     6, // mounts the lab's verbs
+	"cmd/backdoor":     7, // mounts the lab's verbs
 	"redfish/internal": 0,
 }
 
