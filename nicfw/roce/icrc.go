@@ -25,12 +25,16 @@ const afterID = ipv4Len - 6 + udpLen
 type checker struct {
 	scratch [ipv6Len + udpLen + bthLen]byte
 	inverse []uint32 // x^-8n in the field of the CRC, by n, as far as it was needed
+	off     bool     // leave it out, to measure what it costs
 }
 
 // sum returns the ICRC of data, which is BTH up to and including the pad. id and flags are those of the IPv4 header.
 //
 // Precondition: len(data) >= 12.
 func (c *checker) sum(src, dst netip.AddrPort, id, flags uint16, data []byte) uint32 {
+	if c.off {
+		return 0
+	}
 	s := c.scratch[:]
 	be := binary.BigEndian
 	n := 0

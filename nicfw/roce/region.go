@@ -64,6 +64,7 @@ type MR struct {
 	swapper RegionSwapper
 	expires time.Duration // on the device's clock; 0 is never
 	revoked bool
+	word    [8]byte // scratch of atomic
 }
 
 // RKey returns the key that peers name the region by.
@@ -135,11 +136,10 @@ func (m *MR) atomic(op Opcode, va, swapAdd, compare uint64) (uint64, error) {
 	if op == OpCompareSwap {
 		return m.swapper.CompareAndSwap(off, compare, swapAdd)
 	}
-	var b [8]byte
-	if err := m.read(b[:], va); err != nil {
+	if err := m.read(m.word[:], va); err != nil {
 		return 0, err
 	}
-	old := binary.LittleEndian.Uint64(b[:])
+	old := binary.LittleEndian.Uint64(m.word[:])
 	for range maxSwapTries {
 		prev, err := m.swapper.CompareAndSwap(off, old, old+swapAdd)
 		if err != nil || prev == old {
