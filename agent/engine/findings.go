@@ -46,6 +46,8 @@ func (e *Engine) update(d *detect.Detector, found []detect.Finding, now time.Tim
 		if t.ID == "" && !f.Suspicion && now.Sub(t.FirstSeen) >= d.For {
 			e.counts[f.Kind]++
 			t.ID = fmt.Sprintf("%s-%d", f.Kind, e.counts[f.Kind])
+			d := e.o.Policy.Decide(t.Finding, now, e.past)
+			t.Action, t.Automatic = d.Action, d.Automatic || !d.Again.IsZero()
 			e.record("finding", t.Finding)
 			e.publish(findingEvent(EventFinding, t.Finding, t.Title))
 		}
@@ -120,7 +122,11 @@ func (e *Engine) cause(d *detect.Detector) string {
 // newKernel closes what was about a kernel that is gone. e.mu is held.
 func (e *Engine) newKernel(boot string) {
 	for k, t := range e.tracked {
-		if t.boot != boot {
+		switch t.boot {
+		case boot:
+		case "":
+			e.resolve(k, "the host can be read again")
+		default:
 			e.resolve(k, "the host runs a newly started kernel")
 		}
 	}

@@ -28,7 +28,7 @@ func agreement(t *testing.T, uuid string, actions ...string) *access.Agreement {
 		Version: access.Version, ID: "test", Host: access.Host{UUID: uuid, Name: "guest"},
 		Owner: access.Party{Name: "owner", Key: pub(owner)}, Monitors: []access.Party{{Name: "monitor", Key: pub(monitor)}},
 		Rights:    access.Rights{Read: true, Write: true, Power: true, Actions: actions},
-		ValidFrom: time.Now().Add(-time.Hour), ValidUntil: time.Now().Add(time.Hour),
+		ValidFrom: time.Now().Add(-time.Hour), ValidUntil: time.Now().Add(24 * time.Hour),
 	}
 	for _, k := range []ed25519.PrivateKey{owner, monitor} {
 		if err := a.Sign(k); err != nil {

@@ -508,21 +508,16 @@ func alive(a, b kernel.Heartbeat) bool {
 	return false
 }
 
-// wouldSpeak reports whether the panic detector, whose one look is its verdict, has something new to say. All others judge
-// series that are longer than the time between two proofs.
+// wouldSpeak reports whether judging this pass may change what is said of the host: the panic detector, whose one look is its
+// verdict, has something to say, or something that was said may be taken back. All other new findings rest on series that
+// are longer than the time between two proofs.
 func (w *watcher) wouldSpeak(p *detect.Pass) bool {
-	if p.Panic == nil || !p.Panic.Panicked {
-		return false
+	if p.Panic != nil && p.Panic.Panicked {
+		return true
 	}
-	e := w.e
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for _, t := range e.tracked {
-		if t.Kind == detect.KindPanic && t.ID != "" {
-			return false
-		}
-	}
-	return true
+	w.e.mu.Lock()
+	defer w.e.mu.Unlock()
+	return len(w.e.tracked) > 0
 }
 
 // judge runs the detectors that are due and takes in what they say.

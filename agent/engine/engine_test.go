@@ -1,0 +1,518 @@
+package engine
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
+	"github.com/backdoor-rhs/backdoor/agent/journal"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/agent/policy"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// made is a made-up host, its kernel and its memory in one.
+type made struct {
+	mu       sync.Mutex
+	boot     int
+	off      bool  // no kernel is to be found
+	memErr   error // what opening memory comes to
+	readErr  error // what every read comes to
+	panicked bool
+	frozen   time.Time // since when nothing moves; zero: it moves
+	spin     bool      // PID 412 spins
+	opens    int
+	closes   int
+	started  time.Time
+}
+
+func (m *made) set(f func(m *made)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f(m)
+}
+
+func (m *made) reboot() {
+	m.set(func(m *made) { m.boot++; m.panicked, m.frozen, m.started = false, time.Time{}, time.Now() })
+}
+
+// The memory.
+
+func (m *made) memory(context.Context) (hostmem.Memory, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.memErr != nil {
+		return nil, m.memErr
+	}
+	return m, nil
+}
+
+func (m *made) ReadAt([]byte, int64) (int, error) { return 0, hostmem.ErrNotMapped }
+func (m *made) Map() []hostmem.Range              { return nil }
+func (m *made) Close() error                      { m.set(func(m *made) { m.closes++ }); return nil }
+
+// The source.
+
+func (m *made) open(context.Context, hostmem.Memory, kernel.Options) (target, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.opens++
+	if m.readErr != nil {
+		return nil, m.readErr
+	}
+	if m.off {
+		return nil, kernel.ErrNotFound
+	}
+	return &madeKernel{m, m.boot}, nil
+}
+
+type madeKernel struct {
+	m    *made
+	boot int
+}
+
+func (k *madeKernel) Info() kernel.Info {
+	return kernel.Info{Release: "6.1.0-made", BootID: fmt.Sprintf("boot%d", k.boot), Note: 0x1000, Hostname: "made",
+		Rungs: []kernel.Rung{{Name: "alive", OK: true}}}
+}
+
+func (k *madeKernel) Prove(context.Context) error {
+	k.m.mu.Lock()
+	defer k.m.mu.Unlock()
+	if k.m.readErr != nil {
+		return k.m.readErr
+	}
+	if k.m.boot != k.boot || k.m.off {
+		return kernel.ErrGone
+	}
+	return nil
+}
+
+func (k *madeKernel) look(context.Context) look { return k }
+func (k *madeKernel) image() *kernel.Image      { return nil }
+func (k *madeKernel) Cost() kernel.Cost         { return kernel.Cost{Reads: 3, Bytes: 640} }
+
+func (k *madeKernel) Panic() (kernel.PanicState, error) {
+	k.m.mu.Lock()
+	defer k.m.mu.Unlock()
+	if k.m.readErr != nil {
+		return kernel.PanicState{}, k.m.readErr
+	}
+	return kernel.PanicState{Panicked: k.m.panicked, CPU: 0, Message: "Kernel panic - not syncing: made up"}, nil
+}
+
+// up is how long the host has run.
+func (k *madeKernel) up() time.Duration {
+	now := time.Now()
+	if !k.m.frozen.IsZero() {
+		now = k.m.frozen
+	}
+	return now.Sub(k.m.started)
+}
+
+func (k *madeKernel) Heartbeat() (kernel.Heartbeat, error) {
+	k.m.mu.Lock()
+	defer k.m.mu.Unlock()
+	if k.m.readErr != nil {
+		return kernel.Heartbeat{}, k.m.readErr
+	}
+	ticks := uint64(k.up() / (4 * time.Millisecond))
+	return kernel.Heartbeat{At: time.Now(), Jiffies: ticks, Mono: int64(k.up()), CPUs: []kernel.CPU{{
+		Online: true, TimerIRQs: ticks, IRQs: ticks, Clock: uint64(k.up()), Curr: 1, CurrPID: 412, CurrComm: "spin",
+	}}}, nil
+}
+
+func (k *madeKernel) Tasks() iter.Seq2[kernel.Task, error] {
+	return func(yield func(kernel.Task, error) bool) {
+		k.m.mu.Lock()
+		err, spin, up := k.m.readErr, k.m.spin, k.up()
+		k.m.mu.Unlock()
+		if err != nil {
+			yield(kernel.Task{}, err)
+			return
+		}
+		if yield(kernel.Task{PID: 1, TGID: 1, Comm: "init", Confident: true}, nil) && spin {
+			yield(kernel.Task{PID: 412, TGID: 412, Comm: "spin", UID: 1000, Start: time.Second, Runtime: up, Confident: true}, nil)
+		}
+	}
+}
+
+// memDevice is a journal's device in memory.
+type memDevice struct {
+	mu sync.Mutex
+	b  []byte
+}
+
+func (d *memDevice) ReadAt(b []byte, off int64) (int, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if off >= int64(len(d.b)) {
+		return 0, io.EOF
+	}
+	return bytes.NewReader(d.b).ReadAt(b, off)
+}
+
+func (d *memDevice) WriteAt(b []byte, off int64) (int, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return copy(d.b[off:], b), nil
+}
+
+func (d *memDevice) Sync() error { return nil }
+
+// inBubble runs f with an engine on a made-up host, in a bubble of its own time.
+func inBubble(t *testing.T, change func(*made, *Options), f func(t *testing.T, m *made, w *watched)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		m := &made{boot: 1, started: time.Now().Add(-time.Minute)}
+		dev := &memDevice{b: make([]byte, 1<<20)}
+		j, err := journal.Open(dev, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		o := Options{
+			Memory: m.memory, Writes: true, HostUUID: guestUUID, Journal: j,
+			Policy: policy.Policy{Version: 1, Detectors: policy.Detectors{RunawayFor: policy.Duration(3 * time.Second)}, Rules: policy.Default().Rules},
+		}
+		if change != nil {
+			change(m, &o)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		e := New(o)
+		e.src = m
+		w := &watched{t: t, e: e, events: e.Subscribe(ctx)}
+		done := make(chan error)
+		go func() { done <- e.Run(ctx) }()
+		defer func() {
+			cancel()
+			if err := <-done; !errors.Is(err, context.Canceled) {
+				t.Errorf("Run = %v; want context.Canceled", err)
+			}
+			if _, err := j.Verify(); err != nil {
+				t.Errorf("journal: %v", err)
+			}
+		}()
+		f(t, m, w)
+	})
+}
+
+func TestHealthyHost(t *testing.T) {
+	inBubble(t, nil, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		time.Sleep(time.Minute)
+		s := w.e.State()
+		if s.Phase != Attached || s.Health != Healthy || len(w.e.Findings()) > 0 || s.Attaches != 1 || len(s.Errors) > 0 {
+			t.Errorf("state after a quiet minute: %+v; findings %v", s, w.e.Findings())
+		}
+		if s.Passes < 1000 || s.LastPass.Bytes != 640 || s.LastPass.BytesPerSec < 10_000 {
+			t.Errorf("cost %+v after %d passes", s.LastPass, s.Passes)
+		}
+	})
+}
+
+func TestNotHealthyBeforeItIsKnown(t *testing.T) {
+	inBubble(t, nil, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		time.Sleep(time.Second)
+		if s := w.e.State(); s.Health != CouldNotTell {
+			t.Errorf("health %s one second after the attach; the runaway detector has not seen its window yet", s.Health)
+		}
+	})
+}
+
+func TestNoKernelNoMemory(t *testing.T) {
+	inBubble(t, func(m *made, _ *Options) { m.memErr = errors.New("no such device") }, func(t *testing.T, m *made, w *watched) {
+		time.Sleep(20 * time.Second)
+		if s := w.e.State(); s.Phase != NoMemory || s.Health != CouldNotTell || !strings.Contains(s.Why, "no such device") || len(w.e.Findings()) > 0 {
+			t.Errorf("without memory: %+v, findings %v", s, w.e.Findings())
+		}
+		m.set(func(m *made) { m.memErr, m.off = nil, true })
+		time.Sleep(5 * time.Second)
+		if s := w.e.State(); s.Phase != Searching || s.Health != CouldNotTell {
+			t.Errorf("without a kernel: %+v", s)
+		}
+		if _, err := w.e.View(t.Context()); !errors.Is(err, ErrNotAttached) {
+			t.Errorf("View = %v; want ErrNotAttached", err)
+		}
+		m.set(func(m *made) { m.off = false })
+		w.wait(3*time.Second, "attach", ofType(EventAttached))
+	})
+}
+
+func TestPanicWaitsForAnOperator(t *testing.T) {
+	inBubble(t, nil, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		time.Sleep(10 * time.Second)
+		began := time.Now()
+		m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+		ev := w.wait(time.Second, "panic", ofKind(EventFinding, detect.KindPanic))
+		if d := ev.At.Sub(began); d > 60*time.Millisecond || ev.Finding.ID != "panic-1" || ev.Finding.Title != "Kernel panic - not syncing: made up" {
+			t.Errorf("found after %v: %+v", d, ev.Finding)
+		}
+		w.wait(time.Second, "waiting", ofKind(EventWaiting, detect.KindPanic))
+		time.Sleep(20 * time.Second)
+		// Its consequences are silent while it stands.
+		if fs := w.e.Findings(); len(fs) != 1 || fs[0].Action != "power-cycle" || fs[0].Automatic {
+			t.Errorf("findings = %+v; want the panic alone", fs)
+		}
+		if s := w.e.State(); s.Phase != Attached || !s.Dead || s.Health != Ill {
+			t.Errorf("state = %+v; want attached to a dead kernel", s)
+		}
+		// Somebody restarts it; nobody tells us.
+		m.reboot()
+		w.wait(10*time.Second, "attach", ofType(EventAttached))
+		time.Sleep(5 * time.Second)
+		fs := w.e.Findings()
+		if len(fs) != 1 || fs[0].Resolved == nil || !strings.Contains(fs[0].Resolution, "newly started kernel") {
+			t.Errorf("findings after the restart = %+v", fs)
+		}
+		m.set(func(m *made) { m.panicked = true })
+		if ev := w.wait(time.Second, "second panic", ofKind(EventFinding, detect.KindPanic)); ev.Finding.ID != "panic-2" {
+			t.Errorf("second panic is %s; IDs are never used again", ev.Finding.ID)
+		}
+	})
+}
+
+func TestFrozenHost(t *testing.T) {
+	inBubble(t, nil, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		time.Sleep(10 * time.Second)
+		began := time.Now()
+		m.set(func(m *made) { m.frozen = time.Now() })
+		ev := w.wait(10*time.Second, "stall", ofKind(EventFinding, detect.KindCPUStall))
+		if d := ev.At.Sub(began); d > 1200*time.Millisecond {
+			t.Errorf("stalled CPU found after %v", d)
+		}
+		ev = w.wait(10*time.Second, "silence", ofKind(EventFinding, detect.KindHostSilent))
+		if d := ev.At.Sub(began); d > 5200*time.Millisecond {
+			t.Errorf("silent host found after %v", d)
+		}
+		time.Sleep(time.Second)
+		if f, ok := w.e.Finding("cpu-stall-1"); !ok || f.Cause != "host-silent-1" {
+			t.Errorf("cpu-stall-1 = %+v; want it explained by host-silent-1", f)
+		}
+		m.set(func(m *made) { m.started, m.frozen = m.started.Add(time.Since(m.frozen)), time.Time{} })
+		w.wait(2*time.Second, "end", ofKind(EventResolved, detect.KindHostSilent))
+		time.Sleep(10 * time.Second)
+		if s := w.e.State(); s.Health != Healthy {
+			t.Errorf("health %s after the thaw; %+v", s.Health, s.Detectors)
+		}
+	})
+}
+
+func TestPathLost(t *testing.T) {
+	inBubble(t, nil, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		down := &hostmem.FaultError{Op: "read", Addr: 0x1000, Len: 8, Err: hostmem.ErrLinkDown}
+		m.set(func(m *made) { m.readErr, m.memErr = down, errors.New("device is gone") })
+		w.wait(time.Second, "loss", ofType(EventLost))
+		ev := w.wait(8*time.Second, "silence", ofKind(EventFinding, detect.KindHostSilent))
+		if ev.Finding.Confidence > 0.7 {
+			t.Errorf("confidence %v that the host is silent, when only the path is", ev.Finding.Confidence)
+		}
+		if s := w.e.State(); s.Phase != NoMemory {
+			t.Errorf("phase %s; want no-memory", s.Phase)
+		}
+		m.set(func(m *made) { m.readErr, m.memErr = nil, nil })
+		w.wait(5*time.Second, "resolution", ofKind(EventResolved, detect.KindHostSilent))
+		w.wait(5*time.Second, "attach", ofType(EventAttached))
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.closes != 1 {
+			t.Errorf("memory closed %d times; want once", m.closes)
+		}
+	})
+}
+
+func TestFaultInADetectorStopsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &made{boot: 1, started: time.Now().Add(-time.Minute)}
+		e := New(Options{Memory: m.memory})
+		e.src = m
+		e.detectors[3].Detect = func(context.Context, *detect.Pass) ([]detect.Finding, error) { panic("mistake") }
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- e.Run(ctx) }()
+		time.Sleep(20 * time.Second)
+		s := e.State()
+		if s.Passes < 300 || s.Health != CouldNotTell {
+			t.Errorf("%d passes, health %s", s.Passes, s.Health)
+		}
+		for _, d := range s.Detectors {
+			if bad := d.ID == "runaway-process"; bad != (d.Health == CouldNotTell) || bad && !strings.Contains(d.Error, "mistake") {
+				t.Errorf("detector %+v", d)
+			}
+		}
+		cancel()
+		<-done
+	})
+}
+
+// fakePower is a power controller that restarts the made-up host.
+type fakePower struct {
+	m   *made
+	err error
+	did []string
+}
+
+func (p *fakePower) do(op string) error {
+	p.did = append(p.did, op)
+	if p.err == nil && op == "cycle" {
+		p.m.set(func(m *made) { m.off = true })
+		time.AfterFunc(5*time.Second, func() { p.m.reboot(); p.m.set(func(m *made) { m.off = false }) })
+	}
+	return p.err
+}
+func (p *fakePower) State(context.Context) (string, error)  { return "on", nil }
+func (p *fakePower) Cycle(context.Context) error            { return p.do("cycle") }
+func (p *fakePower) On(context.Context) error               { return p.do("on") }
+func (p *fakePower) Off(context.Context) error              { return p.do("off") }
+func (p *fakePower) NMI(context.Context) error              { return p.do("nmi") }
+func (p *fakePower) GracefulShutdown(context.Context) error { return p.do("shutdown") }
+
+func automatic(kind, action string) []policy.Rule {
+	return []policy.Rule{{Finding: kind, Action: action, Mode: policy.Automatic, MinConfidence: 0.9, MaxPerHour: 2}}
+}
+
+func TestPowerCycleByPolicy(t *testing.T) {
+	var pw *fakePower
+	inBubble(t, func(m *made, o *Options) {
+		pw = &fakePower{m: m}
+		o.Power, o.Agreement, o.Policy.Rules = pw, agreement(t, guestUUID, heal.PowerCycle), automatic("panic", "power-cycle")
+		o.Interval = 500 * time.Millisecond // an hour has many passes
+	}, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		for n := 1; n <= 2; n++ {
+			time.Sleep(10 * time.Second)
+			m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+			ev := w.wait(20*time.Second, "healing", ofKind(EventHealed, detect.KindPanic))
+			if !ev.Outcome.Verified || len(pw.did) != n {
+				t.Fatalf("outcome %+v; did %v", ev.Outcome, pw.did)
+			}
+		}
+		// Policy allows two an hour.
+		time.Sleep(10 * time.Second)
+		m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+		w.wait(time.Second, "third panic", ofKind(EventFinding, detect.KindPanic))
+		time.Sleep(time.Minute)
+		if len(pw.did) != 2 {
+			t.Errorf("did %v; policy allows two an hour", pw.did)
+		}
+		w.wait(2*time.Hour, "healing when its hour is over", ofKind(EventHealed, detect.KindPanic))
+	})
+}
+
+func TestPowerCycleNotPermitted(t *testing.T) {
+	var pw *fakePower
+	inBubble(t, func(m *made, o *Options) {
+		pw = &fakePower{m: m}
+		o.Power, o.Agreement, o.Policy.Rules = pw, agreement(t, "7f1e5c1e-0001-4a6b-9d7a-0123456789ab", heal.PowerCycle), automatic("panic", "power-cycle")
+	}, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		if s := w.e.State(); s.Agreement == nil || !strings.Contains(s.Agreement.Denied, "is for host") {
+			t.Errorf("agreement = %+v; want it denied for another host's", s.Agreement)
+		}
+		m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+		ev := w.wait(5*time.Second, "failure", ofKind(EventFailed, detect.KindPanic))
+		if len(pw.did) > 0 || !strings.Contains(ev.Text, "is for host") {
+			t.Errorf("did %v: %s", pw.did, ev.Text)
+		}
+		w.wait(time.Second, "waiting", ofKind(EventWaiting, detect.KindPanic))
+		if err := w.e.PowerControl(t.Context(), "off", "operator"); !errors.Is(err, access.ErrDenied) || len(pw.did) > 0 {
+			t.Errorf("PowerControl = %v; did %v", err, pw.did)
+		}
+	})
+}
+
+func TestEscalation(t *testing.T) {
+	var pw *fakePower
+	inBubble(t, func(m *made, o *Options) {
+		pw = &fakePower{m: m}
+		o.Power, o.Agreement = pw, agreement(t, guestUUID, heal.KillProcess, heal.PowerCycle)
+		o.Policy.Rules = []policy.Rule{{Finding: "runaway-process", Action: "kill-process", Mode: policy.Automatic, MaxPerHour: 5, Then: "power-cycle"}}
+	}, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		m.set(func(m *made) { m.spin = true })
+		w.wait(10*time.Second, "runaway", ofKind(EventFinding, detect.KindRunawayProcess))
+		// A made-up kernel has no memory to write to, so killing fails.
+		w.wait(10*time.Second, "failure", ofKind(EventFailed, detect.KindRunawayProcess))
+		w.wait(time.Second, "escalation", ofKind(EventEscalated, detect.KindRunawayProcess))
+		w.wait(30*time.Second, "healing", ofKind(EventHealed, detect.KindRunawayProcess))
+		if !slices.Equal(pw.did, []string{"cycle"}) {
+			t.Errorf("did %v; want one cycle", pw.did)
+		}
+	})
+}
+
+func TestHealByOperator(t *testing.T) {
+	var pw *fakePower
+	inBubble(t, func(m *made, o *Options) {
+		pw = &fakePower{m: m}
+		o.Power, o.Agreement = pw, agreement(t, guestUUID, heal.PowerCycle)
+	}, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		ctx := t.Context()
+		if _, _, err := w.e.Heal(ctx, HealRequest{Finding: "panic-1"}); !errors.Is(err, ErrNoFinding) {
+			t.Errorf("Heal of nothing = %v; want ErrNoFinding", err)
+		}
+		m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+		w.wait(time.Second, "panic", ofKind(EventFinding, detect.KindPanic))
+		for _, tt := range []struct{ action, want string }{{"format-disk", "unknown"}, {"kill-process", "no remedy"}} {
+			if _, out, err := w.e.Heal(ctx, HealRequest{Finding: "panic-1", Action: tt.action}); err == nil || out != nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("Heal with %s = %v; want %q", tt.action, err, tt.want)
+			}
+		}
+		p, out, err := w.e.Heal(ctx, HealRequest{Finding: "panic-1", DryRun: true})
+		if err != nil || out != nil || p.Action != "power-cycle" || len(p.Steps) != 1 || len(pw.did) > 0 {
+			t.Errorf("dry run = %+v, %v, %v; did %v", p, out, err, pw.did)
+		}
+		pw.err = errors.New("BMC does not answer")
+		if _, out, err := w.e.Heal(ctx, HealRequest{Finding: "panic-1", Caller: "alice"}); err == nil || out == nil || out.Caller != "alice" || out.Verified {
+			t.Errorf("Heal with a broken controller = %+v, %v", out, err)
+		}
+		pw.err = nil
+		busy := make(chan error)
+		go func() {
+			time.Sleep(time.Second)
+			_, _, err := w.e.Heal(ctx, HealRequest{Finding: "panic-1"})
+			busy <- err
+		}()
+		_, out, err = w.e.Heal(ctx, HealRequest{Finding: "panic-1", Caller: "alice"})
+		if err != nil || !out.Verified {
+			t.Errorf("Heal = %+v, %v", out, err)
+		}
+		if err := <-busy; !errors.Is(err, ErrBusy) {
+			t.Errorf("a second healer = %v; want ErrBusy", err)
+		}
+		if f, _ := w.e.Finding("panic-1"); f.Resolved == nil {
+			t.Errorf("panic-1 = %+v; want it resolved", f)
+		}
+		if err := w.e.PowerControl(ctx, "nmi", "alice"); err != nil || pw.did[len(pw.did)-1] != "nmi" {
+			t.Errorf("PowerControl = %v; did %v", err, pw.did)
+		}
+	})
+}
+
+func TestInvalidOptions(t *testing.T) {
+	if err := New(Options{}).Run(t.Context()); err == nil {
+		t.Error("Run without memory succeeded")
+	}
+	m := &made{}
+	p := policy.Default()
+	p.Rules[0].Action = "format-disk"
+	if err := New(Options{Memory: m.memory, Policy: p}).Run(t.Context()); !errors.Is(err, policy.ErrInvalid) {
+		t.Errorf("Run with an unknown action = %v; want policy.ErrInvalid", err)
+	}
+}
