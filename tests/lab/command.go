@@ -56,6 +56,7 @@ type command struct {
 	foreground     bool
 	cfg            Config
 	memory         string
+	policy         string // file
 }
 
 // defaultName is the lab that the verbs mean without -name.
@@ -180,6 +181,7 @@ func upFlags(s *flag.FlagSet, c *command) {
 	s.IntVar(&c.cfg.HostCPUs, "cpus", 2, "the host's `CPUs`")
 	s.StringVar(&c.cfg.HostArgs, "append", "", "more `arguments` for the host's kernel")
 	s.BoolVar(&c.cfg.NoDPU, "no-dpu", false, "leave the DPU out")
+	s.StringVar(&c.policy, "policy", "", "the agent's policy `file`; without one every repair waits for an operator")
 	s.BoolVar(&c.cfg.NoWrites, "no-writes", false, "keep the agent from storing into the host")
 	s.StringVar(&c.cfg.Engine, "engine", EngineWindow, "the agent's `path` to the host's memory: window or dma")
 	s.StringVar(&c.cfg.DPUImage, "image", "", "the DPU's initramfs `file` instead of build/images/dpu-arm64")
@@ -218,6 +220,11 @@ func (c *command) prepare() error {
 		return err
 	}
 	c.cfg.HostMemory = n
+	if c.policy != "" {
+		if c.cfg.Policy, err = os.ReadFile(c.policy); err != nil {
+			return usageError(fmt.Sprintf("-policy: %v", err))
+		}
+	}
 	if c.cfg.Dir, err = c.dir(); err != nil {
 		return err
 	}
@@ -289,7 +296,7 @@ func runUp(c *command) (int, error) {
 	defer r.Close()
 	args := []string{"lab", "supervise", "-name", c.name, "-kernel", c.cfg.HostKernel, "-memory", c.memory,
 		"-cpus", fmt.Sprint(c.cfg.HostCPUs), "-append", c.cfg.HostArgs, "-engine", c.cfg.Engine,
-		"-image", c.cfg.DPUImage, "-dpu-kernel", c.cfg.DPUKernel, "-capture", c.cfg.WireCapture,
+		"-image", c.cfg.DPUImage, "-dpu-kernel", c.cfg.DPUKernel, "-capture", c.cfg.WireCapture, "-policy", c.policy,
 		fmt.Sprintf("-no-dpu=%v", c.cfg.NoDPU), fmt.Sprintf("-no-writes=%v", c.cfg.NoWrites)}
 	sup := exec.Command(self, args...)
 	sup.ExtraFiles = []*os.File{w}

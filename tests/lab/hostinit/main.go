@@ -28,12 +28,7 @@ func main() {
 	if os.Getpid() != 1 {
 		exit(fmt.Errorf("%s is no service of the lab's host, and this is not process 1", os.Args[0]))
 	}
-	if err := boot(); err != nil {
-		// The lab reads this line on the console.
-		fmt.Fprintln(os.Stderr, "hostinit:", err)
-		time.Sleep(time.Second)
-		exit(err) // the kernel panics: the machine has not come up
-	}
+	exit(boot()) // the lab reads the message on the console; the kernel panics, for the machine has not come up
 }
 
 func exit(err error) {
