@@ -176,7 +176,7 @@ func (p *printer) record(r kernel.LogRecord) {
 		if i > 0 {
 			stamp, mark = strings.Repeat(" ", len(stamp)), ""
 		}
-		p.printf("%s%s%s\n", stamp, mark, Clean(line))
+		p.printf("%s%s%s\n", stamp, mark, Clean(strings.ReplaceAll(line, "\t", "        ")))
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strconv"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
@@ -66,8 +67,14 @@ func (e *env) openMemory(ctx context.Context) (source, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open host memory: %w", err)
 	}
-	log := slog.New(slog.DiscardHandler)
-	img, err := kernel.Open(ctx, mem, kernel.Options{Logger: log})
+	o := kernel.Options{Logger: slog.New(slog.DiscardHandler)}
+	if rec, ok := mem.(interface{ Labels() map[string]string }); ok {
+		// A recording holds what one attach has read, which began at this note.
+		if note, err := strconv.ParseUint(rec.Labels()["note"], 0, 64); err == nil {
+			o.Note, o.NoteOnly = hostmem.PhysAddr(note), true
+		}
+	}
+	img, err := kernel.Open(ctx, mem, o)
 	if err != nil {
 		mem.Close()
 		return nil, &codeError{exitUnsure, fmt.Errorf("find a kernel in %s: %w; is this the memory of a supported Linux kernel, and whole?", name, err)}
