@@ -61,48 +61,48 @@ func schemas() (out []service.Schema) {
 
 // systemOEM is the Oem object of the system.
 type systemOEM struct {
-	Phase        string       `json:"phase"`
-	Since        time.Time    `json:"since"`
-	Health       string       `json:"health"` // "yes", "no" or "could-not-tell"
-	Why          string       `json:"why,omitempty"`
-	OpenFindings int          `json:"openFindings"`
-	State        *schema.Link `json:"state"`
-	Tasks        *schema.Link `json:"tasks"`
+	Phase        string       `json:"phase" doc:"How far the agent is with the host: no-memory, searching, attached or lost."`
+	Since        time.Time    `json:"since" doc:"When the phase began."`
+	Health       string       `json:"health" doc:"Whether the host is well: yes, no or could-not-tell."`
+	Why          string       `json:"why,omitempty" doc:"Why the agent is not attached to a kernel of the host."`
+	OpenFindings int          `json:"openFindings" doc:"The number of findings that are not resolved."`
+	State        *schema.Link `json:"state" doc:"The link to the whole state of the agent's engine."`
+	Tasks        *schema.Link `json:"tasks" doc:"The link to the processes of the host."`
 }
 
 // stateResource is the resource …/Oem/dev_backdoor/State.
 type stateResource struct {
 	schema.Resource
-	State oem.Value[engine.State]
+	State oem.Value[engine.State] `doc:"The state of the engine at this moment."`
 }
 
 // processesResource is the resource …/Oem/dev_backdoor/Tasks.
 type processesResource struct {
 	schema.Resource
-	Processes oem.Value[query.Processes]
+	Processes oem.Value[query.Processes] `doc:"The processes, and how far the list can be trusted."`
 }
 
 type (
 	findingOEM struct {
-		Finding detect.Finding `json:"finding"`
+		Finding detect.Finding `json:"finding" doc:"The finding in full."`
 	}
 	kernelRecordOEM struct {
-		Record kernel.LogRecord `json:"record"`
+		Record kernel.LogRecord `json:"record" doc:"The record of the host's kernel log as it was read."`
 	}
 	journalRecordOEM struct {
-		Record journalRecord `json:"record"`
+		Record journalRecord `json:"record" doc:"The record of the agent's journal."`
 	}
 	// journalRecord is journal.Record with its data as text: what is in there depends on the kind, and its bytes are what was hashed.
 	journalRecord struct {
-		Restart uint64    `json:"restart"`
-		Seq     uint64    `json:"seq"`
-		Time    time.Time `json:"time"`
-		Kind    string    `json:"kind"`
-		Data    string    `json:"data,omitempty"`
+		Restart uint64    `json:"restart" doc:"Tells the agent's starts apart."`
+		Seq     uint64    `json:"seq" doc:"Rises by one from record to record over the journal's whole life."`
+		Time    time.Time `json:"time" doc:"When the record was written, by the agent's clock."`
+		Kind    string    `json:"kind" doc:"What the record is about, such as intent, store or outcome."`
+		Data    string    `json:"data,omitempty" doc:"A JSON document whose form depends on the kind, byte for byte as it was hashed."`
 	}
 	healOEM struct {
-		Plan    heal.Plan     `json:"plan"`
-		Outcome *heal.Outcome `json:"outcome,omitempty"`
+		Plan    heal.Plan     `json:"plan" doc:"What is to be done, step by step."`
+		Outcome *heal.Outcome `json:"outcome,omitempty" doc:"What became of it; absent if nothing was begun."`
 	}
 )
 

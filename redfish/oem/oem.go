@@ -3,11 +3,12 @@
 //
 // A property is named as its JSON member, with the first letter in upper case: "hostUUID" is served as "HostUUID". Decoders
 // of encoding/json therefore read an OEM object into the same Go type. What has no value (null, the empty string, the zero time) is absent.
-// Durations are nanoseconds.
+// Durations are nanoseconds. A struct's tag `doc:"…"` describes a member in the CSDL; else its name has to do.
 package oem
 
 import (
 	"bytes"
+	"cmp"
 	"encoding"
 	"encoding/json"
 	"fmt"
@@ -118,6 +119,7 @@ func opaque(t reflect.Type) bool {
 type member struct {
 	json string // "hostUUID"
 	name string // "HostUUID"
+	doc  string // the struct's tag "doc", if it has one
 	typ  reflect.Type
 }
 
@@ -143,7 +145,7 @@ func fields(t reflect.Type) []member {
 		if name == "" {
 			name = f.Name
 		}
-		out = append(out, member{json: name, name: property(name), typ: f.Type})
+		out = append(out, member{json: name, name: property(name), doc: f.Tag.Get("doc"), typ: f.Type})
 	}
 	return out
 }
@@ -321,7 +323,7 @@ func (g *generator) properties(t reflect.Type, resource bool) {
 		if of == linkType {
 			g.line(4, `<NavigationProperty Name=%q Type="Resource.Resource" Nullable="false">`, f.name)
 			g.line(5, `<Annotation Term="OData.Permissions" EnumMember="OData.Permission/Read"/>`)
-			g.describe(5, "The link to "+words(f.name)+".")
+			g.describe(5, cmp.Or(f.doc, "The link to "+words(f.name)+"."))
 			g.line(4, `</NavigationProperty>`)
 			continue
 		}
@@ -331,7 +333,7 @@ func (g *generator) properties(t reflect.Type, resource bool) {
 		if of == durationType {
 			text = words(f.name) + ", in nanoseconds."
 		}
-		g.describe(5, strings.ToUpper(text[:1])+text[1:])
+		g.describe(5, cmp.Or(f.doc, strings.ToUpper(text[:1])+text[1:]))
 		g.line(4, `</Property>`)
 	}
 }

@@ -41,7 +41,7 @@ type outer struct {
 	Yes      bool         `json:"yes"`
 	Bytes    []byte       `json:"bytes"`
 	Link     *schema.Link `json:"link"`
-	secret   int
+	Secret   int          `json:"-"`
 }
 
 func example() outer {
@@ -125,7 +125,7 @@ func TestCSDL(t *testing.T) {
 			t.Errorf("no %s in\n%s", want, csdl)
 		}
 	}
-	for _, not := range []string{"secret", `"@`, `Property Name="Name"`} {
+	for _, not := range []string{"Secret", `"@`, `Property Name="Name"`} {
 		if strings.Contains(string(csdl), not) {
 			t.Errorf("%s is in\n%s", not, csdl)
 		}

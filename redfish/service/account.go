@@ -225,13 +225,6 @@ func checkPassword(user, password string) *Error {
 	return nil
 }
 
-func checkRole(role string) *Error {
-	if rolePrivileges(role) == nil {
-		return refuse(400, "PropertyValueNotInList", role, "RoleId").about("RoleId")
-	}
-	return nil
-}
-
 // create adds an account and returns its Id. The labs' given passwords are taken as they are.
 func (a *accounts) create(c account, password string) (string, error) {
 	c.Hash = a.digest(password)
@@ -258,7 +251,7 @@ func (a *accounts) update(id string, f func(*account) error) (account, error) {
 	next.Accounts = slices.Clone(next.Accounts)
 	i := slices.IndexFunc(next.Accounts, func(c account) bool { return c.ID == id })
 	if i < 0 {
-		return account{}, NotFound
+		return account{}, ErrNotFound
 	}
 	c := &next.Accounts[i]
 	if err := f(c); err != nil {
@@ -281,7 +274,7 @@ func (a *accounts) remove(id string) error {
 	next := a.file
 	next.Accounts = slices.DeleteFunc(slices.Clone(next.Accounts), func(c account) bool { return c.ID == id })
 	if len(next.Accounts) == len(a.file.Accounts) {
-		return NotFound
+		return ErrNotFound
 	}
 	if !administered(next.Accounts) {
 		return Because(400, "ResourceCannotBeDeleted", "The last enabled administrator cannot be deleted.")
@@ -403,7 +396,7 @@ func (s *Service) accountRoutes() []Route {
 			Get: func(r *Request) (schema.Object, error) {
 				c, ok := s.accounts.get(r.Param("account"))
 				if !ok {
-					return nil, NotFound
+					return nil, ErrNotFound
 				}
 				out := view(c)
 				out.Locked = s.logins.locked(c.User)
@@ -419,7 +412,7 @@ func (s *Service) accountRoutes() []Route {
 			Delete: func(r *Request) error {
 				c, ok := s.accounts.get(r.Param("account"))
 				if !ok {
-					return NotFound
+					return ErrNotFound
 				}
 				if err := s.accounts.remove(c.ID); err != nil {
 					return err
@@ -437,7 +430,7 @@ func (s *Service) accountRoutes() []Route {
 				id := r.Param("role")
 				p := rolePrivileges(id)
 				if p == nil {
-					return nil, NotFound
+					return nil, ErrNotFound
 				}
 				return &schema.Role{Resource: schema.Resource{Name: id + " Role"}, RoleID: id, IsPredefined: true, AssignedPrivileges: p}, nil
 			},
@@ -449,7 +442,7 @@ func (s *Service) accountRoutes() []Route {
 func (s *Service) changeAccount(r *Request, v Values) error {
 	before, ok := s.accounts.get(r.Param("account"))
 	if !ok {
-		return NotFound
+		return ErrNotFound
 	}
 	user := before.User
 	if v.Has("UserName") {

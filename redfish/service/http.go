@@ -278,7 +278,7 @@ func (s *Service) render(r *Request, q query) (body []byte, etag string, err err
 			return nil, "", err
 		}
 	default:
-		return nil, "", NotFound
+		return nil, "", ErrNotFound
 	}
 	return r.marshal(o)
 }
@@ -402,14 +402,14 @@ func (s *Service) collect(r *Request, q query) (schema.Object, error) {
 func (r *Request) sub(uri string) (*Request, error) {
 	n, params := r.svc.tree.find(uri)
 	if n == nil || n.route == nil || n.route.Document != nil || n.route.Handler != nil {
-		return nil, NotFound
+		return nil, ErrNotFound
 	}
 	return &Request{URI: canonical(uri, n), Caller: r.Caller, ctx: r.ctx, svc: r.svc, node: n, params: params, http: r.http}, nil
 }
 
-// missing turns NotFound into the refusal that names the resource.
+// missing turns ErrNotFound into the refusal that names the resource.
 func (r *Request) missing(err error) error {
-	if !errors.Is(err, NotFound) {
+	if !errors.Is(err, ErrNotFound) {
 		return err
 	}
 	n := r.node
@@ -830,7 +830,7 @@ func (s *Service) writeError(w http.ResponseWriter, hr *http.Request, err error)
 	case errors.As(err, &e):
 	case errors.Is(err, context.DeadlineExceeded):
 		e = refuse(http.StatusServiceUnavailable, "OperationTimeout")
-	case errors.Is(err, NotFound):
+	case errors.Is(err, ErrNotFound):
 		e = refuse(404, "ResourceMissingAtURI", hr.URL.Path)
 	default:
 		s.log.Error("request failed", "method", hr.Method, "path", hr.URL.Path, "err", err)

@@ -34,7 +34,7 @@ func testRoutes(t testing.TB) []Route {
 				case "Panic":
 					panic("the secret reason")
 				}
-				return nil, NotFound
+				return nil, ErrNotFound
 			},
 			Actions: []Action{
 				{Name: "LogService.ClearLog", Do: func(*Request, Values) (*Reply, error) { return nil, nil }},
@@ -504,7 +504,7 @@ func TestTree(t *testing.T) {
 }
 
 func TestHandleRefusesWhatCannotWork(t *testing.T) {
-	get := func(*Request) (schema.Object, error) { return nil, NotFound }
+	get := func(*Request) (schema.Object, error) { return nil, ErrNotFound }
 	for name, r := range map[string]Route{
 		"nothing to get":         {URI: "/redfish/v1/X", Type: "X.v1_0_0.X"},
 		"two ways to get":        {URI: "/redfish/v1/X", Type: "X.v1_0_0.X", Get: get, Members: Fixed()},

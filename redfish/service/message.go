@@ -33,8 +33,8 @@ func (e *Error) Error() string {
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Cause }
 
-// NotFound says that there is no such resource. The service answers 404 with the URI asked for.
-var NotFound = errors.New("resource not found")
+// ErrNotFound says that there is no such resource. The service answers 404 with the URI asked for.
+var ErrNotFound = errors.New("resource not found")
 
 // Because returns a refusal with a message of the Base registry, such as "ResourceInUse", and an explanation in words that replaces
 // the registry's text: clients show it to people.

@@ -281,7 +281,7 @@ func (s *Service) expandLink(r *Request, how byte, levels int, link map[string]a
 	sub, v, err := s.fetch(r, link)
 	var e *Error
 	switch {
-	case errors.Is(err, NotFound) || errors.As(err, &e) && (e.Status == 403 || e.Status == 404):
+	case errors.Is(err, ErrNotFound) || errors.As(err, &e) && (e.Status == 403 || e.Status == 404):
 		return link, nil
 	case err != nil:
 		return nil, err

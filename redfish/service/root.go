@@ -68,7 +68,7 @@ func (s *Service) standardRoutes() []Route {
 						}, nil
 					}
 				}
-				return nil, NotFound
+				return nil, ErrNotFound
 			},
 		},
 	}
@@ -119,7 +119,7 @@ func (s *Service) registryFile(r *Request) (schema.Object, error) {
 			return file(id, schema.Location{URI: own.uri()}), nil
 		}
 	}
-	return nil, NotFound
+	return nil, ErrNotFound
 }
 
 func (o *Schema) uri() string { return "/redfish/v1/schema/" + o.Namespace + "_v1.xml" }

@@ -22,7 +22,7 @@ type Route struct {
 	Entity string
 
 	// Get returns a fresh value; the service fills in its Id (unless set), @odata members and Actions. A resource that
-	// is not there is NotFound.
+	// is not there is ErrNotFound.
 	Get func(*Request) (schema.Object, error)
 
 	// Members makes the route a collection: it returns the Ids of the members, in order. The members have a route of their own.

@@ -257,7 +257,7 @@ func (r *Route) entry() Route {
 					return all.At(i)
 				}
 			}
-			return nil, NotFound
+			return nil, ErrNotFound
 		},
 	}
 }

@@ -243,13 +243,13 @@ func (s *Service) sessionRoutes() []Route {
 			Get: func(r *Request) (schema.Object, error) {
 				c, ok := s.sessions.get(r.Param("session"))
 				if !ok {
-					return nil, NotFound
+					return nil, ErrNotFound
 				}
 				return view(c), nil
 			},
 			Delete: func(r *Request) error {
 				if !s.sessions.end(r.Param("session")) {
-					return NotFound
+					return ErrNotFound
 				}
 				return nil
 			},

@@ -233,7 +233,7 @@ func (s *Service) taskRoutes() []Route {
 	find := func(r *Request) (*Task, error) {
 		t := s.tasks.get(r.Param("task"))
 		if t == nil {
-			return nil, NotFound
+			return nil, ErrNotFound
 		}
 		return t, nil
 	}
