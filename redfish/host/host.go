@@ -203,6 +203,10 @@ func refusal(err error) error {
 		return service.Because(404, "ResourceNotFound", sentence(err), "LogEntry", "Finding")
 	case errors.Is(err, engine.ErrBusy):
 		return service.Because(409, "ResourceInUse", sentence(err))
+	case errors.Is(err, heal.ErrProtected):
+		return service.Because(403, "InsufficientPrivilege", sentence(err))
+	case errors.Is(err, heal.ErrStale), errors.Is(err, heal.ErrMismatch), errors.Is(err, heal.ErrGone):
+		return service.Because(409, "ResourceInUse", sentence(err)+" The host has moved on; look at the finding again.")
 	case errors.Is(err, engine.ErrNotAttached):
 		return service.Because(503, "ServiceTemporarilyUnavailable", sentence(err)+" Retry in 5 seconds.", "5")
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):

@@ -285,7 +285,7 @@ func TestHeal(t *testing.T) {
 	if !errors.As(err, &e) || e.Status != 404 || !strings.Contains(err.Error(), "nonsense") {
 		t.Errorf("heal of nothing = %v; want 404", err)
 	}
-	for _, cause := range []error{engine.ErrBusy, engine.ErrWritesOff, engine.ErrNotAttached, fmt.Errorf("agreement a1: %w", access.ErrDenied)} {
+	for _, cause := range []error{engine.ErrBusy, engine.ErrWritesOff, engine.ErrNotAttached, heal.ErrProtected, heal.ErrStale, heal.ErrGone, fmt.Errorf("agreement a1: %w", access.ErrDenied)} {
 		a.healErr = cause
 		if _, _, err := run(client.HealRequest{Finding: "runaway-process-2"}); err == nil || !strings.Contains(strings.ToLower(err.Error()), cause.Error()) {
 			t.Errorf("heal with %q = %v; want the reason to be told", cause, err)
@@ -311,12 +311,15 @@ func TestNothingIsKnown(t *testing.T) {
 	}
 }
 
-func TestNoViewIsAClearError(t *testing.T) {
-	h := &host{o: Options{Agent: newFakeAgent()}, now: time.Now}
-	h.view = func(context.Context) (query.View, error) { return nil, engine.ErrNotAttached }
-	var e *service.Error
-	if err := refusal(engine.ErrNotAttached); !errors.As(err, &e) || e.Status != 503 {
-		t.Errorf("refusal = %v; want 503", err)
+func TestRefusals(t *testing.T) {
+	for err, want := range map[error]int{
+		engine.ErrNotAttached: 503, engine.ErrBusy: 409, engine.ErrWritesOff: 403, engine.ErrNoFinding: 404,
+		access.ErrDenied: 403, heal.ErrProtected: 403, heal.ErrStale: 409, heal.ErrMismatch: 409, heal.ErrGone: 409, errors.New("else"): 500,
+	} {
+		var e *service.Error
+		if got := refusal(fmt.Errorf("heal: %w", err)); !errors.As(got, &e) || e.Status != want {
+			t.Errorf("refusal(%v) = %v; want %d", err, got, want)
+		}
 	}
 }
 
