@@ -1,0 +1,109 @@
+package main
+
+import (
+	"encoding/json"
+	"maps"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/backdoor-rhs/backdoor/agent/query"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// TestRecordedHosts runs the verbs on recorded memory of real kernels, and holds the answers against what those hosts said
+// of themselves when they were recorded.
+func TestRecordedHosts(t *testing.T) {
+	files, err := filepath.Glob("../../agent/kernel/testdata/*.hostmem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(files) == 0 {
+		t.Skip("agent/kernel/testdata holds no recordings; the tests there make them with -update")
+	}
+	for _, path := range files {
+		t.Run(filepath.Base(path), func(t *testing.T) {
+			mem, err := hostmem.OpenImage(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			labels := mem.(*hostmem.Recording).Labels()
+			var threads []struct {
+				PID, TGID int
+				Comm      string
+			}
+			var records []struct{ Text string }
+			if err := json.Unmarshal([]byte(labels["ps"]), &threads); err != nil {
+				t.Fatal(err)
+			}
+			if err := json.Unmarshal([]byte(labels["dmesg"]), &records); err != nil {
+				t.Fatal(err)
+			}
+			ask := func(want int, out any, args ...string) {
+				t.Helper()
+				code, stdout, stderr := command(t, append([]string{"-image", path, "-json"}, args...)...)
+				if code != want || stderr != "" {
+					t.Fatalf("%v: exit %d: %s; want %d", args, code, stderr, want)
+				}
+				if err := json.Unmarshal([]byte(stdout), out); err != nil {
+					t.Fatalf("%v: %v", args, err)
+				}
+				if code, stdout, stderr := command(t, append([]string{"-image", path}, args...)...); code != want || stdout == "" || stderr != "" {
+					t.Errorf("%v without -json: exit %d: %q, %q; want %d", args, code, stdout, stderr, want)
+				}
+			}
+
+			var s query.Status
+			ask(exitUnsure, &s, "status")
+			if s.Kernel == nil || s.Kernel.Release != labels["release"] || s.Panic == nil || s.Panic.Panicked || s.Uptime <= 0 {
+				t.Errorf("status = %+v; want release %s, no panic, and an uptime", s, labels["release"])
+			}
+
+			var ps query.Processes
+			ask(exitOK, &ps, "ps", "-threads")
+			names := make(map[int]string)
+			for _, p := range ps.Processes {
+				names[p.TID] = p.Comm
+			}
+			processes := make(map[int]bool)
+			for _, want := range threads {
+				processes[want.TGID] = true
+				// The host's own name for a kernel worker has its present work behind it.
+				if got, ok := names[want.PID]; !ok || !strings.HasPrefix(want.Comm, got) {
+					t.Errorf("ps -threads: thread %d is %q; the host says %q", want.PID, got, want.Comm)
+				}
+			}
+			var whole query.Processes
+			ask(exitOK, &whole, "ps")
+			got := make(map[int]bool)
+			for _, p := range whole.Processes {
+				got[p.PID] = true
+			}
+			for _, pid := range slices.Sorted(maps.Keys(processes)) {
+				if !got[pid] {
+					t.Errorf("ps: process %d is missing", pid)
+				}
+			}
+
+			var l query.Log
+			ask(exitOK, &l, "dmesg")
+			if len(l.Records) < len(records) {
+				t.Fatalf("dmesg: %d records; the host has %d", len(l.Records), len(records))
+			}
+			// /dev/kmsg, where the host read them, writes control characters so.
+			kmsg := strings.NewReplacer("\t", `\x09`, "\n", `\x0a`)
+			for i, want := range records {
+				if got := kmsg.Replace(l.Records[i].Text); got != want.Text {
+					t.Errorf("dmesg: record %d is %q; the host says %q", i, got, want.Text)
+				}
+			}
+
+			var load query.Load
+			ask(exitOK, &load, "top", "-n", "3")
+			if !load.SinceBoot || len(load.Processes) != 3 {
+				t.Errorf("top -n 3 = %d processes, since boot %v; want 3 and true", len(load.Processes), load.SinceBoot)
+			}
+		})
+	}
+}
