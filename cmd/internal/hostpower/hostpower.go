@@ -239,6 +239,10 @@ func (c *Client) do(ctx context.Context, what string, order func(context.Context
 	defer cancel()
 	defer func() {
 		if err != nil {
+			// bmclib gives its HTTP client the same deadline, and that may strike a moment earlier.
+			if d, ok := ctx.Deadline(); ok && time.Until(d) < 100*time.Millisecond {
+				<-ctx.Done()
+			}
 			if cause := context.Cause(ctx); cause != nil {
 				err = fmt.Errorf("%w: %w", cause, err)
 			}
