@@ -78,8 +78,10 @@ func (a *attacher) attach() (*Image, error) {
 	if a.opt.Note != 0 {
 		began := time.Now()
 		v, err := readNote(a.mem, a.opt.Note)
-		a.tried[a.opt.Note] = true
-		a.try(v, err, Rung{Name: "note", Detail: fmt.Sprintf("%v, as known from before", a.opt.Note)}, began)
+		if stale := errors.Is(err, errNoNote) || errors.Is(err, hostmem.ErrNotMapped); !stale || a.opt.NoteOnly {
+			a.tried[a.opt.Note] = true
+			a.try(v, err, Rung{Name: "note", Detail: fmt.Sprintf("%v, as known from before", a.opt.Note)}, began)
+		}
 		if a.opt.NoteOnly {
 			if len(a.found) == 0 {
 				return nil, a.err

@@ -3,7 +3,6 @@ package kernel
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -22,7 +21,7 @@ const (
 var noteName = []byte("VMCOREINFO\x00")
 
 // errNoNote means that a page does not begin with a VMCOREINFO note.
-var errNoNote = errors.New("no VMCOREINFO note")
+var errNoNote = fmt.Errorf("%w: no VMCOREINFO note", ErrNotFound)
 
 // noteDesc checks the first 24 bytes of a VMCOREINFO note and returns the length of its text, which follows.
 func noteDesc(header []byte) (int, error) {

@@ -1,0 +1,132 @@
+package kernel
+
+import (
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/cilium/ebpf/btf"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// pruned is a memory whose kernel has a symbol table and BTF of no more than this package reads, at the places of the real
+// ones: a recording of it takes a tenth of the room. All else is as it was.
+type pruned struct {
+	hostmem.Memory
+	parts []hostmem.Segment
+}
+
+func (m pruned) ReadAt(b []byte, off int64) (int, error) {
+	n, err := m.Memory.ReadAt(b, off)
+	for _, p := range m.parts {
+		from, to := max(off, int64(p.Addr)), min(off+int64(n), int64(p.Addr)+int64(len(p.Buf)))
+		if from < to {
+			copy(b[from-off:to-off], p.Buf[from-int64(p.Addr):])
+		}
+	}
+	return n, err
+}
+
+func prune(t *testing.T, img *Image) pruned {
+	t.Helper()
+	m := pruned{Memory: img.mem}
+	put := func(va VirtAddr, b []byte) {
+		pa, _, err := img.space.translate(direct{t.Context(), img.mem}, va)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.parts = append(m.parts, hostmem.Segment{Addr: pa, Buf: b})
+	}
+
+	typs := strings.Fields(`task_struct signal_struct cred mm_struct percpu_counter printk_ringbuffer prb_desc printk_info resource
+		timekeeper tk_data clocksource clock_event_device tick_device rq irq_cpustat_t kernel_stat pcpu_hot uts_namespace new_utsname`)
+	names := strings.Fields(`_text _end __per_cpu_start __per_cpu_end __per_cpu_offset __cpu_possible_mask vmcoreinfo_note
+		nr_cpu_ids page_offset_base vmalloc_base vmemmap_base phys_base __start_BTF init_task tk_core prb iomem_resource
+		jiffies_64 __cpu_online_mask runqueues irq_stat pcpu_hot __preempt_count kstat tick_cpu_device linux_banner init_uts_ns
+		panic_cpu oops_in_progress tainted_mask`)
+	img.note.entries(func(e vmcoreEntry) {
+		typ, _, _ := strings.Cut(e.name, ".")
+		switch e.kind {
+		case "SYMBOL":
+			names = append(names, e.name)
+		case "SIZE", "OFFSET":
+			typs = append(typs, typ)
+		}
+	})
+
+	var keep []btf.Type
+	for _, name := range typs {
+		found, err := img.types.named(name)
+		if err != nil && !errors.Is(err, ErrNotFound) {
+			t.Fatal(err)
+		}
+		for _, typ := range found {
+			if _, ok := members(typ); ok && !slices.Contains(keep, typ) {
+				keep = append(keep, typ)
+			}
+		}
+	}
+	for _, id := range img.types.anonymous {
+		typ, err := img.types.spec.TypeByID(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e, ok := typ.(*btf.Enum); ok && slices.ContainsFunc(e.Values, func(v btf.EnumValue) bool { return v.Name == "MM_ANONPAGES" }) {
+			keep = append(keep, typ)
+		}
+	}
+	raw := marshalBTF(t, keep...)
+	start, err := img.Symbol("__start_BTF")
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(start, raw)
+
+	type symbol struct {
+		name string
+		va   VirtAddr
+	}
+	symbols := []symbol{{"D__stop_BTF", start + VirtAddr(len(raw))}}
+	for _, name := range names {
+		if found := img.syms.find(name); len(found) == 1 {
+			symbols = append(symbols, symbol{"D" + name, img.syms.address(img.syms.offsets[found[0]], found[0])})
+		}
+	}
+	slices.SortFunc(symbols, func(a, b symbol) int { return cmp.Or(cmp.Compare(a.va, b.va), cmp.Compare(a.name, b.name)) })
+	symbols = slices.Compact(symbols)
+	if img.syms.formula != "absolute-percpu" {
+		t.Fatalf("cannot make symbol tables of formula %s", img.syms.formula)
+	}
+	at := func(name string) VirtAddr {
+		va, ok := img.note.symbol(name)
+		if !ok {
+			t.Fatalf("no %s", name)
+		}
+		return va
+	}
+	var base [8]byte
+	if err := img.space.read(direct{t.Context(), img.mem}, at("kallsyms_relative_base"), base[:]); err != nil {
+		t.Fatal(err)
+	}
+	var list []string
+	var offsets []int32
+	for _, s := range symbols {
+		list = append(list, s.name)
+		if s.va < 1<<31 {
+			offsets = append(offsets, int32(s.va))
+		} else {
+			offsets = append(offsets, int32(int64(le64(base[:]))-1-int64(s.va)))
+		}
+	}
+	tables := makeKallsyms(list, offsets)
+	put(at("kallsyms_num_syms"), binary.LittleEndian.AppendUint32(nil, uint32(len(list))))
+	put(at("kallsyms_names"), tables.names)
+	put(at("kallsyms_token_table"), tables.tokens)
+	put(at("kallsyms_token_index"), tables.tokenIndex)
+	put(at("kallsyms_offsets"), tables.offsets)
+	return m
+}
