@@ -13,7 +13,9 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -23,6 +25,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/query"
 	"github.com/backdoor-rhs/backdoor/tests/lab"
 	"github.com/backdoor-rhs/backdoor/tests/lab/control"
+	"github.com/backdoor-rhs/backdoor/tests/operator"
 )
 
 // Options choose the variant of the story.
@@ -64,7 +67,7 @@ type story struct {
 	o     Options
 	began time.Time
 	lab   *lab.Lab
-	agent *agent
+	agent *operator.Agent
 	rep   *Report
 }
 
@@ -127,10 +130,10 @@ func (s *story) play(ctx context.Context) (err error) {
 // attach waits until the agent knows the host's kernel, and compares it with what the host says of itself.
 func (s *story) attach(ctx context.Context) error {
 	var err error
-	if s.agent, err = dial(ctx, s.lab.DPU); err != nil {
+	if s.agent, err = operator.DialDPU(ctx, s.lab.DPU); err != nil {
 		return err
 	}
-	st, err := s.agent.waitAttached(ctx, 1)
+	st, err := s.agent.WaitAttached(ctx, 1)
 	if err != nil {
 		return err
 	}
@@ -146,7 +149,7 @@ func (s *story) attach(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ours, err := s.agent.tasks(ctx)
+	ours, err := s.agent.Tasks(ctx)
 	if err != nil {
 		return err
 	}
@@ -167,15 +170,15 @@ func (s *story) observe(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	st, err := s.agent.state(ctx)
+	st, err := s.agent.State(ctx)
 	if err != nil {
 		return err
 	}
 	passes := st.Passes
-	if _, err := s.agent.waitState(ctx, "100 more passes", func(st engine.State) bool { return st.Passes >= passes+100 }); err != nil {
+	if _, err := s.agent.WaitState(ctx, "100 more passes", func(st engine.State) bool { return st.Passes >= passes+100 }); err != nil {
 		return err
 	}
-	st, err = s.agent.state(ctx)
+	st, err = s.agent.State(ctx)
 	if err != nil {
 		return err
 	}
@@ -198,7 +201,7 @@ func (s *story) observe(ctx context.Context) error {
 func (s *story) runaway(ctx context.Context) error {
 	h := s.lab.Host
 	tracing := h.TraceFunctions(ctx, hostFunctions...) == nil
-	mark := h.EventMark()
+	mark, console := h.EventMark(), s.lab.DPU.Console().Mark()
 	boots := h.Boots()
 	truth, err := h.Fault(ctx, lab.FaultRunaway)
 	if err != nil {
@@ -207,7 +210,7 @@ func (s *story) runaway(ctx context.Context) error {
 	s.say("harness", "a process runs away on the host: %q, PID %d, on CPU %d", truth.Comm, truth.PID, truth.CPU)
 	deadline, cancel := context.WithTimeoutCause(ctx, s.o.Patience, ErrNotHealed)
 	defer cancel()
-	f, err := s.agent.waitFinding(deadline, func(f detect.Finding) bool {
+	f, err := s.agent.WaitFinding(deadline, func(f detect.Finding) bool {
 		return f.Kind == detect.KindRunawayProcess && f.Culprit.PID == truth.PID
 	})
 	if err != nil {
@@ -216,25 +219,28 @@ func (s *story) runaway(ctx context.Context) error {
 	if f.Culprit.Comm != truth.Comm {
 		return fmt.Errorf("the agent calls process %d %q; it is %q", truth.PID, f.Culprit.Comm, truth.Comm)
 	}
-	found := f.FirstSeen
+	found, err := s.found(deadline, console, f)
+	if err != nil {
+		return err
+	}
 	s.say("agent", "finding %s: %s", f.ID, f.Title)
 	exit, err := h.WaitExit(deadline, mark, truth.PID)
 	if err != nil {
-		return fmt.Errorf("%w; the agent says: %s", err, s.agent.explain(ctx, f.ID))
+		return fmt.Errorf("%w; the agent says: %s", err, s.agent.Explain(ctx, f.ID))
 	}
 	gone := time.Now()
 	if exit.Signal != 9 {
 		return fmt.Errorf("process %d ended with signal %d, exit code %d; want signal 9", truth.PID, exit.Signal, exit.Code)
 	}
 	s.say("host", "process %d ended by signal %d", truth.PID, exit.Signal)
-	s.figure("runaway process: start to finding (policy: 3 s of one CPU)", found.Sub(truth.Start), "harness's start, agent's clock")
+	s.figure("runaway process: start to finding (policy: 3 s of one CPU)", found.Sub(truth.Start), "harness, by the DPU's console")
 	s.figure("runaway process: start to death", gone.Sub(truth.Start), "harness")
-	done, err := s.agent.waitFinding(deadline, func(g detect.Finding) bool { return g.ID == f.ID && g.Resolved != nil })
+	done, err := s.agent.WaitFinding(deadline, func(g detect.Finding) bool { return g.ID == f.ID && g.Resolved != nil })
 	if err != nil {
 		return err
 	}
 	s.say("agent", "finding %s resolved: %s", f.ID, done.Resolution)
-	out, err := s.agent.outcome(ctx, f.ID)
+	out, err := s.agent.Outcome(ctx, f.ID)
 	if err != nil {
 		return err
 	}
@@ -246,7 +252,7 @@ func (s *story) runaway(ctx context.Context) error {
 		}
 		for _, c := range costs {
 			if c.Known && c.Hits > 0 {
-				s.figure("the host's kernel ran "+c.Name, fmt.Sprintf("%d times, %v in all", c.Hits, c.Total), "host's ftrace")
+				s.figure("the host's kernel ran "+c.Name, fmt.Sprintf("%d×, %v in all", c.Hits, c.Total), "host's ftrace")
 			}
 		}
 	}
@@ -269,6 +275,13 @@ func (s *story) runaway(ctx context.Context) error {
 	return nil
 }
 
+// found returns when the agent announced a finding on the DPU's console, by the harness's clock: the DPU's own is another one.
+func (s *story) found(ctx context.Context, mark int, f detect.Finding) (time.Time, error) {
+	announced := regexp.MustCompile(`type=finding .*` + regexp.QuoteMeta(strings.Trim(strconv.Quote(f.Title), `"`)))
+	line, err := s.lab.DPU.Console().Wait(ctx, mark, announced)
+	return line.At, err
+}
+
 func (s *story) tellRepair(o *heal.Outcome) {
 	if o == nil {
 		return
@@ -279,14 +292,14 @@ func (s *story) tellRepair(o *heal.Outcome) {
 	}
 	s.say("agent", "killed it by %d stores, %d bytes of host memory (armed by %s); verified: %v", o.Stores, o.BytesWritten, how, o.Verified)
 	for _, f := range o.HostFunctions {
-		s.figure("repair had the host's kernel run "+f.Function, fmt.Sprintf("%d times, waiting and run within %v", f.Runs, f.Within.Round(10*time.Microsecond)), "agent")
+		s.figure("repair had the host's kernel run "+f.Function, fmt.Sprintf("%d×, waiting and run within %v", f.Runs, f.Within.Round(10*time.Microsecond)), "agent")
 	}
 }
 
 // panic crashes the host, reads its log out of the dead memory, and has it power-cycled as the operator would.
 func (s *story) panic(ctx context.Context) error {
 	h := s.lab.Host
-	boots := h.Boots()
+	boots, console := h.Boots(), s.lab.DPU.Console().Mark()
 	truth, err := h.Fault(ctx, lab.FaultPanic)
 	if err != nil {
 		return err
@@ -294,16 +307,20 @@ func (s *story) panic(ctx context.Context) error {
 	s.say("harness", "the host crashes (sysrq-c)")
 	deadline, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("the host was not healthy again within two minutes"))
 	defer cancel()
-	f, err := s.agent.waitFinding(deadline, func(f detect.Finding) bool { return f.Kind == detect.KindPanic && f.Resolved == nil })
+	f, err := s.agent.WaitFinding(deadline, func(f detect.Finding) bool { return f.Kind == detect.KindPanic && f.Resolved == nil })
+	if err != nil {
+		return err
+	}
+	found, err := s.found(deadline, console, f)
 	if err != nil {
 		return err
 	}
 	s.say("agent", "finding %s: %s", f.ID, f.Title)
-	s.figure("panic: crash to finding", f.FirstSeen.Sub(truth.Start), "harness's start (±"+truth.Margin.Round(time.Millisecond).String()+"), agent's clock")
+	s.figure("panic: crash to finding", found.Sub(truth.Start), "harness, by the DPU's console; start known to "+truth.Margin.Round(time.Millisecond).String())
 	if c := f.Culprit; c.Comm != "" {
 		s.say("agent", "died on CPU %s in %q, PID %d", cpuName(c.CPU), c.Comm, c.PID)
 	}
-	log, err := s.agent.dmesg(ctx)
+	log, err := s.agent.Dmesg(ctx)
 	if err != nil {
 		return err
 	}
@@ -319,7 +336,7 @@ func (s *story) panic(ctx context.Context) error {
 	s.say("operator", "reads %d log records out of the dead host's memory; the last words: %q", len(log.Records), last)
 	s.say("operator", "heals %s", f.ID)
 	asked := time.Now()
-	if err := s.agent.heal(deadline, f.ID); err != nil {
+	if err := s.agent.HealAsProposed(deadline, f.ID); err != nil {
 		return err
 	}
 	ready, err := h.WaitBoot(deadline, boots)
@@ -328,7 +345,7 @@ func (s *story) panic(ctx context.Context) error {
 	}
 	s.say("host", "is up again: Linux %s", ready.Release)
 	s.figure("power-cycle to userland (boot time included)", time.Since(asked), "harness")
-	st, err := s.agent.waitAttached(deadline, 2)
+	st, err := s.agent.WaitAttached(deadline, 2)
 	if err != nil {
 		return err
 	}
@@ -336,10 +353,10 @@ func (s *story) panic(ctx context.Context) error {
 		return err
 	}
 	s.say("agent", "attached to the new kernel without being told, in %v", st.AttachTook.Round(time.Millisecond))
-	if _, err := s.agent.waitFinding(deadline, func(g detect.Finding) bool { return g.ID == f.ID && g.Resolved != nil }); err != nil {
+	if _, err := s.agent.WaitFinding(deadline, func(g detect.Finding) bool { return g.ID == f.ID && g.Resolved != nil }); err != nil {
 		return err
 	}
-	if st, err = s.agent.waitState(deadline, "health", func(st engine.State) bool { return st.Health == engine.Healthy }); err != nil {
+	if st, err = s.agent.WaitState(deadline, "health", func(st engine.State) bool { return st.Health == engine.Healthy }); err != nil {
 		return err
 	}
 	if err := serves(ctx, h); err != nil {
