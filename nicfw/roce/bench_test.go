@@ -291,16 +291,16 @@ func TestAllocations(t *testing.T) {
 	a, b := s.pair(QPConfig{}, QPConfig{})
 	m := s.register(s.b, NewBuffer(1<<20), MRConfig{Length: 1 << 20, Access: allAccess})
 	buf, msg := make([]byte, 100<<10), make([]byte, 5000)
-	rx := newPackets(batch)
+	out := newOutbox()
 	exchange := func() {
 		for busy := true; busy; {
 			busy = false
 			for _, e := range []*simEnd{s.a, s.b} {
-				out := outbox{packets: rx}
-				e.transmit(s.now, &out)
+				out.reset()
+				e.transmit(s.now, out)
 				for i := range out.n {
-					wire := s.check.seal(e.addr, &rx[i], 0)
-					data, _, ok := s.check.open(e.addr, rx[i].Peer, wire)
+					wire := s.check.seal(e.addr, &out.packets[i], 0)
+					data, _, ok := s.check.open(e.addr, out.packets[i].Peer, wire)
 					if !ok {
 						t.Fatal("bad ICRC")
 					}

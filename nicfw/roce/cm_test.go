@@ -189,9 +189,9 @@ func TestHalfOpen(t *testing.T) {
 			REQ(m.Payload()).Encode(&REQFields{Local: CommID(i + 1), Service: 1, QPN: QPN(100 + i), MTU: 5, PKey: defaultPKey, Primary: PathFields{LocalGID: GID(from)}})
 			s.b.cm.receive(s.now, from, b[:])
 		}
-		out := outbox{packets: s.tx}
-		s.b.transmit(s.now, &out)
-		for _, p := range s.tx[:out.n] {
+		s.tx.reset()
+		s.b.transmit(s.now, s.tx)
+		for _, p := range s.tx.packets[:s.tx.n] {
 			if MAD(p.Data[20:]).Attribute() == AttrREJ {
 				refused++
 			}

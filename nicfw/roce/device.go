@@ -31,7 +31,7 @@ type Device struct {
 
 	mu       sync.Mutex
 	eng      *engine       // guarded by mu
-	tx       []Packet      // guarded by mu
+	tx       *outbox       // guarded by mu
 	sleeping time.Duration // until when the one who drives waits for packets; 0 when it does not; guarded by mu
 	err      error         // why the device is of no use any more; guarded by mu
 	waiters  []*waiter     // of listeners and completion queues; guarded by mu
@@ -63,7 +63,7 @@ func Open(link Link, cfg Config) (*Device, error) {
 	}
 	return &Device{
 		link: link, log: cfg.Logger, start: time.Now(), seat: make(chan struct{}, 1),
-		rx: newPackets(batch), tx: newPackets(batch),
+		rx: make([]Packet, batch), tx: newOutbox(),
 		eng: newEngine(local, link.PathMTU(), cfg.Limits, cfg.Logger),
 	}, nil
 }
@@ -230,12 +230,12 @@ func (d *Device) flush(now time.Duration) bool {
 		if !d.eng.busy() {
 			return false
 		}
-		out := outbox{packets: d.tx}
-		d.eng.transmit(now, &out)
-		if out.n == 0 {
+		d.tx.reset()
+		d.eng.transmit(now, d.tx)
+		if d.tx.n == 0 {
 			return false
 		}
-		if err := d.link.Send(d.tx[:out.n]); err != nil {
+		if err := d.link.Send(d.tx.packets[:d.tx.n]); err != nil {
 			d.fail(fmt.Errorf("send: %w", err))
 			return false
 		}

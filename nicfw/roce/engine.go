@@ -42,24 +42,40 @@ func newEngine(local netip.AddrPort, mtu int, limits Limits, log *slog.Logger) *
 	return e
 }
 
-// outbox collects the packets of one transmission.
+// outbox collects the packets of one transmission. They lie one behind the other in memory, with room for the ICRC in
+// between, so that a link can hand over many in one piece.
 type outbox struct {
 	packets []Packet
-	n       int
+	arena   []byte
+	n       int // packets
+	used    int // bytes of arena
+	limit   int // of n, for the queue pair whose turn it is
 }
 
-func (o *outbox) full() bool { return o.n == len(o.packets) }
+func newOutbox() *outbox {
+	return &outbox{packets: make([]Packet, batch), arena: make([]byte, batch*maxDatagram), limit: batch}
+}
 
-// next returns the next packet, empty, with the capacity of packetStore. Precondition: not full.
+func (o *outbox) reset() { o.n, o.used, o.limit = 0, 0, len(o.packets) }
+
+func (o *outbox) full() bool { return o.n >= o.limit }
+
+// next returns the next packet with size bytes of Data, whatever is in them. Preconditions: not full; size is a multiple
+// of four and not more than a packet can have.
 func (o *outbox) next(to netip.AddrPort, size int) *Packet {
+	end := o.used + size
 	p := &o.packets[o.n]
-	p.Peer, p.Data = to, p.Data[:size]
+	p.Peer, p.Data = to, o.arena[o.used:end:end+icrcLen]
+	o.used = end + icrcLen
 	o.n++
 	return p
 }
 
 // drop takes back the packet that next returned last.
-func (o *outbox) drop() { o.n-- }
+func (o *outbox) drop() {
+	o.n--
+	o.used -= len(o.packets[o.n].Data) + icrcLen
+}
 
 // inbound is a received packet that passed the checks common to all.
 type inbound struct {

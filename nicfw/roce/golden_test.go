@@ -49,7 +49,7 @@ func TestReferenceICRC(t *testing.T) {
 			t.Errorf("packet %d: open = id %#x, %v; want %#x, true", i, id, ok, f.V4.ID)
 		}
 		// And of a sender.
-		p := Packet{Peer: f.Dst(), Data: append(make([]byte, 0, packetStore), data...)}
+		p := Packet{Peer: f.Dst(), Data: append(make([]byte, 0, maxDatagram), data...)}
 		if got := c.seal(f.Src(), &p, f.V4.ID); !bytes.Equal(got, f.Data) {
 			t.Errorf("packet %d: seal gives ICRC % x; want % x", i, got[len(got)-4:], f.Data[len(f.Data)-4:])
 		}
@@ -179,7 +179,7 @@ func TestICRCDetectsCorruption(t *testing.T) {
 	// With the identification solved for, a corrupt packet passes once in 2^16.
 	var c checker
 	src, dst := netip.MustParseAddrPort("10.0.0.1:49152"), netip.MustParseAddrPort("10.0.0.2:4791")
-	data := make([]byte, 300, packetStore)
+	data := make([]byte, 300, maxDatagram)
 	BTH(data).Encode(&BTHFields{Opcode: OpSendOnly, PKey: defaultPKey})
 	wire := bytes.Clone(c.seal(src, &Packet{Peer: dst, Data: data}, 0xbeef))
 	if _, id, ok := c.open(src, dst, wire); !ok || id != 0xbeef {
@@ -290,7 +290,7 @@ func BenchmarkICRC(b *testing.B) {
 		b.Run(byteSize(n), func(b *testing.B) {
 			var c checker
 			src, dst := netip.MustParseAddrPort("10.0.0.1:49152"), netip.MustParseAddrPort("10.0.0.2:4791")
-			p := Packet{Peer: dst, Data: make([]byte, n+16, packetStore)}
+			p := Packet{Peer: dst, Data: make([]byte, n+16, maxDatagram)}
 			wire := bytes.Clone(c.seal(src, &p, 3))
 			b.Run("seal", func(b *testing.B) {
 				b.SetBytes(int64(n))

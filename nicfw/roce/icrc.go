@@ -23,9 +23,22 @@ const afterID = ipv4Len - 6 + udpLen
 // checker computes and checks ICRCs. The zero value is ready. It keeps scratch space and must not be used by two
 // goroutines at once.
 type checker struct {
-	scratch [ipv6Len + udpLen + bthLen]byte
+	scratch [ipv6Len + udpLen]byte
+	recent  [32]prefix
 	inverse []uint32 // x^-8n in the field of the CRC, by n, as far as it was needed
 	off     bool     // leave it out, to measure what it costs
+}
+
+// prefix is the CRC register after the IP and UDP headers, which are the same for many packets of a connection.
+type prefix struct {
+	key prefixKey
+	crc uint32
+}
+
+type prefixKey struct {
+	src, dst  netip.AddrPort
+	id, flags uint16
+	size      int
 }
 
 // sum returns the ICRC of data, which is BTH up to and including the pad. id and flags are those of the IPv4 header.
@@ -35,34 +48,50 @@ func (c *checker) sum(src, dst netip.AddrPort, id, flags uint16, data []byte) ui
 	if c.off {
 		return 0
 	}
+	key := prefixKey{src, dst, id, flags, len(data)}
+	p := &c.recent[(len(data)>>2+int(id))%len(c.recent)]
+	if p.key != key {
+		*p = prefix{key, c.headers(&key)}
+	}
+	// The masked byte of the BTH goes through the register by itself, so that data is not touched.
+	crc := ^p.crc
+	for i, b := range data[:bthLen] {
+		if i == 4 {
+			b = 0xff
+		}
+		crc = crc32.IEEETable[byte(crc)^b] ^ crc>>8
+	}
+	return crc32.Update(^crc, crc32.IEEETable, data[bthLen:])
+}
+
+// headers returns the CRC register after the IP and UDP headers.
+func (c *checker) headers(k *prefixKey) uint32 {
 	s := c.scratch[:]
 	be := binary.BigEndian
+	udp := udpLen + k.size + icrcLen
 	n := 0
-	if src.Addr().Is4() {
-		be.PutUint32(s, 0x45ff0000|uint32(ipv4Len+udpLen+len(data)+icrcLen))
-		be.PutUint16(s[4:], id)
-		be.PutUint16(s[6:], flags)
+	if k.src.Addr().Is4() {
+		be.PutUint32(s, 0x45ff0000|uint32(ipv4Len+udp))
+		be.PutUint16(s[4:], k.id)
+		be.PutUint16(s[6:], k.flags)
 		be.PutUint32(s[8:], 0xff11ffff)
-		a, b := src.Addr().As4(), dst.Addr().As4()
+		a, b := k.src.Addr().As4(), k.dst.Addr().As4()
 		copy(s[12:], a[:])
 		copy(s[16:], b[:])
 		n = ipv4Len
 	} else {
 		be.PutUint32(s, 0x6fffffff)
-		be.PutUint32(s[4:], uint32(udpLen+len(data)+icrcLen)<<16|protocolUDP<<8|0xff)
-		a, b := src.Addr().As16(), dst.Addr().As16()
+		be.PutUint32(s[4:], uint32(udp)<<16|protocolUDP<<8|0xff)
+		a, b := k.src.Addr().As16(), k.dst.Addr().As16()
 		copy(s[8:], a[:])
 		copy(s[24:], b[:])
 		n = ipv6Len
 	}
-	be.PutUint16(s[n:], src.Port())
-	be.PutUint16(s[n+2:], dst.Port())
-	be.PutUint16(s[n+4:], uint16(udpLen+len(data)+icrcLen))
+	be.PutUint16(s[n:], k.src.Port())
+	be.PutUint16(s[n+2:], k.dst.Port())
+	be.PutUint16(s[n+4:], uint16(udp))
 	be.PutUint16(s[n+6:], 0xffff)
-	copy(s[n+udpLen:], data[:bthLen])
-	s[n+udpLen+4] = 0xff
-	crc := crc32.Update(maskedPrefix, crc32.IEEETable, s[:n+udpLen+bthLen])
-	return crc32.Update(crc, crc32.IEEETable, data[bthLen:])
+	return crc32.Update(maskedPrefix, crc32.IEEETable, s[:n+udpLen])
 }
 
 // open checks the ICRC at the end of datagram and returns what stands before it. Flags are taken as DF, and the IPv4

@@ -53,16 +53,3 @@ func (c *checker) seal(src netip.AddrPort, p *Packet, id uint16) []byte {
 	icrc := c.sum(src, p.Peer, id, DontFragment, p.Data)
 	return binary.LittleEndian.AppendUint32(p.Data, icrc)
 }
-
-// packetStore is the space that one packet needs, with its ICRC.
-const packetStore = maxDatagram
-
-// newPackets returns n packets with room in Data's capacity for the largest one.
-func newPackets(n int) []Packet {
-	store := make([]byte, n*packetStore)
-	out := make([]Packet, n)
-	for i := range out {
-		out[i].Data = store[i*packetStore : i*packetStore : (i+1)*packetStore]
-	}
-	return out
-}

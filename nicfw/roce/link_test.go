@@ -70,7 +70,7 @@ func TestLinks(t *testing.T) {
 			if !a.LocalAddr().IsValid() || a.LocalAddr() == b.LocalAddr() || a.PathMTU() != 4096 {
 				t.Fatalf("at %v, path MTU %d", a.LocalAddr(), a.PathMTU())
 			}
-			rx := newPackets(batch)
+			rx := make([]Packet, batch)
 			// Runs of equal and different sizes, as READ responses are.
 			var sizes []int
 			for i := range 200 {
@@ -145,7 +145,7 @@ func TestUDPDrops(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	rx := newPackets(batch)
+	rx := make([]Packet, batch)
 	for range 7 {
 		if n, err := a.Recv(rx, 10*time.Millisecond); n != 0 || err != nil {
 			t.Fatalf("Recv = %d, %v", n, err)
@@ -171,7 +171,7 @@ func TestUDPSegmentationRefused(t *testing.T) {
 	if err := a.Send(packets); err != nil {
 		t.Fatal(err)
 	}
-	rx := newPackets(batch)
+	rx := make([]Packet, batch)
 	for got := 0; got < len(packets); {
 		n, err := b.Recv(rx, time.Second)
 		if n == 0 || err != nil {
@@ -207,7 +207,7 @@ func TestUDPv6(t *testing.T) {
 	if err := l.Send(packets); err != nil {
 		t.Fatal(err)
 	}
-	rx := newPackets(batch)
+	rx := make([]Packet, batch)
 	for got := 0; got < len(packets); {
 		n, err := l.Recv(rx, time.Second)
 		if n == 0 || err != nil {
@@ -224,7 +224,7 @@ func TestCapture(t *testing.T) {
 	sent := datagramPacket(b.LocalAddr(), 100, 7)
 	a.Send([]Packet{sent})
 	b.Send([]Packet{datagramPacket(a.LocalAddr(), 60, 8)})
-	rx := newPackets(1)
+	rx := make([]Packet, 1)
 	a.Recv(rx, time.Second)
 	var sizes []int
 	for cf, err := range ReadPCAP(&file) {

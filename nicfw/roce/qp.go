@@ -79,13 +79,12 @@ func (q *qp) receive(now time.Duration, in *inbound) {
 
 // transmit adds to out what q may send now, at most a burst.
 func (q *qp) transmit(now time.Duration, out *outbox) {
-	limit := min(out.n+burst, len(out.packets))
-	turn := outbox{out.packets[:limit], out.n}
-	q.resp.transmit(now, &turn)
-	if q.state == qpReadyToSend && !turn.full() {
-		q.req.transmit(now, &turn)
+	out.limit = min(out.n+burst, len(out.packets))
+	q.resp.transmit(now, out)
+	if q.state == qpReadyToSend && !out.full() {
+		q.req.transmit(now, out)
 	}
-	out.n = turn.n
+	out.limit = len(out.packets)
 }
 
 // wantsToSend reports whether transmit would add something.

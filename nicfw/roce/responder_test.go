@@ -22,7 +22,7 @@ type oneEnd struct {
 	q    *simQP
 	mem  *Buffer
 	mr   *MR
-	tx   []Packet
+	tx   *outbox
 	peer netip.AddrPort
 }
 
@@ -36,7 +36,7 @@ func newOneEnd(t *testing.T, cfg QPConfig, access Access) *oneEnd {
 	if cfg.PathMTU == 0 {
 		cfg.PathMTU = 256
 	}
-	o := &oneEnd{t: t, s: s, q: s.qp(s.b, cfg), mem: NewBuffer(testLen), tx: newPackets(batch), peer: s.a.addr}
+	o := &oneEnd{t: t, s: s, q: s.qp(s.b, cfg), mem: NewBuffer(testLen), tx: newOutbox(), peer: s.a.addr}
 	if err := s.b.connect(s.now, o.q.qp, Remote{s.a.addr.Addr(), 0x77, 100}, false); err != nil {
 		t.Fatal(err)
 	}
@@ -69,12 +69,12 @@ func (o *oneEnd) give(packets ...[]byte) []string {
 func (o *oneEnd) answers() []string {
 	var lines []string
 	for {
-		out := outbox{packets: o.tx}
-		o.s.b.transmit(o.s.now, &out)
-		if out.n == 0 {
+		o.tx.reset()
+		o.s.b.transmit(o.s.now, o.tx)
+		if o.tx.n == 0 {
 			return lines
 		}
-		for _, p := range o.tx[:out.n] {
+		for _, p := range o.tx.packets[:o.tx.n] {
 			h, err := ParseBTH(p.Data)
 			if err != nil {
 				o.t.Fatal(err)
@@ -281,8 +281,8 @@ func TestDuplicateReadInTransfer(t *testing.T) {
 func TestRevokedInTransfer(t *testing.T) {
 	o := newOneEnd(t, QPConfig{}, AccessRead)
 	o.s.b.receive(o.s.now, &Packet{Peer: o.peer, Data: o.request(OpReadRequest, 100, reth(testVA, o.mr.key, 1024), nil)})
-	out := outbox{packets: o.tx[:2]}
-	o.s.b.transmit(o.s.now, &out)
+	two := outbox{packets: o.tx.packets[:2], arena: o.tx.arena, limit: 2}
+	o.s.b.transmit(o.s.now, &two)
 	o.s.b.revoke(o.mr)
 	if diff := gocmp.Diff([]string{"Acknowledge 102 remote access error msn 1"}, o.answers()); diff != "" {
 		t.Errorf("answers (-want +got):\n%s", diff)
@@ -456,17 +456,17 @@ func TestOracle(t *testing.T) {
 				e.mrs[key] = m
 			}
 		}
-		tx := newPackets(batch)
+		tx := newOutbox()
 		var got [][]byte
 		for _, p := range reqs {
 			e.receive(2, &Packet{Peer: netip.AddrPortFrom(k.src, 50000), Data: bytes.Clone(p.data)})
 			for {
-				out := outbox{packets: tx}
-				e.transmit(2, &out)
-				if out.n == 0 {
+				tx.reset()
+				e.transmit(2, tx)
+				if tx.n == 0 {
 					break
 				}
-				for _, p := range tx[:out.n] {
+				for _, p := range tx.packets[:tx.n] {
 					got = append(got, bytes.Clone(p.Data))
 				}
 			}

@@ -21,7 +21,7 @@ type sim struct {
 	a, b   *simEnd
 	wire   simQueue
 	seq    int
-	tx     []Packet
+	tx     *outbox
 	check  checker
 	sent   int
 	bad    int
@@ -69,7 +69,7 @@ const simDelay = 50 * time.Microsecond
 
 // newSim uses IPv6, where the ICRC is a full check: a corrupt packet that passes by luck would fail the test.
 func newSim(t testing.TB, seed uint64, f faults, limits Limits) *sim {
-	s := &sim{t: t, rng: rand.New(rand.NewPCG(seed, 1)), now: 1, faults: f, tx: newPackets(batch)}
+	s := &sim{t: t, rng: rand.New(rand.NewPCG(seed, 1)), now: 1, faults: f, tx: newOutbox()}
 	end := func(a string) *simEnd {
 		addr := netip.MustParseAddrPort(a)
 		return &simEnd{engine: newEngine(addr, MaxPathMTU, limits, slog.New(slog.NewTextHandler(io.Discard, nil))), addr: addr, pd: &PD{}}
@@ -120,12 +120,12 @@ func (s *sim) run(limit time.Duration, done func() bool) bool {
 		}
 		for _, e := range []*simEnd{s.a, s.b} {
 			for {
-				out := outbox{packets: s.tx}
-				e.transmit(s.now, &out)
-				for i := range out.n {
-					s.deliver(e, &s.tx[i])
+				s.tx.reset()
+				e.transmit(s.now, s.tx)
+				for i := range s.tx.n {
+					s.deliver(e, &s.tx.packets[i])
 				}
-				if out.n == 0 {
+				if s.tx.n == 0 {
 					break
 				}
 			}

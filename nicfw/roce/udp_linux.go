@@ -49,6 +49,7 @@ type udpLink struct {
 	txNames  []sockaddr   // guarded by sendMu
 	txIovs   []unix.Iovec // guarded by sendMu
 	txCtl    []byte       // guarded by sendMu
+	txCount  [batch]int   // packets of each message; guarded by sendMu
 	segments bool         // UDP_SEGMENT works, as far as is known; guarded by sendMu
 }
 
@@ -469,7 +470,7 @@ func (l *udpLink) sendBatch(packets []Packet) error {
 		if done < msgs { // segmentation turned out not to work: what is left goes again without it
 			next = first
 			for i := range done {
-				next += int(l.txMsgs[i].hdr.Iovlen)
+				next += l.txCount[i]
 			}
 		}
 	}
@@ -480,16 +481,21 @@ func (l *udpLink) sendBatch(packets []Packet) error {
 // one size, but for the last, which may be shorter. It returns how many those are. at is the place of the first in the
 // batch.
 func (l *udpLink) prepare(msg int, packets []Packet, at int) int {
-	size, total, n := len(packets[0].Data), 0, 0
+	size, total, n, iovs := len(packets[0].Data), 0, 0, 0
 	for n < len(packets) && (n == 0 || l.segments) {
 		p := &packets[n]
 		if n > 0 && (p.Peer != packets[0].Peer || len(p.Data) > size || total+len(p.Data)+icrcLen > maxSegmented) || n == maxSegments {
 			break
 		}
 		wire := l.tx.seal(l.local, p, uint16(n))
-		iov := &l.txIovs[at+n]
-		iov.Base = &wire[0]
-		iov.SetLen(len(wire))
+		// Packets of a Device lie one behind the other.
+		if last := at + iovs - 1; iovs > 0 && uintptr(unsafe.Pointer(l.txIovs[last].Base))+uintptr(l.txIovs[last].Len) == uintptr(unsafe.Pointer(&wire[0])) {
+			l.txIovs[last].SetLen(int(l.txIovs[last].Len) + len(wire))
+		} else {
+			l.txIovs[at+iovs].Base = &wire[0]
+			l.txIovs[at+iovs].SetLen(len(wire))
+			iovs++
+		}
 		total += len(wire)
 		n++
 		if len(p.Data) < size {
@@ -499,7 +505,8 @@ func (l *udpLink) prepare(msg int, packets []Packet, at int) int {
 	h := &l.txMsgs[msg].hdr
 	h.Namelen = l.setPeer(&l.txNames[msg], packets[0].Peer)
 	h.Iov = &l.txIovs[at]
-	h.SetIovlen(n)
+	h.SetIovlen(iovs)
+	l.txCount[msg] = n
 	h.Control = nil
 	h.SetControllen(0)
 	if n > 1 {
@@ -522,7 +529,7 @@ func (l *udpLink) sendmmsg(msgs int) (int, error) {
 		switch errno {
 		case 0:
 			for i := range int(n) {
-				packets := uint64(l.txMsgs[done+i].hdr.Iovlen)
+				packets := uint64(l.txCount[done+i])
 				l.counters.sent.Add(packets)
 				if packets > 1 {
 					l.counters.segmented.Add(packets)
@@ -539,7 +546,7 @@ func (l *udpLink) sendmmsg(msgs int) (int, error) {
 		case unix.EBADF:
 			return done, net.ErrClosed
 		case unix.EIO, unix.EINVAL:
-			if l.txMsgs[done].hdr.Iovlen > 1 {
+			if l.txCount[done] > 1 {
 				// A device without checksum offload, on a kernel that does not segment for it (before 6.2, say).
 				l.segments = false
 				return done, nil
@@ -547,7 +554,7 @@ func (l *udpLink) sendmmsg(msgs int) (int, error) {
 			fallthrough
 		default:
 			// No route, no buffers, a filter, a packet too long for the path: lost, as packets are.
-			l.counters.sendErrors.Add(uint64(l.txMsgs[done].hdr.Iovlen))
+			l.counters.sendErrors.Add(uint64(l.txCount[done]))
 			done++
 		}
 	}
