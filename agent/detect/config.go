@@ -78,7 +78,7 @@ func (c Config) Check() error {
 
 // Keep is how far back a Pass must reach for these detectors.
 func (c Config) Keep() (beats, tasks time.Duration) {
-	return max(c.IdleVerdict, c.Silent, c.StallVerdict) + 2*time.Second, c.RunawayFor + 2*c.Tasks + time.Second
+	return max(c.IdleVerdict, c.Silent, c.StallVerdict) + 5*time.Second, c.RunawayFor + 2*c.Tasks + time.Second
 }
 
 // Detectors returns all detectors with these settings.

@@ -72,6 +72,8 @@ type Finding struct {
 	LastSeen   time.Time  `json:"lastSeen"`
 	Resolved   *time.Time `json:"resolved,omitempty"` // when the detector went quiet or the repair was verified
 	Resolution string     `json:"resolution,omitempty"`
+	// Repairs are the IDs of the plans that have been begun against it, the oldest first.
+	Repairs []string `json:"repairs,omitempty"`
 	// Cause is the ID of another open finding that explains this one; while it stands nothing is done about this one.
 	Cause string `json:"cause,omitempty"`
 	// Action is the ID of the action that policy proposes, and Automatic whether policy lets it run unasked.

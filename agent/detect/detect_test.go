@@ -31,10 +31,10 @@ type sim struct {
 }
 
 func newSim(modes ...string) *sim {
-	s := &sim{now: time.Unix(1_800_000_000, 0), r: rand.New(rand.NewPCG(1, 1))}
+	s := &sim{now: time.Unix(1_800_000_000, 0), host: time.Hour, r: rand.New(rand.NewPCG(1, 1))}
 	for i, m := range modes {
 		s.cpus = append(s.cpus, &simCPU{mode: m, c: kernel.CPU{
-			ID: i, Online: true, Idle: true, CurrComm: fmt.Sprintf("swapper/%d", i), NextEvent: 1, Curr: 0xffff888000000000,
+			ID: i, Online: true, Idle: true, TimerIRQs: 1000, CurrComm: fmt.Sprintf("swapper/%d", i), NextEvent: 1, Curr: 0xffff888000000000,
 		}})
 	}
 	return s
@@ -221,6 +221,29 @@ func TestCPUStallSilent(t *testing.T) {
 				s.set(1, "busy")
 				s.run(100 * time.Millisecond)
 			}
+		}},
+		{"CPUs that an overloaded hypervisor takes away", func(s *sim) {
+			s.set(0, "busy")
+			s.set(1, "busy")
+			for _, d := range []time.Duration{300, 900, 500, 1200, 2000} {
+				s.run(time.Second)
+				s.set(1, "irqs-off")
+				s.run(d * time.Millisecond)
+				s.set(1, "busy")
+			}
+		}},
+		{"a CPU whose ticks have not begun", func(s *sim) {
+			s.cpus[1].c.TimerIRQs = 0
+			s.set(0, "busy")
+			s.set(1, "irqs-off")
+			s.run(10 * time.Second)
+		}},
+		{"a host that boots", func(s *sim) {
+			s.host, s.hb.Mono = time.Second, int64(time.Second)
+			s.set(0, "busy")
+			s.run(time.Second)
+			s.set(1, "irqs-off")
+			s.run(5 * time.Second)
 		}},
 		{"an offline CPU", func(s *sim) { s.cpus[1].c.Online = false; s.set(1, "irqs-off"); s.run(10 * time.Second) }},
 	} {

@@ -9,14 +9,14 @@ import (
 // series is the unbroken newest part of a row of heartbeats, with credit for the time in which the reader was awake.
 //
 // A reader that itself was not scheduled has seen nothing in the meantime. So the time between two beats counts only up to
-// twice the usual interval, and a gap that is far longer ends the series: what lies before it is forgotten.
+// twice the usual interval, and a gap that is longer than the longest allowed ends the series: what lies before it is
+// forgotten.
 type series struct {
 	beats  []kernel.Heartbeat // oldest first
 	credit []time.Duration    // credit[i]: watched time from beats[i] to the newest
 }
 
-func newSeries(c Config, beats []kernel.Heartbeat) series {
-	longest := max(10*c.Heartbeat, 500*time.Millisecond)
+func newSeries(c Config, beats []kernel.Heartbeat, longest time.Duration) series {
 	n := len(beats)
 	credit := make([]time.Duration, n)
 	from := 0
@@ -30,6 +30,10 @@ func newSeries(c Config, beats []kernel.Heartbeat) series {
 	}
 	return series{beats[from:], credit[from:]}
 }
+
+// A verdict within a second needs an unbroken watch; one over many seconds bears a lapse.
+func (c Config) strict() time.Duration  { return max(4*c.Heartbeat, 100*time.Millisecond) }
+func (c Config) lenient() time.Duration { return max(20*c.Heartbeat, time.Second) }
 
 // still returns for how long same has held between the newest beat and each one before it, without a break, and the index
 // of the oldest such beat.
@@ -51,6 +55,28 @@ func (s series) watched() time.Duration {
 		return 0
 	}
 	return s.credit[0]
+}
+
+// held returns the longest time that any CPU has lately been busy without a tick, and then ticked again. A CPU that has come
+// back was not locked: something beneath the kernel (a hypervisor, firmware) had taken it away, and may do so again.
+func (s series) held() time.Duration {
+	var longest time.Duration
+	n := len(s.beats)
+	for cpu := range s.beats[n-1].CPUs {
+		from := 0
+		for i := 1; i < n; i++ {
+			a, b := &s.beats[i-1].CPUs[cpu], &s.beats[i].CPUs[cpu]
+			if a.Idle || b.Idle {
+				from = i
+				continue
+			}
+			if a.TimerIRQs != b.TimerIRQs {
+				longest = max(longest, s.credit[from]-s.credit[i-1])
+				from = i
+			}
+		}
+	}
+	return longest
 }
 
 const (

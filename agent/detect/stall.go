@@ -11,6 +11,13 @@ import (
 // overdueProof is how late a programmed timer event must be before its lateness proves anything.
 const overdueProof = time.Second
 
+// A booting kernel works for seconds before its ticks begin, and patches itself with interrupts off. So a CPU is judged only
+// once it has had a second's worth of ticks, and none before the host is so old.
+const (
+	bootTicks = 250
+	bootGrace = 10 * time.Second
+)
+
 // tickOffload is how long nothing may happen on a CPU whose tick is switched off while it is busy (nohz_full): three times
 // the period at which sched_tick_remote sets its run queue's clock from elsewhere.
 const tickOffload = 3 * time.Second
@@ -23,6 +30,9 @@ const tickOffload = 3 * time.Second
 //   - frozen: it idles, nothing about it moves, and the timer event that it had programmed is long overdue.
 //
 // A CPU that idles with its tick stopped (NO_HZ) moves nothing for seconds either; that is why the third needs the event.
+// Where CPUs have lately been held up and come back by themselves, as on an overloaded hypervisor, three times as long a stand
+// is asked for as the longest of those.
+//
 // An idle CPU's suspicion begins anew when it wakes up, for the busy rule asks that it was busy all the time.
 func cpuStall(c Config) Detector {
 	return Detector{
@@ -30,13 +40,20 @@ func cpuStall(c Config) Detector {
 		DependsOn: []Kind{KindPanic, KindHostSilent},
 		Needs:     []Need{NeedHeartbeats},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
-			s := newSeries(c, p.Beats)
+			s, long := newSeries(c, p.Beats, c.strict()), newSeries(c, p.Beats, c.lenient())
 			if s.watched() < c.StallSuspect {
 				return nil, ErrTooEarly
 			}
+			patient := c
+			if held := 3 * s.held(); held > 0 {
+				patient.StallSuspect, patient.StallVerdict = max(c.StallSuspect, held), max(c.StallVerdict, held)
+			}
+			if p.Tickless {
+				patient.StallSuspect, patient.StallVerdict = max(patient.StallSuspect, tickOffload), max(patient.StallVerdict, tickOffload)
+			}
 			var fs []Finding
 			for i := range s.beats[len(s.beats)-1].CPUs {
-				if f, ok := stalled(c, s, i, p.Tickless); ok {
+				if f, ok := stalled(patient, s, long, i, p.Tickless); ok {
 					identify(&f.Culprit, p.Tasks)
 					fs = append(fs, f)
 				}
@@ -46,9 +63,9 @@ func cpuStall(c Config) Detector {
 	}
 }
 
-func stalled(c Config, s series, i int, tickless bool) (Finding, bool) {
+func stalled(c Config, s, long series, i int, tickless bool) (Finding, bool) {
 	last := &s.beats[len(s.beats)-1].CPUs[i]
-	if !last.Online {
+	if !last.Online || last.TimerIRQs < bootTicks || time.Duration(s.beats[len(s.beats)-1].Mono) < bootGrace {
 		return Finding{}, false
 	}
 	untouched := func(o, n *kernel.CPU) bool {
@@ -62,15 +79,11 @@ func stalled(c Config, s series, i int, tickless bool) (Finding, bool) {
 		o, n := &old.CPUs[i], &now.CPUs[i]
 		return n.Preempt&hardirqMask != 0 && o.Preempt&hardirqMask == n.Preempt&hardirqMask && untouched(o, n)
 	})
-	frozen, _ := s.still(func(old, now *kernel.Heartbeat) bool {
+	frozen, _ := long.still(func(old, now *kernel.Heartbeat) bool {
 		o, n := &old.CPUs[i], &now.CPUs[i]
 		return n.Idle && o.Idle && o.Clock == n.Clock && o.NMIs == n.NMIs && untouched(o, n)
 	})
-	late := s.overdue(i)
-	suspect, verdict := c.StallSuspect, c.StallVerdict
-	if tickless {
-		suspect, verdict = max(suspect, tickOffload), max(verdict, tickOffload)
-	}
+	late := long.overdue(i)
 
 	cpu := last.ID
 	f := Finding{
@@ -88,7 +101,7 @@ func stalled(c Config, s series, i int, tickless bool) (Finding, bool) {
 		stood = inIRQ
 		f.Title = fmt.Sprintf("CPU %d is stuck in an interrupt", cpu)
 		f.Detail = fmt.Sprintf("for %v it has been inside one hard interrupt without a timer tick; it runs %q (PID %d)", inIRQ, last.CurrComm, last.CurrPID)
-	case busy >= suspect:
+	case busy >= c.StallSuspect:
 		stood = busy
 		f.Title = fmt.Sprintf("CPU %d is locked with interrupts off", cpu)
 		f.Detail = fmt.Sprintf("for %v it has been running %q (PID %d) without a timer tick, an interrupt or a switch of tasks", busy, last.CurrComm, last.CurrPID)
@@ -104,7 +117,7 @@ func stalled(c Config, s series, i int, tickless bool) (Finding, bool) {
 	if late > 0 {
 		f.Evidence = append(f.Evidence, Evidence{"timerOverdue", late.Round(time.Millisecond).String()})
 	}
-	if stood < verdict {
+	if stood < c.StallVerdict {
 		f.Suspicion, f.Severity, f.Confidence = true, Warning, 0.5
 	}
 	return f, true
@@ -150,7 +163,7 @@ func hostSilent(c Config) Detector {
 			if p.Path != "" {
 				return nil, fmt.Errorf("no kernel can be read: %s", p.Path)
 			}
-			s := newSeries(c, p.Beats)
+			s := newSeries(c, p.Beats, c.lenient())
 			n := len(s.beats)
 			if n < 2 {
 				return nil, ErrTooEarly

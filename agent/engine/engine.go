@@ -55,6 +55,7 @@ type Engine struct {
 	cost        PassCost
 	current     string // ID of the plan being carried out
 	plans       int
+	outcomes    []heal.Outcome // oldest first
 	past        []policy.Past
 	subscribers map[chan Event]bool
 	eventSeq    uint64

@@ -456,6 +456,26 @@ func TestEscalation(t *testing.T) {
 	})
 }
 
+// A process that ends by itself while its killing fails is no reason for harsher means.
+func TestNoEscalationWhenItIsGone(t *testing.T) {
+	var pw *fakePower
+	inBubble(t, func(m *made, o *Options) {
+		pw = &fakePower{m: m}
+		o.Power, o.Agreement = pw, agreement(t, guestUUID, heal.KillProcess, heal.PowerCycle)
+		o.Policy.Rules = []policy.Rule{{Finding: "runaway-process", Action: "kill-process", Mode: policy.Automatic, MaxPerHour: 5, Then: "power-cycle"}}
+	}, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		m.set(func(m *made) { m.spin = true })
+		w.wait(10*time.Second, "runaway", ofKind(EventFinding, detect.KindRunawayProcess))
+		m.set(func(m *made) { m.spin = false })
+		w.wait(10*time.Second, "resolution", ofKind(EventResolved, detect.KindRunawayProcess))
+		time.Sleep(30 * time.Second)
+		if len(pw.did) > 0 {
+			t.Errorf("did %v", pw.did)
+		}
+	})
+}
+
 func TestHealByOperator(t *testing.T) {
 	var pw *fakePower
 	inBubble(t, func(m *made, o *Options) {
@@ -496,8 +516,12 @@ func TestHealByOperator(t *testing.T) {
 		if err := <-busy; !errors.Is(err, ErrBusy) {
 			t.Errorf("a second healer = %v; want ErrBusy", err)
 		}
-		if f, _ := w.e.Finding("panic-1"); f.Resolved == nil {
-			t.Errorf("panic-1 = %+v; want it resolved", f)
+		f, _ := w.e.Finding("panic-1")
+		if f.Resolved == nil || !strings.HasPrefix(f.Resolution, "healed by "+out.Plan.ID) || len(f.Repairs) != 2 {
+			t.Errorf("panic-1 = %+v; want it healed by the second repair", f)
+		}
+		if os := w.e.Outcomes("panic-1"); len(os) != 2 || os[0].Verified || !os[1].Verified {
+			t.Errorf("Outcomes = %+v", os)
 		}
 		if err := w.e.PowerControl(ctx, "nmi", "alice"); err != nil || pw.did[len(pw.did)-1] != "nmi" {
 			t.Errorf("PowerControl = %v; did %v", err, pw.did)

@@ -14,6 +14,7 @@ type tracked struct {
 	quiet    time.Time // since when the detector has been silent about it; zero while it speaks
 	tried    []string  // actions that the engine has begun by itself
 	told     bool      // operators have been told that it waits for them
+	healing  bool      // a repair is under way, and says itself what has become of the finding
 	boot     string    // of the kernel that it is about; empty if it is about the host
 }
 
@@ -42,7 +43,7 @@ func (e *Engine) update(d *detect.Detector, found []detect.Finding, now time.Tim
 		}
 		old := t.Finding
 		t.Finding = f
-		t.ID, t.FirstSeen, t.LastSeen, t.Action, t.Automatic = old.ID, old.FirstSeen, now, old.Action, old.Automatic
+		t.ID, t.FirstSeen, t.LastSeen, t.Action, t.Automatic, t.Repairs = old.ID, old.FirstSeen, now, old.Action, old.Automatic, old.Repairs
 		if t.ID == "" && !f.Suspicion && now.Sub(t.FirstSeen) >= d.For {
 			e.counts[f.Kind]++
 			t.ID = fmt.Sprintf("%s-%d", f.Kind, e.counts[f.Kind])
@@ -61,7 +62,7 @@ func (e *Engine) update(d *detect.Detector, found []detect.Finding, now time.Tim
 		}
 		if t.ID == "" {
 			delete(e.tracked, k)
-		} else if now.Sub(t.quiet) >= d.Clear {
+		} else if !t.healing && now.Sub(t.quiet) >= d.Clear {
 			e.resolve(k, "it is no longer seen")
 		}
 	}
@@ -122,9 +123,9 @@ func (e *Engine) cause(d *detect.Detector) string {
 // newKernel closes what was about a kernel that is gone. e.mu is held.
 func (e *Engine) newKernel(boot string) {
 	for k, t := range e.tracked {
-		switch t.boot {
-		case boot:
-		case "":
+		switch {
+		case t.boot == boot || t.healing:
+		case t.boot == "":
 			e.resolve(k, "the host can be read again")
 		default:
 			e.resolve(k, "the host runs a newly started kernel")

@@ -16,6 +16,8 @@ import (
 )
 
 const (
+	// keepOutcomes is how many outcomes are kept for Outcomes.
+	keepOutcomes   = 50
 	healTimeout    = 30 * time.Second // one repair by memory writes, its verification included
 	restartTimeout = 6 * time.Minute  // until a restarted host is attached and healthy again
 	confirmTimeout = 5 * time.Second
@@ -75,6 +77,11 @@ func (e *Engine) automatic(ctx context.Context, f detect.Finding, action string)
 		if err == nil || ctx.Err() != nil {
 			return
 		}
+		// Harsher means are only for a fault that has been seen again since.
+		again := e.confirm(ctx, f)
+		if errors.Is(again, errQuiet) {
+			return
+		}
 		e.mu.Lock()
 		t := e.open(f.ID)
 		if t == nil {
@@ -82,7 +89,7 @@ func (e *Engine) automatic(ctx context.Context, f detect.Finding, action string)
 			return // it has gone by itself
 		}
 		next := e.o.Policy.Next(f.Kind, action)
-		if next == "" || slices.Contains(t.tried, next) {
+		if next == "" || again != nil || slices.Contains(t.tried, next) {
 			t.told = true
 			e.publish(findingEvent(EventWaiting, t.Finding, fmt.Sprintf("%s waits for an operator: %s has not helped: %v", t.ID, action, err)))
 			e.mu.Unlock()
@@ -145,11 +152,18 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller st
 		if r := recover(); r != nil {
 			err = fmt.Errorf("panic while planning or healing: %v", r)
 		}
-		if dry || err == nil {
+		if dry {
 			return
 		}
 		e.mu.Lock()
 		defer e.mu.Unlock()
+		e.current = ""
+		if t := e.open(f.ID); t != nil {
+			t.healing = false
+		}
+		if err == nil {
+			return
+		}
 		var o heal.Outcome
 		if out != nil {
 			o = *out
@@ -200,23 +214,41 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller st
 
 	e.mu.Lock()
 	e.current = p.ID
+	if t := e.open(f.ID); t != nil {
+		t.healing = true
+		t.Repairs = append(slices.Clip(t.Repairs), p.ID)
+		f = t.Finding
+	}
 	e.publish(findingEvent(EventPlanned, f, fmt.Sprintf("%s: %s (for %s)", p.ID, p.Title, caller)))
 	e.mu.Unlock()
-	defer func() {
-		e.mu.Lock()
-		e.current = ""
-		e.mu.Unlock()
-	}()
 	x := e.executor(mem, img, grant, f, boot)
 	o, err := x.Apply(ctx, p, caller)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.outcomes = append(e.outcomes, o)
+	if len(e.outcomes) > keepOutcomes {
+		e.outcomes = e.outcomes[1:]
+	}
 	if err != nil {
 		return p, &o, err
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
 	e.resolveID(f.ID, fmt.Sprintf("healed by %s (%s)", p.ID, action))
 	e.publish(outcomeEvent(EventHealed, f, o, fmt.Sprintf("%s: %s: healed in %v", f.ID, p.Title, o.Finished.Sub(o.Started).Round(time.Millisecond))))
 	return p, &o, nil
+}
+
+// Outcomes returns what has become of the repairs of a finding, the oldest first. Only the latest repairs of all are kept;
+// the journal has the others.
+func (e *Engine) Outcomes(finding string) []heal.Outcome {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var out []heal.Outcome
+	for _, o := range e.outcomes {
+		if o.Plan.Finding == finding {
+			out = append(out, o)
+		}
+	}
+	return out
 }
 
 func (e *Engine) executor(mem hostmem.Memory, img *kernel.Image, grant access.Grant, f detect.Finding, boot string) *heal.Executor {
@@ -237,6 +269,9 @@ func (e *Engine) executor(mem hostmem.Memory, img *kernel.Image, grant access.Gr
 	return heal.NewExecutor(o)
 }
 
+// errQuiet means that a fault is no longer seen.
+var errQuiet = errors.New("its detector is silent now")
+
 // confirm waits until the finding's detector has spoken of it again in a pass that began later than now.
 func (e *Engine) confirm(ctx context.Context, f detect.Finding) error {
 	from := time.Now()
@@ -246,9 +281,9 @@ func (e *Engine) confirm(ctx context.Context, f detect.Finding) error {
 		t := e.open(f.ID)
 		switch {
 		case t == nil:
-			return false, errors.New("it is gone")
+			return false, fmt.Errorf("it is gone: %w", errQuiet)
 		case !t.quiet.IsZero() && !t.quiet.Before(from):
-			return false, errors.New("its detector is silent now")
+			return false, errQuiet
 		}
 		return t.LastSeen.After(from), nil
 	})
