@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -12,6 +13,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"sync"
@@ -44,6 +46,7 @@ type DPU struct {
 	BootTook time.Duration
 
 	machine *machine
+	disk    string // image of the state disk
 	redfish *port
 	log     *os.File
 	events  *trail[Event]
@@ -77,6 +80,7 @@ func newDPU(dir string, cfg Config, h *Host, b *bmc.BMC, sw *wire.Switch) (*DPU,
 		return nil, err
 	}
 	disk := filepath.Join(dir, "dpu-state.img")
+	d.disk = disk
 	if err := makeDisk(disk, d.StateDir); err != nil {
 		return nil, err
 	}
@@ -293,4 +297,68 @@ func (d *DPU) WirePort() *wire.Port {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.port
+}
+
+// PowerOff cuts the DPU's power; it is no error if it is off.
+func (d *DPU) PowerOff() { d.machine.off() }
+
+// WriteState replaces files of the DPU's state disk, by their names in its root. The DPU must be off.
+func (d *DPU) WriteState(files map[string][]byte) error {
+	dir, err := os.MkdirTemp(filepath.Dir(d.StateDir), "write-")
+	if err != nil {
+		return &InfraError{Op: "write the DPU's state disk", Err: err}
+	}
+	defer os.RemoveAll(dir)
+	for name, data := range files {
+		file := filepath.Join(dir, name)
+		if err := os.WriteFile(file, data, 0o600); err != nil {
+			return &InfraError{Op: "write the DPU's state disk", Err: err}
+		}
+		for _, command := range []string{"rm " + name, "write " + file + " " + name, "sif " + name + " mode 0100600"} {
+			if err := d.debugfs("-w", "-R", command, d.disk); err != nil {
+				return err
+			}
+		}
+		// debugfs complains in words, not by its exit code.
+		if got, err := d.ReadState(name); err != nil || !bytes.Equal(got, data) {
+			return &InfraError{Op: "write the DPU's state disk", Err: fmt.Errorf("%s is not there afterwards: %w", name, err)}
+		}
+	}
+	return nil
+}
+
+// ReadState returns a file of the DPU's state disk, e.g. "journal". The DPU must be off.
+func (d *DPU) ReadState(name string) ([]byte, error) {
+	dir, err := os.MkdirTemp(filepath.Dir(d.StateDir), "read-")
+	if err != nil {
+		return nil, &InfraError{Op: "read the DPU's state disk", Err: err}
+	}
+	defer os.RemoveAll(dir)
+	file := filepath.Join(dir, "file")
+	if err := d.debugfs("-R", "dump "+name+" "+file, d.disk); err != nil {
+		return nil, err
+	}
+	return os.ReadFile(file)
+}
+
+// debugfs works on the state disk as it is after its file system has been mounted once more: with its journal replayed.
+func (d *DPU) debugfs(args ...string) error {
+	if d.machine.current() != nil {
+		return errors.New("the DPU is on: its state disk must be left alone")
+	}
+	for _, run := range [][]string{{"e2fsck", "-f", "-p", d.disk}, append([]string{"debugfs"}, args...)} {
+		program, err := find(run[0])
+		if err != nil {
+			return err
+		}
+		out, err := exec.Command(program, run[1:]...).CombinedOutput()
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && run[0] == "e2fsck" && exit.ExitCode() == 1 {
+			err = nil // it has replayed the journal, or cleared what a power cut left
+		}
+		if err != nil {
+			return &InfraError{Op: "look into the DPU's state disk", Err: fmt.Errorf("%s: %w: %s", run[0], err, out)}
+		}
+	}
+	return nil
 }

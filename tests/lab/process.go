@@ -55,6 +55,8 @@ var packages = map[string]string{
 	"qemu-system-aarch64": "qemu-system-arm",
 	"swtpm":               "swtpm",
 	"mkfs.ext4":           "e2fsprogs",
+	"e2fsck":              "e2fsprogs",
+	"debugfs":             "e2fsprogs",
 }
 
 // find returns the path of a program, also of one in sbin, or an *InfraError that tells what to install.
