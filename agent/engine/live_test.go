@@ -71,7 +71,7 @@ func TestLiveKill(t *testing.T) {
 				var armed, dead []time.Duration
 				for range *killsFlag {
 					pid := g.spawn(kind)
-					a, d := killOne(t, g, path.mem, img, j, pid, path.cas)
+					a, d := killOne(t, g, path.mem, img, j, pid, path.cas, true)
 					if t.Failed() {
 						t.Fatalf("%s over %s", kind, path.name)
 					}
@@ -84,6 +84,21 @@ func TestLiveKill(t *testing.T) {
 					path.name, kind, n, armed[n/2], armed[n-1], dead[n/2], dead[n-1])
 			}
 		}
+		// A zombie that nobody reaps keeps the signal on its list. The mailbox must stay then, and the kernel must find it in
+		// order when the parent dies in its turn and the zombie is reaped after all.
+		img, err := kernel.Open(t.Context(), ram, kernel.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		child := g.spawn("zombie")
+		parent := 0
+		for task, err := range img.View(t.Context()).Tasks() {
+			if err == nil && task.PID == child {
+				parent = task.PPID
+			}
+		}
+		killOne(t, g, ram, img, j, child, true, false)
+		killOne(t, g, ram, img, j, parent, true, true)
 		if bad := g.complaints(); len(bad) > 0 {
 			t.Errorf("the guest's kernel complains: %q", bad)
 		}
@@ -94,7 +109,7 @@ func TestLiveKill(t *testing.T) {
 }
 
 // killOne ends one process and returns how long after the arming store the host confirmed it, and the process was dead.
-func killOne(t *testing.T, g *guest, mem hostmem.Memory, img *kernel.Image, j *journal.Journal, pid int, cas bool) (confirmed, dead time.Duration) {
+func killOne(t *testing.T, g *guest, mem hostmem.Memory, img *kernel.Image, j *journal.Journal, pid int, cas, reaped bool) (confirmed, dead time.Duration) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
@@ -122,7 +137,7 @@ func killOne(t *testing.T, g *guest, mem hostmem.Memory, img *kernel.Image, j *j
 		Cured:   func(context.Context, heal.Plan) error { return nil },
 	})
 	out, err := x.Apply(ctx, p, "test")
-	if err != nil || !out.Verified || len(out.Left) > 0 || out.Atomic != cas {
+	if err != nil || !out.Verified || (len(out.Left) == 0) != reaped || out.Atomic != cas {
 		t.Errorf("Apply = %v; verified %v, left %v, atomic %v", err, out.Verified, out.Left, out.Atomic)
 		for _, s := range out.Steps {
 			t.Logf("  %d %s (%s): %s%s took %v", s.Step, p.Steps[s.Step].Op, p.Steps[s.Step].Why, s.Met, s.Error, s.Took)
@@ -139,6 +154,9 @@ func killOne(t *testing.T, g *guest, mem hostmem.Memory, img *kernel.Image, j *j
 		case st.Op == heal.OpAwait && !st.Cleanup:
 			dead = s.Started.Add(s.Took).Sub(arm)
 		}
+	}
+	if !reaped {
+		return // its parent does not want to know
 	}
 	deadline := time.After(10 * time.Second)
 	for {
