@@ -3,6 +3,8 @@ package engine
 import (
 	"bufio"
 	"bytes"
+	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -127,6 +129,7 @@ func startGuest(t *testing.T, kernel string) *guest {
 		"-append", "console=ttyS0 loglevel=4 panic=0", "-nodefaults", "-display", "none",
 		"-serial", "file:"+filepath.Join(g.dir, "console"),
 		"-serial", "unix:"+filepath.Join(g.dir, "ctl")+",server=on,wait=off",
+		"-gdb", "unix:"+filepath.Join(g.dir, "gdb")+",server=on,wait=off",
 		"-qmp", "unix:"+filepath.Join(g.dir, "qmp")+",server=on,wait=off")
 	var stderr bytes.Buffer
 	c.Stderr = &stderr
@@ -251,6 +254,69 @@ func (g *guest) complaints() []string {
 		}
 	}
 	return bad
+}
+
+// lock has a CPU that runs a task within the kernel spin at a jump to itself, with its interrupts off, and returns which.
+// QEMU's debug stub stops the machine while somebody is connected to it.
+//
+// Source: "GDB Remote Serial Protocol" of the GDB manual; registers of x86-64: rax to r15, rip, eflags, cs.
+func (g *guest) lock(gadget uint64, running func(cpu int) bool) int {
+	g.t.Helper()
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		conn, err := net.Dial("unix", filepath.Join(g.dir, "gdb"))
+		if err != nil {
+			g.t.Fatal(err)
+		}
+		in := bufio.NewReader(conn)
+		command := func(packet string) string {
+			sum := byte(0)
+			for i := range len(packet) {
+				sum += packet[i]
+			}
+			fmt.Fprintf(conn, "$%s#%02x", packet, sum)
+			conn.SetDeadline(time.Now().Add(10 * time.Second))
+			for {
+				if _, err := in.ReadString('$'); err != nil {
+					g.t.Fatalf("%s: %v", packet, err)
+				}
+				answer, err := in.ReadString('#')
+				if err != nil {
+					g.t.Fatalf("%s: %v", packet, err)
+				}
+				in.Discard(2)
+				fmt.Fprint(conn, "+")
+				if !strings.HasPrefix(answer, "T") { // the news that the machine has stopped
+					return strings.TrimSuffix(answer, "#")
+				}
+			}
+		}
+		locked := -1
+		for cpu := range 2 {
+			command(fmt.Sprintf("Hg%d", cpu+1))
+			regs, err := hex.DecodeString(command("g"))
+			if err != nil || len(regs) < 144 {
+				g.t.Fatalf("registers: %d bytes, %v", len(regs), err)
+			}
+			if regs[140]&3 != 0 || !running(cpu) {
+				continue
+			}
+			binary.LittleEndian.PutUint64(regs[128:], gadget)
+			flags := binary.LittleEndian.Uint32(regs[136:])
+			binary.LittleEndian.PutUint32(regs[136:], flags&^0x200)
+			if a := command("G" + hex.EncodeToString(regs)); a != "OK" {
+				g.t.Fatalf("set registers: %s", a)
+			}
+			locked = cpu
+			break
+		}
+		command("D")
+		conn.Close()
+		if locked >= 0 {
+			return locked
+		}
+	}
+	g.t.Fatal("no CPU was met running a task within the kernel")
+	return -1
 }
 
 // execute runs a QMP command.

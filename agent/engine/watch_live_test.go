@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"context"
 	"log/slog"
 	"testing"
@@ -8,6 +9,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/heal"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/policy"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
@@ -172,4 +174,61 @@ func TestLiveWatch(t *testing.T) {
 			t.Errorf("the guest's kernel complains: %q", bad)
 		}
 	})
+}
+
+// One CPU of a busy host locks up with its interrupts off.
+func TestLiveStall(t *testing.T) {
+	forEachGuest(t, func(t *testing.T, k string) {
+		g := startGuest(t, k)
+		w := watch(t, Options{
+			Memory: func(context.Context) (hostmem.Memory, error) {
+				return hostmem.OpenRAMFile(g.ram, hostmem.Q35Layout(uint64(g.mib)<<20), false)
+			},
+			Policy: policy.Default(),
+		})
+		w.wait(time.Minute, "attach", ofType(EventAttached))
+		g.spawn("forks")
+		g.spawn("forks")
+		time.Sleep(12 * time.Second) // a host that boots is not judged
+		v, err := w.e.View(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		cpu := g.lock(gadget(t, v), func(cpu int) bool {
+			hb, err := v.Heartbeat()
+			return err == nil && !hb.CPUs[cpu].Idle
+		})
+		began := time.Now()
+		for {
+			ev := w.wait(20*time.Second, "verdict", func(e Event) bool {
+				return e.Finding != nil && e.Finding.Kind == detect.KindCPUStall && (e.Type == EventFinding || e.Type == EventSuspicion)
+			})
+			t.Logf("locked → %s: %v: %s; %s; culprit %q, PID %d, TGID %d", ev.Type, ev.At.Sub(began), ev.Finding.Title, ev.Finding.Detail,
+				ev.Finding.Culprit.Comm, ev.Finding.Culprit.PID, ev.Finding.Culprit.TGID)
+			if ev.Type == EventFinding {
+				if *ev.Finding.Culprit.CPU != cpu {
+					t.Errorf("CPU %d is accused; CPU %d is locked", *ev.Finding.Culprit.CPU, cpu)
+				}
+				return
+			}
+		}
+	})
+}
+
+// gadget returns the address of a jump to itself in the kernel's text.
+func gadget(t *testing.T, v *kernel.View) uint64 {
+	t.Helper()
+	text, err := v.Image().Symbol("_stext")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 4<<20)
+	if err := v.ReadVirt(text, b); err != nil {
+		t.Fatal(err)
+	}
+	i := bytes.Index(b, []byte{0xeb, 0xfe})
+	if i < 0 {
+		t.Fatal("no jump to itself in the kernel's text")
+	}
+	return uint64(text) + uint64(i)
 }
