@@ -264,7 +264,7 @@ func (s *Service) gone(err error) error {
 	return nil
 }
 
-// render makes the representation of a resource. Of the query, it looks at $top and $skip only.
+// render makes the representation of a resource. Of the query, it looks at $filter, $top and $skip only.
 func (s *Service) render(r *Request, q query) (body []byte, etag string, err error) {
 	route := r.node.route
 	var o schema.Object
@@ -375,6 +375,14 @@ func (s *Service) collect(r *Request, q query) (schema.Object, error) {
 			return b, err
 		}
 	}
+	if q.filter != nil {
+		hits, err := s.matches(r, q.filter, total, member)
+		if err != nil {
+			return nil, err
+		}
+		all := member
+		total, member = len(hits), func(i int) (json.RawMessage, error) { return all(hits[i]) }
+	}
 	c.Count = total
 	first := min(q.skip, total)
 	last := total
@@ -386,6 +394,9 @@ func (s *Service) collect(r *Request, q query) (schema.Object, error) {
 		c.NextLink = r.URI + "?$skip=" + strconv.Itoa(last)
 		if q.top >= 0 {
 			c.NextLink += "&$top=" + strconv.Itoa(q.top-limit)
+		}
+		if q.filter != nil {
+			c.NextLink += "&$filter=" + q.text
 		}
 	}
 	for i := first; i < last; i++ {

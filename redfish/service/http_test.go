@@ -151,7 +151,7 @@ func TestAnswers(t *testing.T) {
 		{"patch of a number, out of range", "PATCH", "/redfish/v1/SessionService", `{"SessionTimeout":1}`, nil, 400, "PropertyValueOutOfRange", "SessionTimeout"},
 		{"patch of a number, fraction", "PATCH", "/redfish/v1/SessionService", `{"SessionTimeout":600.5}`, nil, 400, "PropertyValueTypeError", "SessionTimeout"},
 
-		{"$filter", "GET", "/redfish/v1/Systems?$filter=Name%20eq%20'x'", "", nil, 501, "QueryParameterUnsupported", ""},
+		{"bad $filter", "GET", "/redfish/v1/Systems?$filter=Name", "", nil, 400, "QueryParameterValueFormatError", ""},
 		{"unknown $", "GET", system + "?$nonsense=1", "", nil, 501, "QueryParameterUnsupported", ""},
 		{"unknown option", "GET", system + "?nonsense=1", "", nil, 200, "", ""},
 		{"bad $expand", "GET", "/redfish/v1/Systems?$expand=all", "", nil, 400, "QueryParameterValueFormatError", ""},

@@ -1,10 +1,12 @@
 package service
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -17,7 +19,10 @@ type query struct {
 	levels   int
 	selected [][]string // paths of properties
 	only     bool
-	top      int // -1 if not given
+	excerpt  bool
+	filter   *filter
+	text     string // of the filter, escaped, for links to further pages
+	top      int    // -1 if not given
 	skip     int
 	skipSent bool
 }
@@ -25,7 +30,7 @@ type query struct {
 const maxExpandLevels = 4
 
 func (q query) empty() bool {
-	return q.expand == 0 && q.selected == nil && !q.only && q.top < 0 && !q.skipSent
+	return q.expand == 0 && q.selected == nil && !q.only && !q.excerpt && q.filter == nil && q.top < 0 && !q.skipSent
 }
 
 // parseQuery reads the options of a request. Options that begin with $ and are not supported are refused with 501; other
@@ -46,7 +51,7 @@ func parseQuery(raw string) (query, *Error) {
 		if err1 != nil || err2 != nil {
 			return q, refuse(400, "QueryParameterValueFormatError", v, k)
 		}
-		if seen[key] && (strings.HasPrefix(key, "$") || key == "only") {
+		if seen[key] && (strings.HasPrefix(key, "$") || key == "only" || key == "excerpt") {
 			return q, refuse(400, "QueryCombinationInvalid")
 		}
 		seen[key] = true
@@ -61,12 +66,22 @@ func parseQuery(raw string) (query, *Error) {
 		case "$skip":
 			q.skip, e = parseCount(key, value)
 			q.skipSent = true
-		case "only":
-			q.only = true
+		case "$filter":
+			f, err := parseFilter(value)
+			if err != nil {
+				e = Because(400, "QueryParameterValueFormatError", "The value of $filter cannot be read: "+err.Error()+".", value, key)
+			}
+			q.filter, q.text = f, v
+		case "only", "excerpt":
+			if key == "only" {
+				q.only = true
+			} else {
+				q.excerpt = true
+			}
 			if hasValue {
 				e = refuse(400, "QueryParameterValueFormatError", value, key)
 			}
-		case "excerpt", "includeoriginofcondition":
+		case "includeoriginofcondition":
 			e = refuse(501, "QueryParameterUnsupported", key)
 		default:
 			if strings.HasPrefix(key, "$") {
@@ -77,7 +92,7 @@ func parseQuery(raw string) (query, *Error) {
 			return q, e
 		}
 	}
-	if q.only && (q.expand != 0 || q.top >= 0 || q.skipSent) {
+	if q.only && (q.expand != 0 || q.filter != nil || q.top >= 0 || q.skipSent) || q.excerpt && q.selected != nil {
 		return q, refuse(400, "QueryCombinationInvalid")
 	}
 	return q, nil
@@ -113,15 +128,8 @@ func parseExpand(value string) (how byte, levels int, _ *Error) {
 func parseSelect(value string) ([][]string, *Error) {
 	var out [][]string
 	for item := range strings.SplitSeq(value, ",") {
-		path := strings.Split(strings.TrimSpace(item), "/")
-		for _, name := range path {
-			if name == "" || strings.ContainsFunc(name, func(r rune) bool {
-				return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("@._#-", r))
-			}) {
-				return nil, refuse(400, "QueryParameterValueFormatError", value, "$select")
-			}
-		}
-		if len(path) > 10 || len(out) >= 100 {
+		path, ok := propertyPath(strings.TrimSpace(item))
+		if !ok || len(out) >= 100 {
 			return nil, refuse(400, "QueryParameterValueFormatError", value, "$select")
 		}
 		out = append(out, path)
@@ -143,11 +151,11 @@ func parseCount(key, value string) (int, *Error) {
 // query applies the options to a representation.
 func (s *Service) query(r *Request, q query, body []byte) ([]byte, string, error) {
 	collection := r.node.route.collection()
-	if !collection && (q.only || q.top >= 0 || q.skipSent) {
+	if !collection && (q.only || q.filter != nil || q.top >= 0 || q.skipSent) {
 		return nil, "", refuse(400, "QueryNotSupportedOnResource")
 	}
 	var v map[string]any
-	if err := json.Unmarshal(body, &v); err != nil {
+	if err := decodeExact(body, &v); err != nil {
 		return nil, "", fmt.Errorf("decode %s: %w", r.URI, err)
 	}
 	if q.only {
@@ -159,10 +167,24 @@ func (s *Service) query(r *Request, q query, body []byte) ([]byte, string, error
 			v, collection = member, false
 		}
 	}
+	if q.excerpt {
+		s.excerpt(r.node, v)
+	}
 	if q.expand != 0 {
 		budget := s.limits.Expanded
 		if err := s.expand(r, q.expand, q.levels, v, "", &budget); err != nil {
 			return nil, "", err
+		}
+	}
+	if q.excerpt && collection {
+		members, _ := v["Members"].([]any)
+		for _, m := range members {
+			if m, ok := m.(map[string]any); ok && !reference(m) {
+				uri, _ := m["@odata.id"].(string)
+				if n, _ := s.tree.find(uri); n != nil && n.route != nil {
+					s.excerpt(n, m)
+				}
+			}
 		}
 	}
 	if q.selected != nil {
@@ -179,6 +201,60 @@ func (s *Service) query(r *Request, q query, body []byte) ([]byte, string, error
 		out = append(out, ',')
 	}
 	return append(out, body[1:]...), etag, nil
+}
+
+// excerpt leaves the properties that the schema marks as its excerpt, if it marks any, and OData's own.
+func (s *Service) excerpt(n *node, v map[string]any) {
+	if n.route.Excerpt == nil {
+		return
+	}
+	for name := range v {
+		if !slices.Contains(n.route.Excerpt, name) && !strings.HasPrefix(name, "@odata.") {
+			delete(v, name)
+		}
+	}
+}
+
+// matches returns the indices of the members of a collection that satisfy a filter.
+func (s *Service) matches(r *Request, f *filter, total int, member func(int) (json.RawMessage, error)) ([]int, error) {
+	var hits []int
+	for i := range total {
+		if err := r.ctx.Err(); err != nil {
+			return nil, err
+		}
+		b, err := member(i)
+		if errors.Is(err, ErrNotFound) {
+			continue // gone since the list was made
+		}
+		if err != nil {
+			return nil, err
+		}
+		var v map[string]any
+		if err := decodeExact(b, &v); err != nil {
+			return nil, fmt.Errorf("decode member of %s: %w", r.URI, err)
+		}
+		if reference(v) {
+			var e *Error
+			_, v, err = s.fetch(r, v)
+			if errors.Is(err, ErrNotFound) || errors.As(err, &e) && (e.Status == 403 || e.Status == 404) {
+				continue // what the caller may not read must not be told by a filter either
+			}
+			if err != nil {
+				return nil, err
+			}
+		}
+		if f.match(v) {
+			hits = append(hits, i)
+		}
+	}
+	return hits, nil
+}
+
+// decodeExact decodes JSON with its numbers as they were written.
+func decodeExact(b []byte, v any) error {
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.UseNumber()
+	return dec.Decode(v)
 }
 
 // only returns the single member of a collection.
@@ -219,7 +295,7 @@ func (s *Service) fetch(r *Request, link map[string]any) (*Request, map[string]a
 		return nil, nil, sub.missing(err)
 	}
 	var v map[string]any
-	if err := json.Unmarshal(body, &v); err != nil {
+	if err := decodeExact(body, &v); err != nil {
 		return nil, nil, fmt.Errorf("decode %s: %w", uri, err)
 	}
 	return sub, v, nil

@@ -127,7 +127,7 @@ func (o *Schema) uri() string { return "/redfish/v1/schema/" + o.Namespace + "_v
 func (s *Service) root(r *Request) (schema.Object, error) {
 	yes := schema.ProtocolFeaturesSupported{
 		ExpandQuery: schema.ExpandQuery{ExpandAll: true, Levels: true, Links: true, NoLinks: true, MaxLevels: maxExpandLevels},
-		SelectQuery: true, OnlyMemberQuery: true, TopSkipQuery: true, MultipleHTTPRequests: true,
+		FilterQuery: true, SelectQuery: true, ExcerptQuery: true, OnlyMemberQuery: true, TopSkipQuery: true, MultipleHTTPRequests: true,
 	}
 	out := &schema.ServiceRoot{
 		Resource: schema.Resource{ID: "RootService", Name: "Root Service"}, RedfishVersion: redfishVersion, UUID: s.uuid,

@@ -30,6 +30,8 @@ type Route struct {
 	// Entries makes the route a collection whose members are always expanded, as LogEntryCollection's are. The members get
 	// their own route from here.
 	Entries func(*Request) (Listing, error)
+	// Excerpt are the properties that the schema marks as Redfish.Excerpt; nil means all.
+	Excerpt []string
 	// Name is the name of a collection.
 	Name string
 
