@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/images/kernels"
+	"github.com/backdoor-rhs/backdoor/images/modpack"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
@@ -56,8 +57,10 @@ type guest struct {
 
 type guestOptions struct {
 	cpu, cmdline string
-	mib          int  // 512 if zero
-	early        bool // return at once, not when userland is ready
+	mib          int      // 512 if zero
+	early        bool     // return at once, not when userland is ready
+	modules      []string // that the guest loads, with what they need
+	args         []string // of QEMU
 }
 
 var guestInit = sync.OnceValues(func() ([]byte, error) {
@@ -71,8 +74,8 @@ var guestInit = sync.OnceValues(func() ([]byte, error) {
 	return os.ReadFile(out)
 })
 
-// cpio makes an initramfs of a single program.
-func cpio(init []byte) []byte {
+// cpio makes an initramfs of a single program and modules, which are loaded in the order of their names.
+func cpio(init []byte, modules ...modpack.Module) []byte {
 	var b bytes.Buffer
 	entry := func(name string, mode int, data []byte) {
 		fmt.Fprintf(&b, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x", 1, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name)+1, 0)
@@ -83,6 +86,12 @@ func cpio(init []byte) []byte {
 	}
 	entry("dev", 0o40755, nil)
 	entry("init", 0o100755, init)
+	if len(modules) > 0 {
+		entry("modules", 0o40755, nil)
+	}
+	for i, m := range modules {
+		entry(fmt.Sprintf("modules/%02d-%s.ko", i, m.Name), 0o100644, m.Data)
+	}
 	entry("TRAILER!!!", 0, nil)
 	return b.Bytes()
 }
@@ -101,9 +110,17 @@ func startGuest(t *testing.T, kernel string, o guestOptions) *guest {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var modules []modpack.Module
+	if len(o.modules) > 0 {
+		pack, err := modpack.Make(k.ModulesDir, o.modules)
+		if err != nil {
+			t.Fatal(err)
+		}
+		modules = pack.LoadOrder()
+	}
 	dir := t.TempDir()
 	initrd := filepath.Join(dir, "init.cpio")
-	if err := os.WriteFile(initrd, cpio(init), 0o644); err != nil {
+	if err := os.WriteFile(initrd, cpio(init, modules...), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	if o.cpu == "" {
@@ -122,13 +139,13 @@ func startGuest(t *testing.T, kernel string, o guestOptions) *guest {
 	}
 	ram.Close()
 	g := &guest{t: t, dir: dir, began: time.Now()}
-	c := exec.Command("qemu-system-x86_64", "-M", "q35,memory-backend=ram0",
+	c := exec.Command("qemu-system-x86_64", append([]string{"-M", "q35,memory-backend=ram0",
 		"-object", fmt.Sprintf("memory-backend-file,id=ram0,size=%dM,mem-path=%s,share=on", o.mib, ram.Name()),
 		"-m", fmt.Sprint(o.mib), "-smp", "2", "-cpu", o.cpu, "-kernel", k.Vmlinuz, "-initrd", initrd,
-		"-append", "console=ttyS0 loglevel=4 panic=0 "+o.cmdline, "-nodefaults", "-display", "none",
-		"-serial", "file:"+filepath.Join(dir, "console"),
-		"-serial", "unix:"+filepath.Join(dir, "ctl")+",server=on,wait=off",
-		"-qmp", "unix:"+filepath.Join(dir, "qmp")+",server=on,wait=off")
+		"-append", "console=ttyS0 loglevel=4 panic=0 " + o.cmdline, "-nodefaults", "-display", "none",
+		"-serial", "file:" + filepath.Join(dir, "console"),
+		"-serial", "unix:" + filepath.Join(dir, "ctl") + ",server=on,wait=off",
+		"-qmp", "unix:" + filepath.Join(dir, "qmp") + ",server=on,wait=off"}, o.args...)...)
 	var stderr bytes.Buffer
 	c.Stderr = &stderr
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // even when a test times out

@@ -161,6 +161,9 @@ func answer(cmd []string) any {
 	case "iomem":
 		b, _ := os.ReadFile("/proc/iomem")
 		return string(b)
+	case "cpuinfo":
+		b, _ := os.ReadFile("/proc/cpuinfo")
+		return string(b)
 	case "version":
 		b, _ := os.ReadFile("/proc/version")
 		return string(b)
@@ -191,7 +194,7 @@ func answer(cmd []string) any {
 	case "sysrq":
 		return fmt.Sprint(os.WriteFile("/proc/sysrq-trigger", []byte(arg), 0))
 	}
-	return "unknown command"
+	return listing(cmd[0], arg)
 }
 
 func kallsyms() any {

@@ -1,0 +1,126 @@
+package kernel
+
+import (
+	"fmt"
+	"iter"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestListings compares the listings of a running kernel with what that kernel says of itself.
+func TestListings(t *testing.T) {
+	forEachGuest(t, func(t *testing.T, kernel string) {
+		g := startListed(t, kernel, guestOptions{})
+		img := g.attach(Options{})
+		for _, l := range []struct {
+			name string
+			test func(*testing.T, *guest, *Image)
+		}{
+			{"modules", testModules},
+		} {
+			t.Run(l.name, func(t *testing.T) {
+				g.t = t
+				l.test(t, g, img)
+			})
+		}
+	})
+}
+
+// startListed starts a guest that has something of everything to list.
+func startListed(t *testing.T, kernel string, o guestOptions) *guest {
+	t.Helper()
+	o.modules = []string{"virtio_pci", "virtio_net", "dummy"}
+	o.args = []string{"-netdev", "user,id=n0,restrict=on", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56"}
+	g := startGuest(t, kernel, o)
+	var result string
+	if g.ask(&result, "world"); result != "ok" {
+		t.Fatal(result)
+	}
+	time.Sleep(2 * time.Second) // until IPv6 addresses are no longer tentative
+	return g
+}
+
+// frozenView stops the guest and returns a view of it, which ends with the test.
+func (g *guest) frozenView(img *Image) *View {
+	g.t.Helper()
+	g.execute("stop")
+	g.t.Cleanup(func() { g.execute("cont") })
+	return img.View(g.t.Context())
+}
+
+func (g *guest) read(path string) string {
+	g.t.Helper()
+	var text string
+	g.ask(&text, "read "+path)
+	return text
+}
+
+// gather collects a listing, logs what it took, and fails the test if it is not whole.
+func gather[T any](t *testing.T, v *View, seq iter.Seq2[T, error]) (all []T) {
+	t.Helper()
+	began := time.Now()
+	for x, err := range seq {
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, x)
+	}
+	t.Logf("%d in %v, %+v", len(all), time.Since(began), v.Cost())
+	return all
+}
+
+func testModules(t *testing.T, g *guest, img *Image) {
+	proc := g.read("/proc/modules")
+	sections := make(map[string]map[string]string)
+	for line := range strings.Lines(proc) {
+		name, _, _ := strings.Cut(line, " ")
+		sections[name] = make(map[string]string)
+		for _, s := range []string{".text", ".data", ".gnu.linkonce.this_module"} {
+			sections[name][s] = strings.TrimSpace(g.read("/sys/module/" + name + "/sections/" + s))
+		}
+	}
+	v := g.frozenView(img)
+	got := make(map[string]Module)
+	for _, m := range gather(t, v, v.Modules()) {
+		got[m.Name] = m
+	}
+	lines := 0
+	for line := range strings.Lines(proc) {
+		// virtio_net 86016 0 - Live 0xffffffffc0390000 (E)
+		f := strings.Fields(line)
+		lines++
+		m, ok := got[f[0]]
+		if !ok {
+			t.Errorf("%s is missing", f[0])
+			continue
+		}
+		users := strings.Join(m.UsedBy, ",") + ","
+		if len(m.UsedBy) == 0 {
+			users = "-"
+		}
+		taint := ""
+		if len(f) > 6 {
+			taint = strings.Trim(f[6], "()")
+		}
+		have := []string{fmt.Sprint(m.Size), fmt.Sprint(m.Refs), users, m.State, m.Base.String(), Taint(m.Taint)}
+		want := []string{f[1], f[2], f[3], strings.ToLower(f[4]), f[5], taint}
+		if fmt.Sprint(have) != fmt.Sprint(want) {
+			t.Errorf("%s = %v; /proc/modules has %v", m.Name, have, want)
+		}
+		if !m.InList || !m.InKset || !m.InTree || m.Missing {
+			t.Errorf("%s = %+v; want it in all views", m.Name, m)
+		}
+		for _, s := range m.Sections {
+			if want, ok := sections[m.Name][s.Name]; ok && want != fmt.Sprintf("%#016x", uint64(s.Addr)) && want != s.Addr.String() {
+				t.Errorf("%s %s = %v; sysfs has %s", m.Name, s.Name, s.Addr, want)
+			}
+		}
+		if len(m.Sections) < 3 {
+			t.Errorf("%s has %d sections", m.Name, len(m.Sections))
+		}
+	}
+	if lines != len(got) || lines < 4 {
+		t.Errorf("%d modules; the guest has %d", len(got), lines)
+	}
+}
