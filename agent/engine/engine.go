@@ -28,8 +28,10 @@ type Engine struct {
 	config    detect.Config
 	detectors []detect.Detector
 	journal   chan entry
-	wake      chan struct{} // has the loop begin a pass at once
-	healing   chan struct{} // holds one token: one repair at a time
+	wake      chan struct{}   // has the loop begin a pass at once
+	healing   chan struct{}   // holds one token: one repair at a time
+	running   context.Context // ends with Run; every repair is broken off then
+	end       context.CancelFunc
 
 	mu          sync.Mutex
 	phase       Phase               // guarded by mu, like everything below
@@ -71,6 +73,7 @@ func New(o Options) *Engine {
 		tracked: make(map[string]*tracked), counts: make(map[detect.Kind]int), force: make(map[string]bool),
 		changed: make(chan struct{}),
 	}
+	e.running, e.end = context.WithCancel(context.Background())
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
 	}
@@ -85,7 +88,8 @@ func New(o Options) *Engine {
 	return e
 }
 
-// Run works until ctx ends; it returns earlier only if the options are invalid.
+// Run works until ctx ends, and has then what a repair under way has stored taken back; it returns earlier only if the
+// options are invalid. It is called once.
 func (e *Engine) Run(ctx context.Context) error {
 	if e.o.Memory == nil {
 		return errors.New("engine: no memory is given")
@@ -98,6 +102,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	if err := e.config.Check(); err != nil {
 		return fmt.Errorf("engine: %w", err)
 	}
+	defer context.AfterFunc(ctx, e.end)()
 	var wg sync.WaitGroup
 	wg.Go(func() { e.writeJournal(ctx) })
 	e.mu.Lock()

@@ -476,6 +476,143 @@ func TestNoEscalationWhenItIsGone(t *testing.T) {
 	})
 }
 
+// An agent that may only watch does not touch the power either, and what nobody may do here is no reason for harsher means.
+func TestRefusalsDoNotEscalate(t *testing.T) {
+	const other = "7f1e5c1e-0001-4a6b-9d7a-0123456789ab"
+	for _, tt := range []struct {
+		name   string
+		change func(t *testing.T, o *Options)
+		want   error
+		power  error // of an operator's order
+	}{
+		{"writes off", func(t *testing.T, o *Options) {
+			o.Writes, o.Agreement = false, agreement(t, guestUUID, heal.KillProcess, heal.PowerCycle)
+		}, ErrWritesOff, ErrWritesOff},
+		{"no agreement", func(*testing.T, *Options) {}, access.ErrDenied, access.ErrDenied},
+		{"another host's agreement", func(t *testing.T, o *Options) {
+			o.Agreement = agreement(t, other, heal.KillProcess, heal.PowerCycle)
+		}, access.ErrDenied, access.ErrDenied},
+		{"ended agreement", func(t *testing.T, o *Options) {
+			o.Agreement = agreement(t, guestUUID, heal.KillProcess, heal.PowerCycle)
+			o.Agreement.ValidUntil = time.Now().Add(-time.Second)
+		}, access.ErrDenied, access.ErrDenied},
+		{"no journal", func(t *testing.T, o *Options) {
+			o.Agreement, o.Journal = agreement(t, guestUUID, heal.PowerCycle), nil
+		}, access.ErrDenied, access.ErrDenied},
+		{"the milder action is not permitted", func(t *testing.T, o *Options) {
+			o.Agreement = agreement(t, guestUUID, heal.PowerCycle)
+		}, access.ErrDenied, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var pw *fakePower
+			inBubble(t, func(m *made, o *Options) {
+				pw = &fakePower{m: m}
+				o.Power = pw
+				o.Policy.Rules = []policy.Rule{{Finding: "runaway-process", Action: "kill-process", Mode: policy.Automatic, MaxPerHour: 5, Then: "power-cycle"}}
+				tt.change(t, o)
+			}, func(t *testing.T, m *made, w *watched) {
+				w.wait(time.Second, "attach", ofType(EventAttached))
+				m.set(func(m *made) { m.spin = true })
+				w.wait(10*time.Second, "failure", ofKind(EventFailed, detect.KindRunawayProcess))
+				w.wait(10*time.Second, "waiting", ofKind(EventWaiting, detect.KindRunawayProcess))
+				time.Sleep(time.Minute)
+				if tt.power != nil { // else power-cycle is permitted to an operator
+					if _, out, err := w.e.Heal(t.Context(), HealRequest{Finding: "runaway-process-1", Action: heal.PowerCycle}); !errors.Is(err, tt.want) || out != nil && len(out.Steps) > 0 {
+						t.Errorf("Heal by an operator = %+v, %v; want %v", out, err, tt.want)
+					}
+				}
+				if _, _, err := w.e.Heal(t.Context(), HealRequest{Finding: "runaway-process-1"}); !errors.Is(err, tt.want) && tt.name != "no journal" {
+					t.Errorf("Heal by an operator = %v; want %v", err, tt.want)
+				}
+				if len(pw.did) > 0 {
+					t.Errorf("did %v; want nothing", pw.did)
+				}
+				if err := w.e.PowerControl(t.Context(), "off", "operator"); !errors.Is(err, tt.power) {
+					t.Errorf("PowerControl = %v; want %v", err, tt.power)
+				}
+			})
+		})
+	}
+}
+
+// slowPower takes its time, and gives up when its context ends.
+type slowPower struct {
+	fakePower
+	asked chan struct{}
+}
+
+func (p *slowPower) Cycle(ctx context.Context) error {
+	close(p.asked)
+	select {
+	case <-time.After(5 * time.Second):
+		return p.fakePower.do("cycle")
+	case <-ctx.Done():
+		p.did = append(p.did, "broken off")
+		return ctx.Err()
+	}
+}
+
+// A host whose power cycle is broken off half-way stays off: neither a client that hangs up nor the agent's end may do that.
+func TestPowerOrdersAreSeenThrough(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		do   func(ctx context.Context, e *Engine) error
+	}{
+		{"operator", func(ctx context.Context, e *Engine) error { return e.PowerControl(ctx, "cycle", "alice") }},
+		{"repair", func(ctx context.Context, e *Engine) error {
+			_, _, err := e.Heal(ctx, HealRequest{Finding: "panic-1", Caller: "alice"})
+			return err
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var pw *slowPower
+			inBubble(t, func(m *made, o *Options) {
+				pw = &slowPower{fakePower{m: m}, make(chan struct{})}
+				o.Power, o.Agreement = pw, agreement(t, guestUUID, heal.PowerCycle)
+			}, func(t *testing.T, m *made, w *watched) {
+				m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+				w.wait(time.Second, "panic", ofKind(EventFinding, detect.KindPanic))
+				ctx, hangUp := context.WithCancel(t.Context())
+				ended := make(chan error)
+				go func() { ended <- tt.do(ctx, w.e) }()
+				<-pw.asked
+				hangUp()
+				<-ended
+				if !slices.Equal(pw.did, []string{"cycle"}) {
+					t.Errorf("did %v; want one whole cycle", pw.did)
+				}
+			})
+		})
+	}
+}
+
+// The end of the agent waits for a repair, which still has the host's memory to take back what it has stored.
+func TestEndWaitsForRepair(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &made{boot: 1, started: time.Now().Add(-time.Minute)}
+		j, err := journal.Open(&memDevice{b: make([]byte, 1<<20)}, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pw := &slowPower{fakePower{m: m}, make(chan struct{})}
+		e := New(Options{
+			Memory: m.memory, Writes: true, HostUUID: guestUUID, Journal: j, Power: pw,
+			Agreement: agreement(t, guestUUID, heal.PowerCycle), Policy: policy.Policy{Version: 1, Rules: automatic("panic", "power-cycle")},
+		})
+		e.src = m
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- e.Run(ctx) }()
+		m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+		<-pw.asked
+		cancel()
+		<-done
+		if !slices.Equal(pw.did, []string{"cycle"}) || m.closes != 1 {
+			t.Errorf("did %v, memory closed %d times; want the cycle first, then the memory closed", pw.did, m.closes)
+		}
+	})
+}
+
 func TestHealByOperator(t *testing.T) {
 	var pw *fakePower
 	inBubble(t, func(m *made, o *Options) {

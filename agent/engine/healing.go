@@ -77,7 +77,8 @@ func (e *Engine) automatic(ctx context.Context, f detect.Finding, action string)
 		if err == nil || ctx.Err() != nil {
 			return
 		}
-		// Harsher means are only for a fault that has been seen again since.
+		// Harsher means are only for a fault that has been seen again since, and never in place of what nobody may do here.
+		refused := errors.Is(err, access.ErrDenied) || errors.Is(err, ErrWritesOff) || errors.Is(err, heal.ErrProtected)
 		again := e.confirm(ctx, f)
 		if errors.Is(again, errQuiet) {
 			return
@@ -89,9 +90,13 @@ func (e *Engine) automatic(ctx context.Context, f detect.Finding, action string)
 			return // it has gone by itself
 		}
 		next := e.o.Policy.Next(f.Kind, action)
-		if next == "" || again != nil || slices.Contains(t.tried, next) {
+		if next == "" || refused || again != nil || slices.Contains(t.tried, next) {
 			t.told = true
-			e.publish(findingEvent(EventWaiting, t.Finding, fmt.Sprintf("%s waits for an operator: %s has not helped: %v", t.ID, action, err)))
+			what := "has not helped"
+			if refused {
+				what = "was refused"
+			}
+			e.publish(findingEvent(EventWaiting, t.Finding, fmt.Sprintf("%s waits for an operator: %s %s: %v", t.ID, action, what, err)))
 			e.mu.Unlock()
 			return
 		}
@@ -185,6 +190,7 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller st
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	defer context.AfterFunc(e.running, cancel)()
 
 	e.mu.Lock()
 	var img *kernel.Image
@@ -194,6 +200,15 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller st
 	mem, grant := e.mem, e.grant()
 	boot := e.bootID()
 	e.mu.Unlock()
+	if !dry {
+		// The executor judges each right by itself; what is refused as a whole is refused before anything is planned.
+		if !e.o.Writes {
+			return p, nil, ErrWritesOff
+		}
+		if err := grant.Permit(action); err != nil {
+			return p, nil, err
+		}
+	}
 	var v *kernel.View
 	if img != nil {
 		v = img.View(ctx)
@@ -207,9 +222,6 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller st
 	e.mu.Unlock()
 	if dry {
 		return p, nil, nil
-	}
-	if !e.o.Writes && len(p.Ranges()) > 0 {
-		return p, nil, ErrWritesOff
 	}
 
 	e.mu.Lock()
@@ -254,7 +266,8 @@ func (e *Engine) Outcomes(finding string) []heal.Outcome {
 func (e *Engine) executor(mem hostmem.Memory, img *kernel.Image, grant access.Grant, f detect.Finding, boot string) *heal.Executor {
 	o := heal.Options{Memory: mem, Grant: grant, Power: e.o.Power, Logger: e.log}
 	if img != nil {
-		o.Kernel = img
+		// Whatever a plan made from a hostile kernel's tables says, no store leaves what that kernel itself calls RAM.
+		o.Kernel, o.Memory = img, hostmem.Narrow(mem, img.RAM())
 	}
 	if e.o.Journal != nil {
 		o.Journal = e.o.Journal
@@ -356,18 +369,12 @@ func (e *Engine) restarted(ctx context.Context, boot string) error {
 }
 
 // PowerControl does a power operation for an operator: "on", "off", "cycle", "nmi" or "shutdown". The agreement must give the
-// right to, and the journal holds the intent before the controller is asked.
+// right to, the agent must be allowed to change the host at all, and the journal holds the intent before the controller is
+// asked. Once it has been asked the order is seen through, though the caller may have gone away.
 func (e *Engine) PowerControl(ctx context.Context, op, caller string) error {
-	e.mu.Lock()
-	grant := e.grant()
-	e.plans++
-	id := fmt.Sprintf("plan-%d", e.plans)
-	e.mu.Unlock()
-	if err := grant.Permit(access.Power); err != nil {
+	grant, err := e.permitPower()
+	if err != nil {
 		return fmt.Errorf("power %s: %w", op, err)
-	}
-	if e.o.Journal == nil {
-		return fmt.Errorf("power %s: there is no journal, and nothing is done without one: %w", op, access.ErrDenied)
 	}
 	select {
 	case e.healing <- struct{}{}:
@@ -375,10 +382,16 @@ func (e *Engine) PowerControl(ctx context.Context, op, caller string) error {
 	default:
 		return fmt.Errorf("power %s: %w", op, ErrBusy)
 	}
+	e.mu.Lock()
+	e.plans++
+	id := fmt.Sprintf("plan-%d", e.plans)
+	e.mu.Unlock()
 	if _, err := e.o.Journal.Write("power", map[string]string{"id": id, "operation": op, "caller": caller, "agreement": grant.Agreement()}); err != nil {
 		return fmt.Errorf("power %s: journal the intent: %w", op, err)
 	}
-	err := heal.DoPower(ctx, e.o.Power, op)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), heal.PowerTimeout)
+	defer cancel()
+	err = heal.DoPower(ctx, e.o.Power, op)
 	result := map[string]string{"id": id}
 	if err != nil {
 		result["error"] = err.Error()
@@ -387,4 +400,18 @@ func (e *Engine) PowerControl(ctx context.Context, op, caller string) error {
 		err = errors.Join(err, fmt.Errorf("journal the outcome: %w", jerr))
 	}
 	return err
+}
+
+// permitPower returns what the agreement permits if it gives an operator the host's power controller now.
+func (e *Engine) permitPower() (access.Grant, error) {
+	e.mu.Lock()
+	grant := e.grant()
+	e.mu.Unlock()
+	switch {
+	case !e.o.Writes:
+		return grant, ErrWritesOff
+	case e.o.Journal == nil:
+		return grant, fmt.Errorf("there is no journal, and nothing is done without one: %w", access.ErrDenied)
+	}
+	return grant, grant.Permit(access.Power)
 }

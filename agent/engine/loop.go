@@ -33,12 +33,15 @@ const (
 	quietAfter  = 5 * time.Second
 	searchEvery = 2 * time.Second
 	probeEvery  = time.Second // detectors' passes while there is no kernel
+	// settleTimeout is a little more than the executor takes to undo a plan.
+	settleTimeout = 12 * time.Second
 )
 
 // loop attaches and watches until ctx ends.
 func (e *Engine) loop(ctx context.Context) {
 	w := watcher{e: e, root: ctx}
 	defer w.closeMemory()
+	defer e.settle()
 	for ctx.Err() == nil {
 		if err := w.guarded("loop", func() error { return w.turn(ctx) }); err != nil && ctx.Err() == nil {
 			e.mu.Lock()
@@ -46,6 +49,18 @@ func (e *Engine) loop(ctx context.Context) {
 			e.mu.Unlock()
 			sleep(ctx, retryEvery)
 		}
+	}
+}
+
+// settle waits until no repair is under way: one that was broken off has to take back what it stored, while there is memory.
+func (e *Engine) settle() {
+	late := time.NewTimer(settleTimeout)
+	defer late.Stop()
+	select {
+	case e.healing <- struct{}{}:
+		<-e.healing
+	case <-late.C:
+		e.log.Error("a repair does not end; leaving it", "plan", e.State().Healing)
 	}
 }
 

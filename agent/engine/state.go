@@ -26,7 +26,8 @@ type Options struct {
 	Logger *slog.Logger
 	// Memory opens, or opens again, the path to the host's memory.
 	Memory func(ctx context.Context) (hostmem.Memory, error)
-	// Writes allows stores at all. Without it the engine only watches, whatever agreement and policy say.
+	// Writes allows changing the host at all, by stores to its memory or by its power controller. Without it the engine only
+	// watches, whatever agreement and policy say.
 	Writes bool
 	// HostUUID is the SMBIOS system UUID of the host that this agent is meant for, known from outside (its BMC, the
 	// configuration). Empty means that the kernel's own copy is taken.
@@ -181,6 +182,6 @@ var (
 	ErrNoFinding = errors.New("no such open finding")
 	// ErrBusy means that another repair is being carried out.
 	ErrBusy = errors.New("another repair is being carried out")
-	// ErrWritesOff means that the agent was started without the ability to write.
-	ErrWritesOff = errors.New("writing to the host is switched off in this agent")
+	// ErrWritesOff means that the agent was started to watch only: Options.Writes is off.
+	ErrWritesOff = errors.New("changing the host is switched off in this agent")
 )

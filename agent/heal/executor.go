@@ -15,10 +15,9 @@ import (
 )
 
 const (
-	powerTimeout = 60 * time.Second
-	undoTimeout  = 10 * time.Second
-	maxStep      = hostmem.PageSize // bytes that one step may store
-	maxSteps     = 256
+	undoTimeout = 10 * time.Second
+	maxStep     = hostmem.PageSize // bytes that one step may store
+	maxSteps    = 256
 
 	casStore   = "compare-and-swap"
 	plainStore = "read-compare-write"
@@ -120,7 +119,7 @@ type store struct {
 // Apply carries a plan out on behalf of a caller. Before the first store it checks the form of the plan, that the agreement
 // permits it, that the kernel is still the one that the plan was made for, that the fault is still there, and that memory
 // holds what every step expects; then it journals the intent. The outcome is returned with an error, too: it says how far
-// it went. A context that ends breaks the plan off and has it undone.
+// it went. A context that ends breaks the plan off and has it undone; an order to the power controller is seen through.
 func (x *Executor) Apply(ctx context.Context, p Plan, caller string) (Outcome, error) {
 	select {
 	case x.busy <- struct{}{}:
@@ -247,8 +246,8 @@ func (r *run) permitted() error {
 			}
 		}
 	}
-	if memory && (x.guard == nil || x.o.Kernel == nil || r.p.Kernel == nil) {
-		return fmt.Errorf("the plan stores to memory, and no kernel is attached: %w", ErrStale)
+	if memory && (x.guard == nil || r.p.Kernel == nil) || (memory || r.p.Kernel != nil) && x.o.Kernel == nil {
+		return fmt.Errorf("the plan is for a running kernel, and none is attached: %w", ErrStale)
 	}
 	if len(r.p.Ranges()) > 0 {
 		if _, ok := hostmem.AsWriter(x.o.Memory); !ok {
@@ -363,7 +362,8 @@ func (r *run) step(i int, s *Step, o *StepOutcome) error {
 	case OpAwait:
 		err = r.await(s, o)
 	case OpPower:
-		ctx, cancel := context.WithTimeout(r.ctx, powerTimeout)
+		// Seen through once begun: a host whose power cycle is broken off half-way stays off.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), PowerTimeout)
 		defer cancel()
 		err = DoPower(ctx, r.x.o.Power, s.Power)
 	}

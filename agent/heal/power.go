@@ -3,10 +3,14 @@ package heal
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 )
+
+// PowerTimeout bounds one order to the power controller.
+const PowerTimeout = 60 * time.Second
 
 // PowerCycle is the ID of the action that switches the host off and on again.
 const PowerCycle = "power-cycle"
@@ -28,7 +32,7 @@ func powerCycle() Action {
 
 // PowerStep returns the step of a power operation: "on", "off", "cycle", "nmi" or "shutdown".
 func PowerStep(op, why string) Step {
-	return Step{Op: OpPower, Power: op, Why: why, Timeout: powerTimeout}
+	return Step{Op: OpPower, Power: op, Why: why, Timeout: PowerTimeout}
 }
 
 // DoPower does a power operation: "on", "off", "cycle", "nmi" or "shutdown".
