@@ -1,0 +1,349 @@
+// Package interop serves the unmodified clients of perftest and rdma-core that judge a roce.Device in a lab.
+//
+// They do not authenticate themselves, and perftest gives its keys to everybody who connects over TCP: this package is
+// for laboratories and never part of an image. It speaks what perftest 4.5 speaks: ib_read_lat, ib_read_bw,
+// ib_write_bw, ib_atomic_lat and ib_atomic_bw, with keys exchanged over TCP or, with -R, over the connection manager; and
+// rping as a client and as a server.
+package interop
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/roce"
+)
+
+// Server gives clients access to one region.
+type Server struct {
+	Device *roce.Device
+	Region roce.Region
+	Length uint64 // of the region, bytes
+	Access roce.Access
+	QP     roce.QPConfig
+	Log    *slog.Logger
+}
+
+// recordLen is the length of perftest's key record with a GID (KEY_MSG_SIZE_GID in perftest_communication.h).
+const recordLen = 108
+
+// record is what one side of perftest tells the other about itself:
+// lid:out_reads:qpn:psn:rkey:vaddr:gid:srqn, in hexadecimal.
+type record struct {
+	outReads int
+	qpn      roce.QPN
+	psn      roce.PSN
+	rkey     roce.RKey
+	va       uint64
+	gid      netip.Addr
+}
+
+// errRecord is wrapped by errors about what a client sent.
+var errRecord = errors.New("not a record of perftest 4.5")
+
+func parseRecord(b []byte) (r record, err error) {
+	fields := strings.Split(string(bytes.TrimRight(b, "\x00")), ":")
+	if len(fields) < 6+16 {
+		return r, fmt.Errorf("%w: %d fields", errRecord, len(fields))
+	}
+	var v [6]uint64
+	for i := range v {
+		if v[i], err = strconv.ParseUint(fields[i], 16, 64); err != nil {
+			return r, fmt.Errorf("%w: field %d: %w", errRecord, i, err)
+		}
+	}
+	gid, err := hex.DecodeString(strings.Join(fields[6:22], ""))
+	if err != nil || len(gid) != 16 {
+		return r, fmt.Errorf("%w: GID", errRecord)
+	}
+	return record{int(v[1]), roce.QPN(v[2]), roce.PSN(v[3]), roce.RKey(v[4]), v[5], netip.AddrFrom16([16]byte(gid)).Unmap()}, nil
+}
+
+func (r record) bytes() []byte {
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "%04x:%04x:%06x:%06x:%08x:%016x:", 0, r.outReads, uint32(r.qpn), uint32(r.psn), uint32(r.rkey), r.va)
+	for _, g := range r.gid.As16() {
+		fmt.Fprintf(&b, "%02x:", g)
+	}
+	fmt.Fprintf(&b, "%08x:", 0)
+	return append(b.Bytes(), make([]byte, recordLen-b.Len())...)
+}
+
+// ServePerftest serves perftest clients that exchange keys over TCP until the listener is closed.
+func (s *Server) ServePerftest(ctx context.Context, l net.Listener) error {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer c.Close()
+			if err := s.perftest(ctx, c); err != nil {
+				s.Log.Warn("perftest client", "peer", c.RemoteAddr(), "err", err)
+			}
+		}()
+	}
+}
+
+// perftest answers one client. Each message of the client is one write, and waits for an answer of the same length; all
+// but the key records can be echoed: versions, page and cache line size, path MTU, bandwidth reports, and "done".
+func (s *Server) perftest(ctx context.Context, c net.Conn) error {
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	var q *roce.QP
+	var mine record
+	defer func() {
+		if q != nil {
+			q.Close()
+		}
+	}()
+	cfg := s.QP
+	buf := make([]byte, 4096)
+	for {
+		n, err := c.Read(buf)
+		if err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		answer := buf[:n]
+		switch {
+		case n == 2: // the code of the path MTU
+			cfg.PathMTU = 128 << (buf[0] - '0')
+		case n == recordLen && q == nil:
+			r, err := parseRecord(answer)
+			if err != nil {
+				return err
+			}
+			if q, mine, err = s.connect(r, cfg); err != nil {
+				return err
+			}
+			s.Log.Info("perftest client", "peer", r.gid, "qpn", mine.qpn, "rkey", mine.rkey, "mtu", cfg.PathMTU)
+			answer = mine.bytes()
+		case n == recordLen:
+			answer = mine.bytes()
+		}
+		if _, err := c.Write(answer); err != nil {
+			return err
+		}
+	}
+}
+
+// connect makes the queue pair and the window for a client.
+func (s *Server) connect(r record, cfg roce.QPConfig) (*roce.QP, record, error) {
+	pd := s.Device.NewPD()
+	mr, err := pd.Register(s.Region, roce.MRConfig{Addr: windowVA, Length: s.Length, Access: s.Access})
+	if err != nil {
+		return nil, record{}, err
+	}
+	q, err := s.Device.NewQP(pd, nil, cfg)
+	if err != nil {
+		return nil, record{}, err
+	}
+	if err := q.Connect(roce.Remote{Addr: r.gid, QPN: r.qpn, PSN: r.psn}); err != nil {
+		q.Close()
+		return nil, record{}, err
+	}
+	local := s.Device.Link().LocalAddr().Addr()
+	return q, record{max(s.QP.Resources, 1), q.QPN(), q.PSN(), mr.RKey(), windowVA, local}, nil
+}
+
+// windowVA is where clients see the region.
+const windowVA = 0x7f00_0000_0000
+
+// advert is what rping tells the other side of a buffer: its address, key and length, big endian.
+type advert [16]byte
+
+func (a *advert) fields() (va uint64, key roce.RKey, n uint32) {
+	return binary.BigEndian.Uint64(a[:]), roce.RKey(binary.BigEndian.Uint32(a[8:])), binary.BigEndian.Uint32(a[12:])
+}
+
+func newAdvert(va uint64, key roce.RKey, n uint32) (a advert) {
+	binary.BigEndian.PutUint64(a[:], va)
+	binary.BigEndian.PutUint32(a[8:], uint32(key))
+	binary.BigEndian.PutUint32(a[12:], n)
+	return a
+}
+
+// maxPing bounds the buffer that an rping client may announce.
+const maxPing = 1 << 20
+
+// ServeRping serves rping clients until ctx ends: it READs what the client shows and WRITEs it back.
+func (s *Server) ServeRping(ctx context.Context, l *roce.Listener) error {
+	for {
+		r, err := l.Accept(ctx)
+		if err != nil {
+			return err
+		}
+		q, err := r.Accept(s.Device.NewPD(), nil, s.QP, nil)
+		if err != nil {
+			s.Log.Warn("rping client", "peer", r.Peer(), "err", err)
+			continue
+		}
+		go func() {
+			n, err := s.ping(ctx, q)
+			s.Log.Info("rping client", "peer", r.Peer(), "rounds", n, "end", err)
+			q.Close()
+		}()
+	}
+}
+
+// ping answers one client and returns the number of rounds.
+func (s *Server) ping(ctx context.Context, q *roce.QP) (rounds int, err error) {
+	// The next message may come as soon as we have answered, so its receive is posted before.
+	in := make(chan advert)
+	fail := make(chan error, 1)
+	go func() {
+		for {
+			var a advert
+			if _, err := q.Recv(ctx, a[:]); err != nil {
+				fail <- err
+				return
+			}
+			in <- a
+		}
+	}()
+	next := func() (a advert, err error) {
+		select {
+		case a = <-in:
+		case err = <-fail:
+		}
+		return a, err
+	}
+	var data []byte
+	for {
+		src, err := next()
+		if err != nil {
+			return rounds, err
+		}
+		va, key, n := src.fields()
+		if n > maxPing {
+			return rounds, fmt.Errorf("a buffer of %d bytes", n)
+		}
+		data = append(data[:0], make([]byte, n)...)
+		if err := q.Read(ctx, data, va, key); err != nil {
+			return rounds, err
+		}
+		if err := q.Send(ctx, make([]byte, len(advert{}))); err != nil {
+			return rounds, err
+		}
+		sink, err := next()
+		if err != nil {
+			return rounds, err
+		}
+		va, key, n = sink.fields()
+		if err := q.Write(ctx, data[:min(int(n), len(data))], va, key); err != nil {
+			return rounds, err
+		}
+		if err := q.Send(ctx, make([]byte, len(advert{}))); err != nil {
+			return rounds, err
+		}
+		rounds++
+	}
+}
+
+// Rping is an rping client: it shows a buffer to the server, lets it read that, shows another one and compares.
+func Rping(ctx context.Context, d *roce.Device, addr netip.Addr, port uint16, rounds int) error {
+	pd := d.NewPD()
+	const size = 100
+	src, sink := roce.NewBuffer(size), roce.NewBuffer(size)
+	srcMR, err := pd.Register(src, roce.MRConfig{Length: size, Access: roce.AccessRead})
+	if err != nil {
+		return err
+	}
+	sinkMR, err := pd.Register(sink, roce.MRConfig{Length: size, Access: roce.AccessWrite})
+	if err != nil {
+		return err
+	}
+	q, _, err := d.Dial(ctx, addr, roce.ServiceTCP(port), pd, nil, roce.QPConfig{}, nil)
+	if err != nil {
+		return err
+	}
+	defer q.Close()
+	for i := range rounds {
+		text := fmt.Appendf(nil, "backdoor-ping-%d: %090d", i, i)[:size]
+		src.WriteAt(text, 0)
+		for _, a := range []advert{newAdvert(0, srcMR.RKey(), size), newAdvert(0, sinkMR.RKey(), size)} {
+			answer := make(chan error, 1)
+			go func() {
+				_, err := q.Recv(ctx, make([]byte, len(advert{})))
+				answer <- err
+			}()
+			if err := q.Send(ctx, a[:]); err != nil {
+				return err
+			}
+			if err := <-answer; err != nil {
+				return err
+			}
+		}
+		got := make([]byte, size)
+		sink.ReadAt(got, 0)
+		if !bytes.Equal(got, text) {
+			return fmt.Errorf("round %d: got %q; want %q", i, got, text)
+		}
+	}
+	return nil
+}
+
+// cmRecordLen is the length of perftest's key record over the connection manager: struct pingpong_dest, its numbers big
+// endian.
+const cmRecordLen = 56
+
+// ServePerftestCM serves perftest clients with -R until ctx ends. Such a client makes two connections to one service: it
+// sends the messages of the TCP exchange over the first, and does its test over the second.
+func (s *Server) ServePerftestCM(ctx context.Context, l *roce.Listener) error {
+	pd := s.Device.NewPD() // shared, for the key is handed out over one connection and used on the other
+	mr, err := pd.Register(s.Region, roce.MRConfig{Addr: windowVA, Length: s.Length, Access: s.Access})
+	if err != nil {
+		return err
+	}
+	for {
+		r, err := l.Accept(ctx)
+		if err != nil {
+			return err
+		}
+		q, err := r.Accept(pd, nil, s.QP, nil)
+		if err != nil {
+			s.Log.Warn("perftest client", "peer", r.Peer(), "err", err)
+			continue
+		}
+		go func() {
+			err := s.perftestCM(ctx, q, mr)
+			s.Log.Info("perftest client", "peer", r.Peer(), "qpn", q.QPN(), "end", err)
+			q.Close()
+		}()
+	}
+}
+
+func (s *Server) perftestCM(ctx context.Context, q *roce.QP, mr *roce.MR) error {
+	var mine [cmRecordLen]byte
+	be := binary.BigEndian
+	be.PutUint32(mine[4:], uint32(max(s.QP.Resources, 1)))
+	be.PutUint32(mine[8:], uint32(q.QPN()))
+	be.PutUint32(mine[16:], uint32(mr.RKey()))
+	be.PutUint64(mine[24:], mr.Addr())
+	gid := roce.GID(s.Device.Link().LocalAddr().Addr())
+	copy(mine[32:], gid[:])
+	buf := make([]byte, 4096)
+	for {
+		c, err := q.Recv(ctx, buf)
+		if err != nil {
+			return err
+		}
+		answer := buf[:c.Len]
+		if c.Len == cmRecordLen {
+			answer = mine[:]
+		}
+		if err := q.Send(ctx, answer); err != nil {
+			return err
+		}
+	}
+}
