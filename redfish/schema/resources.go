@@ -62,11 +62,18 @@ type ComputerSystem struct {
 	HostName         string            `json:"HostName,omitempty"`
 	PowerState       PowerState        `json:"PowerState,omitempty"`
 	Status           *Status           `json:"Status,omitempty"`
+	SKU              string            `json:"SKU,omitempty"`
+	PartNumber       string            `json:"PartNumber,omitempty"`
+	BIOSVersion      string            `json:"BiosVersion,omitempty"`
 	LastResetTime    string            `json:"LastResetTime,omitempty"`
 	Boot             *Boot             `json:"Boot,omitempty"`
 	BootProgress     *BootProgress     `json:"BootProgress,omitempty"`
 	ProcessorSummary *ProcessorSummary `json:"ProcessorSummary,omitempty"`
 	MemorySummary    *MemorySummary    `json:"MemorySummary,omitempty"`
+	OperatingSystem  *Link             `json:"OperatingSystem,omitempty"`
+	Processors       *Link             `json:"Processors,omitempty"`
+	EthernetIfaces   *Link             `json:"EthernetInterfaces,omitempty"`
+	VirtualMedia     *Link             `json:"VirtualMedia,omitempty"`
 	LogServices      *Link             `json:"LogServices,omitempty"`
 	Links            *SystemLinks      `json:"Links,omitempty"`
 	OEM              OEM               `json:"Oem,omitempty"`
@@ -131,6 +138,9 @@ type Manager struct {
 	PowerState            PowerState    `json:"PowerState,omitempty"`
 	Status                *Status       `json:"Status,omitempty"`
 	LogServices           *Link         `json:"LogServices,omitempty"`
+	DiagnosticData        *Link         `json:"ManagerDiagnosticData,omitempty"`
+	EthernetIfaces        *Link         `json:"EthernetInterfaces,omitempty"`
+	VirtualMedia          *Link         `json:"VirtualMedia,omitempty"`
 	Links                 *ManagerLinks `json:"Links,omitempty"`
 	OEM                   OEM           `json:"Oem,omitempty"`
 }
@@ -152,6 +162,7 @@ type Chassis struct {
 	UUID         string        `json:"UUID,omitempty"`
 	PowerState   PowerState    `json:"PowerState,omitempty"`
 	Status       *Status       `json:"Status,omitempty"`
+	Adapters     *Link         `json:"NetworkAdapters,omitempty"`
 	Links        *ChassisLinks `json:"Links,omitempty"`
 	OEM          OEM           `json:"Oem,omitempty"`
 }
@@ -182,19 +193,24 @@ type LogService struct {
 // LogEntry is LogEntry.v1_21_0.LogEntry.
 type LogEntry struct {
 	Resource
-	EntryType      string         `json:"EntryType"` // Event, SEL, Oem
-	OEMRecordFmt   string         `json:"OemRecordFormat,omitempty"`
-	Created        string         `json:"Created,omitempty"`
-	Modified       string         `json:"Modified,omitempty"`
-	EventTimestamp string         `json:"EventTimestamp,omitempty"`
-	Severity       Health         `json:"Severity,omitempty"`
-	Message        string         `json:"Message,omitempty"`
-	MessageID      string         `json:"MessageId,omitempty"`
-	MessageArgs    []string       `json:"MessageArgs,omitempty"`
-	Resolution     string         `json:"Resolution,omitempty"`
-	Resolved       *bool          `json:"Resolved,omitempty"`
-	Links          *LogEntryLinks `json:"Links,omitempty"`
-	OEM            OEM            `json:"Oem,omitempty"`
+	EntryType      string   `json:"EntryType"` // Event, SEL, Oem
+	OEMRecordFmt   string   `json:"OemRecordFormat,omitempty"`
+	Created        string   `json:"Created,omitempty"`
+	Modified       string   `json:"Modified,omitempty"`
+	EventTimestamp string   `json:"EventTimestamp,omitempty"`
+	Severity       Health   `json:"Severity,omitempty"`
+	Message        string   `json:"Message,omitempty"`
+	MessageID      string   `json:"MessageId,omitempty"`
+	MessageArgs    []string `json:"MessageArgs,omitempty"`
+	Resolution     string   `json:"Resolution,omitempty"`
+	Resolved       *bool    `json:"Resolved,omitempty"`
+	// The data that the entry is about, to be downloaded.
+	DiagnosticDataType    string         `json:"DiagnosticDataType,omitempty"`    // Manager, PreOS, OS, OEM
+	OEMDiagnosticDataType string         `json:"OEMDiagnosticDataType,omitempty"` // for OEM, which
+	AdditionalDataURI     string         `json:"AdditionalDataURI,omitempty"`
+	AdditionalDataSize    int64          `json:"AdditionalDataSizeBytes,omitempty"`
+	Links                 *LogEntryLinks `json:"Links,omitempty"`
+	OEM                   OEM            `json:"Oem,omitempty"`
 }
 
 // LogEntryLinks are the related resources of a log entry.

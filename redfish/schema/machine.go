@@ -1,0 +1,160 @@
+package schema
+
+// The resources that describe a machine: what it is made of, what runs on it, and what its controller can lend it.
+
+// Types of the resources of a machine.
+const (
+	TypeOperatingSystem       = "OperatingSystem.v1_0_2.OperatingSystem"
+	TypeMemory                = "Memory.v1_23_0.Memory"
+	TypeProcessor             = "Processor.v1_22_0.Processor"
+	TypeEthernetInterface     = "EthernetInterface.v1_12_4.EthernetInterface"
+	TypeVirtualMedia          = "VirtualMedia.v1_6_5.VirtualMedia"
+	TypeManagerDiagnosticData = "ManagerDiagnosticData.v1_2_3.ManagerDiagnosticData"
+	TypeNetworkAdapter        = "NetworkAdapter.v1_14_0.NetworkAdapter"
+	TypePort                  = "Port.v1_18_0.Port"
+
+	TypeProcessorCollection         = "ProcessorCollection.ProcessorCollection"
+	TypeMemoryCollection            = "MemoryCollection.MemoryCollection"
+	TypeEthernetInterfaceCollection = "EthernetInterfaceCollection.EthernetInterfaceCollection"
+	TypeVirtualMediaCollection      = "VirtualMediaCollection.VirtualMediaCollection"
+	TypeNetworkAdapterCollection    = "NetworkAdapterCollection.NetworkAdapterCollection"
+	TypePortCollection              = "PortCollection.PortCollection"
+)
+
+// OperatingSystem is OperatingSystem.v1_0_2.OperatingSystem.
+type OperatingSystem struct {
+	Resource
+	Type          string    `json:"Type,omitempty"` // Linux
+	Kernel        *OSKernel `json:"Kernel,omitempty"`
+	UptimeSeconds *int64    `json:"UptimeSeconds,omitempty"`
+	Status        *Status   `json:"Status,omitempty"`
+}
+
+// OSKernel is OperatingSystem.v1_0_2.Kernel: what uname(1) tells.
+type OSKernel struct {
+	Name    string `json:"Name,omitempty"`    // uname -s
+	Release string `json:"Release,omitempty"` // uname -r
+	Version string `json:"Version,omitempty"` // uname -v
+	Machine string `json:"Machine,omitempty"` // uname -m
+}
+
+// Processor is Processor.v1_22_0.Processor.
+type Processor struct {
+	Resource
+	Socket                string       `json:"Socket,omitempty"`
+	ProcessorType         string       `json:"ProcessorType,omitempty"`         // CPU
+	ProcessorArchitecture string       `json:"ProcessorArchitecture,omitempty"` // x86, ARM
+	InstructionSet        string       `json:"InstructionSet,omitempty"`        // x86-64, ARM-A64
+	Manufacturer          string       `json:"Manufacturer,omitempty"`
+	Model                 string       `json:"Model,omitempty"`
+	ProcessorID           *ProcessorID `json:"ProcessorId,omitempty"`
+	TotalCores            int          `json:"TotalCores,omitempty"`
+	TotalThreads          int          `json:"TotalThreads,omitempty"`
+	Status                *Status      `json:"Status,omitempty"`
+}
+
+// ProcessorID is Processor.v1_22_0.ProcessorId.
+type ProcessorID struct {
+	VendorID        string `json:"VendorId,omitempty"`
+	EffectiveFamily string `json:"EffectiveFamily,omitempty"`
+	EffectiveModel  string `json:"EffectiveModel,omitempty"`
+}
+
+// EthernetInterface is EthernetInterface.v1_12_4.EthernetInterface.
+type EthernetInterface struct {
+	Resource
+	MACAddress       string        `json:"MACAddress,omitempty"`
+	MTUSize          int           `json:"MTUSize,omitempty"`
+	SpeedMbps        *int          `json:"SpeedMbps"` // null where it is not known
+	FullDuplex       *bool         `json:"FullDuplex,omitempty"`
+	InterfaceEnabled *bool         `json:"InterfaceEnabled,omitempty"`
+	LinkStatus       string        `json:"LinkStatus,omitempty"` // LinkUp, LinkDown
+	HostName         string        `json:"HostName,omitempty"`
+	FQDN             *string       `json:"FQDN"` // null where there is none
+	NameServers      []string      `json:"NameServers,omitempty"`
+	IPv4Addresses    []IPv4Address `json:"IPv4Addresses,omitempty"`
+	IPv6Addresses    []IPv6Address `json:"IPv6Addresses,omitempty"`
+	Status           *Status       `json:"Status,omitempty"`
+}
+
+// IPv4Address is IPAddresses.v1_1_5.IPv4Address.
+type IPv4Address struct {
+	Address       string  `json:"Address,omitempty"`
+	SubnetMask    string  `json:"SubnetMask,omitempty"`
+	AddressOrigin *string `json:"AddressOrigin"` // Static, DHCP; null where it is not known
+	Gateway       *string `json:"Gateway"`       // null where there is none
+}
+
+// IPv6Address is IPAddresses.v1_1_5.IPv6Address.
+type IPv6Address struct {
+	Address       string  `json:"Address,omitempty"`
+	PrefixLength  int     `json:"PrefixLength,omitempty"`
+	AddressOrigin *string `json:"AddressOrigin"` // null where it is not known
+	AddressState  *string `json:"AddressState"`  // Preferred; null where it is not known
+}
+
+// VirtualMedia is VirtualMedia.v1_6_5.VirtualMedia.
+type VirtualMedia struct {
+	Resource
+	MediaTypes           []string `json:"MediaTypes,omitempty"` // CD, DVD, USBStick, Floppy
+	Image                *string  `json:"Image"`                // URI; null while nothing is inserted
+	ImageName            *string  `json:"ImageName"`
+	Inserted             *bool    `json:"Inserted,omitempty"`
+	WriteProtected       *bool    `json:"WriteProtected,omitempty"`
+	ConnectedVia         string   `json:"ConnectedVia,omitempty"`         // NotConnected, URI
+	TransferMethod       string   `json:"TransferMethod,omitempty"`       // Stream, Upload
+	TransferProtocolType string   `json:"TransferProtocolType,omitempty"` // HTTP, HTTPS, …
+	Status               *Status  `json:"Status,omitempty"`
+}
+
+// ManagerDiagnosticData is ManagerDiagnosticData.v1_2_3.ManagerDiagnosticData.
+type ManagerDiagnosticData struct {
+	Resource
+	FreeStorageSpaceKiB      *int64               `json:"FreeStorageSpaceKiB,omitempty"`
+	MemoryStatistics         *MemoryStatistics    `json:"MemoryStatistics,omitempty"`
+	ProcessorStatistics      *ProcessorStatistics `json:"ProcessorStatistics,omitempty"`
+	ServiceRootUptimeSeconds *float64             `json:"ServiceRootUptimeSeconds,omitempty"`
+}
+
+// MemoryStatistics is ManagerDiagnosticData.v1_2_3.MemoryStatistics; as free(1) tells.
+type MemoryStatistics struct {
+	TotalBytes           int64 `json:"TotalBytes"`
+	UsedBytes            int64 `json:"UsedBytes"`
+	FreeBytes            int64 `json:"FreeBytes"`
+	SharedBytes          int64 `json:"SharedBytes"`
+	BuffersAndCacheBytes int64 `json:"BuffersAndCacheBytes"`
+	AvailableBytes       int64 `json:"AvailableBytes"`
+}
+
+// ProcessorStatistics is ManagerDiagnosticData.v1_2_3.ProcessorStatistics.
+type ProcessorStatistics struct {
+	KernelPercent float64 `json:"KernelPercent"`
+	UserPercent   float64 `json:"UserPercent"`
+}
+
+// NetworkAdapter is NetworkAdapter.v1_14_0.NetworkAdapter.
+type NetworkAdapter struct {
+	Resource
+	Manufacturer string  `json:"Manufacturer,omitempty"`
+	Model        string  `json:"Model,omitempty"`
+	Ports        *Link   `json:"Ports,omitempty"`
+	Status       *Status `json:"Status,omitempty"`
+}
+
+// Port is Port.v1_18_0.Port.
+type Port struct {
+	Resource
+	PortID           string        `json:"PortId,omitempty"`
+	PortProtocol     string        `json:"PortProtocol,omitempty"` // Ethernet
+	InterfaceEnabled *bool         `json:"InterfaceEnabled,omitempty"`
+	LinkStatus       string        `json:"LinkStatus,omitempty"` // LinkUp, LinkDown
+	CurrentSpeedGbps *float64      `json:"CurrentSpeedGbps,omitempty"`
+	MaxFrameSize     int           `json:"MaxFrameSize,omitempty"`
+	Ethernet         *PortEthernet `json:"Ethernet,omitempty"`
+	Status           *Status       `json:"Status,omitempty"`
+}
+
+// PortEthernet is Port.v1_18_0.EthernetProperties.
+type PortEthernet struct {
+	AssociatedMACAddresses []string `json:"AssociatedMACAddresses,omitempty"`
+}
