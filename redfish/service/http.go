@@ -79,7 +79,7 @@ func (s *Service) serve(ctx context.Context, w http.ResponseWriter, hr *http.Req
 		contentType, body := n.route.Document()
 		return s.writeDocument(w, hr, contentType, body)
 	}
-	if !acceptable(hr.Header.Values("Accept"), "application/json") {
+	if (n.route == nil || n.route.Download == nil) && !acceptable(hr.Header.Values("Accept"), "application/json") {
 		return refuse(http.StatusNotAcceptable, "HeaderInvalid", "Accept")
 	}
 
@@ -229,6 +229,9 @@ func (s *Service) get(w http.ResponseWriter, r *Request, q query) error {
 			return r.missing(err)
 		}
 		return s.writeReply(w, r, reply)
+	}
+	if r.node.route.Download != nil {
+		return s.download(w, r)
 	}
 	body, etag, err := s.render(r, q)
 	if err != nil {
@@ -412,7 +415,7 @@ func (s *Service) collect(r *Request, q query) (schema.Object, error) {
 // sub returns a request of the same caller for another resource.
 func (r *Request) sub(uri string) (*Request, error) {
 	n, params := r.svc.tree.find(uri)
-	if n == nil || n.route == nil || n.route.Document != nil || n.route.Handler != nil {
+	if n == nil || n.route == nil || n.route.Document != nil || n.route.Handler != nil || n.route.Download != nil {
 		return nil, ErrNotFound
 	}
 	return &Request{URI: canonical(uri, n), Caller: r.Caller, ctx: r.ctx, svc: r.svc, node: n, params: params, http: r.http}, nil

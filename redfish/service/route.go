@@ -3,9 +3,11 @@ package service
 import (
 	"context"
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
@@ -45,10 +47,20 @@ type Route struct {
 
 	// Document makes the route a plain document instead of a resource, which GET returns without authentication.
 	Document func() (contentType string, body []byte)
+	// Download makes the route a file instead of a resource, of which clients may ask for parts (RFC 9110, section 14).
+	Download func(*Request) (*File, error)
 	// Handler takes over GET and HEAD where an answer is not a representation of the resource (the task monitor).
 	Handler func(*Request) (*Reply, error)
 
 	schemaURI string // of the schema, if it is our own
+}
+
+// File is what a Download sends. The service closes Content.
+type File struct {
+	Content io.ReadSeekCloser
+	Type    string // media type; empty means application/octet-stream
+	Name    string // proposed to the client; empty means none
+	Made    time.Time
 }
 
 // Listing is the members of a collection that are made only when they are asked for.

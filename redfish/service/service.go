@@ -222,14 +222,14 @@ func (s *Service) Handle(routes ...Route) {
 
 func (r *Route) check() error {
 	kinds := 0
-	for _, has := range []bool{r.Get != nil, r.Members != nil, r.Entries != nil, r.Document != nil, r.Handler != nil} {
+	for _, has := range []bool{r.Get != nil, r.Members != nil, r.Entries != nil, r.Document != nil, r.Handler != nil, r.Download != nil} {
 		if has {
 			kinds++
 		}
 	}
 	switch {
 	case kinds != 1:
-		return errors.New("wants exactly one of Get, Members, Entries, Document and Handler")
+		return errors.New("wants exactly one of Get, Members, Entries, Document, Handler and Download")
 	case r.Document == nil && r.Type == "":
 		return errors.New("has no type")
 	case r.collection() && (r.Patch != nil || r.Delete != nil || len(r.Actions) > 0):
