@@ -135,7 +135,7 @@ func (a *attacher) judge(s *searcher) (*Image, error) {
 		if s.holes > 0 && s.bytes == 0 {
 			return nil, fmt.Errorf("no page of the memory can be read: %w", ErrNotFound)
 		}
-		return nil, fmt.Errorf("no Linux kernel in %d MiB of memory: %w", s.total>>20, ErrNotFound)
+		return nil, fmt.Errorf("no Linux kernel in %d MiB of memory (no VMCOREINFO note): %w", s.total>>20, ErrNotFound)
 	case 1:
 		if c := a.moving(0); c != nil {
 			return a.choose(c, "moves"), nil

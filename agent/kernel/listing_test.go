@@ -3,6 +3,8 @@ package kernel
 import (
 	"fmt"
 	"iter"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +20,7 @@ func TestListings(t *testing.T) {
 			test func(*testing.T, *guest, *Image)
 		}{
 			{"modules", testModules},
+			{"interfaces", testInterfaces},
 		} {
 			t.Run(l.name, func(t *testing.T) {
 				g.t = t
@@ -122,5 +125,50 @@ func testModules(t *testing.T, g *guest, img *Image) {
 	}
 	if lines != len(got) || lines < 4 {
 		t.Errorf("%d modules; the guest has %d", len(got), lines)
+	}
+}
+
+func testInterfaces(t *testing.T, g *guest, img *Image) {
+	var want []struct {
+		Name, MAC, State, Flags string
+		Index, MTU              int
+		Addresses               []string
+		Counters                map[string]uint64
+	}
+	g.ask(&want, "interfaces")
+	v := g.frozenView(img)
+	got := gather(t, v, v.Interfaces())
+	if len(got) != len(want) || len(got) < 3 {
+		t.Fatalf("%d interfaces; the guest has %d", len(got), len(want))
+	}
+	counted := 0
+	for i, w := range want {
+		n := got[i]
+		addresses := []string{}
+		for _, a := range n.Addresses {
+			addresses = append(addresses, a.String())
+		}
+		flags, _ := strconv.ParseUint(w.Flags, 0, 64)
+		mac := n.MAC
+		if fmt.Sprint(n.Name, n.Index, n.MTU, n.State, mac, n.Flags, addresses) != fmt.Sprint(w.Name, w.Index, w.MTU, w.State, w.MAC, flags, w.Addresses) || !n.Init {
+			t.Errorf("interface %+v; the guest has %+v", n, w)
+		}
+		if n.Counters == nil {
+			continue
+		}
+		counted++
+		c := n.Counters
+		for name, got := range map[string]uint64{"rx_packets": c.RxPackets, "rx_bytes": c.RxBytes, "rx_errors": c.RxErrors, "rx_dropped": c.RxDropped,
+			"tx_packets": c.TxPackets, "tx_bytes": c.TxBytes, "tx_errors": c.TxErrors, "tx_dropped": c.TxDropped} {
+			if got < w.Counters[name] || got > w.Counters[name]+w.Counters[name]/10+1000 {
+				t.Errorf("%s %s = %d; the guest has %d", n.Name, name, got, w.Counters[name])
+			}
+		}
+	}
+	if counted == 0 {
+		t.Error("no interface has counters")
+	}
+	if eth := got[slices.IndexFunc(got, func(i Interface) bool { return i.Name == "eth0" })]; eth.Driver != "virtio_net" || eth.Device == "" || eth.PermanentMAC == "" {
+		t.Errorf("eth0 = %+v", eth)
 	}
 }

@@ -272,6 +272,62 @@ func TestOpenNothing(t *testing.T) {
 	}
 }
 
+// FuzzOpen attaches to kernels of which some bytes are others.
+func FuzzOpen(f *testing.F) {
+	type subject struct {
+		mem   hostmem.Memory
+		note  hostmem.PhysAddr
+		pages []hostmem.PhysAddr
+	}
+	var subjects []subject
+	recorded(f, func(name string, rec *hostmem.Recording) {
+		if name == "6.1" {
+			return // with all its symbols and types it takes too long
+		}
+		img, mem := openRecorded(f, rec)
+		subjects = append(subjects, subject{rec.Frame(frameAlive), img.Info().Note, pagesOf(mem)})
+	})
+	f.Add(uint8(0), []byte{1, 0, 16, 0, 8, 7, 6, 5, 4, 3, 2, 1})
+	f.Add(uint8(1), make([]byte, 24))
+	f.Fuzz(func(t *testing.T, which uint8, changes []byte) {
+		s := subjects[int(which)%len(subjects)]
+		mem := overlay{s.mem, make(map[hostmem.PhysAddr]byte)}
+		for ; len(changes) >= 12 && len(mem.bytes) < 256; changes = changes[12:] {
+			at := s.pages[int(le16(changes))%len(s.pages)] + hostmem.PhysAddr(le16(changes[2:])&0xff8)
+			for i, b := range changes[4:12] {
+				if b != 0 { // keeps what is there
+					mem.bytes[at+hostmem.PhysAddr(i)] = b
+				}
+			}
+		}
+		img, err := Open(t.Context(), mem, Options{Note: s.note, NoteOnly: true})
+		if (img == nil) == (err == nil) {
+			t.Fatalf("Open = %v, %v", img, err)
+		}
+		if err != nil {
+			return
+		}
+		v := img.View(t.Context())
+		for range v.Tasks() {
+		}
+		for range v.Log() {
+		}
+		_, _ = v.Heartbeat()
+		_, _ = v.Panic()
+		_ = img.Prove(t.Context())
+	})
+}
+
+// pagesOf returns the pages of a recording's frame.
+func pagesOf(mem hostmem.Memory) (pages []hostmem.PhysAddr) {
+	for _, r := range hostmem.ResidentRanges(mem) {
+		for pa := r.Start; pa < r.End(); pa += hostmem.PageSize {
+			pages = append(pages, pa)
+		}
+	}
+	return pages
+}
+
 // FuzzRecorded changes what the kernels of the recordings have in memory, and asks everything.
 func FuzzRecorded(f *testing.F) {
 	type subject struct {
@@ -283,13 +339,7 @@ func FuzzRecorded(f *testing.F) {
 	recorded(f, func(name string, rec *hostmem.Recording) {
 		img, mem := openRecorded(f, rec)
 		mem.show(framePanic) // has no pages of the attach
-		var pages []hostmem.PhysAddr
-		for _, r := range mem.Resident() {
-			for pa := r.Start; pa < r.End(); pa += hostmem.PageSize {
-				pages = append(pages, pa)
-			}
-		}
-		subjects = append(subjects, subject{img, mem, pages})
+		subjects = append(subjects, subject{img, mem, pagesOf(mem)})
 	})
 	f.Add(uint8(0), []byte{1, 0, 16, 0, 8, 7, 6, 5, 4, 3, 2, 1})
 	f.Add(uint8(1), make([]byte, 120))

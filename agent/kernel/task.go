@@ -133,7 +133,7 @@ var errWalkStopped = errors.New("walk stopped")
 // a *CorruptError when the same thing was found broken twice, ErrTorn when the walk was torn again and again.
 func (v *View) Tasks() iter.Seq2[Task, error] {
 	return func(yield func(Task, error) bool) {
-		w := taskWalk{v: v, seen: make(map[taskKey]int), yield: yield}
+		w := taskWalk{v: v, seen: make(map[taskKey]taskMark), yield: yield}
 		err := w.run()
 		if err != nil && !errors.Is(err, errWalkStopped) {
 			yield(Task{}, fmt.Errorf("walk tasks: %w", err))
@@ -147,10 +147,16 @@ type taskKey struct {
 	pid  uint32
 }
 
+// taskMark is what a walk knows of a task that it came by.
+type taskMark struct {
+	attempt int  // the last one that came by, from 1 on
+	said    bool // it was handed out
+}
+
 type taskWalk struct {
 	v       *View
 	attempt int
-	seen    map[taskKey]int // in which attempt, from 1 on
+	seen    map[taskKey]taskMark
 	yield   func(Task, error) bool
 	obj     object
 	mm      VirtAddr // of which rss is known
@@ -250,25 +256,31 @@ func (w *taskWalk) threads(leader *taskRecord) error {
 // visit notes that this attempt came by a task, and finds cycles.
 func (w *taskWalk) visit(t *taskRecord) error {
 	key := taskKey{t.Addr, uint32(t.PID)}
-	if w.seen[key] == w.attempt {
+	m := w.seen[key]
+	if m.attempt == w.attempt {
 		return &CorruptError{"task_struct", t.Addr, fmt.Sprintf("PID %d is twice in the list", t.PID)}
 	}
 	if len(w.seen) >= maxTasks {
 		return &CorruptError{"task list", t.Addr, fmt.Sprintf("more than %d tasks", maxTasks)}
 	}
-	w.seen[key] = w.attempt
+	m.attempt = w.attempt
+	w.seen[key] = m
 	return nil
 }
 
 // emit hands a task out, unless an earlier attempt did.
 func (w *taskWalk) emit(t *taskRecord) error {
-	_, said := w.seen[taskKey{t.Addr, uint32(t.PID)}]
-	if err := w.visit(t); err != nil || said {
+	if err := w.visit(t); err != nil {
 		return err
+	}
+	key := taskKey{t.Addr, uint32(t.PID)}
+	if w.seen[key].said {
+		return nil
 	}
 	if err := w.complete(t); err != nil {
 		return err
 	}
+	w.seen[key] = taskMark{w.attempt, true}
 	if !w.yield(t.Task, nil) {
 		return errWalkStopped
 	}

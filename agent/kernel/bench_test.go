@@ -1,0 +1,102 @@
+package kernel
+
+import (
+	"context"
+	"flag"
+	"os"
+	"testing"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+var ramFlag = flag.String("ram", "", "RAM `file` of a running q35 guest to measure on, as well as on the recordings")
+
+// benchmarked calls f for the RAM file of -ram and for each recording.
+func benchmarked(b *testing.B, f func(b *testing.B, mem hostmem.Memory, note hostmem.PhysAddr)) {
+	if *ramFlag != "" {
+		fi, err := os.Stat(*ramFlag)
+		if err != nil {
+			b.Fatal(err)
+		}
+		mem, err := hostmem.OpenRAMFile(*ramFlag, hostmem.Q35Layout(uint64(fi.Size())), false)
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer mem.Close()
+		img, err := Open(context.Background(), mem, Options{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Run("ram", func(b *testing.B) { f(b, mem, img.Info().Note) })
+	}
+	recorded(b, func(name string, rec *hostmem.Recording) {
+		img, mem := openRecorded(b, rec)
+		b.Run(name, func(b *testing.B) { f(b, mem, img.Info().Note) })
+	})
+}
+
+func BenchmarkAttach(b *testing.B) {
+	benchmarked(b, func(b *testing.B, mem hostmem.Memory, note hostmem.PhysAddr) {
+		for name, o := range map[string]Options{"cold": {}, "warm": {Note: note}, "note": {Note: note, NoteOnly: true}} {
+			b.Run(name, func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					if _, err := Open(context.Background(), mem, o); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	})
+}
+
+// benchmarkPass measures a pass of which n returns the number of things seen.
+func benchmarkPass(b *testing.B, what string, pass func(*View) (n int, err error)) {
+	benchmarked(b, func(b *testing.B, mem hostmem.Memory, note hostmem.PhysAddr) {
+		img, err := Open(context.Background(), mem, Options{Note: note, NoteOnly: true})
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.ReportAllocs()
+		n, cost := 0, Cost{}
+		for b.Loop() {
+			v := img.View(context.Background())
+			if n, err = pass(v); err != nil {
+				b.Fatal(err)
+			}
+			cost = v.Cost()
+		}
+		b.ReportMetric(float64(n), what)
+		b.ReportMetric(float64(cost.Bytes), "hostB/op")
+		b.ReportMetric(float64(cost.Reads), "reads/op")
+	})
+}
+
+func BenchmarkHeartbeat(b *testing.B) {
+	benchmarkPass(b, "cpus", func(v *View) (int, error) {
+		h, err := v.Heartbeat()
+		return len(h.CPUs), err
+	})
+}
+
+func BenchmarkTasks(b *testing.B) {
+	benchmarkPass(b, "tasks", func(v *View) (n int, last error) {
+		for _, err := range v.Tasks() {
+			n, last = n+1, err
+		}
+		return n, last
+	})
+}
+
+func BenchmarkLog(b *testing.B) {
+	benchmarkPass(b, "records", func(v *View) (n int, last error) {
+		for _, err := range v.Log() {
+			n, last = n+1, err
+		}
+		return n, last
+	})
+}
+
+func BenchmarkProve(b *testing.B) {
+	benchmarkPass(b, "kernels", func(v *View) (int, error) { return 1, v.img.Prove(v.ctx) })
+}
