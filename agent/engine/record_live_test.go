@@ -1,0 +1,86 @@
+package engine
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+)
+
+var recordFlag = flag.String("record", "", "`directory` to put series of samples of the guests in, for the tests of package detect")
+
+// Records what detectors are to judge: healthy hosts and ill ones.
+func TestLiveRecord(t *testing.T) {
+	if *recordFlag == "" {
+		t.Skip("makes test data: ask for it with -record=DIR and -guests")
+	}
+	forEachGuest(t, func(t *testing.T, k string) {
+		g := startGuest(t, k)
+		img, err := kernel.Open(t.Context(), g.memory(false), kernel.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Second)
+		record(t, img, "silent-idle-"+k, 10*time.Second)
+		g.spawn("spin")
+		time.Sleep(500 * time.Millisecond)
+		record(t, img, "fire-runaway-process-"+k, 5*time.Second)
+		// Among others it does not get its share any more.
+		g.spawn("forks")
+		g.spawn("forks")
+		g.spawn("forks")
+		time.Sleep(500 * time.Millisecond)
+		record(t, img, "silent-contended-"+k, 6*time.Second)
+		g.execute("stop")
+		record(t, img, "fire-host-silent-"+k, 7*time.Second)
+		g.execute("cont")
+		v := img.View(t.Context())
+		g.lock(gadget(t, v), func(cpu int) bool {
+			hb, err := v.Heartbeat()
+			return err == nil && !hb.CPUs[cpu].Idle
+		})
+		record(t, img, "fire-cpu-stall-"+k, 4*time.Second)
+	})
+}
+
+// record takes samples as the engine does and stores them as one Pass.
+func record(t *testing.T, img *kernel.Image, name string, d time.Duration) {
+	t.Helper()
+	var p detect.Pass
+	next := time.Now()
+	for end := next.Add(d); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		v := img.View(context.Background())
+		if hb, err := v.Heartbeat(); err == nil {
+			p.Beats = append(p.Beats, hb)
+		}
+		if s, err := v.Panic(); err == nil {
+			p.Panic = &s
+		}
+		if now := time.Now(); !now.Before(next) {
+			next = now.Add(500 * time.Millisecond)
+			if s, err := taskSample(v); err == nil {
+				p.Tasks = append(p.Tasks, s)
+			}
+		}
+		p.Now = time.Now()
+	}
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	if err := json.NewEncoder(z).Encode(p); err != nil {
+		t.Fatal(err)
+	}
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(*recordFlag, name+".json.gz"), b.Bytes(), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
