@@ -104,10 +104,9 @@ func (e *codeError) Error() string { return e.err.Error() }
 func (e *codeError) Unwrap() error { return e.err }
 
 func verbs() []verb {
-	return []verb{
-		statusVerb, findingsVerb, psVerb, topVerb, dmesgVerb, healVerb, powerVerb, journalVerb,
-		loginVerb, configVerb, agreementVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
-	}
+	return slices.Concat([]verb{statusVerb, findingsVerb, psVerb, topVerb, dmesgVerb}, listingVerbs(), []verb{
+		healVerb, powerVerb, journalVerb, loginVerb, configVerb, agreementVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
+	})
 }
 
 func lookup(name string) (verb, bool) {

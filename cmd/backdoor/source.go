@@ -25,6 +25,7 @@ type source interface {
 	// Top takes two samples, interval apart, or one if the memory does not change.
 	Top(ctx context.Context, interval time.Duration) (query.Load, error)
 	Dmesg(context.Context, query.DmesgOptions) (query.Log, error)
+	List(context.Context, query.Listing, []string) (query.Answer, error)
 	// Live tells whether a later question may be answered otherwise.
 	Live() bool
 	Close() error

@@ -1,0 +1,101 @@
+package query
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"iter"
+	"reflect"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+)
+
+// Answer is what a Listing finds: it marshals to JSON, and prints itself for people.
+type Answer interface {
+	Text(w io.Writer) error
+	// Whole tells how far the answer can be trusted.
+	Whole() Extent
+}
+
+// Extent is how much of the truth an answer is.
+type Extent struct {
+	At       time.Time `json:"at"`       // the reader's clock
+	Complete bool      `json:"complete"` // every walk came to its end
+	Doubts   []string  `json:"doubts,omitempty"`
+}
+
+// Whole returns the extent itself.
+func (e Extent) Whole() Extent { return e }
+
+// Listing is a question about one of the kernel's subsystems.
+type Listing struct {
+	Name     string // what people call it: the verb of the command line
+	Resource string // what Redfish calls it
+	Args     string // of the usage line; without brackets, an argument is needed
+	Short    string
+	Long     string
+	Ask      func(ctx context.Context, v *kernel.View, args []string) (Answer, error)
+	// Empty returns a pointer to an answer to decode JSON into.
+	Empty func() Answer
+}
+
+// Listings are all of them.
+func Listings() []Listing {
+	return []Listing{
+		listing(Listing{Name: "lsmod", Resource: "Modules", Short: "the host's kernel modules",
+			Long: `The modules of all three ways by which the kernel knows them: the list that lsmod shows there, /sys/module, and the tree of
+their addresses. A live module that is not in all three is marked HIDDEN, and the exit status is 3.
+
+  backdoor -image vmcore lsmod
+  backdoor -mem /dev/shm/vm.ram lsmod -json | jq '.modules[] | select(.missing)'`}, AskModules),
+		listing(Listing{Name: "ip", Resource: "Interfaces", Short: "the host's network interfaces",
+			Long: `Interfaces of all network namespaces, with their addresses; those of containers are marked by the number of their namespace.
+Counters that only the driver knows are shown as "-".
+
+  backdoor -image vmcore ip`}, AskInterfaces),
+	}
+}
+
+// listing ties a question to the type of its answer.
+func listing[A Answer](l Listing, ask func(context.Context, *kernel.View, []string) (A, error)) Listing {
+	l.Ask = func(ctx context.Context, v *kernel.View, args []string) (Answer, error) {
+		a, err := ask(ctx, v, args)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", l.Name, err)
+		}
+		return a, nil
+	}
+	l.Empty = func() Answer { return reflect.New(reflect.TypeFor[A]()).Interface().(Answer) }
+	return l
+}
+
+// gather collects a sequence. What breaks off makes the extent incomplete; it is an error if nothing came before.
+func gather[T any](ctx context.Context, e *Extent, seq iter.Seq2[T, error]) ([]T, error) {
+	if e.At.IsZero() {
+		e.At, e.Complete = time.Now(), true
+	}
+	all := []T{}
+	for x, err := range seq {
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			if len(all) == 0 {
+				return nil, err
+			}
+			e.doubt(err)
+			break
+		}
+		all = append(all, x)
+	}
+	return all, nil
+}
+
+// doubt notes why an answer is not the whole truth.
+func (e *Extent) doubt(err error) {
+	e.Complete = false
+	if len(e.Doubts) < maxDoubts {
+		e.Doubts = append(e.Doubts, err.Error())
+	}
+}

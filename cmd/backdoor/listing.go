@@ -1,0 +1,58 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/backdoor-rhs/backdoor/agent/query"
+)
+
+// listingVerbs are the verbs that ask one question about the host each; the table of them is that of package query.
+func listingVerbs() []verb {
+	var out []verb
+	for _, l := range query.Listings() {
+		out = append(out, verb{
+			name: l.Name, args: l.Args, short: l.Short, long: l.Long,
+			run: func(ctx context.Context, e *env, args []string) (int, error) { return e.list(ctx, l, args) },
+		})
+	}
+	return out
+}
+
+func (e *env) list(ctx context.Context, l query.Listing, args []string) (int, error) {
+	least, most := 0, len(strings.Fields(l.Args))
+	for _, a := range strings.Fields(l.Args) {
+		if a[0] != '[' {
+			least++
+		}
+	}
+	switch {
+	case most == 0 && len(args) > 0:
+		return 0, none(l.Name, args)
+	case len(args) < least || len(args) > most:
+		return 0, &usageError{verb: l.Name, msg: fmt.Sprintf("%s: want %s", l.Name, l.Args)}
+	}
+	s, err := e.open(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer s.Close()
+	a, err := s.List(ctx, l, args)
+	if err != nil {
+		return 0, err
+	}
+	code := complete(a.Whole().Complete)
+	if ill, ok := a.(interface{ Ill() bool }); ok && ill.Ill() {
+		code = exitIll
+	}
+	return code, e.answer(a, a.Text)
+}
+
+func (m *memory) List(ctx context.Context, l query.Listing, args []string) (query.Answer, error) {
+	return l.Ask(ctx, m.img.View(ctx), args)
+}
+
+func (a *agent) List(context.Context, query.Listing, []string) (query.Answer, error) {
+	return nil, &usageError{msg: "an agent does not serve this yet; the verb works with -image and -mem"}
+}
