@@ -2,7 +2,27 @@
 //
 // An Agreement is a JSON document that names the host, the owner, the monitors, their rights and the time in which it is
 // valid, and that the owner and every monitor have signed. Everything that it does not name is denied: the zero Grant
-// permits nothing.
+// permits nothing. "backdoor agreement" makes, signs, checks and shows one. A whole document:
+//
+//	{
+//	  "version": 1,
+//	  "id": "acme-web7-2026",
+//	  "host": {"uuid": "1b4e28ba-2fa1-11d2-883f-0016d3cca427", "name": "web7"},
+//	  "owner": {"name": "acme", "key": "iojj3XQJ8ZX9UtstPLpdcspnCb8dlBIb83SIAbQPb1w="},
+//	  "monitors": [
+//	    {"name": "ops", "key": "gTl3Dqh9F19Wo1Rmw0x+zMuNipG07jelabuGvGVwnXw="}
+//	  ],
+//	  "rights": {"read": true, "write": true, "actions": ["kill-process", "power-cycle"], "power": true},
+//	  "protected": [{"firstUID": 0, "lastUID": 0}, {"firstUID": 990, "lastUID": 999, "comm": "postgres"}],
+//	  "validFrom": "2026-01-01T00:00:00Z",
+//	  "validUntil": "2027-01-01T00:00:00Z",
+//	  "signatures": []
+//	}
+//
+// host.uuid is the SMBIOS system UUID, in lower case. Each of rights' actions needs write, power, or both besides, by what it
+// does; power alone lets operators switch the host. No action touches the tasks of protected users; init and kernel threads are
+// protected always. signatures has one element for the owner and one for each monitor: {"key": …, "signature": …} in base64,
+// Ed25519 over Canonical's bytes. The agent takes the document only with the key of the owner that its configuration names.
 package access
 
 import (

@@ -1,7 +1,35 @@
 // Package policy says what may be done to a host without asking anybody.
 //
 // A Policy is a table: for a kind of finding, which action, whether it runs by itself or waits for an operator, how often,
-// and what comes next if it does not help. What has no row waits for an operator.
+// and what comes next if it does not help. What has no row waits for an operator. The agent reads it from the file that
+// policyFile names in its configuration; without one everything waits. What a policy allows still needs the access
+// agreement's permission. A whole document:
+//
+//	{
+//	  "version": 1,
+//	  "detectors": {
+//	    "heartbeat": "50ms",
+//	    "tasks": "500ms",
+//	    "stallSuspect": "250ms",
+//	    "stallVerdict": "1s",
+//	    "idleVerdict": "5s",
+//	    "silent": "5s",
+//	    "runawayShare": 0.9,
+//	    "runawayFor": "60s",
+//	    "runawayExempt": [{"first": 990, "last": 999}]
+//	  },
+//	  "rules": [
+//	    {"finding": "runaway-process", "action": "kill-process", "mode": "automatic", "minConfidence": 0.9,
+//	     "maxPerHour": 6, "coolDown": "30s"},
+//	    {"finding": "panic", "action": "power-cycle", "mode": "automatic", "maxPerHour": 2, "coolDown": "10m"},
+//	    {"finding": "cpu-stall", "action": "power-cycle", "mode": "wait"},
+//	    {"finding": "host-silent", "action": "power-cycle", "mode": "wait"}
+//	  ]
+//	}
+//
+// Only version is required. The detectors above have their defaults but for runawayExempt, which is empty; detect.Config says
+// what they mean. A rule's fields are those of Rule; kill-process is a remedy for a runaway-process, power-cycle for every
+// kind of finding. backdoord -check says whether a document is right.
 package policy
 
 import (
@@ -54,7 +82,8 @@ type Rule struct {
 	// MaxPerHour bounds how often the engine acts by itself for findings of this kind; CoolDown is the least time between two.
 	MaxPerHour int      `json:"maxPerHour,omitempty"`
 	CoolDown   Duration `json:"coolDown,omitempty"`
-	// Then is the action that follows by itself when this one has not helped. Empty means that an operator is asked.
+	// Then is the action that follows by itself when this one was carried out, or could not be, and the fault is seen again.
+	// Empty means that an operator is asked. What the agreement or the agent refuses is never followed by anything.
 	Then string `json:"then,omitempty"`
 }
 

@@ -1,0 +1,37 @@
+package policy
+
+import (
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+)
+
+// The document in the package comment is one that Load takes, and its settings are the defaults as it says.
+func TestPackageComment(t *testing.T) {
+	src, err := os.ReadFile("policy.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc strings.Builder
+	for line := range strings.Lines(string(src)) {
+		if text, ok := strings.CutPrefix(line, "//\t"); ok {
+			doc.WriteString(text)
+		}
+	}
+	p, err := Load(strings.NewReader(doc.String()))
+	if err != nil {
+		t.Fatalf("%v in\n%s", err, doc.String())
+	}
+	if n := len(p.Rules); n != len(detect.Kinds()) {
+		t.Errorf("it has rules for %d kinds of findings of %d", n, len(detect.Kinds()))
+	}
+	got, want := p.DetectConfig(), detect.DefaultConfig()
+	got.RunawayExempt = nil
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("its detectors differ from the defaults (-default +comment):\n%s", diff)
+	}
+}
