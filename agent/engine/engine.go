@@ -95,7 +95,7 @@ func (e *Engine) Run(ctx context.Context) error {
 		return errors.New("engine: no memory is given")
 	}
 	if e.o.Policy.Version != 0 || len(e.o.Policy.Rules) > 0 {
-		if err := e.o.Policy.Check(heal.IDs()); err != nil {
+		if err := CheckPolicy(e.o.Policy); err != nil {
 			return fmt.Errorf("engine: %w", err)
 		}
 	}

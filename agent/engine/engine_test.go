@@ -671,9 +671,15 @@ func TestInvalidOptions(t *testing.T) {
 		t.Error("Run without memory succeeded")
 	}
 	m := &made{}
-	p := policy.Default()
-	p.Rules[0].Action = "format-disk"
-	if err := New(Options{Memory: m.memory, Policy: p}).Run(t.Context()); !errors.Is(err, policy.ErrInvalid) {
-		t.Errorf("Run with an unknown action = %v; want policy.ErrInvalid", err)
+	for name, spoil := range map[string]func(*policy.Policy){
+		"unknown action": func(p *policy.Policy) { p.Rules[0].Action = "format-disk" },
+		"no remedy":      func(p *policy.Policy) { p.Rules[1].Action = heal.KillProcess },
+		"no remedy then": func(p *policy.Policy) { p.Rules[2].Then = heal.KillProcess },
+	} {
+		p := policy.Default()
+		spoil(&p)
+		if err := New(Options{Memory: m.memory, Policy: p}).Run(t.Context()); !errors.Is(err, policy.ErrInvalid) {
+			t.Errorf("%s: Run = %v; want policy.ErrInvalid", name, err)
+		}
 	}
 }

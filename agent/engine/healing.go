@@ -23,6 +23,22 @@ const (
 	confirmTimeout = 5 * time.Second
 )
 
+// CheckPolicy finds what policy.Load cannot know: rules whose actions do not exist, or are no remedy for their findings.
+func CheckPolicy(p policy.Policy) error {
+	if err := p.Check(heal.IDs()); err != nil {
+		return err
+	}
+	for i, r := range p.Rules {
+		fit := actionsFor(detect.Kind(r.Finding))
+		for _, a := range []struct{ name, id string }{{"action", r.Action}, {"then", r.Then}} {
+			if a.id != "" && !slices.Contains(fit, a.id) {
+				return fmt.Errorf("policy: rules[%d].%s: %q is no remedy for a %s; there are %v: %w", i, a.name, a.id, r.Finding, fit, policy.ErrInvalid)
+			}
+		}
+	}
+	return nil
+}
+
 // decide lets policy say what becomes of the open findings, and begins what it allows, one thing at a time.
 func (e *Engine) decide(ctx context.Context, now time.Time) {
 	e.mu.Lock()

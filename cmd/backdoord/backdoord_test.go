@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -25,6 +26,7 @@ import (
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/agent/policy"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
 )
@@ -235,6 +237,14 @@ func TestProblemsAreSafe(t *testing.T) {
 	for _, r := range p.policy.Rules {
 		if r.Mode != "wait" {
 			t.Errorf("newParts: the policy in place of a wrong one has the rule %+v; want all to wait", r)
+		}
+	}
+	// What the agent could not carry out is as wrong as what it cannot read, and no less safe.
+	for _, rule := range []string{`{"finding": "panic", "action": "kill-process", "mode": "automatic", "maxPerHour": 1}`,
+		`{"finding": "panic", "action": "format-disk", "mode": "automatic", "maxPerHour": 1}`} {
+		write(t, filepath.Join(dir, "policy.json"), `{"version": 1, "rules": [`+rule+`]}`)
+		if p := newParts(cfg, slog.New(slog.DiscardHandler)); len(p.problems) != 3 || !slices.Equal(p.policy.Rules, policy.Default().Rules) {
+			t.Errorf("newParts with the rule %s = %+v; want three problems and the default policy", rule, p)
 		}
 	}
 	var out, errs bytes.Buffer

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/agent/policy"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
@@ -74,6 +75,9 @@ func loadPolicy(path string) (policy.Policy, error) {
 	}
 	defer f.Close()
 	p, err := policy.Load(f)
+	if err == nil {
+		err = engine.CheckPolicy(p)
+	}
 	if err != nil {
 		return policy.Policy{}, fmt.Errorf("%s: %w", filepath.Base(path), err)
 	}
@@ -116,7 +120,10 @@ func memory(cfg config.Config, log *slog.Logger, why error) func(context.Context
 		var err error
 		switch m.Backend {
 		case config.BackendPCI:
-			o := hostmem.PCIOptions{ID: m.Device, Layout: m.Extents(), Write: cfg.Writes, Logger: log}
+			o := hostmem.PCIOptions{Layout: m.Extents(), Write: cfg.Writes, Logger: log}
+			if o.ID, o.Address, err = m.PCIDevice(); err != nil {
+				return nil, err
+			}
 			if m.BAR != nil {
 				o.BAR = *m.BAR
 			}

@@ -2,7 +2,7 @@
 //
 // The zero value is a valid configuration: the agent watches nothing, writes nothing, and serves Redfish that says so.
 // An unknown or misspelt field is an error with its line and column. Relative paths are relative to the directory of
-// the file. Written in full:
+// the file. "backdoord -check" says whether a file, and everything that it names, is right. Written in full:
 //
 //	{
 //	  "version": 1,
@@ -17,7 +17,7 @@
 //	  "hostUUID": "1b4e28ba-2fa1-11d2-883f-0016d3cca427",
 //	  "writes": true,
 //	  "stateDir": "/var/lib/backdoor",
-//	  "agreement": {"file": "agreement.json", "ownerKey": "base64 of the owner's Ed25519 public key"},
+//	  "agreement": {"file": "agreement.json", "ownerKey": "iojj3XQJ8ZX9UtstPLpdcspnCb8dlBIb83SIAbQPb1w="},
 //	  "policyFile": "policy.json",
 //	  "hostBMC": {
 //	    "url": "https://10.0.2.2:8443",
@@ -25,11 +25,13 @@
 //	    "passwordFile": "bmc-password",
 //	    "caFile": "bmc-ca.pem"
 //	  },
-//	  "redfish": {"listen": ":443"},
+//	  "redfish": {"listen": ":443", "names": ["dpu7.example.org"]},
 //	  "intervals": {"pass": "250ms"},
 //	  "logLevel": "info",
 //	  "boot": {"hostname": "dpu", "interfaces": [{"match": "eth0", "dhcp": true}]}
 //	}
+//
+// Only version is required. The agreement's document is described in package agent/access, the policy's in agent/policy.
 package config
 
 import (
@@ -71,7 +73,8 @@ type Config struct {
 	Memory  Memory `json:"memory,omitzero"`
 	// HostUUID is the SMBIOS system UUID of the host, known from outside; the access agreement must name it.
 	HostUUID string `json:"hostUUID,omitempty"`
-	// Writes lets the agent store into the host's memory at all; the agreement and policy must allow each store, too.
+	// Writes lets the agent change the host at all, by stores into its memory or through its BMC; the agreement must permit
+	// each change, too. Without it the agent only watches.
 	Writes     bool      `json:"writes,omitempty"`
 	StateDir   string    `json:"stateDir,omitempty"` // default /var/lib/backdoor
 	Agreement  Agreement `json:"agreement,omitzero"`
@@ -101,12 +104,14 @@ const (
 // Memory is the path to the host's memory.
 type Memory struct {
 	Backend string `json:"backend,omitempty"`
-	Device  string `json:"device,omitempty"` // pci: vendor:device, or the address of one device
-	BAR     *int   `json:"bar,omitempty"`    // pci: default 2
-	Path    string `json:"path,omitempty"`   // ramfile, image
-	Layout  Layout `json:"layout,omitzero"`  // pci, ramfile
-	Size    Size   `json:"size,omitempty"`   // of the host's RAM, for a named layout
-	Engine  Engine `json:"engine,omitzero"`
+	// Device names the device of the pci backend: vendor:device as in "1af4:1110", with "@" and the address of one device
+	// behind it where several are alike: "1af4:1110@0000:00:04.0".
+	Device string `json:"device,omitempty"`
+	BAR    *int   `json:"bar,omitempty"`   // pci: default 2
+	Path   string `json:"path,omitempty"`  // ramfile, image
+	Layout Layout `json:"layout,omitzero"` // pci, ramfile
+	Size   Size   `json:"size,omitempty"`  // of the host's RAM, for a named layout
+	Engine Engine `json:"engine,omitzero"`
 }
 
 // Engine puts the model of a real DMA engine before the path: bursts, latency, no compare-and-swap. For laboratories.
@@ -383,8 +388,8 @@ func (c Config) Validate() error {
 	switch m.Backend {
 	case "", BackendNone:
 	case BackendPCI:
-		if m.Device == "" {
-			bad("memory.device", `missing; the pci backend needs vendor:device, as in "1af4:1110"`)
+		if _, _, err := m.PCIDevice(); err != nil {
+			errs = append(errs, err)
 		}
 		if m.BAR != nil && (*m.BAR < 0 || *m.BAR > 5) {
 			bad("memory.bar", "want 0 to 5, found %d", *m.BAR)
@@ -496,6 +501,17 @@ func (b HostBMC) BMCPassword() (string, error) {
 
 // Missing reports whether err of Load means that there is no file.
 func Missing(err error) bool { return errors.Is(err, fs.ErrNotExist) }
+
+var pciForm = regexp.MustCompile(`^([0-9a-f]{4}:[0-9a-f]{4})(?:@([0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]))?$`)
+
+// PCIDevice returns the vendor:device of the pci backend, and the address if one is given.
+func (m Memory) PCIDevice() (id, address string, err error) {
+	f := pciForm.FindStringSubmatch(m.Device)
+	if f == nil {
+		return "", "", fmt.Errorf(`memory.device: want vendor:device in lower case, as in "1af4:1110", or with an address, as in "1af4:1110@0000:00:04.0"; found %q`, m.Device)
+	}
+	return f[1], f[2], nil
+}
 
 // Extents returns where the host's RAM lies in the window or file.
 func (m Memory) Extents() []hostmem.Extent {

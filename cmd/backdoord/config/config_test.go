@@ -43,6 +43,31 @@ var compare = []cmp.Option{
 	cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
 }
 
+// The document in the package comment is one that Parse takes.
+func TestPackageComment(t *testing.T) {
+	src, err := os.ReadFile("config.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc strings.Builder
+	for line := range strings.Lines(string(src)) {
+		if text, ok := strings.CutPrefix(line, "//\t"); ok {
+			doc.WriteString(text)
+		}
+	}
+	c, err := Parse("comment", []byte(doc.String()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if id, address, err := c.Memory.PCIDevice(); id != "1af4:1110" || address != "" || err != nil {
+		t.Errorf("PCIDevice() = %q, %q, %v", id, address, err)
+	}
+	c.Memory.Device += "@0000:00:04.0"
+	if id, address, err := c.Memory.PCIDevice(); id != "1af4:1110" || address != "0000:00:04.0" || err != nil {
+		t.Errorf("PCIDevice() = %q, %q, %v", id, address, err)
+	}
+}
+
 func TestWriteAndLoad(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "config.json")
@@ -91,7 +116,9 @@ func TestParseErrors(t *testing.T) {
 			`c:3:31: memory.devcie: unknown field, did you mean device?`},
 		{"backend", `{"version": 1, "memory": {"backend": "tape"}}`, `c: memory.backend: want none, pci, ramfile or image, found "tape"`},
 		{"no device", `{"version": 1, "memory": {"backend": "pci", "layout": "flat", "size": 4096}}`,
-			`c: memory.device: missing; the pci backend needs vendor:device, as in "1af4:1110"`},
+			`c: memory.device: want vendor:device in lower case, as in "1af4:1110", or with an address, as in "1af4:1110@0000:00:04.0"; found ""`},
+		{"address alone", `{"version": 1, "memory": {"backend": "pci", "device": "0000:00:04.0", "layout": "flat", "size": 4096}}`,
+			`c: memory.device: want vendor:device in lower case, as in "1af4:1110", or with an address, as in "1af4:1110@0000:00:04.0"; found "0000:00:04.0"`},
 		{"no layout", `{"version": 1, "memory": {"backend": "ramfile", "path": "/x"}}`,
 			`c: memory.layout: want "q35", "flat" or a list of extents, found ""`},
 		{"size unit", `{"version": 1, "memory": {"size": "1GB"}}`, `c:1:35: memory.size: "1GB" is not a size; write bytes, or KiB, MiB, GiB, TiB`},
