@@ -18,7 +18,7 @@ type Device interface {
 	Sync() error // returns when everything written is durable
 }
 
-// Record is one entry. Append sets Restart, Seq and Time if they are zero.
+// Record is one entry. Append sets Restart and Seq, and Time if it is zero.
 type Record struct {
 	Restart uint64          `json:"restart"` // random, new each time the journal is opened for writing
 	Seq     uint64          `json:"seq"`     // from 1, without gaps over the journal's whole life

@@ -16,6 +16,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // place is where a record lies.
@@ -87,7 +89,11 @@ func open(dev Device, size int64, id [16]byte, restart uint64, now func() time.T
 	return j, nil
 }
 
-// OpenFile opens the journal in a file, or makes the file with size bytes if it is not there.
+// ErrInUse means that another process has the journal open for writing.
+var ErrInUse = errors.New("another process has the journal open; end it first")
+
+// OpenFile opens the journal in a file, or makes the file with size bytes if it is not there. As long as the journal is open
+// nobody else can open it so: two writers would overwrite each other's records.
 func OpenFile(path string, size int64) (*Journal, error) {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
@@ -96,7 +102,14 @@ func OpenFile(path string, size int64) (*Journal, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open journal: %w", err)
 	}
-	n, err := f.Seek(0, io.SeekEnd) // the size of a block device as well as of a file
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = ErrInUse
+	}
+	var n int64
+	if err == nil {
+		n, err = f.Seek(0, io.SeekEnd) // the size of a block device as well as of a file
+	}
 	if err == nil {
 		var j *Journal
 		if j, err = Open(f, n); err == nil {
@@ -104,12 +117,18 @@ func OpenFile(path string, size int64) (*Journal, error) {
 			return j, nil
 		}
 	}
+	if errors.Is(err, ErrNotJournal) {
+		err = fmt.Errorf("%w; move it away, as evidence, and a new one is made", err)
+	}
 	return nil, errors.Join(fmt.Errorf("open journal %s: %w", path, err), f.Close())
 }
 
 // create makes a file full of real zeros, so that a later append cannot run out of space, and gives it its name only when
 // it is whole.
 func create(path string, size int64) (*os.File, error) {
+	if size < MinSize {
+		return nil, fmt.Errorf("a journal needs %d bytes, and %d are given", MinSize, size)
+	}
 	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".new-*")
 	if err != nil {
 		return nil, err

@@ -371,9 +371,19 @@ func TestOpenFile(t *testing.T) {
 		if n, err := j.Write("r", i); n != uint64(i+1) || err != nil {
 			t.Fatalf("Write = %d, %v", n, err)
 		}
+		if _, err := OpenFile(path, 1<<20); !errors.Is(err, ErrInUse) {
+			t.Errorf("OpenFile beside another writer = %v; want ErrInUse", err)
+		}
 		if err := j.Close(); err != nil {
 			t.Fatal(err)
 		}
+	}
+	small := filepath.Join(t.TempDir(), "small")
+	if _, err := OpenFile(small, MinSize-1); err == nil {
+		t.Error("OpenFile made a journal that is too small")
+	}
+	if _, err := os.Stat(small); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("what was too small is there: %v", err)
 	}
 	f, err := os.Open(path)
 	if err != nil {
