@@ -53,6 +53,8 @@ type Agreement struct {
 type Options struct {
 	Program string // backdoord
 	Dir     string // its state directory; made if need be
+	// Password is good already, from an earlier agent in that directory. Empty means a new directory.
+	Password string
 	Host    *lab.Host
 	// DMA puts the model of a DMA engine before the RAM file.
 	DMA       bool
@@ -66,9 +68,6 @@ type Options struct {
 // Agent is a running agent. Stop ends it.
 type Agent struct {
 	*operator.Agent
-	// Client is how others reach the same service.
-	Client client.Config
-
 	cmd  *exec.Cmd
 	out  output
 	done chan struct{}
@@ -80,8 +79,10 @@ var (
 	workerLine   = regexp.MustCompile(`msg="worker started" pid=(\d+)`)
 )
 
-// Start starts an agent in a new state directory, waits until its service answers, and logs in.
+// Start starts an agent, waits until its service answers, and logs in.
 func Start(ctx context.Context, o Options) (a *Agent, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("not within a minute"))
+	defer cancel()
 	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -109,17 +110,20 @@ func Start(ctx context.Context, o Options) (a *Agent, err error) {
 			a.Stop()
 		}
 	}()
-	password, err := a.wait(ctx, passwordLine)
-	if err != nil {
-		return a, err
-	}
 	pin, err := a.wait(ctx, serviceLine)
 	if err != nil {
 		return a, err
 	}
-	a.Client = client.Config{URL: "https://" + addr, User: password[1], Password: password[2], Fingerprint: pin[1]}
+	c := client.Config{URL: "https://" + addr, User: "admin", Password: o.Password, Fingerprint: pin[1]}
+	if o.Password == "" {
+		initial, err := a.wait(ctx, passwordLine)
+		if err != nil {
+			return a, err
+		}
+		c.User, c.Password = initial[1], initial[2]
+	}
 	for {
-		if a.Agent, err = operator.Dial(ctx, a.Client); err == nil {
+		if a.Agent, err = operator.Dial(ctx, c); err == nil {
 			return a, nil
 		}
 		select {
@@ -180,15 +184,21 @@ func (o *Options) agree(path string) (ed25519.PublicKey, error) {
 	if until.IsZero() {
 		until = time.Now().Add(time.Hour)
 	}
+	monitor, signing, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return nil, err
+	}
 	a := access.Agreement{
 		Version: access.Version, ID: "test", Host: access.Host{UUID: o.Host.UUID, Name: "host"},
-		Owner: access.Party{Name: "owner", Key: access.Key(signer)}, Monitors: []access.Party{},
+		Owner: access.Party{Name: "owner", Key: access.Key(signer)}, Monitors: []access.Party{{Name: "monitor", Key: access.Key(monitor)}},
 		Rights:    access.Rights{Read: true, Write: true, Power: true, Actions: actions},
 		Protected: []access.Protected{},
 		ValidFrom: until.Add(-48 * time.Hour).UTC().Truncate(time.Second), ValidUntil: until.UTC().Truncate(time.Second),
 	}
-	if err := a.Sign(owner); err != nil {
-		return nil, err
+	for _, k := range []ed25519.PrivateKey{owner, signing} {
+		if err := a.Sign(k); err != nil {
+			return nil, err
+		}
 	}
 	doc, err := json.Marshal(a)
 	if err != nil {

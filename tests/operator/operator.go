@@ -29,7 +29,11 @@ const allTasks = "/redfish/v1/TaskService/Tasks"
 const every = 100 * time.Millisecond
 
 // Agent is an agent that the operator has logged in to.
-type Agent struct{ *client.Client }
+type Agent struct {
+	*client.Client
+	// Config is how another client gets in: with the password that is good now.
+	Config client.Config
+}
 
 // DPU is how the lab's DPU is reached: it is trusted by the certificate that it shows, as one that an operator was given.
 func DPU(d *lab.DPU) (client.Config, error) {
@@ -49,13 +53,14 @@ func Dial(ctx context.Context, c client.Config) (*Agent, error) {
 	var change *client.PasswordChangeError
 	switch err := cl.Login(ctx); {
 	case errors.As(err, &change):
-		if err := cl.ChangePassword(ctx, rand.Text()); err != nil {
+		c.Password = rand.Text()
+		if err := cl.ChangePassword(ctx, c.Password); err != nil {
 			return nil, err
 		}
 	case err != nil:
 		return nil, err
 	}
-	return &Agent{cl}, nil
+	return &Agent{cl, c}, nil
 }
 
 // DialDPU logs in to the lab's DPU.
