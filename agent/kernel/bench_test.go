@@ -28,6 +28,9 @@ func benchmarked(b *testing.B, f func(b *testing.B, mem hostmem.Memory, note hos
 			b.Fatal(err)
 		}
 		b.Run("ram", func(b *testing.B) { f(b, mem, img.Info().Note) })
+		b.Run("engine", func(b *testing.B) {
+			f(b, hostmem.NewEngine(mem, hostmem.EngineOptions{}), img.Info().Note)
+		})
 	}
 	recorded(b, func(name string, rec *hostmem.Recording) {
 		img, mem := openRecorded(b, rec)

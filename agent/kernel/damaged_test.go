@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
@@ -272,4 +273,53 @@ func TestViewCost(t *testing.T) {
 	if err := v.ReadVirt(hostmem.PageSize+64, make([]byte, 64)); !errors.Is(err, hostmem.ErrNotMapped) {
 		t.Errorf("read across the end of RAM = %v", err)
 	}
+}
+
+// TestEngine reads through a DMA engine: it works, and when the engine fails that is not blamed on the kernel.
+func TestEngine(t *testing.T) {
+	recorded(t, func(name string, rec *hostmem.Recording) {
+		t.Run(name, func(t *testing.T) {
+			direct, _ := openRecorded(t, rec)
+			var outcome atomic.Int32
+			engine := hostmem.NewEngine(rec.Frame(frameAlive), hostmem.EngineOptions{
+				Sleep:   func(time.Duration) {},
+				Outcome: func(string, hostmem.Range) hostmem.Outcome { return hostmem.Outcome(outcome.Load()) },
+			})
+			defer engine.Close()
+			img, err := Open(t.Context(), engine, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if img.Info().BootID != direct.Info().BootID {
+				t.Errorf("Info = %+v", img.Info())
+			}
+			for _, c := range []struct {
+				outcome hostmem.Outcome
+				want    error
+			}{{hostmem.NeverEnds, hostmem.ErrTimeout}, {hostmem.Aborts, hostmem.ErrAborted}, {hostmem.LosesLink, hostmem.ErrLinkDown}} {
+				outcome.Store(int32(c.outcome))
+				v := img.View(t.Context())
+				_, beat := v.Heartbeat()
+				_, panicked := v.Panic()
+				_, open := Open(t.Context(), engine, Options{Note: img.Info().Note})
+				errs := map[string]error{"Heartbeat": beat, "Panic": panicked, "Open": open, "Prove": img.Prove(t.Context())}
+				for _, err := range v.Tasks() {
+					errs["Tasks"] = err
+				}
+				for _, err := range v.Log() {
+					errs["Log"] = err
+				}
+				for what, err := range errs {
+					var corrupt *CorruptError
+					// A search passes over what the host refuses, and finds nothing then.
+					if what == "Open" && errors.Is(err, ErrNotFound) {
+						continue
+					}
+					if !errors.Is(err, c.want) || errors.As(err, &corrupt) || errors.Is(err, ErrGone) {
+						t.Errorf("%s = %v; want %v", what, err, c.want)
+					}
+				}
+			}
+		})
+	})
 }

@@ -26,7 +26,7 @@ const (
 
 // TestRecord makes the recordings:
 //
-//	go test ./agent/kernel -run TestRecord -guests=6.1,6.12 -update
+//	go test ./agent/kernel -run TestRecord -update
 func TestRecord(t *testing.T) {
 	if !*updateFlag {
 		t.Skip("rewrites testdata: ask for it with -update")

@@ -14,6 +14,8 @@ const (
 	searchChunk = 1 << 20
 	// searchHot is how much is searched first at each of the places where the note has been seen most often.
 	searchHot = 64 << 20
+	// searchTimeouts is how many pages may be skipped because they took too long to read.
+	searchTimeouts = 64
 )
 
 // searchOrder cuts the RAM map into the pieces that are searched one after the other: the first 64 MiB, the last 64 MiB
@@ -67,6 +69,7 @@ type searcher struct {
 	ways        []searchWay
 	buf         []byte
 	holes       int
+	timeouts    int
 }
 
 type searchWay struct {
@@ -210,9 +213,14 @@ func (s *searcher) scanScatter(r hostmem.Range, found func(hostmem.PhysAddr)) er
 	return nil
 }
 
-// hole returns nil for a page that is not there, which the search may skip, and any other error as it is.
+// hole returns nil for a page that cannot be read and that the search may skip: it is not there, the host refuses it, or
+// now and then the path takes too long. Any other error it returns as it is.
 func (s *searcher) hole(err error) error {
-	if !errors.Is(err, hostmem.ErrNotMapped) && !errors.Is(err, hostmem.ErrNotRecorded) {
+	switch {
+	case errors.Is(err, hostmem.ErrNotMapped), errors.Is(err, hostmem.ErrNotRecorded), errors.Is(err, hostmem.ErrAborted):
+	case errors.Is(err, hostmem.ErrTimeout) && s.timeouts < searchTimeouts:
+		s.timeouts++
+	default:
 		return fmt.Errorf("search for a kernel: %w", err)
 	}
 	s.holes++
