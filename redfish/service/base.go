@@ -70,4 +70,10 @@ var baseMessages = map[string]registryMessage{
 	"OperationNotAllowed":              {schema.HealthCritical, "The HTTP method is not allowed on this resource.", "None."},
 	"RestrictedRole":                   {schema.HealthWarning, "The operation was not successful because the role '%1' is restricted.", "No resolution is required.  For standard roles, consider using the role specified in the AlternateRoleId property in the Role resource."},
 	"AccessUnauthorized":               {schema.HealthCritical, "Unauthorized.", "Resubmit the request with valid credentials."},
+	"EventSubscriptionLimitExceeded":   {schema.HealthCritical, "The event subscription failed due to the number of simultaneous subscriptions exceeding the limit of the implementation.", "Reduce the number of other subscriptions before trying to establish the event subscription or increase the limit of simultaneous subscriptions, if supported."},
+	"EventBufferExceeded":              {schema.HealthWarning, "Undelivered events may have been lost due to exceeding the event buffer.", "None."},
+	"ResourceAtUriUnauthorized":        {schema.HealthCritical, "While accessing the resource at '%1', the service received an authorization error '%2'.", "Ensure that the appropriate access is provided for the service in order for it to access the URI."},
+	"SourceDoesNotSupportProtocol":     {schema.HealthCritical, "The other end of the connection at '%1' does not support the specified protocol %2.", "Change protocols or URIs."},
+	"ResourceExhaustion":               {schema.HealthCritical, "The resource '%1' was unable to satisfy the request due to unavailability of resources.", "Ensure that the resources are available and resubmit the request."},
+	"ActionParameterValueFormatError":  {schema.HealthWarning, "The value '%1' for the parameter %2 in the action %3 is not a format that the parameter can accept.", "Correct the value for the parameter in the request body and resubmit the request if the operation failed."},
 }

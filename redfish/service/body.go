@@ -154,7 +154,7 @@ func (c checker) bad(kind, value, name string) *Error {
 // check returns a field's value in the Go type of its kind.
 func (c checker) check(p *Property, f field) (any, *Error) {
 	shown := show(f.value)
-	if p.Name == "Password" {
+	if p.Name == "Password" || p.Name == "HttpHeaders" {
 		shown = "******"
 	}
 	if f.value == nil {
@@ -218,6 +218,18 @@ func (c checker) check(p *Property, f field) (any, *Error) {
 				return nil, c.bad("NotInList", show(v), f.name)
 			}
 			out[i] = s
+		}
+		return out, nil
+	case ObjectArray:
+		list, ok := f.value.([]any)
+		if !ok {
+			return nil, c.bad("TypeError", shown, f.name)
+		}
+		out := make([]map[string]any, len(list))
+		for i, v := range list {
+			if out[i], ok = v.(map[string]any); !ok {
+				return nil, c.bad("TypeError", show(v), f.name)
+			}
 		}
 		return out, nil
 	case Object:

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
@@ -31,13 +32,14 @@ func (s *Service) ServeHTTP(w http.ResponseWriter, hr *http.Request) {
 
 	select {
 	case s.requests <- struct{}{}:
-		defer func() { <-s.requests }()
 	default:
 		e := refuse(http.StatusServiceUnavailable, "ServiceTemporarilyUnavailable", "1")
 		e.Header = http.Header{"Retry-After": {"1"}}
 		s.writeError(w, hr, e)
 		return
 	}
+	release := sync.OnceFunc(func() { <-s.requests })
+	defer release()
 	defer func() {
 		if p := recover(); p != nil {
 			if err, ok := p.(error); ok && errors.Is(err, http.ErrAbortHandler) {
@@ -49,7 +51,7 @@ func (s *Service) ServeHTTP(w http.ResponseWriter, hr *http.Request) {
 	}()
 	ctx, cancel := context.WithTimeout(hr.Context(), s.limits.RequestTime)
 	defer cancel()
-	if err := s.serve(ctx, w, hr); err != nil {
+	if err := s.serve(ctx, w, hr, release); err != nil {
 		s.writeError(w, hr, err)
 	}
 }
@@ -57,7 +59,8 @@ func (s *Service) ServeHTTP(w http.ResponseWriter, hr *http.Request) {
 // methods are the ones that HTTP knows; for others the status is 501.
 var methods = []string{"GET", "HEAD", "POST", "PATCH", "DELETE", "PUT", "OPTIONS", "TRACE", "CONNECT"}
 
-func (s *Service) serve(ctx context.Context, w http.ResponseWriter, hr *http.Request) error {
+// serve routes, admits and answers a request. It calls release once the request is no longer being worked on.
+func (s *Service) serve(ctx context.Context, w http.ResponseWriter, hr *http.Request, release func()) error {
 	n, params := s.route(hr)
 	if n == nil {
 		return &Error{Status: 404, Messages: []schema.Message{message("InvalidURI", hr.URL.Path)}}
@@ -79,7 +82,14 @@ func (s *Service) serve(ctx context.Context, w http.ResponseWriter, hr *http.Req
 		contentType, body := n.route.Document()
 		return s.writeDocument(w, hr, contentType, body)
 	}
-	if (n.route == nil || n.route.Download == nil) && !acceptable(hr.Header.Values("Accept"), "application/json") {
+	media := "application/json"
+	switch {
+	case n.route != nil && n.route.Stream != nil:
+		media = "text/event-stream"
+	case n.route != nil && n.route.Download != nil:
+		media = "application/octet-stream"
+	}
+	if media != "application/octet-stream" && !acceptable(hr.Header.Values("Accept"), media) {
 		return refuse(http.StatusNotAcceptable, "HeaderInvalid", "Accept")
 	}
 
@@ -87,6 +97,14 @@ func (s *Service) serve(ctx context.Context, w http.ResponseWriter, hr *http.Req
 	r.Caller.Address = remoteIP(hr)
 	if err := s.admit(r); err != nil {
 		return err
+	}
+	if n.route != nil && n.route.Stream != nil {
+		if hr.Method == http.MethodHead {
+			w.Header().Set("Content-Type", media)
+			return nil
+		}
+		release()
+		return n.route.Stream(r, w)
 	}
 	q, e := parseQuery(hr.URL.RawQuery)
 	if e != nil {
@@ -415,7 +433,7 @@ func (s *Service) collect(r *Request, q query) (schema.Object, error) {
 // sub returns a request of the same caller for another resource.
 func (r *Request) sub(uri string) (*Request, error) {
 	n, params := r.svc.tree.find(uri)
-	if n == nil || n.route == nil || n.route.Document != nil || n.route.Handler != nil || n.route.Download != nil {
+	if n == nil || n.route == nil || n.route.Document != nil || n.route.Handler != nil || n.route.Download != nil || n.route.Stream != nil {
 		return nil, ErrNotFound
 	}
 	return &Request{URI: canonical(uri, n), Caller: r.Caller, ctx: r.ctx, svc: r.svc, node: n, params: params, http: r.http}, nil
@@ -452,6 +470,7 @@ func (s *Service) post(w http.ResponseWriter, r *Request) error {
 	}
 	id, reply, err := create.Do(r, values)
 	if err != nil {
+		s.audit(r, "POST", err)
 		return r.missing(err)
 	}
 	member, err := r.sub(r.URI + "/" + id)
@@ -467,6 +486,8 @@ func (s *Service) post(w http.ResponseWriter, r *Request) error {
 	if reply.Location == "" {
 		reply.Location = member.URI
 	}
+	s.audit(r, "POST", nil)
+	s.Publish(Event{MessageID: resourceEvent + "ResourceCreated", Origin: member.URI})
 	if o, ok := reply.Body.(schema.Object); ok {
 		reply.Body = nil
 		b, etag, err := member.marshal(o)
@@ -584,6 +605,7 @@ func (s *Service) patch(w http.ResponseWriter, r *Request) error {
 	if err != nil {
 		return r.missing(err)
 	}
+	s.Publish(Event{MessageID: resourceEvent + "ResourceChanged", Origin: r.URI})
 	body, etag, err := s.render(r, query{top: -1})
 	if err != nil {
 		return r.missing(err)
@@ -646,6 +668,7 @@ func (s *Service) delete(w http.ResponseWriter, r *Request) error {
 	if err != nil {
 		return r.missing(err)
 	}
+	s.Publish(Event{MessageID: resourceEvent + "ResourceRemoved", Origin: r.URI})
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }

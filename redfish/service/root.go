@@ -38,7 +38,7 @@ func (s *Service) standardRoutes() []Route {
 		{
 			URI: "/redfish/v1/Registries", Type: schema.TypeRegistryFileCollection, Name: "Message Registries",
 			Members: func(*Request) ([]string, error) {
-				ids := []string{baseFile}
+				ids := append([]string{baseFile}, eventFiles...)
 				for i := range s.o.Registries {
 					ids = append(ids, s.o.Registries[i].id())
 				}
@@ -81,6 +81,7 @@ func (s *Service) standardRoutes() []Route {
 	}
 	routes = append(routes, s.sessionRoutes()...)
 	routes = append(routes, s.accountRoutes()...)
+	routes = append(routes, s.eventRoutes()...)
 	return append(routes, s.taskRoutes()...)
 }
 
@@ -111,7 +112,7 @@ func (s *Service) registryFile(r *Request) (schema.Object, error) {
 		}
 	}
 	id := r.Param("registry")
-	if id == baseFile {
+	if id == baseFile || slices.Contains(eventFiles, id) {
 		return file(id, schema.Location{PublicationURI: "https://redfish.dmtf.org/registries/" + id + ".json"}), nil
 	}
 	for i := range s.o.Registries {

@@ -51,6 +51,8 @@ type Route struct {
 	Download func(*Request) (*File, error)
 	// Handler takes over GET and HEAD where an answer is not a representation of the resource (the task monitor).
 	Handler func(*Request) (*Reply, error)
+	// Stream takes over GET with an answer that goes on and on. It is not counted as a request being worked on.
+	Stream func(*Request, http.ResponseWriter) error
 
 	schemaURI string // of the schema, if it is our own
 }
@@ -122,6 +124,7 @@ const (
 	Number      Kind = "Number" // an integer
 	StringArray Kind = "StringArray"
 	Object      Kind = "Object" // unchecked inside
+	ObjectArray Kind = "ObjectArray"
 )
 
 // Values are checked properties by name. What the client did not send is not in the map; null is there as nil.

@@ -44,6 +44,11 @@ func (s *Service) Serve(ctx context.Context, l net.Listener) error {
 		ErrorLog:          log.New(debugWriter{s.log}, "", 0),
 		BaseContext:       func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
 	}
+	delivering, endDeliveries := context.WithCancel(ctx)
+	wait := s.subs.serve(delivering)
+	defer wait()
+	defer endDeliveries()
+	server.RegisterOnShutdown(s.subs.endStreams)
 	served := make(chan error, 1)
 	go func() { served <- server.ServeTLS(l, "", "") }()
 	select {

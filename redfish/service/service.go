@@ -14,6 +14,7 @@ import (
 	"hash/maphash"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -48,6 +49,9 @@ type Options struct {
 	Registries []Registry
 	// Index is the page at "/", outside of Redfish.
 	Index string
+	// Reach allows the service to connect, for clients, to an address that is otherwise forbidden as it leads to the device itself
+	// or to its links. Labs and tests need it.
+	Reach func(netip.Addr) bool
 	// Limits bound what clients can make the service spend.
 	Limits Limits
 }
@@ -93,6 +97,9 @@ type Limits struct {
 	UserSessions   int           // at a time of one user; 16
 	SessionTimeout time.Duration // without a request; 30 min
 	Tasks          int           // kept; 100
+	Subscriptions  int           // to events that are pushed; 20
+	Streams        int           // of events, open at a time; 10
+	UserStreams    int           // of one user; 4
 	Page           int           // members of an expanded collection in one answer; 500
 	Expanded       int           // resources in one answer; 1000
 	Hash           HashCost      // of stored passwords
@@ -113,6 +120,9 @@ func (l *Limits) defaults() {
 	set(&l.UserSessions, 16)
 	set(&l.SessionTimeout, 30*time.Minute)
 	set(&l.Tasks, 100)
+	set(&l.Subscriptions, 20)
+	set(&l.Streams, 10)
+	set(&l.UserStreams, 4)
 	set(&l.Page, 500)
 	set(&l.Expanded, 1000)
 	set(&l.Hash, HashCost{Memory: 12 << 10, Passes: 3})
@@ -143,6 +153,8 @@ type Service struct {
 	sessions *sessions
 	logins   *logins
 	tasks    *tasks
+	bus      *eventBus
+	subs     *subscriptions
 	requests chan struct{}
 
 	freeze   sync.Once // ends Handle, works out privileges and metadata
@@ -185,6 +197,10 @@ func New(o Options) (*Service, error) {
 	s.sessions = newSessions(s)
 	s.logins = newLogins(s)
 	s.tasks = newTasks(s)
+	s.bus = newEventBus()
+	if s.subs, err = openSubscriptions(s); err != nil {
+		return nil, err
+	}
 	s.Handle(s.standardRoutes()...)
 	return s, nil
 }
@@ -222,14 +238,14 @@ func (s *Service) Handle(routes ...Route) {
 
 func (r *Route) check() error {
 	kinds := 0
-	for _, has := range []bool{r.Get != nil, r.Members != nil, r.Entries != nil, r.Document != nil, r.Handler != nil, r.Download != nil} {
+	for _, has := range []bool{r.Get != nil, r.Members != nil, r.Entries != nil, r.Document != nil, r.Handler != nil, r.Download != nil, r.Stream != nil} {
 		if has {
 			kinds++
 		}
 	}
 	switch {
 	case kinds != 1:
-		return errors.New("wants exactly one of Get, Members, Entries, Document, Handler and Download")
+		return errors.New("wants exactly one of Get, Members, Entries, Document, Handler, Download and Stream")
 	case r.Document == nil && r.Type == "":
 		return errors.New("has no type")
 	case r.collection() && (r.Patch != nil || r.Delete != nil || len(r.Actions) > 0):

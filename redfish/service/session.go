@@ -257,7 +257,7 @@ func (s *Service) sessionRoutes() []Route {
 	}
 }
 
-// own reports whether a resource is the caller's own account or session.
+// own reports whether a resource is the caller's own account, session or subscription.
 func (s *Service) own(r *Request) bool {
 	if r.node == nil || r.node.route == nil {
 		return false
@@ -269,6 +269,9 @@ func (s *Service) own(r *Request) bool {
 	case "Session":
 		c, ok := s.sessions.get(r.Param("session"))
 		return ok && c.user == r.Caller.User
+	case "EventDestination":
+		c, ok := s.subs.get(r.Param("subscription"))
+		return ok && c.User == r.Caller.User
 	}
 	return false
 }

@@ -64,6 +64,7 @@ func (r *Request) Task(name string, work func(context.Context, *Task) (*Reply, e
 			Payload: &schema.TaskPayload{TargetURI: r.http.URL.Path, HTTPOperation: r.http.Method, HTTPHeaders: []string{}, JSONBody: string(r.body)},
 		}
 	})
+	s.Publish(Event{MessageID: taskEvent + "TaskStarted", Args: []string{t.id}, Origin: t.uri()})
 	go t.run(ctx, work)
 	return &Reply{Status: http.StatusAccepted, Location: t.monitor(), Body: t.snapshot(), Header: http.Header{"Retry-After": {"1"}}}, nil
 }
@@ -137,6 +138,8 @@ func (t *Task) run(ctx context.Context, work func(context.Context, *Task) (*Repl
 			v.Messages = append(v.Messages, message("InternalError"))
 		}
 	})
+	ended := map[schema.TaskState]string{schema.TaskCompleted: "TaskCompletedOK", schema.TaskCancelled: "TaskCancelled", schema.TaskException: "TaskAborted"}
+	s.Publish(Event{MessageID: taskEvent + ended[t.snapshot().TaskState], Args: []string{t.id}, Origin: t.uri()})
 	if err != nil {
 		s.log.Warn("task ended", "task", t.id, "err", err)
 	}
@@ -267,6 +270,7 @@ func (s *Service) taskRoutes() []Route {
 			Get: func(*Request) (schema.Object, error) {
 				return &schema.TaskService{
 					Resource: schema.Resource{Name: "Task Service"}, ServiceEnabled: true, CompletedTaskOverWritePolicy: "Oldest",
+					DateTime: schema.Time(s.now()), LifeCycleEventOnTaskStateChange: true,
 					Status: &schema.Status{State: schema.StateEnabled, Health: schema.HealthOK}, Tasks: schema.LinkTo(tasksURI),
 				}, nil
 			},
