@@ -103,6 +103,7 @@ func (e *Engine) Run(ctx context.Context) error {
 		return fmt.Errorf("engine: %w", err)
 	}
 	defer context.AfterFunc(ctx, e.end)()
+	e.remember()
 	var wg sync.WaitGroup
 	wg.Go(func() { e.writeJournal(ctx) })
 	e.mu.Lock()

@@ -3,6 +3,7 @@ package engine
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -368,7 +369,7 @@ type fakePower struct {
 }
 
 func (p *fakePower) do(op string) error {
-	p.did = append(p.did, op)
+	p.m.set(func(*made) { p.did = append(p.did, op) })
 	if p.err == nil && op == "cycle" {
 		p.m.set(func(m *made) { m.off = true })
 		time.AfterFunc(5*time.Second, func() { p.m.reboot(); p.m.set(func(m *made) { m.off = false }) })
@@ -411,6 +412,48 @@ func TestPowerCycleByPolicy(t *testing.T) {
 			t.Errorf("did %v; policy allows two an hour", pw.did)
 		}
 		w.wait(2*time.Hour, "healing when its hour is over", ofKind(EventHealed, detect.KindPanic))
+	})
+}
+
+// What policy has had done before a restart of the agent counts: a card that loses its power with the host must not cycle it
+// without end.
+func TestRatesOutliveTheAgent(t *testing.T) {
+	var pw *fakePower
+	inBubble(t, func(m *made, o *Options) {
+		pw = &fakePower{m: m}
+		o.Power, o.Agreement, o.Policy.Rules = pw, agreement(t, guestUUID, heal.PowerCycle), automatic("panic", "power-cycle")
+		o.Interval = 500 * time.Millisecond // an hour has many passes
+		now := time.Now()
+		for _, r := range []struct {
+			at              time.Time
+			finding, caller string
+		}{
+			{now.Add(-2 * time.Hour), "panic-1", "policy"},         // too long ago
+			{now.Add(-30 * time.Minute), "panic-2", "alice"},       // an operator's
+			{now.Add(-20 * time.Minute), "cpu-stall-1", "policy"},  // another kind
+			{now.Add(-10 * time.Minute), "panic-3", "policy"},      // one
+			{now.Add(1000 * time.Hour), "panic-1", callerPolicy},   // two, by a clock that was wrong
+			{now.Add(-5 * time.Minute), "no number", callerPolicy}, // nothing that we write
+		} {
+			data, err := json.Marshal(map[string]any{"plan": map[string]any{"finding": r.finding}, "caller": r.caller})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := o.Journal.Append(journal.Record{Time: r.at, Kind: "intent", Data: data}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+		w.wait(time.Second, "panic", ofKind(EventFinding, detect.KindPanic))
+		time.Sleep(49 * time.Minute)
+		m.set(func(*made) {
+			if len(pw.did) > 0 {
+				t.Errorf("did %v; policy allows two an hour, and two were done before the restart", pw.did)
+			}
+		})
+		w.wait(2*time.Minute, "healing when the first one's hour is over", ofKind(EventHealed, detect.KindPanic))
 	})
 }
 

@@ -2,9 +2,11 @@ package engine
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
@@ -21,7 +23,11 @@ const (
 	healTimeout    = 30 * time.Second // one repair by memory writes, its verification included
 	restartTimeout = 6 * time.Minute  // until a restarted host is attached and healthy again
 	confirmTimeout = 5 * time.Second
+	keepPast       = 1000 // actions begun by policy that are remembered
 )
+
+// callerPolicy asks for what policy allows; Heal sees to it that no operator goes by that name.
+const callerPolicy = "policy"
 
 // CheckPolicy finds what policy.Load cannot know: rules whose actions do not exist, or are no remedy for their findings.
 func CheckPolicy(p policy.Policy) error {
@@ -37,6 +43,43 @@ func CheckPolicy(p policy.Policy) error {
 		}
 	}
 	return nil
+}
+
+// remember takes from the journal what was begun by policy before this start, so that its rates hold over restarts: an agent
+// that shares the host's power would else cycle it without end. A time ahead of the clock counts as now.
+func (e *Engine) remember() {
+	if e.o.Journal == nil {
+		return
+	}
+	now := time.Now()
+	reach := time.Hour
+	for _, r := range e.o.Policy.Rules {
+		reach = max(reach, time.Duration(r.CoolDown))
+	}
+	var past []policy.Past
+	for rec, err := range e.o.Journal.Records() {
+		if err != nil || rec.Kind != "intent" || now.Sub(rec.Time) > reach {
+			continue // what is damaged is told by who reads the journal
+		}
+		var in struct {
+			Plan   struct{ Finding string }
+			Caller string
+		}
+		if json.Unmarshal(rec.Data, &in) != nil || in.Caller != callerPolicy {
+			continue
+		}
+		at := rec.Time
+		if at.After(now) {
+			at = now
+		}
+		// An ID is its kind and a number.
+		if i := strings.LastIndexByte(in.Plan.Finding, '-'); i > 0 {
+			past = append(past, policy.Past{Kind: detect.Kind(in.Plan.Finding[:i]), At: at})
+		}
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.past = past[max(0, len(past)-keepPast):]
 }
 
 // decide lets policy say what becomes of the open findings, and begins what it allows, one thing at a time.
@@ -89,7 +132,7 @@ func (e *Engine) ordered() []*tracked {
 func (e *Engine) automatic(ctx context.Context, f detect.Finding, action string) {
 	defer func() { <-e.healing }()
 	for action != "" {
-		_, _, err := e.repair(ctx, f, action, "policy", false)
+		_, _, err := e.repair(ctx, f, action, callerPolicy, false)
 		if err == nil || ctx.Err() != nil {
 			return
 		}
@@ -142,8 +185,11 @@ func (e *Engine) Heal(ctx context.Context, r HealRequest) (heal.Plan, *heal.Outc
 		return heal.Plan{}, nil, fmt.Errorf("policy proposes no action for %s; name one of %v", f.ID, actionsFor(f.Kind))
 	}
 	caller := r.Caller
-	if caller == "" {
+	switch caller {
+	case "":
 		caller = "unknown"
+	case callerPolicy:
+		caller = "operator " + callerPolicy
 	}
 	if r.DryRun {
 		return e.repair(ctx, f, action, caller, true)
