@@ -35,7 +35,7 @@ func PowerStep(op, why string) Step {
 	return Step{Op: OpPower, Power: op, Why: why, Timeout: PowerTimeout}
 }
 
-// DoPower does a power operation: "on", "off", "cycle", "nmi" or "shutdown".
+// DoPower does a power operation: "on", "off", "cycle", "nmi", "shutdown", or an order of the constants.
 func DoPower(ctx context.Context, p Power, op string) error {
 	if p == nil {
 		return fmt.Errorf("power %s: this agent has no power controller for the host: %w", op, kernel.ErrNotSupported)
@@ -44,7 +44,7 @@ func DoPower(ctx context.Context, p Power, op string) error {
 		"on": p.On, "off": p.Off, "cycle": p.Cycle, "nmi": p.NMI, "shutdown": p.GracefulShutdown,
 	}[op]
 	if do == nil {
-		return fmt.Errorf("power operation %q is unknown: %w", op, kernel.ErrNotSupported)
+		do = func(ctx context.Context) error { return doOrder(ctx, p, op) }
 	}
 	if err := do(ctx); err != nil {
 		return fmt.Errorf("power %s: %w", op, err)

@@ -90,7 +90,7 @@ func newPower(b config.HostBMC, log *slog.Logger) (heal.Power, error) {
 		return nil, err
 	}
 	o := hostpower.Options{
-		URL: b.URL, Username: b.Username, Password: password, Pin: b.CertificateSHA256, OffOn: b.OffOn,
+		URL: b.URL, IPMI: b.IPMI, Username: b.Username, Password: password, Pin: b.CertificateSHA256, OffOn: b.OffOn,
 		Timeout: b.Timeout.Std(), Logger: log,
 	}
 	if b.CAFile != "" {

@@ -265,7 +265,8 @@ func (k Key) MarshalJSON() ([]byte, error) {
 // HostBMC is the service processor through which the host's power is controlled. Its certificate must be verifiable:
 // by CAFile, by CertificateSHA256, or, with neither, by the system's roots.
 type HostBMC struct {
-	URL          string `json:"url"` // https://host:port
+	URL          string `json:"url,omitempty"`  // https://host:port, for Redfish
+	IPMI         string `json:"ipmi,omitempty"` // host or host:port, for IPMI over LAN+ when Redfish fails; needs ipmitool in the image
 	Username     string `json:"username"`
 	Password     string `json:"password,omitempty"`
 	PasswordFile string `json:"passwordFile,omitempty"`
@@ -435,6 +436,7 @@ func (c Config) Validate() error {
 		switch {
 		case err != nil:
 			bad("hostBMC.url", "%v", err)
+		case b.URL == "" && b.IPMI != "":
 		case u.Scheme != "https" || u.Hostname() == "" || strings.Trim(u.Path, "/") != "" || u.User != nil || u.RawQuery != "":
 			bad("hostBMC.url", "want https://host or https://host:port, found %q", b.URL)
 		}

@@ -1,14 +1,26 @@
-// Package hostpower switches the host's power through its service processor (BMC) by Redfish, with bmclib.
+// Package hostpower switches the host's power through its service processor (BMC) with bmclib: by Redfish or, if that fails and
+// an address for it is given, by IPMI over LAN+ with the program ipmitool.
 //
-// It is bmclib behind a typed, honest door. Of bmclib's providers only gofish, the generic Redfish client, is used: the
-// others probe the BMC with vendors' logins. What else it takes care of, all seen with bmclib 2.3.5:
+// The ways are tried in turn, each with a timeout of its own, and the error names what became of each. A way that could not be
+// opened is tried last for a minute. An order that the BMC has accepted is given a second time, by the next way, only if that
+// does no harm: on and off are, a restart or an NMI is not.
+//
+// It is bmclib behind a typed, honest door. Of bmclib's providers only gofish, the generic Redfish client, and ipmitool are
+// used: the others probe the BMC with vendors' logins. What bmclib has no word for (the reset types, media, the whole boot
+// override) goes by the project's own Redfish client; see machine.go. What else it takes care of, all seen with bmclib 2.3.5:
 //
 //   - bmclib does not verify certificates unless told to. Here the BMC must prove itself by a CA or a pinned certificate.
+//
 //   - bmclib's "soft" reports a failure when the BMC has accepted the order. The outcome is taken from the provider's error.
+//
 //   - bmclib's "reset" asks for PowerCycle and, refused, waits nine seconds for a graceful shutdown and reports success
 //     although a crashed host is still up. It is not used.
+//
 //   - gofish ignores the context. Here the connections die with it.
+//
 //   - Power states are free text. Here they are on, off or unknown, and unknown is never taken for either.
+//
+//   - The ipmitool provider is left out without a word where there is no such program. Here that is an error.
 //
 // Each order opens its own session and ends it: orders are rare, and BMCs have few sessions.
 package hostpower
@@ -27,6 +39,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"os/exec"
 	"strings"
 	"sync"
 	"time"
@@ -49,15 +62,20 @@ var ErrState = errors.New("unexpected power state")
 
 // Options say which BMC it is and how it proves that it is that one.
 type Options struct {
-	URL      string // https://host[:port]
+	URL      string // https://host[:port]; empty if only IPMI is to be used
 	Username string
 	Password string
+	// IPMI is the BMC's address for IPMI, host[:port]; empty means that it is not used. The port is 623 by default. Username and
+	// Password are the same. IPMI proves the BMC's identity no better than the password's secrecy does.
+	IPMI string
 	// Roots verify the BMC's certificate; nil means the system's roots.
 	Roots *x509.CertPool
 	// Pin, if not empty, is the SHA-256 of the BMC's certificate in hexadecimal; then its names and its issuer do not matter.
 	Pin string
-	// Timeout bounds one order, with the waiting for its effect; zero means 30 s.
+	// Timeout bounds one order on one way, with the waiting for its effect; zero means 30 s.
 	Timeout time.Duration
+	// OpenTimeout bounds how long a way may take to open; zero means 10 s, or Timeout if that is less.
+	OpenTimeout time.Duration
 	// OffOn makes Cycle take the power away and give it back. Otherwise the BMC is told to restart the host by a single
 	// order, which is also right for an agent that loses its own power with the host's.
 	OffOn bool
@@ -70,10 +88,13 @@ type Options struct {
 type Client struct {
 	o          Options
 	host, port string
+	ipmiHost   string
+	ipmiPort   string
 	tls        *tls.Config
 	poll       time.Duration
 
-	mu sync.Mutex // held during an order
+	mu     sync.Mutex           // held during an order
+	failed map[string]time.Time // by way, when it could last not be opened; guarded by mu
 }
 
 var _ heal.Power = (*Client)(nil)
@@ -84,10 +105,18 @@ func New(o Options) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("host BMC: %w", err)
 	}
-	if u.Scheme != "https" || u.Hostname() == "" {
+	if (u.Scheme != "https" || u.Hostname() == "") && (o.URL != "" || o.IPMI == "") {
 		return nil, fmt.Errorf("host BMC: want https://host or https://host:port, found %q", o.URL)
 	}
-	c := &Client{o: o, host: u.Hostname(), port: u.Port(), poll: 250 * time.Millisecond}
+	c := &Client{o: o, host: u.Hostname(), port: u.Port(), poll: 250 * time.Millisecond, failed: make(map[string]time.Time)}
+	if o.IPMI != "" {
+		if c.ipmiHost, c.ipmiPort, err = net.SplitHostPort(o.IPMI); err != nil {
+			c.ipmiHost, c.ipmiPort = strings.Trim(o.IPMI, "[]"), "623"
+		}
+		if c.ipmiHost == "" || c.ipmiPort == "" {
+			return nil, fmt.Errorf("host BMC: want host or host:port for IPMI, found %q", o.IPMI)
+		}
+	}
 	if strings.Contains(c.host, ":") {
 		c.host = "[" + c.host + "]"
 	}
@@ -96,6 +125,9 @@ func New(o Options) (*Client, error) {
 	}
 	if c.o.Timeout == 0 {
 		c.o.Timeout = 30 * time.Second
+	}
+	if c.o.OpenTimeout == 0 {
+		c.o.OpenTimeout = min(10*time.Second, c.o.Timeout)
 	}
 	if c.o.Hold == 0 {
 		c.o.Hold = 2 * time.Second
@@ -164,7 +196,7 @@ func (c *Client) Cycle(ctx context.Context) error {
 			return err
 		}
 		if err := sleep(ctx, c.o.Hold); err != nil {
-			return fmt.Errorf("the host is off and has not been switched on again: %w", err)
+			return &acceptedError{fmt.Errorf("the host is off and has not been switched on again: %w", err)}
 		}
 		if err := c.set(ctx, b, "on", On); err != nil {
 			return fmt.Errorf("the host is off and could not be switched on again: %w", err)
@@ -205,7 +237,11 @@ func (c *Client) set(ctx context.Context, b *bmclib.Client, order, want string) 
 			last = state
 		}
 		if serr := sleep(ctx, c.poll); serr != nil {
-			return fmt.Errorf("order %q was accepted: wait for power %q: %w: the BMC last said %q", order, want, ErrState, last)
+			err := fmt.Errorf("order %q was accepted: wait for power %q: %w: the BMC last said %q", order, want, ErrState, last)
+			if order == "on" || order == "off" {
+				return err // giving it again does no harm
+			}
+			return &acceptedError{err}
 		}
 	}
 	return nil
@@ -231,8 +267,88 @@ func normal(s string) string {
 	return Unknown
 }
 
-// do runs one order in a session of its own.
-func (c *Client) do(ctx context.Context, what string, order func(context.Context, *bmclib.Client) error) (err error) {
+// way is one way to the BMC.
+type way struct {
+	name    string // for errors, with the address
+	driver  string // of bmclib
+	program string // that it needs; empty if none
+	client  func(ctx context.Context, conns *connections) *bmclib.Client
+}
+
+func (c *Client) hasIPMI() bool { return c.o.IPMI != "" }
+
+func (c *Client) redfish() way {
+	return way{name: c.o.URL, driver: "gofish", client: func(ctx context.Context, conns *connections) *bmclib.Client {
+		return bmclib.NewClient(c.host, c.o.Username, c.o.Password,
+			bmclib.WithHTTPClient(c.httpClient(ctx, conns)),
+			bmclib.WithRedfishPort(c.port),
+			bmclib.WithPerProviderTimeout(c.o.Timeout),
+			bmclib.WithLogger(logr.FromSlogHandler(c.o.Logger.Handler())),
+		)
+	}}
+}
+
+func (c *Client) ipmi() way {
+	return way{name: "ipmi://" + c.o.IPMI, driver: "ipmitool", program: "ipmitool", client: func(context.Context, *connections) *bmclib.Client {
+		return bmclib.NewClient(c.ipmiHost, c.o.Username, c.o.Password,
+			bmclib.WithIpmitoolPort(c.ipmiPort),
+			bmclib.WithPerProviderTimeout(c.o.Timeout),
+			bmclib.WithLogger(logr.FromSlogHandler(c.o.Logger.Handler())),
+		)
+	}}
+}
+
+// again is how long a way that could not be opened is tried last.
+const again = time.Minute
+
+// ways returns the ways in the order in which they are to be tried.
+func (c *Client) ways() []way {
+	var good, bad []way
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	add := func(w way) {
+		if at, ok := c.failed[w.name]; ok && time.Since(at) < again {
+			bad = append(bad, w)
+		} else {
+			good = append(good, w)
+		}
+	}
+	if c.o.URL != "" {
+		add(c.redfish())
+	}
+	if c.hasIPMI() {
+		add(c.ipmi())
+	}
+	return append(good, bad...)
+}
+
+// acceptedError is an order that the BMC took and that did not come to its end.
+type acceptedError struct{ error }
+
+func (e *acceptedError) Unwrap() error { return e.error }
+
+// do runs one order by the first way on which it works.
+func (c *Client) do(ctx context.Context, what string, order func(context.Context, *bmclib.Client) error) error {
+	var errs []error
+	for _, w := range c.ways() {
+		err := c.on(ctx, w, what, order)
+		if err == nil {
+			return nil
+		}
+		errs = append(errs, err)
+		var accepted *acceptedError
+		if ctx.Err() != nil || errors.As(err, &accepted) {
+			break
+		}
+	}
+	if len(errs) == 1 {
+		return errs[0]
+	}
+	return &orderError{errors.Join(errs...)}
+}
+
+// on runs one order on one way, in a session of its own.
+func (c *Client) on(ctx context.Context, w way, what string, order func(context.Context, *bmclib.Client) error) (err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	ctx, cancel := context.WithTimeoutCause(ctx, c.o.Timeout, fmt.Errorf("the host's BMC took longer than %v", c.o.Timeout))
@@ -246,9 +362,14 @@ func (c *Client) do(ctx context.Context, what string, order func(context.Context
 			if cause := context.Cause(ctx); cause != nil {
 				err = fmt.Errorf("%w: %w", cause, err)
 			}
-			err = &orderError{fmt.Errorf("host BMC %s: %s: %w", c.o.URL, what, err)}
+			err = &orderError{fmt.Errorf("host BMC %s: %s: %w", w.name, what, err)}
 		}
 	}()
+	if w.program != "" {
+		if _, err := exec.LookPath(w.program); err != nil {
+			return fmt.Errorf("this machine lacks a program: %w", err)
+		}
+	}
 
 	// bmclib dumps every request, passwords too, to standard output when this variable is "true".
 	if os.Getenv("DEBUG_BMCLIB") != "" {
@@ -258,22 +379,35 @@ func (c *Client) do(ctx context.Context, what string, order func(context.Context
 	}
 	var conns connections
 	defer context.AfterFunc(ctx, conns.close)()
-	b := bmclib.NewClient(c.host, c.o.Username, c.o.Password,
-		bmclib.WithHTTPClient(c.httpClient(ctx, &conns)),
-		bmclib.WithRedfishPort(c.port),
-		bmclib.WithPerProviderTimeout(c.o.Timeout),
-		bmclib.WithLogger(logr.FromSlogHandler(c.o.Logger.Handler())),
-	)
-	b.Registry.Drivers = b.Registry.For("gofish")
-	if err := b.Open(ctx); err != nil {
+	b := w.client(ctx, &conns)
+	b.Registry.Drivers = b.Registry.For(w.driver)
+	if err := c.open(ctx, b, &conns); err != nil {
+		c.failed[w.name] = time.Now()
 		return fmt.Errorf("open session: %w", err)
 	}
+	delete(c.failed, w.name)
 	defer func() {
 		if cerr := b.Close(ctx); cerr != nil {
 			c.o.Logger.Debug("session with the host's BMC did not end", "err", cerr)
 		}
 	}()
 	return order(ctx, b)
+}
+
+// open opens the session in the time for it.
+func (c *Client) open(ctx context.Context, b *bmclib.Client, conns *connections) error {
+	if c.o.OpenTimeout >= c.o.Timeout {
+		return b.Open(ctx)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, c.o.OpenTimeout, fmt.Errorf("nothing after %v", c.o.OpenTimeout))
+	defer cancel()
+	stop := context.AfterFunc(ctx, conns.close)
+	err := b.Open(ctx)
+	stop()
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		err = fmt.Errorf("%w: %w", cause, err)
+	}
+	return err
 }
 
 // orderError is an error on one line: bmclib's take several.

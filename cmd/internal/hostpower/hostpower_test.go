@@ -82,8 +82,8 @@ func (m *machine) given() []schema.ResetType {
 	return slices.Clone(m.orders)
 }
 
-// bmc starts a BMC on loopback and returns how to reach it.
-func bmc(t *testing.T, m *machine) Options {
+// bmcOptions starts a BMC on loopback and returns how to reach it.
+func bmcOptions(t *testing.T, m *machine) Options {
 	t.Helper()
 	s, err := service.New(service.Options{StateDir: t.TempDir(), Account: &service.Credential{User: user, Password: password},
 		Limits: service.Limits{Hash: service.HashCost{Memory: 64, Passes: 1}}})
@@ -110,7 +110,7 @@ func bmc(t *testing.T, m *machine) Options {
 		Timeout: 20 * time.Second, Hold: time.Millisecond}
 }
 
-func client(t *testing.T, o Options) *Client {
+func connect(t *testing.T, o Options) *Client {
 	t.Helper()
 	c, err := New(o)
 	if err != nil {
@@ -142,9 +142,9 @@ func TestOrders(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			m := &machine{state: tt.before}
-			o := bmc(t, m)
+			o := bmcOptions(t, m)
 			o.OffOn = tt.offOn
-			c := client(t, o)
+			c := connect(t, o)
 			if err := tt.order(c, t.Context()); err != nil {
 				t.Fatalf("order: %v", err)
 			}
@@ -160,7 +160,7 @@ func TestOrders(t *testing.T) {
 
 func TestSlowPower(t *testing.T) {
 	m := &machine{state: schema.PowerOn, lag: 200 * time.Millisecond}
-	c := client(t, bmc(t, m))
+	c := connect(t, bmcOptions(t, m))
 	if err := c.Off(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -171,7 +171,7 @@ func TestSlowPower(t *testing.T) {
 
 func TestUnknownState(t *testing.T) {
 	for _, s := range []schema.PowerState{"PoweringOn", "PoweringOff", "Paused", ""} {
-		c := client(t, bmc(t, &machine{state: s}))
+		c := connect(t, bmcOptions(t, &machine{state: s}))
 		if got, err := c.State(t.Context()); got != Unknown || err != nil {
 			t.Errorf("State() of a BMC that says %q = %q, %v; want %q", s, got, err, Unknown)
 		}
@@ -186,9 +186,9 @@ func TestUnknownState(t *testing.T) {
 // An order that was accepted and did nothing is not a success.
 func TestStuck(t *testing.T) {
 	m := &machine{state: schema.PowerOn, stuck: true}
-	o := bmc(t, m)
+	o := bmcOptions(t, m)
 	o.Timeout = 2 * time.Second
-	err := client(t, o).Off(t.Context())
+	err := connect(t, o).Off(t.Context())
 	if !errors.Is(err, ErrState) || !strings.Contains(err.Error(), `the BMC last said "on"`) {
 		t.Errorf("Off() of a stuck machine = %v; want ErrState", err)
 	}
@@ -197,7 +197,7 @@ func TestStuck(t *testing.T) {
 // bmclib's own "reset" would report success here after nine seconds, with the host still running.
 func TestRefused(t *testing.T) {
 	m := &machine{state: schema.PowerOn, refuse: "ForceRestart"}
-	err := client(t, bmc(t, m)).Cycle(t.Context())
+	err := connect(t, bmcOptions(t, m)).Cycle(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "ForceRestart") {
 		t.Errorf("Cycle() refused by the BMC = %v; want an error that names ForceRestart", err)
 	}
@@ -205,36 +205,36 @@ func TestRefused(t *testing.T) {
 		t.Errorf("orders = %v; want none", got)
 	}
 	m = &machine{state: schema.PowerOn, refuse: "GracefulShutdown"}
-	if err := client(t, bmc(t, m)).GracefulShutdown(t.Context()); err == nil {
+	if err := connect(t, bmcOptions(t, m)).GracefulShutdown(t.Context()); err == nil {
 		t.Error("GracefulShutdown() refused by the BMC = nil")
 	}
 }
 
 func TestTrust(t *testing.T) {
 	m := &machine{state: schema.PowerOn}
-	o := bmc(t, m)
+	o := bmcOptions(t, m)
 	certs := o.Roots
 	o.Roots = x509.NewCertPool()
-	_, err := client(t, o).State(t.Context())
+	_, err := connect(t, o).State(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "certificate signed by unknown authority") {
 		t.Errorf("State() with no trusted certificate = %v; want a refusal", err)
 	}
 
 	o.Pin = strings.Repeat("00", 32)
-	if _, err := client(t, o).State(t.Context()); err == nil || !strings.Contains(err.Error(), "not the pinned one") {
+	if _, err := connect(t, o).State(t.Context()); err == nil || !strings.Contains(err.Error(), "not the pinned one") {
 		t.Errorf("State() with another pin = %v; want a refusal", err)
 	}
 	sum := sha256.Sum256(leaf(t, o.URL, certs))
 	o.Pin = hex.EncodeToString(sum[:])
-	if got, err := client(t, o).State(t.Context()); got != On || err != nil {
+	if got, err := connect(t, o).State(t.Context()); got != On || err != nil {
 		t.Errorf("State() with the right pin = %q, %v; want %q", got, err, On)
 	}
 }
 
 func TestWrongPassword(t *testing.T) {
-	o := bmc(t, &machine{state: schema.PowerOn})
+	o := bmcOptions(t, &machine{state: schema.PowerOn})
 	o.Password = "wrong"
-	if _, err := client(t, o).State(t.Context()); err == nil || strings.Contains(err.Error(), "wrong\"") {
+	if _, err := connect(t, o).State(t.Context()); err == nil || strings.Contains(err.Error(), "wrong\"") {
 		t.Errorf("State() with a wrong password = %v; want an error without the password", err)
 	}
 }
@@ -245,7 +245,7 @@ func TestUnreachable(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close() // accepts into the backlog and never answers
-	c := client(t, Options{URL: "https://" + l.Addr().String(), Username: user, Password: password, Timeout: 300 * time.Millisecond})
+	c := connect(t, Options{URL: "https://" + l.Addr().String(), Username: user, Password: password, Timeout: 300 * time.Millisecond})
 	start := time.Now()
 	_, err = c.State(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "the host's BMC took longer than 300ms") {
@@ -260,7 +260,7 @@ func TestUnreachable(t *testing.T) {
 func TestCancel(t *testing.T) {
 	m := &machine{state: schema.PowerOn, silence: make(chan struct{})}
 	defer close(m.silence)
-	c := client(t, bmc(t, m))
+	c := connect(t, bmcOptions(t, m))
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(200*time.Millisecond, cancel)
 	start := time.Now()
