@@ -47,7 +47,7 @@ lint: setup ## formatting, go vet, staticcheck
 fuzz: setup ## run every fuzz target for FUZZTIME (20s)
 	@go test -list '^Fuzz' ./... | awk '/^Fuzz/ {f[n++]=$$1} /^ok/ {for (i=0;i<n;i++) print $$2, f[i]; n=0}' | while read -r pkg f; do
 		echo "$$pkg $$f"
-		go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) "$$pkg"
+		go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) "$$pkg" </dev/null
 	done
 
 bench: setup ## run the benchmarks that match BENCH (all)

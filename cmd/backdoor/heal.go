@@ -17,8 +17,9 @@ var healVerb = verb{
 	name:  "heal",
 	args:  "FINDING",
 	short: "repair a finding",
-	long: `The agent makes a plan, which is shown; then it asks, and carries the plan out. With -dry-run it stops at the plan. Nothing is
-written to the host unless its access agreement permits it, and each write is in the agent's journal before it happens.
+	long: `The agent makes a plan, which is shown; then it asks, and carries the repair out. With -dry-run it stops at the plan. What is
+carried out is planned anew at that moment, for addresses and CPUs may have changed; the outcome and the journal have that plan.
+Nothing is written to the host unless its access agreement permits it, and each write is in the agent's journal before it happens.
 
 Exit status: 0 repaired and verified (or planned, with -dry-run), 3 carried out but not verified, 5 denied.
 

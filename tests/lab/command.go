@@ -182,7 +182,7 @@ func upFlags(s *flag.FlagSet, c *command) {
 	s.StringVar(&c.cfg.HostArgs, "append", "", "more `arguments` for the host's kernel")
 	s.BoolVar(&c.cfg.NoDPU, "no-dpu", false, "leave the DPU out")
 	s.StringVar(&c.policy, "policy", "", "the agent's policy `file`; without one every repair waits for an operator")
-	s.BoolVar(&c.cfg.NoWrites, "no-writes", false, "keep the agent from storing into the host")
+	s.BoolVar(&c.cfg.NoWrites, "no-writes", false, "keep the agent from changing the host")
 	s.StringVar(&c.cfg.Engine, "engine", EngineWindow, "the agent's `path` to the host's memory: window or dma")
 	s.StringVar(&c.cfg.DPUImage, "image", "", "the DPU's initramfs `file` instead of build/images/dpu-arm64")
 	s.StringVar(&c.cfg.DPUKernel, "dpu-kernel", "", "the DPU's kernel `file`")

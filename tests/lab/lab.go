@@ -46,7 +46,7 @@ type Config struct {
 	NoDPU bool
 	// DPUImage and DPUKernel are the DPU's initramfs and kernel; empty means build/images of this checkout.
 	DPUImage, DPUKernel string
-	// NoWrites keeps the agent from storing into HOST: the lab's own control experiment.
+	// NoWrites keeps the agent from changing HOST, by stores or through its BMC: the lab's own control experiment.
 	NoWrites bool
 	// Engine is the agent's path to HOST's memory: "window" (default) or "dma", the model of a DMA engine over it.
 	Engine string
