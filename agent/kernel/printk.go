@@ -29,8 +29,8 @@ const (
 	descFinalized = 2
 	descIDMask    = 1<<62 - 1
 
-	ringMaxRecords = 1 << 20
-	ringMaxText    = 1 << 27
+	ringMaxRecordBits = 20
+	ringMaxTextBits   = 27
 )
 
 func (img *Image) ringLayout() ringLayout {
@@ -103,7 +103,7 @@ func (v *View) walkLog(yield func(LogRecord, error) bool) error {
 		return err
 	}
 	countBits, sizeBits := o.u32(l.countBits), o.u32(l.sizeBits)
-	if countBits > 24 || 1<<countBits > ringMaxRecords || sizeBits < 4 || sizeBits > 31 || 1<<sizeBits > ringMaxText {
+	if countBits > ringMaxRecordBits || sizeBits < 4 || sizeBits > ringMaxTextBits {
 		return &CorruptError{"printk_ringbuffer", rb, fmt.Sprintf("2^%d records, 2^%d bytes of text", countBits, sizeBits)}
 	}
 	ring := logRing{v: v, l: l, descs: o.ptr(l.descs), infos: o.ptr(l.infos), data: o.ptr(l.data),

@@ -126,7 +126,7 @@ func FuzzLog(f *testing.F) {
 			}
 			bytes += len(r.Text)
 		}
-		if n > ringMaxRecords+1 || bytes > 4*ringMaxText {
+		if n > (1<<ringMaxRecordBits)+1 || bytes > 4<<ringMaxTextBits {
 			t.Errorf("%d records of %d bytes", n, bytes)
 		}
 	})

@@ -257,7 +257,7 @@ func findText(t *testing.T, img *Image, text string) hostmem.PhysAddr {
 func TestOpenNothing(t *testing.T) {
 	random := make(flat, 1<<20)
 	for i := range random {
-		random[i] = byte(i * 2654435761 >> 13)
+		random[i] = byte(uint32(i) * 2654435761 >> 13)
 	}
 	for name, mem := range map[string]hostmem.Memory{
 		"nothing": flat(nil), "a byte": make(flat, 1), "zeroes": make(flat, 5<<20), "noise": random,
@@ -371,7 +371,7 @@ func FuzzRecorded(f *testing.F) {
 			}
 		}
 		for _, err := range v.Log() {
-			if n++; err == nil && n > maxTasks+ringMaxRecords {
+			if n++; err == nil && n > maxTasks+(1<<ringMaxRecordBits) {
 				t.Fatal("records without end")
 			}
 		}

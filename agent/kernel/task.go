@@ -340,7 +340,7 @@ func (img *Image) readTask(src source, o *object, addr, signal VirtAddr) (taskRe
 		return bad("PID %d of process %d", int32(pid), int32(tgid))
 	case !ended:
 		return bad("comm does not end")
-	case t.CPU >= len(img.perCPU):
+	case t.CPU < 0 || t.CPU >= len(img.perCPU):
 		return bad("on CPU %d of %d", t.CPU, len(img.perCPU))
 	case !s.valid(t.next, 8), !s.valid(t.threadNext, 8):
 		return bad("next task at %v, next thread at %v", t.next, t.threadNext)
