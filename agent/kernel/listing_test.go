@@ -1,8 +1,10 @@
 package kernel
 
 import (
+	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,6 +23,8 @@ func TestListings(t *testing.T) {
 		}{
 			{"modules", testModules},
 			{"interfaces", testInterfaces},
+			{"files", testFiles},
+			{"mounts", testMounts},
 		} {
 			t.Run(l.name, func(t *testing.T) {
 				g.t = t
@@ -170,5 +174,68 @@ func testInterfaces(t *testing.T, g *guest, img *Image) {
 	}
 	if eth := got[slices.IndexFunc(got, func(i Interface) bool { return i.Name == "eth0" })]; eth.Driver != "virtio_net" || eth.Device == "" || eth.PermanentMAC == "" {
 		t.Errorf("eth0 = %+v", eth)
+	}
+}
+
+func testFiles(t *testing.T, g *guest, img *Image) {
+	want := make(map[string]string)
+	for _, pattern := range []string{"fd/*", "cwd", "root", "exe"} {
+		var links map[string]string
+		g.ask(&links, "links /proc/[0-9]*/"+pattern)
+		maps.Copy(want, links)
+	}
+	v := g.frozenView(img)
+	got := make(map[string]string)
+	sockets := 0
+	for _, f := range gather(t, v, v.OpenFiles(0)) {
+		name := fmt.Sprintf("/proc/%d/%s", f.PID, f.FD)
+		if _, err := strconv.Atoi(f.FD); err == nil {
+			name = fmt.Sprintf("/proc/%d/fd/%s", f.PID, f.FD)
+		}
+		got[name] = f.Path
+		if f.Sock != 0 {
+			sockets++
+		}
+	}
+	for name, path := range want {
+		if got[name] != path {
+			t.Errorf("%s is %q; the guest says %q", name, got[name], path)
+		}
+	}
+	if len(got) < len(want) || len(got) > len(want)+1 || len(want) < 30 || sockets < 10 {
+		t.Errorf("%d files, %d of them sockets; the guest has %d", len(got), sockets, len(want))
+	}
+	for _, err := range v.OpenFiles(4000000) {
+		if !errors.Is(err, ErrNotFound) {
+			t.Errorf("files of no process: %v", err)
+		}
+	}
+}
+
+func testMounts(t *testing.T, g *guest, img *Image) {
+	info := g.read("/proc/1/mountinfo")
+	v := g.frozenView(img)
+	got := make(map[int]Mount)
+	for _, m := range gather(t, v, v.Mounts(1)) {
+		got[m.ID] = m
+	}
+	lines := 0
+	escape := strings.NewReplacer(" ", `\040`)
+	for line := range strings.Lines(info) {
+		// 23 1 0:20 / /run rw,relatime shared:1 - tmpfs tmpfs rw,size=1m
+		f := strings.Fields(line)
+		dash := slices.Index(f, "-")
+		id, _ := strconv.Atoi(f[0])
+		m := got[id]
+		lines++
+		super, _, _ := strings.Cut(f[dash+3], ",")
+		have := []string{strconv.Itoa(m.Parent), m.Dev, escape.Replace(m.Root), escape.Replace(m.Path), m.Options, m.FS, m.Source, m.Super}
+		want := []string{f[1], f[2], f[3], f[4], f[5], f[dash+1], f[dash+2], super}
+		if !slices.Equal(have, want) {
+			t.Errorf("mount %d = %q; mountinfo has %q", id, have, want)
+		}
+	}
+	if lines < 7 || len(got) != lines {
+		t.Errorf("%d mounts; the guest has %d", len(got), lines)
 	}
 }

@@ -54,6 +54,21 @@ their addresses. A live module that is not in all three is marked HIDDEN, and th
 Counters that only the driver knows are shown as "-".
 
   backdoor -image vmcore ip`}, AskInterfaces),
+		listing(Listing{Name: "pstree", Resource: "ProcessTree", Args: "[PID]", Short: "the host's processes as a tree",
+			Long: `With a PID, the processes below that one.
+
+  backdoor -image vmcore pstree 1`}, AskTree),
+		listing(Listing{Name: "lsof", Resource: "OpenFiles", Args: "[PID]", Short: "the files that processes have open",
+			Long: `Working directories, roots, programs and descriptors, with their paths as /proc/PID/fd shows them there; mode r, w or u (both)
+stands behind the descriptor.
+
+  backdoor -image vmcore lsof 1
+  backdoor -image vmcore lsof -json | jq '.files[] | select(.path | endswith("(deleted)"))'`}, AskOpenFiles),
+		listing(Listing{Name: "mount", Resource: "Mounts", Args: "[PID]", Short: "the host's mounts",
+			Long: `Mounts of the host's own namespace, or of the one that the process PID is in. Options that a file system keeps to itself are not
+shown.
+
+  backdoor -image vmcore mount`}, AskMounts),
 	}
 }
 
@@ -69,6 +84,11 @@ func listing[A Answer](l Listing, ask func(context.Context, *kernel.View, []stri
 	l.Empty = func() Answer { return reflect.New(reflect.TypeFor[A]()).Interface().(Answer) }
 	return l
 }
+
+// ArgumentError is an argument that is not what it is to be.
+type ArgumentError struct{ Got, Want string }
+
+func (e *ArgumentError) Error() string { return fmt.Sprintf("%q is not %s", e.Got, e.Want) }
 
 // gather collects a sequence. What breaks off makes the extent incomplete; it is an error if nothing came before.
 func gather[T any](ctx context.Context, e *Extent, seq iter.Seq2[T, error]) ([]T, error) {
