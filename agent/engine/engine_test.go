@@ -34,6 +34,7 @@ type made struct {
 	panicked bool
 	frozen   time.Time // since when nothing moves; zero: it moves
 	spin     bool      // PID 412 spins
+	firmware byte      // what firmware has left in memory
 	opens    int
 	closes   int
 	started  time.Time
@@ -60,9 +61,20 @@ func (m *made) memory(context.Context) (hostmem.Memory, error) {
 	return m, nil
 }
 
-func (m *made) ReadAt([]byte, int64) (int, error) { return 0, hostmem.ErrNotMapped }
-func (m *made) Map() []hostmem.Range              { return nil }
-func (m *made) Close() error                      { m.set(func(m *made) { m.closes++ }); return nil }
+func (m *made) ReadAt(b []byte, pa int64) (int, error) {
+	if pa != 0 {
+		return 0, hostmem.ErrNotMapped
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := range b {
+		b[i] = m.firmware
+	}
+	return len(b), nil
+}
+
+func (m *made) Map() []hostmem.Range { return nil }
+func (m *made) Close() error         { m.set(func(m *made) { m.closes++ }); return nil }
 
 // The source.
 
@@ -85,8 +97,10 @@ type madeKernel struct {
 }
 
 func (k *madeKernel) Info() kernel.Info {
-	return kernel.Info{Release: "6.1.0-made", BootID: fmt.Sprintf("boot%d", k.boot), Note: 0x1000, Hostname: "made",
-		Rungs: []kernel.Rung{{Name: "alive", OK: true}}}
+	k.m.mu.Lock()
+	defer k.m.mu.Unlock()
+	return kernel.Info{Arch: "x86_64", Release: "6.1.0-made", BootID: fmt.Sprintf("boot%d", k.boot), Note: 0x1000, Hostname: "made",
+		Rungs: []kernel.Rung{{Name: "alive", OK: k.m.frozen.IsZero()}}}
 }
 
 func (k *madeKernel) Prove(context.Context) error {
@@ -309,6 +323,26 @@ func TestFrozenHost(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		if s := w.e.State(); s.Health != Healthy {
 			t.Errorf("health %s after the thaw; %+v", s.Health, s.Detectors)
+		}
+	})
+}
+
+// A host that was reset stands still, too, until its next kernel comes up, and its old kernel lies in memory as it was. That
+// is no fault, and its old kernel is not taken for the next one.
+func TestReset(t *testing.T) {
+	inBubble(t, nil, func(t *testing.T, m *made, w *watched) {
+		time.Sleep(3 * time.Second)
+		m.set(func(m *made) { m.frozen, m.firmware = time.Now(), 0xf0 })
+		time.Sleep(30 * time.Second)
+		st := w.e.State()
+		if st.Phase != Lost || st.Health != CouldNotTell || st.Attaches != 1 || len(w.e.Findings()) != 0 {
+			t.Errorf("phase %q, health %q, %d attaches, findings %v; want the kernel lost and nothing found: %s",
+				st.Phase, st.Health, st.Attaches, w.e.Findings(), st.Why)
+		}
+		m.reboot()
+		time.Sleep(5 * time.Second)
+		if st = w.e.State(); st.Phase != Attached || st.Health != Healthy || st.Attaches != 2 {
+			t.Errorf("after the boot: phase %q, health %q, %d attaches", st.Phase, st.Health, st.Attaches)
 		}
 	})
 }

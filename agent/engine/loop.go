@@ -76,6 +76,8 @@ type watcher struct {
 
 	t          target
 	boot       string
+	firmware   []byte // its traces when t was attached; nil if there are none
+	ended      string // boot ID of the kernel that a reset has ended
 	tickless   bool
 	beats      []kernel.Heartbeat
 	tasks      []detect.TaskSample
@@ -251,6 +253,12 @@ func (w *watcher) attach(ctx context.Context) error {
 		w.pause(ctx, err.Error())
 		return nil
 	}
+	if w.corpse(t.Info()) {
+		const why = "the host was reset, and no kernel has come up since"
+		w.setPhase(Lost, why)
+		w.pause(ctx, why)
+		return nil
+	}
 	w.take(ctx, t, time.Since(began))
 	return nil
 }
@@ -280,6 +288,10 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	now := time.Now()
 	w.nextTasks, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now, time.Time{}, now, now.Add(searchEvery), now
 	w.nextUUID, w.lived = time.Time{}, time.Time{}
+	w.firmware, w.ended = nil, ""
+	if info.Arch == "x86_64" {
+		w.firmware = firmwareTraces(w.mem)
+	}
 	vctx, cancel := context.WithTimeout(ctx, passTimeout)
 	defer cancel()
 	w.tickless = tickless(vctx, t)
@@ -444,6 +456,10 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	if failed != nil || now.After(w.nextProve) || w.wouldSpeak(p) {
 		if err := w.t.Prove(ctx); err != nil && !errors.Is(err, kernel.ErrTorn) {
 			return l.Cost(), err
+		}
+		if w.wasReset() {
+			w.ended = w.boot
+			return l.Cost(), fmt.Errorf("its firmware has run: the host was reset: %w", kernel.ErrGone)
 		}
 		w.nextProve = now.Add(proveEvery)
 	}
