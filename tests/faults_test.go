@@ -25,13 +25,15 @@ import (
 	"github.com/backdoor-rhs/backdoor/tests/lab"
 	"github.com/backdoor-rhs/backdoor/tests/lab/control"
 	"github.com/backdoor-rhs/backdoor/tests/native"
+	"github.com/backdoor-rhs/backdoor/tests/operator"
 	"golang.org/x/sys/unix"
 )
 
-// runawaySoon has a runaway process found after 2 s, and healed by nobody but an operator.
+// runawaySoon has a runaway process found after 2 s, and healed by nobody but an operator. Half a CPU is enough: on a machine that is
+// busy otherwise, a host's CPU may not run for a while, and its kernel cannot count then.
 var runawaySoon = json.RawMessage(`{
   "version": 1,
-  "detectors": {"runawayFor": "2s"},
+  "detectors": {"runawayFor": "2s", "runawayShare": 0.5},
   "rules": [{"finding": "runaway-process", "action": "kill-process", "mode": "wait"}]
 }`)
 
@@ -425,16 +427,12 @@ func (f *faults) agreements(t *testing.T, ctx context.Context) {
 		})
 	}
 	t.Run("good", func(t *testing.T) {
-		fd, err := good.WaitFinding(ctx, ours)
-		if err != nil {
-			t.Fatal(err)
-		}
 		watching, stop := context.WithTimeout(ctx, time.Minute)
 		defer stop()
 		var seen bool
 		var wg sync.WaitGroup
 		wg.Go(func() { seen = memory.watch(watching) })
-		if err := good.HealAsProposed(ctx, fd.ID); err != nil {
+		if err := repair(ctx, good.Agent, ours); err != nil {
 			t.Fatal(err)
 		}
 		x, err := f.host.WaitExit(ctx, mark, truth.PID)
@@ -475,13 +473,9 @@ func (f *faults) killed(t *testing.T, ctx context.Context) {
 			t.Fatal(err)
 		}
 		ours := func(g detect.Finding) bool { return g.Kind == detect.KindRunawayProcess && g.Culprit.PID == truth.PID }
-		fd, err := a.WaitFinding(ctx, ours)
-		if err != nil {
-			t.Fatal(err)
-		}
 		healing, stop := context.WithCancel(ctx)
 		asked := make(chan error, 1)
-		go func() { asked <- a.HealAsProposed(healing, fd.ID) }()
+		go func() { asked <- repair(healing, a.Agent, ours) }()
 		begun, cancel := context.WithTimeout(ctx, time.Minute)
 		if !memory.watch(begun) {
 			t.Fatalf("no store was seen: %v", <-asked)
@@ -497,11 +491,7 @@ func (f *faults) killed(t *testing.T, ctx context.Context) {
 		// Whatever the host has by now, the next agent must come to an end with it.
 		second := f.start(t, ctx, native.Options{Policy: runawaySoon, Dir: filepath.Join(dir, fmt.Sprint(i)), Password: a.Config.Password})
 		if alive(ctx, f.host, truth) == nil {
-			fd, err := second.WaitFinding(ctx, ours)
-			if err == nil {
-				err = second.HealAsProposed(ctx, fd.ID)
-			}
-			if err != nil && alive(ctx, f.host, truth) == nil {
+			if err := repair(ctx, second.Agent, ours); err != nil && alive(ctx, f.host, truth) == nil {
 				t.Fatalf("after the agent was killed in mid-repair, the next could not repair: %v", err)
 			}
 		}
@@ -533,6 +523,19 @@ func (f *faults) killed(t *testing.T, ctx context.Context) {
 	b[at] ^= 1
 	if r, err := journal.Verify(bytes.NewReader(b), int64(len(b))); err == nil && r.Lost == 0 {
 		t.Errorf("a journal that was tampered with verifies: %+v", r)
+	}
+}
+
+// repair has a finding repaired, and again while the agent says that the finding has to be looked at anew.
+func repair(ctx context.Context, a *operator.Agent, ours func(detect.Finding) bool) error {
+	for {
+		fd, err := a.WaitFinding(ctx, func(f detect.Finding) bool { return ours(f) && f.Resolved == nil })
+		if err != nil {
+			return err
+		}
+		if err = a.HealAsProposed(ctx, fd.ID); err == nil || !strings.Contains(err.Error(), "plan is out of date") {
+			return err
+		}
 	}
 }
 

@@ -55,7 +55,7 @@ type Options struct {
 	Dir     string // its state directory; made if need be
 	// Password is good already, from an earlier agent in that directory. Empty means a new directory.
 	Password string
-	Host    *lab.Host
+	Host     *lab.Host
 	// DMA puts the model of a DMA engine before the RAM file.
 	DMA       bool
 	NoWrites  bool
