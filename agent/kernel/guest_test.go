@@ -53,7 +53,6 @@ type guest struct {
 	mem   *hostmem.RAMFile
 	dir   string
 	began time.Time
-	mu    sync.Mutex
 	ctl   net.Conn
 	in    *bufio.Reader
 	qmp   net.Conn
