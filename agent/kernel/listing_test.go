@@ -5,11 +5,14 @@ import (
 	"fmt"
 	"iter"
 	"maps"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // TestListings compares the listings of a running kernel with what that kernel says of itself.
@@ -25,6 +28,8 @@ func TestListings(t *testing.T) {
 			{"interfaces", testInterfaces},
 			{"files", testFiles},
 			{"mounts", testMounts},
+			{"sockets", testSockets},
+			{"slabs", testSlabs},
 		} {
 			t.Run(l.name, func(t *testing.T) {
 				g.t = t
@@ -237,5 +242,106 @@ func testMounts(t *testing.T, g *guest, img *Image) {
 	}
 	if lines < 7 || len(got) != lines {
 		t.Errorf("%d mounts; the guest has %d", len(got), lines)
+	}
+}
+
+func testSockets(t *testing.T, g *guest, img *Image) {
+	var want []string
+	for _, protocol := range []string{"tcp", "tcp6", "udp", "udp6"} {
+		for line := range strings.Lines(g.read("/proc/net/" + protocol)) {
+			f := strings.Fields(line)
+			if f[0] != "sl" {
+				want = append(want, strings.Join([]string{protocol, f[1], f[2], f[3], f[4], f[7], f[9]}, " "))
+			}
+		}
+	}
+	for line := range strings.Lines(g.read("/proc/net/unix")) {
+		// Num RefCount Protocol Flags Type St Inode Path
+		if f := append(strings.Fields(line), ""); f[0] != "Num" {
+			want = append(want, strings.Join([]string{"unix", f[3], f[4], f[5], f[6], f[7]}, " "))
+		}
+	}
+	number := map[string]int{}
+	for i, s := range tcpStates {
+		number[s] = i
+	}
+	types := map[string]int{"stream": 1, "dgram": 2, "seqpacket": 5}
+	v := g.frozenView(img)
+	var got []string
+	owned, others := 0, 0
+	for _, s := range gather(t, v, v.Sockets()) {
+		if len(s.Owners) > 0 {
+			owned++
+			if s.Owners[0].PID != 1 {
+				t.Errorf("%+v is not of PID 1", s)
+			}
+		}
+		switch s.Protocol {
+		case "unix":
+			flags, state := 0, 3
+			switch s.State {
+			case "LISTEN":
+				flags, state = 0x10000, 1
+			case "UNCONN":
+				state = 1
+			}
+			if s.Inode == 0 { // SS_CONNECTING and SS_DISCONNECTING
+				state = map[int]int{3: 2, 1: 4}[state]
+			}
+			got = append(got, fmt.Sprintf("unix %08X %04X %02X %d %s", flags, types[s.Type], state, s.Inode, s.Path))
+		case "tcp", "tcp6", "udp", "udp6":
+			send := s.SendQ
+			if s.State == "LISTEN" {
+				send = 0
+			}
+			state := number[s.State]
+			got = append(got, fmt.Sprintf("%s %s %s %02X %08X:%08X %d %d", s.Protocol, procAddress(s.Local), procAddress(s.Remote), state, send, s.RecvQ, s.UID, s.Inode))
+		default:
+			others++
+		}
+	}
+	slices.Sort(got)
+	slices.Sort(want)
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("-the guest says, +got\n%s", d)
+	}
+	if len(want) < 15 || owned < 14 || others == 0 {
+		t.Errorf("%d sockets, %d of processes, %d of other families", len(want), owned, others)
+	}
+}
+
+// procAddress writes an address as /proc/net/tcp does: words of the machine.
+func procAddress(a netip.AddrPort) string {
+	var s strings.Builder
+	for b := a.Addr().AsSlice(); len(b) > 0; b = b[4:] {
+		fmt.Fprintf(&s, "%08X", le32(b))
+	}
+	return fmt.Sprintf("%s:%04X", s.String(), a.Port())
+}
+
+func testSlabs(t *testing.T, g *guest, img *Image) {
+	info := g.read("/proc/slabinfo")
+	v := g.frozenView(img)
+	got := make(map[string]SlabCache)
+	for _, c := range gather(t, v, v.SlabCaches()) {
+		got[c.Name] = c
+	}
+	lines := 0
+	for line := range strings.Lines(info) {
+		// name <active_objs> <num_objs> <objsize> <objperslab> <pagesperslab> : tunables 0 0 0 : slabdata <active> <num> 0
+		f := strings.Fields(line)
+		if len(f) < 16 || f[0] == "#" {
+			continue
+		}
+		lines++
+		c := got[f[0]]
+		size, _ := strconv.ParseUint(f[3], 10, 64)
+		objects, _ := strconv.ParseUint(f[2], 10, 64)
+		if c.Size != size || strconv.FormatUint(c.PerSlab, 10) != f[4] || c.Objects < objects-min(objects, objects/10+100) || c.Objects > objects+objects/10+100 {
+			t.Errorf("%+v; slabinfo has %s", c, line)
+		}
+	}
+	if lines < 50 || len(got) < lines {
+		t.Errorf("%d slab caches; the guest has %d", len(got), lines)
 	}
 }

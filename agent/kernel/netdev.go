@@ -229,7 +229,7 @@ func (w *netdevWalk) ipv4(i *Interface, at VirtAddr) error {
 		if bits > 32 {
 			return a.corrupt("prefix of %d bits", bits)
 		}
-		i.Addresses = append(i.Addresses, netip.PrefixFrom(netip.AddrFrom4([4]byte(a.bytes("ifa_local")[:4])), bits))
+		i.Addresses = append(i.Addresses, netip.PrefixFrom(a.ipv4("ifa_local"), bits))
 		p = a.ptr("ifa_next")
 	}
 	return nil

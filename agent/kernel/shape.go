@@ -1,9 +1,11 @@
 package kernel
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"iter"
+	"net/netip"
 	"strings"
 )
 
@@ -105,6 +107,11 @@ func (t *thing) num(path string) uint64 {
 func (t *thing) int(path string) int { return int(int32(t.num(path))) }
 
 func (t *thing) ptr(path string) VirtAddr { return VirtAddr(t.num(path)) }
+
+// ipv4 returns a __be32.
+func (t *thing) ipv4(path string) netip.Addr {
+	return netip.AddrFrom4([4]byte(binary.LittleEndian.AppendUint32(nil, uint32(t.num(path)))))
+}
 
 // at returns the address of a field.
 func (t *thing) at(path string) VirtAddr { return t.o.addr + VirtAddr(t.offset(path)) }

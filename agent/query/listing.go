@@ -69,6 +69,16 @@ stands behind the descriptor.
 shown.
 
   backdoor -image vmcore mount`}, AskMounts),
+		listing(Listing{Name: "ss", Resource: "Sockets", Short: "the host's sockets, and whose they are",
+			Long: `TCP, UDP and unix sockets of all network namespaces, and those of other families that a process has open. RECV-Q and SEND-Q are
+bytes that wait; of a listening socket, connections that wait to be accepted and how many may.
+
+  backdoor -image vmcore ss
+  backdoor -image vmcore ss -json | jq '.sockets[] | select(.state == "LISTEN")'`}, AskSockets),
+		listing(Listing{Name: "slabtop", Resource: "SlabCaches", Short: "what the host's kernel uses its own memory for",
+			Long: `The slab caches, the largest first.
+
+  backdoor -image vmcore slabtop`}, AskSlabCaches),
 	}
 }
 

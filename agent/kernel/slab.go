@@ -1,0 +1,148 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"iter"
+	"strings"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// SlabCache is a cache of objects of one kind (struct kmem_cache, mm/slab.h).
+type SlabCache struct {
+	Addr       VirtAddr `json:"addr"`
+	Name       string   `json:"name"`
+	ObjectSize uint64   `json:"objectSize"` // bytes, of what is asked for
+	Size       uint64   `json:"size"`       // bytes, of what that takes
+	PerSlab    uint64   `json:"perSlab"`    // objects
+	Slabs      uint64   `json:"slabs"`
+	Objects    uint64   `json:"objects"` // places for objects in all slabs
+	// Bytes is what all slabs take.
+	Bytes uint64 `json:"bytes"`
+}
+
+const (
+	maxSlabCaches = 1 << 14
+	maxNodes      = 1 << 10 // of NUMA; MAX_NUMNODES of any distribution
+)
+
+// SlabCaches lists the slab caches of the SLUB allocator.
+func (v *View) SlabCaches() iter.Seq2[SlabCache, error] {
+	return settled(v, "walk slab caches", func() ([]SlabCache, error) {
+		r := resolver{img: v.img}
+		head := r.symbol("slab_caches")
+		cache := r.shape("kmem_cache", "list[]", "name", "object_size", "size", "oo.x")
+		places, err := v.img.types.field("kmem_cache", "node")
+		if err != nil {
+			r.fail(err)
+		}
+		node := r.shape("kmem_cache_node", "nr_slabs.counter", "total_objects.counter")
+		if r.err != nil {
+			return nil, r.err
+		}
+		nodes, err := v.nodes()
+		if err != nil {
+			return nil, err
+		}
+		var all []SlabCache
+		err = v.list("kmem_cache", head, cache.offset("list"), maxSlabCaches, func(at VirtAddr) error {
+			t, err := v.thing(cache, at)
+			if err != nil {
+				return err
+			}
+			// Since v2.6.27 oo is the order of a slab and its number of objects (OO_SHIFT is 16).
+			c := SlabCache{Addr: at, ObjectSize: t.num("object_size"), Size: t.num("size"), PerSlab: t.num("oo.x") & 0xffff}
+			order := t.num("oo.x") >> 16
+			if order > 16 || c.Size == 0 || c.Size > 1<<31 {
+				return t.corrupt("slabs of 2^%d pages, objects of %d bytes", order, c.Size)
+			}
+			if c.Name, err = v.cstring("kmem_cache", t.ptr("name"), 256); err != nil {
+				return err
+			}
+			for i := range nodes { // of node[] there is as much as there are nodes, which is less than its type says
+				p, err := v.pointer("kmem_cache", t.addr()+VirtAddr(places.Offset)+VirtAddr(8*i))
+				if err != nil {
+					return err
+				}
+				if p == 0 {
+					continue
+				}
+				n, err := v.thing(node, p)
+				if err != nil {
+					return err
+				}
+				c.Slabs += n.num("nr_slabs.counter")
+				c.Objects += n.num("total_objects.counter")
+			}
+			if c.Slabs > 1<<40 || c.Objects > 1<<44 {
+				return t.corrupt("%d slabs with %d objects", c.Slabs, c.Objects)
+			}
+			c.Bytes = c.Slabs << order * v.img.pageSize
+			all = append(all, c)
+			return nil
+		})
+		return all, err
+	})
+}
+
+// nodes returns how many NUMA nodes are possible.
+func (v *View) nodes() (int, error) {
+	va, err := v.img.syms.symbol("nr_node_ids")
+	if errors.Is(err, ErrNotFound) {
+		return 1, nil // built without NUMA
+	}
+	if err != nil {
+		return 0, err
+	}
+	n, err := v.Uint32(va)
+	if err == nil && (n == 0 || n > maxNodes) {
+		err = &CorruptError{"nr_node_ids", va, fmt.Sprintf("is %d", n)}
+	}
+	return int(n), err
+}
+
+// allocated returns how many bytes kmalloc set aside for the object at va, as the slab that it is in tells.
+func (v *View) allocated(va VirtAddr) (uint64, error) {
+	r := resolver{img: v.img}
+	base := r.symbol("vmemmap_base")
+	size := r.size("page")
+	page := r.shape("page", "compound_head")
+	slab := r.shape("slab", "slab_cache") // its own type since v5.17
+	cache := r.shape("kmem_cache", "name", "object_size")
+	if r.err != nil {
+		return 0, r.err
+	}
+	pa, err := v.Phys(va)
+	if err != nil {
+		return 0, err
+	}
+	vmemmap, err := v.pointer("vmemmap_base", base)
+	if err != nil {
+		return 0, err
+	}
+	at := vmemmap + VirtAddr(uint64(pa/hostmem.PageSize)*size)
+	p, err := v.thing(page, at)
+	if err != nil {
+		return 0, err
+	}
+	if head := p.ptr("compound_head"); head&1 != 0 {
+		at = head - 1
+	}
+	s, err := v.thing(slab, at)
+	if err != nil {
+		return 0, err
+	}
+	c, err := v.thing(cache, s.ptr("slab_cache"))
+	if err != nil {
+		return 0, err
+	}
+	name, err := v.cstring("kmem_cache", c.ptr("name"), 64)
+	if err != nil {
+		return 0, err
+	}
+	if !strings.HasPrefix(name, "kmalloc-") {
+		return 0, fmt.Errorf("object at %v is in slab cache %q: %w", va, name, ErrNotFound)
+	}
+	return c.num("object_size"), nil
+}
