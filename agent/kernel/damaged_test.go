@@ -173,6 +173,12 @@ func TestHeartbeatDamaged(t *testing.T) {
 			if h, err := beat(); !errors.As(err, &corrupt) || corrupt.Object != "task_struct" {
 				t.Errorf("Heartbeat = %+v, %v; want a *CorruptError", h, err)
 			}
+			// So is one whose PID nobody can have: here it is the run queue itself.
+			p.put64(curr, uint64(rq))
+			p.put32(rq+field("task_struct", "pid"), 0x8372bd9c)
+			if h, err := beat(); !errors.As(err, &corrupt) || !strings.Contains(corrupt.Why, "PID") {
+				t.Errorf("Heartbeat = %+v, %v; want a *CorruptError about the PID", h, err)
+			}
 			p.put64(symbol("__cpu_online_mask"), 1)
 			h, err := beat()
 			if err != nil || !h.CPUs[0].Online || h.CPUs[1].Online || h.CPUs[1].CurrComm != "" {

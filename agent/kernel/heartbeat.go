@@ -268,12 +268,18 @@ func (v *View) beat(p *beatPlan) (Heartbeat, error) {
 		m := more[i*each : (i+1)*each]
 		c.NextEvent = int64(le64(m))
 		if !c.Idle {
-			c.CurrPID = int(int32(le32(m[8:])))
+			// What overwrites a kernel that was reset need not spare its tasks.
+			if c.CurrPID = int(int32(le32(m[8:]))); c.CurrPID < 0 || c.CurrPID > maxPID {
+				return h, &CorruptError{"task_struct", c.Curr, fmt.Sprintf("CPU %d runs PID %d", c.ID, c.CurrPID)}
+			}
 			c.CurrComm, _ = cString(m[12:])
 		}
 	}
 	return h, nil
 }
+
+// maxPID is PID_MAX_LIMIT of include/linux/threads.h on 64-bit machines.
+const maxPID = 4 << 20
 
 // ktimeMax is KTIME_MAX: no event is programmed.
 const ktimeMax = math.MaxInt64
