@@ -88,8 +88,8 @@ func New(o Options) *Engine {
 	return e
 }
 
-// Run works until ctx ends, and has then what a repair under way has stored taken back; it returns earlier only if the
-// options are invalid. It is called once.
+// Run works until ctx ends, and has then what a repair under way has stored taken back; after that the engine begins nothing
+// more. It returns earlier only if the options are invalid.
 func (e *Engine) Run(ctx context.Context) error {
 	if e.o.Memory == nil {
 		return errors.New("engine: no memory is given")

@@ -165,9 +165,7 @@ func TestNothingToWatch(t *testing.T) {
 			}
 			log := slog.New(slog.DiscardHandler)
 			w := &worker{cfg: cfg, log: log}
-			if err := w.openEngine(newParts(cfg, log), why); err != nil {
-				t.Fatal(err)
-			}
+			w.openEngine(newParts(cfg, log), why)
 			ctx, cancel := context.WithCancel(t.Context())
 			done := make(chan error, 1)
 			go func() { done <- w.engine.Run(ctx) }()
@@ -357,6 +355,31 @@ func TestPortIsTaken(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// What keeps the service from being made leaves the engine at its work, and the service comes once it is put right.
+func TestServiceStateIsDamaged(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "state", "redfish"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	damaged := []string{
+		write(t, filepath.Join(dir, "state", "redfish", "tls.crt"), "not a certificate"),
+		write(t, filepath.Join(dir, "state", "redfish", "tls.key"), "not a key"),
+	}
+	_, out := start(t, "-config", write(t, filepath.Join(dir, "config.json"),
+		fmt.Sprintf(`{"version": 1, "stateDir": "state", "redfish": {"listen": %q}}`, freePort(t))))
+	out.wait(t, 0, `a part has ended; starting it again.*part=redfish.*load certificate`)
+	for _, path := range damaged {
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out.wait(t, 0, `certificate SHA-256`)
+	if strings.Contains(out.String(), "the worker has ended") {
+		t.Errorf("the worker has ended:\n%s", out.String())
 	}
 }
 

@@ -48,10 +48,7 @@ func work(ctx context.Context, path string, level *slog.LevelVar, log *slog.Logg
 	for _, err := range p.problems {
 		log.Error("configuration", "err", err)
 	}
-	if err := w.open(p, why); err != nil {
-		log.Error("start", "err", err)
-		return 1
-	}
+	w.openEngine(p, why)
 	return w.run(ctx)
 }
 
@@ -74,7 +71,6 @@ type worker struct {
 	log     *slog.Logger
 	console io.Writer
 	engine  *engine.Engine
-	service *service.Service
 	journal *journal.Journal
 	resets  chan struct{} // a reset of the agent's machine was asked for
 }
@@ -89,17 +85,10 @@ func (w *worker) reset(_ context.Context, graceful bool) error {
 	return nil
 }
 
-// open makes the engine and the service.
-func (w *worker) open(p *parts, why error) error {
-	if err := w.openEngine(p, why); err != nil {
-		return err
-	}
-	return w.openService()
-}
-
-func (w *worker) openEngine(p *parts, why error) error {
+// openEngine makes the engine, which watches whatever else is amiss.
+func (w *worker) openEngine(p *parts, why error) {
 	if err := os.MkdirAll(w.cfg.StateDir, 0o700); err != nil {
-		return fmt.Errorf("make state directory: %w", err)
+		w.log.Error("make state directory", "err", err)
 	}
 	j, err := journal.OpenFile(filepath.Join(w.cfg.StateDir, "journal"), journalSize)
 	if err != nil {
@@ -125,10 +114,11 @@ func (w *worker) openEngine(p *parts, why error) error {
 		Interval:  w.cfg.Intervals.Pass.Std(),
 		CacheDir:  cache,
 	})
-	return nil
 }
 
-func (w *worker) openService() (err error) {
+// newService makes the Redfish service. What is wrong with its part of the state directory keeps it from being made, and must
+// not keep the engine from its work.
+func (w *worker) newService() (*service.Service, error) {
 	so := service.Options{
 		Logger:   w.log,
 		StateDir: filepath.Join(w.cfg.StateDir, "redfish"),
@@ -136,15 +126,18 @@ func (w *worker) openService() (err error) {
 		Announce: w.announce,
 	}
 	host.Configure(&so)
-	if w.service, err = service.New(so); err != nil {
-		return fmt.Errorf("make Redfish service: %w", err)
+	svc, err := service.New(so)
+	if err != nil {
+		return nil, fmt.Errorf("make Redfish service: %w", err)
 	}
 	ho := host.Options{Agent: w.engine, Version: version.Get().Version, ResetAgent: w.reset}
 	if w.journal != nil {
 		ho.Journal = w.journal
 	}
-	w.service.Handle(host.Routes(w.service, ho)...)
-	return nil
+	svc.Handle(host.Routes(svc, ho)...)
+	sum := sha256.Sum256(svc.Certificate().Raw)
+	fmt.Fprintf(w.console, "backdoord: Redfish on %s, certificate SHA-256 %s\n", w.cfg.Redfish.Listen, hex.EncodeToString(sum[:]))
+	return svc, nil
 }
 
 // announce shows the initial password on the console, and nowhere else.
@@ -154,15 +147,19 @@ func (w *worker) announce(c service.Credential) {
 
 // run runs the parts until ctx ends.
 func (w *worker) run(ctx context.Context) int {
-	sum := sha256.Sum256(w.service.Certificate().Raw)
-	fmt.Fprintf(w.console, "backdoord: Redfish on %s, certificate SHA-256 %s\n", w.cfg.Redfish.Listen, hex.EncodeToString(sum[:]))
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() { supervise(ctx, w.log, "engine", w.engine.Run) })
 	wg.Go(func() {
-		supervise(ctx, w.log, "redfish", func(ctx context.Context) error {
-			return w.service.ListenAndServe(ctx, w.cfg.Redfish.Listen)
+		var svc *service.Service
+		supervise(ctx, w.log, "redfish", func(ctx context.Context) (err error) {
+			if svc == nil {
+				if svc, err = w.newService(); err != nil {
+					return err
+				}
+			}
+			return svc.ListenAndServe(ctx, w.cfg.Redfish.Listen)
 		})
 	})
 	wg.Go(func() { beat(ctx, w.answers, w.log) })
