@@ -73,7 +73,7 @@ func (q *qp) receive(now time.Duration, in *inbound) {
 		}
 	case kindCongestion:
 		q.e.counters.Congestion++
-		q.resp.slowDown()
+		q.resp.slowDown(now, q.resp.markPSN)
 	}
 }
 

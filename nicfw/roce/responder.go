@@ -41,9 +41,12 @@ type responder struct {
 	refused Syndrome // the refusal that ended the queue pair, or 0
 	renaks  int      // how often it may be repeated
 
-	pace    time.Duration // between two READ responses; 0 as long as none get lost
-	paced   int           // READ responses since pace was changed
-	waitEnd time.Duration // READ responses wait until then
+	pace     time.Duration // between two READ responses; 0 as long as none get lost
+	paced    int           // READ responses since pace was changed
+	waitEnd  time.Duration // READ responses wait until then
+	mark     time.Duration // since when progress is measured
+	markPSN  PSN           // and from where
+	lastSent time.Duration // when the last READ response left
 }
 
 // maxFinalNAKs bounds how often a refusal that ended the queue pair is repeated to a peer that lost it.
@@ -69,8 +72,9 @@ type resource struct {
 	prev   uint64 // what an atomic operation found
 
 	// The run of responses that is going out: the request itself, or a repeated part of it.
-	pending bool
-	run     readRun
+	pending  bool
+	answered bool // in full, once
+	run      readRun
 }
 
 // readRun is a READ as it is being answered.
@@ -359,16 +363,19 @@ func (r *responder) atomic(now time.Duration, in *inbound) (Syndrome, error) {
 	return r.keep(res)
 }
 
-// crowded reports whether the ring has no room for another request: its oldest one still waits to be answered.
-func (r *responder) crowded() bool { return r.resources.full() && r.resources.at(0).pending }
+// crowded reports whether the ring has no room for another request: its oldest one still waits to be answered for the
+// first time. If it waits to be answered again, the peer has moved on since it asked: a duplicate came late.
+func (r *responder) crowded() bool {
+	return r.resources.full() && r.resources.at(0).pending && !r.resources.at(0).answered
+}
 
 // keep accepts a request into the ring, from where it is answered.
 func (r *responder) keep(res resource) (Syndrome, error) {
 	if r.crowded() {
 		return NAKInvalid, errTooMany
 	}
-	if r.resources.full() {
-		r.resources.pop()
+	if r.resources.full() && r.resources.pop().pending {
+		r.pending--
 	}
 	r.msn++
 	r.epsn = r.epsn.Add(res.n)
@@ -427,7 +434,7 @@ func (r *responder) duplicateRead(now time.Duration, in *inbound) {
 		r.pending++
 	}
 	r.q.e.counters.Replays++
-	r.slowDown()
+	r.slowDown(now, psn)
 	res.run = readRun{psn: psn, va: h.VA(), length: h.Length(), n: packets(h.Length(), r.q.cfg.PathMTU)}
 }
 
@@ -443,18 +450,30 @@ func (r *responder) find(psn PSN) *resource {
 }
 
 // Pacing. A READ that is asked for again says that responses got lost, most often because the peer or the wire is slower
-// than we are. Each one widens the gap between packets by half; every few packets without one narrow it by an eighth.
+// than we are. What it does not ask for again did arrive, which tells how fast: that becomes the gap between packets. If
+// it comes so late that a timer must have run out, it tells nothing, and the gap grows by half. Packets without loss
+// narrow it again, slowly: there is no other sign that the peer keeps up.
 const (
-	minPace   = 2 * time.Microsecond
+	minPace   = 2 * time.Microsecond // a narrower gap is none
 	maxPace   = 250 * time.Microsecond
-	paceBurst = 8  // packets that leave together while pacing
-	paceDecay = 16 // packets after which the gap narrows
+	paceBurst = 8                      // packets that leave together while pacing
+	paceDecay = 256                    // packets after which the gap narrows by a sixteenth
+	paceIdle  = 5 * time.Millisecond   // without sending, after which measuring starts anew
+	paceTrip  = 500 * time.Microsecond // of the time until a loss shows, the part that is not the peer's pace
 )
 
-// slowDown widens the gap between READ responses.
-func (r *responder) slowDown() {
-	r.pace = min(max(r.pace+r.pace/2, minPace), maxPace)
+// slowDown widens the gap between READ responses. The peer has what comes before psn.
+func (r *responder) slowDown(now time.Duration, psn PSN) {
+	gap := max(r.pace+r.pace/2, minPace)
+	if n := psn.Sub(r.markPSN); n > 0 && now-r.lastSent < paceIdle {
+		gap = max((now-r.mark-paceTrip)/time.Duration(n), r.pace)
+	}
+	r.pace = min(gap, maxPace)
+	if gap < minPace {
+		r.pace = 0
+	}
 	r.paced = 0
+	r.mark, r.markPSN = now, psn
 }
 
 // wantsToSend reports whether transmit would add something.
@@ -487,7 +506,7 @@ func (r *responder) transmit(now time.Duration, out *outbox) {
 			} else if !r.answerRead(now, res, out) {
 				break // for now, or for good
 			}
-			res.pending = false
+			res.pending, res.answered = false, true
 			r.pending--
 		}
 	}
@@ -521,6 +540,10 @@ func (r *responder) ackSyndrome() Syndrome {
 func (r *responder) answerRead(now time.Duration, res *resource, out *outbox) bool {
 	mtu, run := r.q.cfg.PathMTU, &res.run
 	room := paceBurst
+	if now-r.lastSent > paceIdle {
+		r.mark, r.markPSN = now, run.psn.Add(run.next)
+	}
+	r.lastSent = now
 	for ; run.next < run.n; run.next++ {
 		if out.full() {
 			return false
@@ -574,7 +597,7 @@ func (r *responder) answerRead(now time.Duration, res *resource, out *outbox) bo
 		room--
 		if r.paced++; r.paced >= paceDecay && r.pace > 0 {
 			r.paced = 0
-			if r.pace -= max(r.pace/8, 1); r.pace < minPace {
+			if r.pace -= max(r.pace/16, 1); r.pace < minPace {
 				r.pace = 0
 			}
 		}

@@ -403,7 +403,7 @@ func workload(t *testing.T, seed uint64, f faults) {
 func TestFaults(t *testing.T) {
 	for _, f := range []faults{
 		{}, {loss: 0.01}, {loss: 0.05}, {reorder: 0.05}, {dup: 0.05}, {corrupt: 0.05},
-		{loss: 0.05, dup: 0.05, reorder: 0.05, corrupt: 0.05}, {loss: 0.2},
+		{loss: 0.05, dup: 0.05, reorder: 0.05, corrupt: 0.05}, {loss: 0.1},
 	} {
 		t.Run(f.String(), func(t *testing.T) {
 			for seed := range uint64(12) {
