@@ -17,6 +17,8 @@ type ServiceRoot struct {
 	AccountService            *Link                      `json:"AccountService,omitempty"`
 	EventService              *Link                      `json:"EventService,omitempty"`
 	UpdateService             *Link                      `json:"UpdateService,omitempty"`
+	CertificateService        *Link                      `json:"CertificateService,omitempty"`
+	ServiceConditions         *Link                      `json:"ServiceConditions,omitempty"`
 	Registries                *Link                      `json:"Registries,omitempty"`
 	JSONSchemas               *Link                      `json:"JsonSchemas,omitempty"`
 	Links                     ServiceRootLinks           `json:"Links"`
@@ -135,6 +137,7 @@ type Manager struct {
 	DateTime              string        `json:"DateTime,omitempty"`
 	DateTimeLocalOffset   string        `json:"DateTimeLocalOffset,omitempty"`
 	LastResetTime         string        `json:"LastResetTime,omitempty"`
+	NetworkProtocol       *Link         `json:"NetworkProtocol,omitempty"`
 	PowerState            PowerState    `json:"PowerState,omitempty"`
 	Status                *Status       `json:"Status,omitempty"`
 	LogServices           *Link         `json:"LogServices,omitempty"`
@@ -159,6 +162,8 @@ type Chassis struct {
 	Manufacturer string        `json:"Manufacturer,omitempty"`
 	Model        string        `json:"Model,omitempty"`
 	SerialNumber string        `json:"SerialNumber,omitempty"`
+	SKU          string        `json:"SKU,omitempty"`
+	PartNumber   string        `json:"PartNumber,omitempty"`
 	UUID         string        `json:"UUID,omitempty"`
 	PowerState   PowerState    `json:"PowerState,omitempty"`
 	Status       *Status       `json:"Status,omitempty"`
@@ -299,17 +304,18 @@ type Session struct {
 // AccountService is AccountService.v1_18_1.AccountService.
 type AccountService struct {
 	Resource
-	ServiceEnabled                  bool     `json:"ServiceEnabled"`
-	MinPasswordLength               int      `json:"MinPasswordLength,omitempty"`
-	MaxPasswordLength               int      `json:"MaxPasswordLength,omitempty"`
-	AccountLockoutThreshold         int      `json:"AccountLockoutThreshold"`
-	AccountLockoutDuration          int      `json:"AccountLockoutDuration"`          // seconds
-	AccountLockoutCounterResetAfter int      `json:"AccountLockoutCounterResetAfter"` // seconds
-	HTTPBasicAuth                   string   `json:"HTTPBasicAuth,omitempty"`
-	SupportedAccountTypes           []string `json:"SupportedAccountTypes,omitempty"`
-	Status                          *Status  `json:"Status,omitempty"`
-	Accounts                        *Link    `json:"Accounts,omitempty"`
-	Roles                           *Link    `json:"Roles,omitempty"`
+	ServiceEnabled                  bool             `json:"ServiceEnabled"`
+	MinPasswordLength               int              `json:"MinPasswordLength,omitempty"`
+	MaxPasswordLength               int              `json:"MaxPasswordLength,omitempty"`
+	AccountLockoutThreshold         int              `json:"AccountLockoutThreshold"`
+	AccountLockoutDuration          int              `json:"AccountLockoutDuration"`          // seconds
+	AccountLockoutCounterResetAfter int              `json:"AccountLockoutCounterResetAfter"` // seconds
+	MultiFactorAuth                 *MultiFactorAuth `json:"MultiFactorAuth,omitempty"`
+	HTTPBasicAuth                   string           `json:"HTTPBasicAuth,omitempty"`
+	SupportedAccountTypes           []string         `json:"SupportedAccountTypes,omitempty"`
+	Status                          *Status          `json:"Status,omitempty"`
+	Accounts                        *Link            `json:"Accounts,omitempty"`
+	Roles                           *Link            `json:"Roles,omitempty"`
 }
 
 // ManagerAccount is ManagerAccount.v1_14_1.ManagerAccount. Password is never sent by the service.

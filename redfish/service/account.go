@@ -48,6 +48,14 @@ type accountFile struct {
 	Version  int       `json:"version"` // 1
 	Next     int       `json:"next"`    // the next Id
 	Accounts []account `json:"accounts"`
+	Roles    []role    `json:"roles,omitempty"` // of clients' making
+}
+
+// role is a role of a client's making.
+type role struct {
+	ID         string   `json:"id"`
+	Privileges []string `json:"privileges"`
+	OEM        []string `json:"oemPrivileges,omitempty"`
 }
 
 // accounts is the store of accounts.
@@ -337,13 +345,10 @@ func (s *Service) accountRoutes() []Route {
 		return &schema.ManagerAccount{
 			Resource: schema.Resource{ID: c.ID, Name: "User Account", ODataETag: fmt.Sprintf(`W/"%s.%d"`, c.ID, c.Revision)},
 			UserName: c.User, RoleID: c.Role, Enabled: c.Enabled, PasswordChangeRequired: c.Change, AccountTypes: []string{"Redfish"},
-			Links: &schema.AccountLinks{Role: schema.LinkTo("/redfish/v1/AccountService/Roles/" + c.Role)},
+			Links: &schema.AccountLinks{Role: schema.LinkTo(rolesURI + "/" + c.Role)},
 		}
 	}
-	roleIDs := make([]string, len(roles))
-	for i, r := range roles {
-		roleIDs[i] = r.id
-	}
+	roleIDs := func(*Request) []string { return s.roleIDs() }
 	text := func(name string) Property { return Property{Name: name, Kind: String} }
 	return []Route{
 		{
@@ -355,10 +360,19 @@ func (s *Service) accountRoutes() []Route {
 					MinPasswordLength: minPassword, MaxPasswordLength: maxPassword,
 					AccountLockoutThreshold: s.limits.LockAfter, AccountLockoutDuration: int(s.limits.LockTime.Seconds()),
 					AccountLockoutCounterResetAfter: int(s.limits.LockTime.Seconds()),
+					MultiFactorAuth:                 s.multiFactor(),
 					HTTPBasicAuth:                   "Enabled", SupportedAccountTypes: []string{"Redfish"},
 					Status:   &schema.Status{State: schema.StateEnabled, Health: schema.HealthOK},
-					Accounts: schema.LinkTo(accountsURI), Roles: schema.LinkTo("/redfish/v1/AccountService/Roles"),
+					Accounts: schema.LinkTo(accountsURI), Roles: schema.LinkTo(rolesURI),
 				}, nil
+			},
+			Patch: &Patch{
+				Properties: []Property{
+					{Name: "MultiFactorAuth/ClientCertificate/Enabled", Kind: Boolean},
+					{Name: "MultiFactorAuth/ClientCertificate/RespondToUnauthenticatedClients", Kind: Boolean},
+					{Name: "MultiFactorAuth/ClientCertificate/CertificateMappingAttribute", Kind: String, Values: []string{"CommonName"}},
+				},
+				Do: s.certs.setClients,
 			},
 		},
 		{
@@ -375,7 +389,7 @@ func (s *Service) accountRoutes() []Route {
 			Create: &Create{
 				Properties: []Property{
 					{Name: "UserName", Kind: String, Required: true}, {Name: "Password", Kind: String, Required: true},
-					{Name: "RoleId", Kind: String, Required: true, Values: roleIDs}, {Name: "Enabled", Kind: Boolean},
+					{Name: "RoleId", Kind: String, Required: true, Allowed: roleIDs}, {Name: "Enabled", Kind: Boolean},
 					{Name: "PasswordChangeRequired", Kind: Boolean}, {Name: "AccountTypes", Kind: StringArray, Values: []string{"Redfish"}},
 				},
 				Do: func(r *Request, v Values) (string, *Reply, error) {
@@ -404,7 +418,7 @@ func (s *Service) accountRoutes() []Route {
 			},
 			Patch: &Patch{
 				Properties: []Property{
-					text("UserName"), text("Password"), {Name: "RoleId", Kind: String, Values: roleIDs}, {Name: "Enabled", Kind: Boolean},
+					text("UserName"), text("Password"), {Name: "RoleId", Kind: String, Allowed: roleIDs}, {Name: "Enabled", Kind: Boolean},
 					{Name: "PasswordChangeRequired", Kind: Boolean}, {Name: "Locked", Kind: Boolean}, {Name: "AccountTypes", Kind: StringArray, Values: []string{"Redfish"}},
 				},
 				Do: func(r *Request, v Values) error { return s.changeAccount(r, v) },
@@ -419,20 +433,6 @@ func (s *Service) accountRoutes() []Route {
 				}
 				s.sessions.endUser(c.User, "")
 				return nil
-			},
-		},
-		{
-			URI: "/redfish/v1/AccountService/Roles", Type: schema.TypeRoleCollection, Name: "Roles", Members: Fixed(roleIDs...),
-		},
-		{
-			URI: "/redfish/v1/AccountService/Roles/{role}", Type: schema.TypeRole,
-			Get: func(r *Request) (schema.Object, error) {
-				id := r.Param("role")
-				p := rolePrivileges(id)
-				if p == nil {
-					return nil, ErrNotFound
-				}
-				return &schema.Role{Resource: schema.Resource{Name: id + " Role"}, RoleID: id, IsPredefined: true, AssignedPrivileges: p}, nil
 			},
 		},
 	}

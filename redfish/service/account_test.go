@@ -122,7 +122,7 @@ func TestFirstPassword(t *testing.T) {
 	if strings.Contains(string(stored), "a new password") || !strings.Contains(string(stored), "$argon2id$") {
 		t.Errorf("stored: %s", stored)
 	}
-	for _, name := range []string{"accounts.json", "tls.key"} {
+	for _, name := range []string{"accounts.json", "tls.pem"} {
 		if info, err := os.Stat(filepath.Join(dir, name)); err != nil || info.Mode().Perm() != 0o600 {
 			t.Errorf("%s: mode %v, %v; want 0600", name, info.Mode(), err)
 		}
@@ -135,7 +135,7 @@ func TestFirstPassword(t *testing.T) {
 func TestDamagedState(t *testing.T) {
 	for name, content := range map[string]string{
 		"accounts.json": `{"version":1,`,
-		"tls.crt":       "nonsense",
+		"tls.pem":       "nonsense",
 	} {
 		dir := t.TempDir()
 		if _, err := New(Options{StateDir: dir, Limits: Limits{Hash: cheap}}); err != nil {

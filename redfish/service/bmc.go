@@ -134,7 +134,8 @@ func BMC(s *Service, o BMCOptions) []Route {
 				Resource:    schema.Resource{Name: "bmc", Description: "The management controller"},
 				ManagerType: "BMC", UUID: s.UUID(), ServiceEntryPointUUID: s.UUID(), Model: o.BMCModel, FirmwareVersion: o.BMCVersion,
 				DateTime: schema.Time(s.now()), DateTimeLocalOffset: "+00:00", LastResetTime: schema.Time(s.started),
-				PowerState: schema.PowerOn, Status: &schema.Status{State: schema.StateEnabled, Health: schema.HealthOK},
+				NetworkProtocol: schema.LinkTo("/redfish/v1/Managers/bmc/NetworkProtocol"),
+				PowerState:      schema.PowerOn, Status: &schema.Status{State: schema.StateEnabled, Health: schema.HealthOK},
 				Links: &schema.ManagerLinks{
 					ManagerForServers: []schema.Link{{ID: "/redfish/v1/Systems/system"}},
 					ManagerForChassis: []schema.Link{{ID: "/redfish/v1/Chassis/1"}},
@@ -147,7 +148,7 @@ func BMC(s *Service, o BMCOptions) []Route {
 		manager.Actions = []Action{ManagerReset(o.ResetBMC)}
 	}
 
-	return []Route{
+	return append(s.NetworkRoutes("/redfish/v1/Managers/bmc"), []Route{
 		{URI: "/redfish/v1/Systems", Type: schema.TypeComputerSystemCollection, Name: "Computer Systems", Members: Fixed("system")},
 		system,
 		{URI: "/redfish/v1/Managers", Type: schema.TypeManagerCollection, Name: "Managers", Members: Fixed("bmc")},
@@ -170,7 +171,7 @@ func BMC(s *Service, o BMCOptions) []Route {
 				return out, nil
 			},
 		},
-	}
+	}...)
 }
 
 var (

@@ -212,7 +212,7 @@ func (n *node) property(p *Property) Privileges {
 	return propertyPrivileges(n.route.entity(), p.Name, n.privileges["PATCH"])
 }
 
-// authenticate finds out who calls, by a session's token or by HTTP basic authentication.
+// authenticate finds out who calls, by a session's token, by HTTP basic authentication, or by the client's certificate.
 func (s *Service) authenticate(r *Request) (change bool, err error) {
 	var a account
 	if token := r.http.Header.Get("X-Auth-Token"); token != "" {
@@ -232,10 +232,15 @@ func (s *Service) authenticate(r *Request) (change bool, err error) {
 		if a, err = s.logins.check(user, password, r.Caller.Address); err != nil {
 			return false, err
 		}
+	} else if user, ok := s.certs.user(r.http.TLS); ok {
+		if a, ok = s.accounts.byUser(user); !ok || !a.Enabled {
+			return false, unauthorized()
+		}
+		a.Change = false // the password is not what let the caller in
 	} else {
 		return false, unauthorized()
 	}
-	r.Caller.User, r.Caller.Role, r.Caller.privileges = a.User, a.Role, rolePrivileges(a.Role)
+	r.Caller.User, r.Caller.Role, r.Caller.privileges = a.User, a.Role, s.privileges(a.Role)
 	return a.Change, nil
 }
 
@@ -470,7 +475,9 @@ func (s *Service) post(w http.ResponseWriter, r *Request) error {
 	}
 	id, reply, err := create.Do(r, values)
 	if err != nil {
-		s.audit(r, "POST", err)
+		if !create.Open { // strangers must not be able to fill the audit trail
+			s.audit(r, "POST", err)
+		}
 		return r.missing(err)
 	}
 	member, err := r.sub(r.URI + "/" + id)
@@ -671,15 +678,6 @@ func (s *Service) delete(w http.ResponseWriter, r *Request) error {
 	s.Publish(Event{MessageID: resourceEvent + "ResourceRemoved", Origin: r.URI})
 	w.WriteHeader(http.StatusNoContent)
 	return nil
-}
-
-// audit narrates a change in the log: who, what, and how it ended.
-func (s *Service) audit(r *Request, what string, err error) {
-	if err != nil {
-		s.log.Warn("refused", "what", what, "uri", r.URI, "user", r.Caller.User, "from", r.Caller.Address, "err", err)
-		return
-	}
-	s.log.Info("done", "what", what, "uri", r.URI, "user", r.Caller.User, "from", r.Caller.Address)
 }
 
 // readBody reads the body of a POST or PATCH, within limits of size and, by the server's deadline, time.

@@ -24,6 +24,7 @@ type logins struct {
 	now      func() time.Time
 	key      []byte        // of the cache, new at each start
 	queue    chan struct{} // bounds the checks that wait for their turn
+	locks    func(user, address string)
 
 	mu     sync.Mutex // guards what follows
 	good   map[[sha256.Size]byte]goodLogin
@@ -53,6 +54,10 @@ const (
 func newLogins(s *Service) *logins {
 	l := &logins{limits: &s.limits, accounts: s.accounts, now: s.now, key: make([]byte, 32), queue: make(chan struct{}, maxQueue), good: map[[sha256.Size]byte]goodLogin{}, failed: map[failKey]*failures{}}
 	rand.Read(l.key)
+	l.locks = func(user, address string) {
+		s.log.Warn("logins are held off", "user", clip(user), "from", address)
+		s.keep(AuditRecord{Time: s.now(), User: clip(user), Address: address, What: "lock out", URI: sessionsURI, Status: http.StatusTooManyRequests})
+	}
 	return l
 }
 
@@ -117,6 +122,7 @@ func (l *logins) check(user, password, address string) (account, error) {
 	if f.count >= l.limits.LockAfter {
 		f.until = now.Add(l.limits.LockTime)
 		f.count = 0
+		go l.locks(user, address) // outside of mu
 	}
 	return account{}, unauthorized()
 }

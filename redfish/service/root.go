@@ -81,6 +81,9 @@ func (s *Service) standardRoutes() []Route {
 	}
 	routes = append(routes, s.sessionRoutes()...)
 	routes = append(routes, s.accountRoutes()...)
+	routes = append(routes, s.roleRoutes()...)
+	routes = append(routes, s.certificateRoutes()...)
+	routes = append(routes, s.conditionRoutes()...)
 	routes = append(routes, s.eventRoutes()...)
 	return append(routes, s.taskRoutes()...)
 }
@@ -138,7 +141,7 @@ func (s *Service) root(r *Request) (schema.Object, error) {
 	for uri, link := range map[string]**schema.Link{
 		"Systems": &out.Systems, "Managers": &out.Managers, "Chassis": &out.Chassis, "TaskService": &out.Tasks, "SessionService": &out.SessionService,
 		"AccountService": &out.AccountService, "EventService": &out.EventService, "UpdateService": &out.UpdateService,
-		"Registries": &out.Registries, "JsonSchemas": &out.JSONSchemas, "Managers/bmc": &out.Links.ManagerProvidingService,
+		"CertificateService": &out.CertificateService, "ServiceConditions": &out.ServiceConditions, "Registries": &out.Registries, "JsonSchemas": &out.JSONSchemas, "Managers/bmc": &out.Links.ManagerProvidingService,
 	} {
 		uri = "/redfish/v1/" + uri
 		if n, _ := s.tree.find(uri); n != nil && n.route != nil {
@@ -149,6 +152,26 @@ func (s *Service) root(r *Request) (schema.Object, error) {
 		s.o.Root(out)
 	}
 	return out, nil
+}
+
+// conditionRoutes is the list of faults that are open now.
+func (s *Service) conditionRoutes() []Route {
+	if s.o.Conditions == nil {
+		return nil
+	}
+	return []Route{{
+		URI: "/redfish/v1/ServiceConditions", Type: schema.TypeServiceConditions,
+		Get: func(r *Request) (schema.Object, error) {
+			out := &schema.ServiceConditions{Resource: schema.Resource{Name: "Service Conditions"}, HealthRollup: schema.HealthOK, Conditions: []schema.Condition{}}
+			for _, c := range s.o.Conditions(r) {
+				out.Conditions = append(out.Conditions, c)
+				if c.Severity == schema.HealthCritical || c.Severity == schema.HealthWarning && out.HealthRollup == schema.HealthOK {
+					out.HealthRollup = c.Severity
+				}
+			}
+			return out, nil
+		},
+	}}
 }
 
 // namespace is a schema that resources of the tree use.

@@ -9,16 +9,12 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
-	"errors"
 	"fmt"
-	"io/fs"
 	"log"
 	"log/slog"
 	"math/big"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 )
@@ -32,7 +28,7 @@ func (s *Service) Serve(ctx context.Context, l net.Listener) error {
 	protocols.SetHTTP2(true)
 	server := &http.Server{
 		Handler:           s,
-		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{s.cert}},
+		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: s.certs.configFor, GetCertificate: s.certs.certificate},
 		ReadHeaderTimeout: min(10*time.Second, s.limits.RequestTime),
 		ReadTimeout:       s.limits.RequestTime,
 		WriteTimeout:      2 * s.limits.RequestTime,
@@ -43,6 +39,11 @@ func (s *Service) Serve(ctx context.Context, l net.Listener) error {
 		ConnState:         conns.changed,
 		ErrorLog:          log.New(debugWriter{s.log}, "", 0),
 		BaseContext:       func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
+	}
+	if a, ok := l.Addr().(*net.TCPAddr); ok {
+		s.certs.mu.Lock()
+		s.certs.port = a.Port
+		s.certs.mu.Unlock()
 	}
 	delivering, endDeliveries := context.WithCancel(ctx)
 	wait := s.subs.serve(delivering)
@@ -127,38 +128,6 @@ func (c *connections) drop(fresh net.Conn) {
 	delete(c.all, victim)
 	// Closing may write to a peer that does not read.
 	go victim.Close()
-}
-
-// loadCertificate returns the certificate of the state directory; if there is none, it makes and keeps one: ECDSA P-256, the
-// cheapest for the many clients that shake hands for each request, self-signed, for clients to pin.
-func loadCertificate(dir string, names []string, now time.Time) (tls.Certificate, error) {
-	certPath, keyPath := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
-	if dir != "" {
-		cert, err := tls.LoadX509KeyPair(certPath, keyPath)
-		if err == nil {
-			return cert, nil
-		}
-		if !errors.Is(err, fs.ErrNotExist) {
-			return tls.Certificate{}, fmt.Errorf("load certificate: %w", err)
-		}
-	}
-	certPEM, keyPEM, err := selfSigned(names, now)
-	if err != nil {
-		return tls.Certificate{}, fmt.Errorf("make certificate: %w", err)
-	}
-	if dir != "" {
-		// The key first: if power fails in between, the certificate is missing and both are made anew.
-		if err := os.Remove(certPath); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return tls.Certificate{}, fmt.Errorf("store certificate: %w", err)
-		}
-		if err := writeFile(keyPath, keyPEM); err != nil {
-			return tls.Certificate{}, fmt.Errorf("store certificate: %w", err)
-		}
-		if err := writeFile(certPath, certPEM); err != nil {
-			return tls.Certificate{}, fmt.Errorf("store certificate: %w", err)
-		}
-	}
-	return tls.X509KeyPair(certPEM, keyPEM)
 }
 
 func selfSigned(names []string, now time.Time) (certPEM, keyPEM []byte, err error) {

@@ -256,6 +256,25 @@ func TestBaseMessagesAreDMTFs(t *testing.T) {
 	}
 }
 
+func TestEventMessagesAreDMTFs(t *testing.T) {
+	for _, file := range eventFiles {
+		var registry struct {
+			Messages map[string]struct {
+				Message, Resolution string
+				MessageSeverity     schema.Health
+			}
+		}
+		dmtf(t, "registries/"+file+".json", &registry)
+		prefix, _, _ := strings.Cut(file, ".")
+		for id, m := range eventMessages {
+			name, ok := strings.CutPrefix(id, prefix+".")
+			if want := registry.Messages[name]; ok && (m.text != want.Message || m.resolution != want.Resolution || m.severity != want.MessageSeverity) {
+				t.Errorf("%s = %+v; want %+v", id, m, want)
+			}
+		}
+	}
+}
+
 func TestPrivilegesAreDMTFs(t *testing.T) {
 	type ops map[string][]struct{ Privilege []string }
 	type overrides []struct {

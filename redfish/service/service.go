@@ -52,6 +52,14 @@ type Options struct {
 	// Reach allows the service to connect, for clients, to an address that is otherwise forbidden as it leads to the device itself
 	// or to its links. Labs and tests need it.
 	Reach func(netip.Addr) bool
+	// OEMPrivileges are privileges of our own that the predefined roles have, by role: "Administrator". Roles of clients' making can
+	// have any that is named here, and those in MorePrivileges, which no predefined role has.
+	OEMPrivileges  map[string][]string
+	MorePrivileges []string
+	// Audit keeps a record of a change that a client made or tried to make; it is called after the change, one at a time.
+	Audit func(AuditRecord) error
+	// Conditions are the faults that are open now; nil leaves the resource out.
+	Conditions func(*Request) []schema.Condition
 	// Limits bound what clients can make the service spend.
 	Limits Limits
 }
@@ -144,7 +152,7 @@ type Service struct {
 	o        Options
 	limits   Limits
 	uuid     string
-	cert     tls.Certificate
+	certs    *certificates
 	started  time.Time
 	now      func() time.Time
 	seed     maphash.Seed // of entity tags
@@ -155,6 +163,7 @@ type Service struct {
 	tasks    *tasks
 	bus      *eventBus
 	subs     *subscriptions
+	auditing sync.Mutex // held while Options.Audit runs
 	requests chan struct{}
 
 	freeze   sync.Once // ends Handle, works out privileges and metadata
@@ -181,15 +190,8 @@ func New(o Options) (*Service, error) {
 	if s.uuid, err = s.loadUUID(); err != nil {
 		return nil, err
 	}
-	if o.Certificate != nil {
-		s.cert = *o.Certificate
-	} else if s.cert, err = loadCertificate(o.StateDir, o.Names, s.now()); err != nil {
+	if s.certs, err = openCertificates(s); err != nil {
 		return nil, err
-	}
-	if s.cert.Leaf == nil {
-		if s.cert.Leaf, err = x509.ParseCertificate(s.cert.Certificate[0]); err != nil {
-			return nil, fmt.Errorf("parse certificate: %w", err)
-		}
 	}
 	if s.accounts, err = openAccounts(s); err != nil {
 		return nil, err
@@ -209,7 +211,7 @@ func New(o Options) (*Service, error) {
 func (s *Service) UUID() string { return s.uuid }
 
 // Certificate returns the certificate that the service shows, for clients to pin.
-func (s *Service) Certificate() *x509.Certificate { return s.cert.Leaf }
+func (s *Service) Certificate() *x509.Certificate { return s.certs.current().Leaf }
 
 // Handle adds resources. A route that cannot work (no type, a method that the kind of route cannot have, an URI that is taken)
 // is a programmer's error and panics, as does a call after serving has begun.

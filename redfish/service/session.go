@@ -229,6 +229,7 @@ func (s *Service) sessionRoutes() []Route {
 					if err != nil {
 						return "", nil, err
 					}
+					r.Caller.User = user
 					token, c := s.sessions.open(user, r.Caller.Address)
 					out := view(c)
 					if a.Change {
