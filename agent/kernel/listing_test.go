@@ -30,6 +30,8 @@ func TestListings(t *testing.T) {
 			{"mounts", testMounts},
 			{"sockets", testSockets},
 			{"slabs", testSlabs},
+			{"memory", testMemory},
+			{"load", testLoad},
 		} {
 			t.Run(l.name, func(t *testing.T) {
 				g.t = t
@@ -343,5 +345,115 @@ func testSlabs(t *testing.T, g *guest, img *Image) {
 	}
 	if lines < 50 || len(got) < lines {
 		t.Errorf("%d slab caches; the guest has %d", len(got), lines)
+	}
+}
+
+// about tells whether two amounts are alike: counters move, and each CPU holds back some.
+func about(got, want, slack uint64) bool { return got <= want+slack && want <= got+slack }
+
+func testMemory(t *testing.T, g *guest, img *Image) {
+	meminfo, vmstat, zones, buddies := g.read("/proc/meminfo"), g.read("/proc/vmstat"), g.read("/proc/zoneinfo"), g.read("/proc/buddyinfo")
+	pressure := g.read("/proc/pressure/memory")
+	v := g.frozenView(img)
+	began := time.Now()
+	m, err := v.MemoryUse()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%v, %+v", time.Since(began), v.Cost())
+	kib := make(map[string]uint64)
+	for line := range strings.Lines(meminfo) {
+		f := strings.Fields(line)
+		n, _ := strconv.ParseUint(f[1], 10, 64)
+		kib[strings.TrimSuffix(f[0], ":")] = n
+	}
+	for name, got := range map[string]uint64{"MemTotal": m.Total, "MemFree": m.Free, "MemAvailable": m.Available, "AnonPages": m.Anonymous,
+		"Shmem": m.Shared, "Dirty": m.Dirty, "Slab": m.Slab, "KernelStack": m.Stacks, "PageTables": m.Tables, "SwapTotal": m.SwapTotal, "SwapFree": m.SwapFree} {
+		slack := uint64(2 << 20)
+		if name == "MemTotal" {
+			slack = 0
+		}
+		if !about(got, kib[name]<<10, slack) {
+			t.Errorf("%s = %d KiB; the guest has %d", name, got>>10, kib[name])
+		}
+	}
+	counters := 0
+	for line := range strings.Lines(vmstat) {
+		f := strings.Fields(line)
+		want, _ := strconv.ParseUint(f[1], 10, 64)
+		got, ok := m.Counters[f[0]]
+		if !ok {
+			if !strings.HasPrefix(f[0], "numa_") && !strings.Contains(f[0], "threshold") && !strings.HasPrefix(f[0], "nr_memmap") && f[0] != "nr_unstable" {
+				t.Errorf("no counter %s", f[0])
+			}
+			continue
+		}
+		counters++
+		if !about(got, want, want/5+500) {
+			t.Errorf("%s = %d; the guest has %d", f[0], got, want)
+		}
+	}
+	if counters < 100 {
+		t.Errorf("%d counters", counters)
+	}
+	for _, z := range m.Zones {
+		want := fmt.Sprintf("Node %d, zone %8s", z.Node, z.Name)
+		_, text, ok := strings.Cut(zones, want+"\n")
+		if !ok {
+			t.Errorf("the guest has no %s", want)
+			continue
+		}
+		n := make(map[string]uint64)
+		for line := range strings.Lines(text) {
+			if f := strings.Fields(line); len(f) == 2 && n[f[0]] == 0 {
+				n[f[0]], _ = strconv.ParseUint(f[1], 10, 64)
+			} else if f[0] == "Node" {
+				break
+			}
+		}
+		if z.Min>>12 != n["min"] || z.Low>>12 != n["low"] || z.High>>12 != n["high"] || z.Present>>12 != n["present"] || z.Managed>>12 != n["managed"] {
+			t.Errorf("%+v; the guest has %v", z, n)
+		}
+		_, text, _ = strings.Cut(buddies, want)
+		text, _, _ = strings.Cut(text, "\n")
+		blocks := strings.Fields(text)
+		if len(blocks) != len(z.Buddies) {
+			t.Errorf("%s: %d orders of blocks; the guest has %d", z.Name, len(z.Buddies), len(blocks))
+			continue
+		}
+		for i, b := range blocks {
+			if want, _ := strconv.ParseUint(b, 10, 64); !about(z.Buddies[i], want, want/2+50) {
+				t.Errorf("%s: %d blocks of order %d; the guest has %d", z.Name, z.Buddies[i], i, want)
+			}
+		}
+	}
+	if len(m.Zones) < 2 {
+		t.Errorf("zones %+v", m.Zones)
+	}
+	var total uint64
+	some, _, _ := strings.Cut(pressure, "\n")
+	if n, _ := fmt.Sscanf(some[strings.LastIndex(some, "total=")+6:], "%d", &total); n != 1 == (m.Pressure != nil) {
+		t.Errorf("pressure %+v; the guest has %q", m.Pressure, pressure)
+	}
+	if m.Pressure != nil && !about(m.Pressure.Memory.Some.Total/1000, total, 100000) {
+		t.Errorf("memory pressure %+v; the guest has %q", m.Pressure.Memory, pressure)
+	}
+	t.Logf("pressure %q", pressure)
+}
+
+func testLoad(t *testing.T, g *guest, img *Image) {
+	loadavg := g.read("/proc/loadavg")
+	v := g.frozenView(img)
+	l, err := v.Load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, f := range strings.Fields(loadavg)[:3] {
+		if want, _ := strconv.ParseFloat(f, 64); l.Averages[i] < want-0.5 || l.Averages[i] > want+0.5 {
+			t.Errorf("load %v; the guest has %s", l.Averages, loadavg)
+		}
+	}
+	if len(l.Queues) != 2 || l.Queues[0].Switches == 0 || l.Queues[0].Running > 100 || l.Queues[1].CPU != 1 {
+		t.Errorf("run queues %+v", l.Queues)
 	}
 }

@@ -79,6 +79,14 @@ bytes that wait; of a listening socket, connections that wait to be accepted and
 			Long: `The slab caches, the largest first.
 
   backdoor -image vmcore slabtop`}, AskSlabCaches),
+		listing(Listing{Name: "vmstat", Resource: "Memory", Short: "what the host's memory is used for",
+			Long: `The use of memory, the zones with their watermarks, the pressure (PSI), and counters that tell of trouble; -json has all of
+/proc/vmstat's.
+
+  backdoor -image vmcore vmstat
+  backdoor -image vmcore vmstat -json | jq .counters.oom_kill`}, AskMemory),
+		listing(Listing{Name: "load", Resource: "Load", Short: "the host's load averages and run queues",
+			Long: `  backdoor -image vmcore load`}, AskLoad),
 	}
 }
 
