@@ -14,8 +14,8 @@ import (
 // Device is an RDMA endpoint at one address.
 //
 // It has no goroutine of its own. Whoever waits for something drives it: receives packets, runs the protocol and sends,
-// so that a single caller needs no other thread to get its answer. A device that must also serve peers while nobody waits
-// needs Run in a goroutine.
+// so that a single caller needs no other thread to get its answer. A device that must also serve peers while nobody waits,
+// be it only by acknowledging the messages that they send, needs Run in a goroutine.
 //
 // All methods are safe for concurrent use.
 type Device struct {

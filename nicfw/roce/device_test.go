@@ -106,7 +106,12 @@ func exercise(t *testing.T, qa, qb *QP, pd *PD) {
 			t.Fatalf("read %d: %+v %q", i, out[i], wrs[i].Buf)
 		}
 	}
-	// Messages, both ways.
+	// Messages, both ways. Who receives must acknowledge, again if need be, and so be driven when nobody waits any more.
+	run, stop := context.WithCancel(ctx)
+	var driver sync.WaitGroup
+	driver.Go(func() { qa.d.Run(run) })
+	defer driver.Wait()
+	defer stop()
 	recv := make(chan error, 1)
 	go func() {
 		buf := make([]byte, 100)
