@@ -743,6 +743,33 @@ func TestHealByOperator(t *testing.T) {
 	})
 }
 
+// A series of samples of a host with very many tasks stays within its bound, and still reaches as far back.
+func TestThin(t *testing.T) {
+	start := time.Unix(1000, 0)
+	var samples []detect.TaskSample
+	for i := range 500 {
+		samples = thin(append(samples, detect.TaskSample{At: start.Add(time.Duration(i) * time.Second), Tasks: make([]kernel.Task, 100)}), 2000)
+		if len(samples) > 20 {
+			t.Fatalf("%d samples of 100 tasks are kept; want 2000 tasks at most", len(samples))
+		}
+		if i < 20 && len(samples) != i+1 {
+			t.Fatalf("%d samples of %d are kept though there is room", len(samples), i+1)
+		}
+	}
+	n := len(samples)
+	if samples[0].At != start || samples[n-1].At != start.Add(499*time.Second) || samples[n-2].At != start.Add(498*time.Second) {
+		t.Errorf("kept %v to %v; want the oldest and the newest two", samples[0].At, samples[n-1].At)
+	}
+	for i := 1; i < n; i++ {
+		if gap := samples[i].At.Sub(samples[i-1].At); gap <= 0 || gap > 100*time.Second {
+			t.Errorf("gap of %v between samples %d and %d of %d; want them spread", gap, i-1, i, n)
+		}
+	}
+	if few := thin(samples[:3], 1); len(few) != 3 {
+		t.Errorf("thin left %d samples; a judgement takes three", len(few))
+	}
+}
+
 func TestInvalidOptions(t *testing.T) {
 	if err := New(Options{}).Run(t.Context()); err == nil {
 		t.Error("Run without memory succeeded")

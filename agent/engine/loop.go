@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -33,6 +34,9 @@ const (
 	quietAfter  = 5 * time.Second
 	searchEvery = 2 * time.Second
 	probeEvery  = time.Second // detectors' passes while there is no kernel
+	// keptTasks and keptCPUs bound what all samples together hold, about 200 bytes for each.
+	keptTasks = 1 << 17
+	keptCPUs  = 1 << 17
 	// settleTimeout is a little more than the executor takes to undo a plan.
 	settleTimeout = 12 * time.Second
 )
@@ -437,8 +441,9 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 			w.tasks = append(w.tasks, s)
 			_, keep := e.config.Keep()
 			for len(w.tasks) > 2 && now.Sub(w.tasks[1].At) > keep {
-				w.tasks = w.tasks[1:]
+				w.tasks = slices.Delete(w.tasks, 0, 1)
 			}
+			w.tasks = thin(w.tasks, keptTasks)
 			e.mean(&e.cost.MeanTasks, s.Took)
 		}
 	}
@@ -520,9 +525,30 @@ func (w *watcher) addBeat(b kernel.Heartbeat) {
 	}
 	w.beats = append(w.beats, b)
 	keep, _ := w.e.config.Keep()
-	for len(w.beats) > 2 && b.At.Sub(w.beats[1].At) > keep {
-		w.beats = w.beats[1:]
+	for len(w.beats) > 2 && (b.At.Sub(w.beats[1].At) > keep || len(w.beats)*len(b.CPUs) > keptCPUs) {
+		w.beats = slices.Delete(w.beats, 0, 1)
 	}
+}
+
+// thin leaves samples out of the middle of a series, where they are densest, until all together have no more than most tasks:
+// a host with a fork bomb must not exhaust the agent's memory. What a detector measures from, the oldest and the newest
+// two, stays.
+func thin(samples []detect.TaskSample, most int) []detect.TaskSample {
+	total := 0
+	for _, s := range samples {
+		total += len(s.Tasks)
+	}
+	for total > most && len(samples) > 3 {
+		least, at := time.Duration(math.MaxInt64), 1
+		for i := 1; i < len(samples)-2; i++ {
+			if gap := samples[i+1].At.Sub(samples[i-1].At); gap < least {
+				least, at = gap, i
+			}
+		}
+		total -= len(samples[at].Tasks)
+		samples = slices.Delete(samples, at, at+1)
+	}
+	return samples
 }
 
 // alive reports whether the host has done anything between two beats.
