@@ -27,12 +27,19 @@ type DmesgOptions struct {
 	MaxLevel *uint8
 }
 
+// An answer holds at most maxText bytes of text and maxRecords records, the newest: more than a kernel's ring holds by any
+// distribution's settings, and less than what a hostile host can make up would take of a small machine.
+const (
+	maxText    = 16 << 20
+	maxRecords = 1 << 17
+)
+
 // Dmesg reads the printk ring of the host. It errors only if nothing at all could be read.
 func Dmesg(ctx context.Context, v View, o DmesgOptions) (Log, error) {
 	l := Log{At: time.Now(), Complete: true, Records: []kernel.LogRecord{}}
 	var why doubts
 	var first error
-	read := 0
+	read, text, cut := 0, 0, 0
 	for r, err := range v.Log() {
 		if why.canceled(ctx) {
 			l.Complete = false
@@ -53,6 +60,15 @@ func Dmesg(ctx context.Context, v View, o DmesgOptions) (Log, error) {
 			continue
 		}
 		l.Records = append(l.Records, r)
+		for text += len(r.Text); text > maxText || len(l.Records) > maxRecords; cut++ {
+			text -= len(l.Records[0].Text)
+			l.Records[0] = kernel.LogRecord{} // lets go of its text
+			l.Records = l.Records[1:]
+		}
+	}
+	if cut > 0 {
+		l.Complete = false
+		why.add(fmt.Sprintf("the log is too long: its oldest %d records are left out", cut))
 	}
 	if read == 0 && first != nil {
 		return Log{}, fmt.Errorf("read kernel log: %w", first)

@@ -298,6 +298,30 @@ func TestDmesg(t *testing.T) {
 	}
 }
 
+// A log that is longer than any real one does not fill the asker's memory.
+func TestDmesgIsBounded(t *testing.T) {
+	line := strings.Repeat("x", 60<<10)
+	var h host
+	for i := range 400 { // 24 MiB
+		h.log = append(h.log, kernel.LogRecord{Seq: uint64(i), Text: line})
+	}
+	l, err := Dmesg(t.Context(), h, DmesgOptions{})
+	if err != nil || l.Complete || len(l.Doubts) != 1 || l.Next != 400 {
+		t.Fatalf("Dmesg = complete %v, doubts %q, next %d, %v; want an incomplete answer that says so", l.Complete, l.Doubts, l.Next, err)
+	}
+	text := 0
+	for _, r := range l.Records {
+		text += len(r.Text)
+	}
+	if n := len(l.Records); text > maxText || text < maxText-len(line) || l.Records[n-1].Seq != 399 || l.Records[0].Seq != uint64(400-n) {
+		t.Errorf("%d records with %d bytes, from %d to %d; want the newest that fit", n, text, l.Records[0].Seq, l.Records[n-1].Seq)
+	}
+	h.log = make([]kernel.LogRecord, maxRecords+5)
+	if l, err := Dmesg(t.Context(), h, DmesgOptions{}); err != nil || len(l.Records) != maxRecords {
+		t.Errorf("Dmesg of empty lines = %d records, %v; want %d", len(l.Records), err, maxRecords)
+	}
+}
+
 func TestObserve(t *testing.T) {
 	info := kernel.Info{Arch: "x86_64", Release: "6.1.0-50-amd64", Hostname: "host\x1b[31m", CPUs: 2, BootTime: at.Add(-2 * time.Hour)}
 	later := func(change func(*host)) View {
