@@ -126,11 +126,18 @@ func (w *worker) newService() (*service.Service, error) {
 		Announce: w.announce,
 	}
 	host.Configure(&so)
+	so.Conditions = host.Conditions(w.engine.Findings)
+	if w.journal != nil {
+		so.Audit = host.Audit(w.journal)
+	}
 	svc, err := service.New(so)
 	if err != nil {
 		return nil, fmt.Errorf("make Redfish service: %w", err)
 	}
-	ho := host.Options{Agent: w.engine, Version: version.Get().Version, ResetAgent: w.reset}
+	ho := host.Options{Agent: w.engine, Version: version.Get().Version, ResetAgent: w.reset, DumpDir: filepath.Join(w.cfg.StateDir, "dumps")}
+	if c, ok := w.engine.Power().(host.Controller); ok {
+		ho.Controller = c
+	}
 	if w.journal != nil {
 		ho.Journal = w.journal
 	}
@@ -159,6 +166,7 @@ func (w *worker) run(ctx context.Context) int {
 					return err
 				}
 			}
+			go host.Relay(ctx, svc, w.engine.Subscribe(ctx))
 			return svc.ListenAndServe(ctx, w.cfg.Redfish.Listen)
 		})
 	})

@@ -9,6 +9,7 @@ package host
 import (
 	"context"
 	"errors"
+	"io"
 	"iter"
 	"sync"
 	"time"
@@ -20,6 +21,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/journal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/query"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/redfish/service"
 )
@@ -32,8 +34,13 @@ type Agent interface {
 	Heal(context.Context, engine.HealRequest) (heal.Plan, *heal.Outcome, error)
 	View(context.Context) (*kernel.View, error)
 	Power() heal.Power
-	// PowerControl does what op says, "on", "off", "cycle", "nmi" or "shutdown", if the access agreement gives that right.
+	// PowerControl does what op says, "on", "off", "cycle", "nmi", "shutdown" or an order of package heal, if the access
+	// agreement gives that right.
 	PowerControl(ctx context.Context, op, caller string) error
+	// Control does another order to the host's service processor under the same right.
+	Control(ctx context.Context, what, detail, caller string, do func(context.Context) error) error
+	// MayRead returns nil if the access agreement permits looking at the host's memory.
+	MayRead() error
 }
 
 // Journal is the agent's journal. *journal.Journal has it.
@@ -55,10 +62,21 @@ type Options struct {
 	Version string
 	// Manufacturer and Model are of the card that the agent runs on, where known.
 	Manufacturer, Model string
+	// Controller is the host's service processor beyond its power; nil if there is none.
+	Controller Controller
+	// DumpDir keeps the diagnostic data that was collected; what is in it is removed at the start. Empty leaves out the log
+	// service that collects.
+	DumpDir string
+	// Root is where the agent's own machine is looked into; empty means "/". Tests give a directory.
+	Root string
 	// ResetAgent restarts the agent's machine; nil leaves the action out.
 	ResetAgent func(ctx context.Context, graceful bool) error
 	// View opens a view of the host; nil means Agent.View. Tests give a host of their own.
 	View func(context.Context) (query.View, error)
+	// Hardware tells what the host is made of; nil means what Agent.View tells.
+	Hardware func(context.Context) (Hardware, error)
+	// Memory opens the host's memory for reading, with the map of its RAM; nil means that of Agent.View.
+	Memory func(context.Context) (io.ReaderAt, []hostmem.Range, error)
 }
 
 // host is the state behind the resources.
@@ -69,8 +87,11 @@ type host struct {
 	now     func() time.Time
 	started time.Time
 
-	power powerState
-	dmesg cached[query.Log]
+	power     asked[schema.PowerState]
+	described asked[Machine]
+	hardware  asked[Hardware]
+	dmesg     cached[query.Log]
+	dumps     dumps
 }
 
 // Configure adds to a service's options what the resources need: our schemas, our message registry, the names.
@@ -84,11 +105,16 @@ func Configure(o *service.Options) {
 	}
 	o.Schemas = append(o.Schemas, schemas()...)
 	o.Registries = append(o.Registries, registry)
+	o.OEMPrivileges = map[string][]string{"Administrator": {PrivilegeHeal}, "Operator": {PrivilegeHeal}}
+	o.MorePrivileges = append(o.MorePrivileges, PrivilegeMemory)
 }
 
 // Routes returns the resources. The service's options must have gone through Configure.
 func Routes(svc *service.Service, o Options) []service.Route {
 	h := &host{o: o, svc: svc, view: o.View, now: time.Now, started: time.Now()}
+	if h.o.Root == "" {
+		h.o.Root = "/"
+	}
 	if h.view == nil {
 		h.view = func(ctx context.Context) (query.View, error) {
 			v, err := o.Agent.View(ctx)
@@ -104,10 +130,14 @@ func Routes(svc *service.Service, o Options) []service.Route {
 		{URI: "/redfish/v1/Managers", Type: schema.TypeManagerCollection, Name: "Managers", Members: service.Fixed("bmc")},
 		h.manager(),
 		{URI: "/redfish/v1/Chassis", Type: schema.TypeChassisCollection, Name: "Chassis", Members: service.Fixed("1", "dpu")},
-		h.machine(),
+		h.enclosure(),
 		h.card(),
 	}
+	routes = append(routes, svc.NetworkRoutes("/redfish/v1/Managers/bmc")...)
 	routes = append(routes, h.logs()...)
+	routes = append(routes, h.parts()...)
+	routes = append(routes, h.media()...)
+	routes = append(routes, h.managerParts()...)
 	return append(routes, h.oemResources()...)
 }
 
@@ -128,6 +158,8 @@ func (h *host) manager() service.Route {
 					ManagerInChassis:  schema.LinkTo("/redfish/v1/Chassis/dpu"),
 				},
 			}
+			out.DiagnosticData = schema.LinkTo(managerURI + "/ManagerDiagnosticData")
+			out.EthernetIfaces = schema.LinkTo(managerURI + "/EthernetInterfaces")
 			if h.o.Journal != nil {
 				out.LogServices = schema.LinkTo("/redfish/v1/Managers/bmc/LogServices")
 			}
@@ -148,21 +180,24 @@ func (h *host) agentHealth() schema.Health {
 	return schema.HealthOK
 }
 
-func (h *host) machine() service.Route {
+func (h *host) enclosure() service.Route {
 	return service.Route{
 		URI:  "/redfish/v1/Chassis/1",
 		Type: schema.TypeChassis,
 		Get: func(r *service.Request) (schema.Object, error) {
 			power := h.powerState(r.Context())
 			out := &schema.Chassis{
-				Resource:    schema.Resource{Name: "Host", Description: "The machine of the host"},
-				ChassisType: "RackMount", PowerState: power,
+				Resource: schema.Resource{Name: "Host", Description: "The machine of the host"},
+				// What the enclosure is, only the host's own service processor may know.
+				ChassisType: "Other", PowerState: power,
 				Links: &schema.ChassisLinks{
 					ComputerSystems: []schema.Link{{ID: "/redfish/v1/Systems/system"}},
 					ManagedBy:       []schema.Link{{ID: "/redfish/v1/Managers/bmc"}},
 					Contains:        []schema.Link{{ID: "/redfish/v1/Chassis/dpu"}},
 				},
 			}
+			m := h.machine(r.Context())
+			out.Manufacturer, out.Model, out.SerialNumber, out.PartNumber, out.SKU = m.Manufacturer, m.Model, m.SerialNumber, m.PartNumber, m.SKU
 			out.Status = h.status(power, nil)
 			out.Status.Conditions = nil // they are the system's
 			return out, nil
@@ -178,7 +213,8 @@ func (h *host) card() service.Route {
 			return &schema.Chassis{
 				Resource:    schema.Resource{Name: "DPU", Description: "The card that the agent runs on"},
 				ChassisType: "Card", Manufacturer: h.o.Manufacturer, Model: h.o.Model, PowerState: schema.PowerOn,
-				Status: &schema.Status{State: schema.StateEnabled, Health: h.agentHealth()},
+				Status:   &schema.Status{State: schema.StateEnabled, Health: h.agentHealth()},
+				Adapters: schema.LinkTo(cardURI + "/NetworkAdapters"),
 				Links: &schema.ChassisLinks{
 					ManagedBy:         []schema.Link{{ID: "/redfish/v1/Managers/bmc"}},
 					ManagersInChassis: []schema.Link{{ID: "/redfish/v1/Managers/bmc"}},

@@ -6,10 +6,13 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"iter"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -21,6 +24,8 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/journal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/query"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/redfish/service"
 )
 
@@ -42,13 +47,15 @@ type fakeAgent struct {
 	ops      []string
 	healErr  error
 	verified bool
+
+	controller *fakeController // nil if there is none
 }
 
 func newFakeAgent() *fakeAgent {
 	one := 1
 	resolved := bootTime.Add(10 * time.Minute)
 	return &fakeAgent{
-		power: "on", verified: true,
+		power: "on", verified: true, controller: newFakeController(),
 		state: engine.State{
 			Phase: engine.Attached, Since: bootTime.Add(time.Minute), Started: bootTime, Health: engine.Ill, HostUUID: "9f2c3b1a-0d4e-4f6a-8b7c-1e2d3c4b5a69",
 			Kernel: &kernel.Info{
@@ -135,12 +142,29 @@ func (a *fakeAgent) PowerControl(_ context.Context, op, caller string) error {
 	}
 	a.ops = append(a.ops, op+" by "+caller)
 	switch op {
-	case "on", "cycle":
+	case "on", heal.OrderReset, heal.OrderPowerCycle, heal.OrderRestart:
 		a.power = "on"
-	case "off", "shutdown":
+	case "off", "shutdown", heal.OrderButton:
 		a.power = "off"
 	}
 	return nil
+}
+
+func (a *fakeAgent) Control(ctx context.Context, what, detail, caller string, do func(context.Context) error) error {
+	a.mu.Lock()
+	a.ops = append(a.ops, what+": "+detail+" by "+caller)
+	denied := a.denied
+	a.mu.Unlock()
+	if denied != nil {
+		return denied
+	}
+	return do(ctx)
+}
+
+func (a *fakeAgent) MayRead() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.denied
 }
 
 // fakePower tells the state; orders go through PowerControl.
@@ -154,6 +178,10 @@ func (p fakePower) State(context.Context) (string, error) {
 	}
 	return p.a.power, nil
 }
+func (fakePower) Orders() []string {
+	return []string{heal.OrderReset, heal.OrderPowerCycle, heal.OrderRestart, heal.OrderButton}
+}
+func (fakePower) Order(context.Context, string) error    { return errors.New("not by this way") }
 func (fakePower) Cycle(context.Context) error            { return errors.New("not by this way") }
 func (fakePower) On(context.Context) error               { return errors.New("not by this way") }
 func (fakePower) Off(context.Context) error              { return errors.New("not by this way") }
@@ -199,6 +227,101 @@ func (fakeJournal) Records() iter.Seq2[journal.Record, error] {
 	}
 }
 
+// fakeController is the service processor of a host: a boot override and two drives.
+type fakeController struct {
+	mu     sync.Mutex // guards what follows
+	resets []schema.ResetType
+	boot   schema.Boot
+	image  map[string]*string
+	silent bool
+}
+
+func newFakeController() *fakeController {
+	return &fakeController{
+		boot:  schema.Boot{BootSourceOverrideEnabled: "Disabled", BootSourceOverrideTarget: "None", BootSourceOverrideMode: "UEFI"},
+		image: map[string]*string{"Cd": nil, "Usb": nil},
+	}
+}
+
+func (c *fakeController) Describe(context.Context) (Machine, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.silent {
+		return Machine{}, errors.New("no answer")
+	}
+	b := c.boot
+	b.BootSourceOverrideEnabledAllowable = []string{"Disabled", "Once", "Continuous"}
+	b.BootSourceOverrideTargetAllowable = []string{"None", "Pxe", "Hdd", "Cd"}
+	b.BootSourceOverrideModeAllowable = []string{"UEFI", "Legacy"}
+	m := Machine{Manufacturer: "Maker", Model: "M1", SerialNumber: "S1", BIOSVersion: "B1", Resets: c.resets, Boot: &b}
+	for _, id := range []string{"Cd", "Usb"} {
+		in, via := c.image[id] != nil, "NotConnected"
+		if in {
+			via = "URI"
+		}
+		v := schema.VirtualMedia{MediaTypes: []string{"CD", "DVD"}, Image: c.image[id], Inserted: &in, WriteProtected: &in, ConnectedVia: via}
+		v.Resource = schema.Resource{ID: id, Name: "Drive " + id, ODataID: "/redfish/v1/elsewhere/" + id}
+		m.Media = append(m.Media, v)
+	}
+	return m, nil
+}
+
+func (c *fakeController) SetBoot(_ context.Context, to schema.Boot) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, f := range []struct {
+		is *string
+		to string
+	}{
+		{&c.boot.BootSourceOverrideEnabled, to.BootSourceOverrideEnabled}, {&c.boot.BootSourceOverrideTarget, to.BootSourceOverrideTarget},
+		{&c.boot.BootSourceOverrideMode, to.BootSourceOverrideMode},
+	} {
+		if f.to != "" {
+			*f.is = f.to
+		}
+	}
+	return nil
+}
+
+func (c *fakeController) InsertMedia(_ context.Context, id string, m Insertion) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.image[id] = &m.Image
+	return nil
+}
+
+func (c *fakeController) EjectMedia(_ context.Context, id string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.image[id] = nil
+	return nil
+}
+
+// testHardware is a host of one socket with two interfaces and some RAM.
+var testHardware = Hardware{
+	Processors: []kernel.Processor{{Vendor: "GenuineIntel", Model: "Test CPU", Family: 6, Number: 85, Cores: 1, Threads: 2}},
+	Interfaces: []kernel.Interface{
+		{Name: "lo", Index: 1, Init: true, Type: 772, Flags: 1},
+		{
+			Name: "eth0", Index: 2, Init: true, Type: 1, MAC: "52:54:00:12:34:56", MTU: 1500, Flags: 1, Carrier: true, Driver: "virtio_net", Device: "virtio0",
+			Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.2.15/24"), netip.MustParsePrefix("fe80::1/64")},
+		},
+		{Name: "eth1", Index: 3, Init: true, Type: 1, MAC: "52:54:00:12:34:57", MTU: 1500, Flags: 1},
+		{Name: "a b", Index: 4, Init: true, Type: 1, MAC: "52:54:00:12:34:58", MTU: 1500},
+	},
+	RAM: []hostmem.Range{{Start: 0x1000, Size: 0x9e000}, {Start: 1 << 20, Size: 511 << 20}},
+}
+
+// testMemory is RAM in which each byte tells its address.
+type testMemory struct{}
+
+func (testMemory) ReadAt(b []byte, off int64) (int, error) {
+	for i := range b {
+		b[i] = byte((off + int64(i)) >> 4)
+	}
+	return len(b), nil
+}
+
 // newTestService returns a service with the resources of a fake agent's host.
 func newTestService(t testing.TB, a *fakeAgent, o service.Options) *service.Service {
 	t.Helper()
@@ -216,8 +339,16 @@ func newTestService(t testing.TB, a *fakeAgent, o service.Options) *service.Serv
 	if err != nil {
 		t.Fatal(err)
 	}
+	var controller Controller
+	if a.controller != nil {
+		controller = a.controller
+	}
 	s.Handle(Routes(s, Options{
-		Agent: a, Journal: fakeJournal{}, Version: "1.0.0", ResetAgent: func(context.Context, bool) error { return nil },
+		Agent: a, Controller: controller, Journal: fakeJournal{}, DumpDir: filepath.Join(t.TempDir(), "dumps"),
+		Hardware: func(context.Context) (Hardware, error) { return testHardware, nil },
+		Memory: func(context.Context) (io.ReaderAt, []hostmem.Range, error) {
+			return testMemory{}, testHardware.RAM, nil
+		}, Version: "1.0.0", ResetAgent: func(context.Context, bool) error { return nil },
 		View: func(context.Context) (query.View, error) { return fakeView{records: 700}, nil },
 	})...)
 	return s

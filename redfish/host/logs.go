@@ -26,6 +26,14 @@ var registry = service.Registry{
 		"RunawayProcess": fault("A process of the host uses a CPU beyond what policy allows.", schema.HealthWarning, "Heal the finding, which ends the process."),
 		"HostSilent":     fault("Nothing on the host progresses.", schema.HealthCritical, "Check the host's power, then restart the host."),
 		"Finding":        fault("The agent has found a fault in the host.", schema.HealthWarning, "See the details of the finding."),
+		"Attached":       happened("The agent has found the host's kernel in its memory.", schema.HealthOK, "None."),
+		"Lost":           happened("The agent no longer reaches the host's kernel.", schema.HealthWarning, "Check the host's power."),
+		"Resolved":       happened("A fault of the host is gone.", schema.HealthOK, "None."),
+		"RepairStarted":  happened("A repair has begun.", schema.HealthOK, "None."),
+		"Repaired":       happened("A repair has worked.", schema.HealthOK, "None."),
+		"RepairFailed":   happened("A repair has not worked.", schema.HealthCritical, "Read the journal; heal the finding another way or restart the host."),
+		"OperatorWanted": happened("A fault waits for an operator's decision.", schema.HealthWarning, "Look at the finding and heal it."),
+		"Escalated":      happened("A fault goes on in spite of its repair.", schema.HealthCritical, "Read the journal; heal the finding another way or restart the host."),
 	},
 }
 
@@ -33,6 +41,11 @@ func fault(description string, s schema.Health, resolution string) service.Regis
 	return service.RegistryMessage{
 		Description: description, Message: "%1: %2", Severity: s, NumArgs: 2, ParamTypes: []string{"string", "string"}, Resolution: resolution,
 	}
+}
+
+// happened is a message about what happened, whose only argument tells it.
+func happened(description string, s schema.Health, resolution string) service.RegistryMessage {
+	return service.RegistryMessage{Description: description, Message: "%1", Severity: s, NumArgs: 1, ParamTypes: []string{"string"}, Resolution: resolution}
 }
 
 // messageNames are the messages by kind of finding; others are a Finding.
@@ -49,9 +62,14 @@ func findingMessage(f detect.Finding) (id string, args []string, text string) {
 }
 
 func (h *host) logs() []service.Route {
+	names := []string{"Findings", "Dmesg"}
+	if h.o.DumpDir != "" {
+		names = append(names, "Dump")
+	}
 	routes := []service.Route{{
-		URI: "/redfish/v1/Systems/system/LogServices", Type: schema.TypeLogServiceCollection, Name: "Log Services", Members: service.Fixed("Findings", "Dmesg"),
+		URI: "/redfish/v1/Systems/system/LogServices", Type: schema.TypeLogServiceCollection, Name: "Log Services", Members: service.Fixed(names...),
 	}}
+	routes = append(routes, h.collecting()...)
 	routes = append(routes, h.log("/redfish/v1/Systems/system/LogServices/Findings", h.findings, schema.LogService{
 		Resource:     schema.Resource{Name: "Findings", Description: "Faults that the agent has found in the host, the newest first"},
 		LogEntryType: "Event", LogPurposes: []string{"Diagnostic", "Operations"}, OverWritePolicy: "WrapsWhenFull",

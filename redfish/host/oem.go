@@ -47,13 +47,24 @@ var (
 		Name: "BackdoorLogEntry", Version: "v1_0_0", Purpose: "What a log entry is about, in full.",
 		Objects: map[string]any{"FindingEntry": findingOEM{}, "KernelEntry": kernelRecordOEM{}, "JournalEntry": journalRecordOEM{}},
 	}
+	logServiceSchema = oem.Schema{
+		Name: "BackdoorLogService", Version: "v1_0_0", Purpose: "How diagnostic data is collected from the host's memory.",
+		Actions: []oem.Action{{
+			Name: "CollectMemoryRange", Bound: "LogService.v1_0_0.OemActions",
+			Description: "Copies a range of the host's RAM into a new entry of the log. It runs as a task whose monitor ends with the entry's location.",
+			Parameters: []oem.Parameter{
+				{Name: "Start", Type: "Edm.String", Required: true, Description: "The physical address of the first byte, as 0x and hexadecimal digits."},
+				{Name: "Length", Type: "Edm.Int64", Required: true, Description: "The number of bytes."},
+			},
+		}},
+	}
 	taskSchema = oem.Schema{
 		Name: "BackdoorTask", Version: "v1_0_0", Purpose: "The result of a task.", Objects: map[string]any{"Heal": healOEM{}},
 	}
 )
 
 func schemas() (out []service.Schema) {
-	for _, s := range []oem.Schema{systemSchema, stateSchema, processesSchema, logSchema, taskSchema} {
+	for _, s := range []oem.Schema{systemSchema, stateSchema, processesSchema, logSchema, logServiceSchema, taskSchema} {
 		out = append(out, service.Schema{Namespace: s.Name, Versions: []string{s.Version}, CSDL: s.CSDL()})
 	}
 	return out
@@ -135,6 +146,7 @@ func (h *host) oemResources() []service.Route {
 func (h *host) healAction() service.Action {
 	return service.Action{
 		Name: "BackdoorComputerSystem.Heal", OEM: true, Title: "Heal a finding",
+		Privileges: service.Privileges{{service.ConfigureComponents, PrivilegeHeal}},
 		Parameters: []service.Property{
 			{Name: "Finding", Kind: service.String, Required: true, Min: 1, Max: 128},
 			{Name: "Action", Kind: service.String, Max: 128},

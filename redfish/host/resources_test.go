@@ -119,10 +119,14 @@ func TestReset(t *testing.T) {
 	}{
 		{schema.ResetForceOff, "off", schema.PowerOff},
 		{schema.ResetOn, "on", schema.PowerOn},
-		{schema.ResetForceRestart, "cycle", schema.PowerOn},
-		{schema.ResetPowerCycle, "cycle", schema.PowerOn},
+		{schema.ResetForceOn, "on", schema.PowerOn},
+		{schema.ResetForceRestart, "reset", schema.PowerOn},
+		{schema.ResetGracefulRestart, "restart", schema.PowerOn},
+		{schema.ResetPowerCycle, "power-cycle", schema.PowerOn},
 		{schema.ResetNMI, "nmi", schema.PowerOn},
 		{schema.ResetGracefulShutdown, "shutdown", schema.PowerOff},
+		{schema.ResetOn, "on", schema.PowerOn},
+		{schema.ResetPushPowerButton, "button", schema.PowerOff},
 	} {
 		a.ops = nil
 		if err := c.Reset(t.Context(), tc.reset); err != nil {
@@ -137,8 +141,8 @@ func TestReset(t *testing.T) {
 			t.Errorf("after %s: power %q, %v; want %q", tc.reset, s.PowerState, err, tc.power)
 		}
 	}
-	if err := c.Reset(t.Context(), schema.ResetGracefulRestart); err == nil || !strings.Contains(err.Error(), "ForceRestart") {
-		t.Errorf("Reset(GracefulRestart) = %v; want the types that are supported", err)
+	if err := c.Reset(t.Context(), "Explode"); err == nil || !strings.Contains(err.Error(), "ForceRestart") {
+		t.Errorf("Reset(Explode) = %v; want the types that are supported", err)
 	}
 	a.denied = fmt.Errorf("agreement a1 does not give %q: %w", "power", access.ErrDenied)
 	err := c.Reset(t.Context(), schema.ResetForceOff)

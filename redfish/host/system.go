@@ -2,21 +2,25 @@ package host
 
 import (
 	"context"
+	"fmt"
+	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/redfish/oem"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/redfish/service"
 )
 
+const systemURI = "/redfish/v1/Systems/system"
+
 const findingsURI = "/redfish/v1/Systems/system/LogServices/Findings/Entries"
 
 func (h *host) system() service.Route {
-	return service.Route{
+	route := service.Route{
 		URI:  "/redfish/v1/Systems/system",
 		Type: schema.TypeComputerSystem,
 		Get: func(r *service.Request) (schema.Object, error) {
@@ -32,11 +36,14 @@ func (h *host) system() service.Route {
 				},
 			}
 			out.Status = h.status(out.PowerState, open)
+			h.describe(r.Context(), out)
 			if k := state.Kernel; k != nil && state.Phase == engine.Attached {
 				out.HostName = k.Hostname
+				out.OperatingSystem = schema.LinkTo(systemURI + "/OperatingSystem")
 				if k.CPUs > 0 {
 					out.ProcessorSummary = &schema.ProcessorSummary{LogicalProcessorCount: k.CPUs}
 				}
+				h.summarize(r.Context(), out)
 				out.LastResetTime = schema.Time(k.BootTime)
 				out.BootProgress = &schema.BootProgress{LastState: schema.BootOSBootStarted}
 				if !state.Dead && state.Health == engine.Healthy {
@@ -53,11 +60,8 @@ func (h *host) system() service.Route {
 		Actions: []service.Action{
 			{
 				Name:       "ComputerSystem.Reset",
-				Parameters: []service.Property{{Name: "ResetType", Kind: service.String, Required: true, Values: resetTypes()}},
-				Do: func(r *service.Request, v service.Values) (*service.Reply, error) {
-					defer h.power.forget()
-					return nil, refusal(h.o.Agent.PowerControl(r.Context(), powerOps[schema.ResetType(v.String("ResetType"))], r.Caller.User))
-				},
+				Parameters: []service.Property{{Name: "ResetType", Kind: service.String, Required: true, Allowed: h.resetTypes}},
+				Do:         h.reset,
 			},
 			h.healAction(),
 		},
@@ -65,23 +69,59 @@ func (h *host) system() service.Route {
 			return a.Name != "ComputerSystem.Reset" || h.o.Agent.Power() != nil
 		},
 	}
+	if h.o.Controller != nil {
+		route.Patch = h.bootOverride()
+	}
+	return route
 }
 
-// powerOps are the reset types that a power controller can carry out, by what the engine calls them. ForceRestart and PowerCycle
-// are the same to it: power off, power on.
-var powerOps = map[schema.ResetType]string{
-	schema.ResetOn: "on", schema.ResetForceOff: "off", schema.ResetGracefulShutdown: "shutdown", schema.ResetForceRestart: "cycle",
-	schema.ResetPowerCycle: "cycle", schema.ResetNMI: "nmi",
+// powerOps are the reset types in the order of the specification, by what the engine calls them.
+var powerOps = []struct {
+	reset schema.ResetType
+	op    string
+	extra bool // only a heal.Orderer can do it
+}{
+	{schema.ResetOn, "on", false},
+	{schema.ResetForceOff, "off", false},
+	{schema.ResetGracefulShutdown, "shutdown", false},
+	{schema.ResetGracefulRestart, heal.OrderRestart, true},
+	{schema.ResetForceRestart, heal.OrderReset, false},
+	{schema.ResetNMI, "nmi", false},
+	{schema.ResetForceOn, "on", false},
+	{schema.ResetPushPowerButton, heal.OrderButton, true},
+	{schema.ResetPowerCycle, heal.OrderPowerCycle, false},
 }
 
-func resetTypes() []string {
+// resetTypes are the reset types that the host's power controller can carry out, as far as it says.
+func (h *host) resetTypes(r *service.Request) []string {
+	var orders []string
+	if o, ok := h.o.Agent.Power().(heal.Orderer); ok {
+		orders = o.Orders()
+	}
+	offered := h.machine(r.Context()).Resets
 	var out []string
-	for _, t := range []schema.ResetType{
-		schema.ResetOn, schema.ResetForceOff, schema.ResetGracefulShutdown, schema.ResetForceRestart, schema.ResetPowerCycle, schema.ResetNMI,
-	} {
-		out = append(out, string(t))
+	for _, p := range powerOps {
+		want := p.reset
+		if want == schema.ResetForceOn {
+			want = schema.ResetOn // which is how it is done
+		}
+		if p.extra && !slices.Contains(orders, p.op) || offered != nil && !slices.Contains(offered, want) {
+			continue
+		}
+		out = append(out, string(p.reset))
 	}
 	return out
+}
+
+// reset is the action ComputerSystem.Reset.
+func (h *host) reset(r *service.Request, v service.Values) (*service.Reply, error) {
+	defer h.power.forget()
+	for _, p := range powerOps {
+		if string(p.reset) == v.String("ResetType") {
+			return nil, refusal(h.o.Agent.PowerControl(r.Context(), p.op, r.Caller.User))
+		}
+	}
+	return nil, fmt.Errorf("reset type %q is allowed and unknown", v.String("ResetType"))
 }
 
 func openFindings(all []detect.Finding) []detect.Finding {
@@ -141,28 +181,11 @@ func severity(s detect.Severity) schema.Health {
 	return schema.HealthWarning
 }
 
-// powerState remembers the host's power state for a moment: its controller is asked over a network.
-type powerState struct {
-	mu     sync.Mutex // guards what follows
-	value  schema.PowerState
-	at     time.Time
-	asking chan struct{} // closed when the controller has answered; nil if it is not being asked
-	epoch  int           // counts forget: an answer to an older question is not kept
-}
-
 const (
 	powerFresh   = 2 * time.Second // an answer this old is taken without asking again
 	powerStale   = 15 * time.Second
-	powerTimeout = 10 * time.Second
+	powerTimeout = 20 * time.Second // for all ways to the controller
 )
-
-func (p *powerState) forget() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.value, p.at = "", time.Time{}
-	p.epoch++
-	p.asking = nil
-}
 
 // powerState returns the host's power state, or "" if it cannot be told. The controller has the last word; a kernel that is
 // seen working proves that the power is on as well.
@@ -174,52 +197,19 @@ func (h *host) powerState(ctx context.Context) schema.PowerState {
 		}
 		return ""
 	}
-	p := &h.power
-	p.mu.Lock()
-	age := h.now().Sub(p.at)
-	if !p.at.IsZero() && age < powerFresh {
-		defer p.mu.Unlock()
-		return p.value
-	}
-	if p.asking == nil {
-		p.asking = make(chan struct{})
-		go h.askPower(controller.State, p.asking, p.epoch)
-	}
-	asking, value := p.asking, p.value
-	known := !p.at.IsZero() && age < powerStale
-	p.mu.Unlock()
-	if known {
-		return value // the next request gets the newer one
-	}
-	select {
-	case <-asking:
-	case <-ctx.Done():
-		return ""
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.value
-}
-
-func (h *host) askPower(ask func(context.Context) (string, error), done chan struct{}, epoch int) {
-	ctx, cancel := context.WithTimeout(context.Background(), powerTimeout)
-	defer cancel()
-	text, err := ask(ctx)
-	p := &h.power
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	defer close(done)
-	if p.epoch != epoch {
-		return
-	}
-	p.asking = nil
-	p.at, p.value = h.now(), ""
-	if err == nil {
+	return h.power.get(ctx, h.now, powerFresh, powerStale, func() schema.PowerState {
+		ctx, cancel := context.WithTimeout(context.Background(), powerTimeout)
+		defer cancel()
+		text, err := controller.State(ctx)
+		if err != nil {
+			return ""
+		}
 		switch strings.ToLower(text) {
 		case "on":
-			p.value = schema.PowerOn
+			return schema.PowerOn
 		case "off":
-			p.value = schema.PowerOff
+			return schema.PowerOff
 		}
-	}
+		return ""
+	})
 }

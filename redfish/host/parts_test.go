@@ -1,0 +1,269 @@
+package host
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/redfish/client"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
+)
+
+func TestParts(t *testing.T) {
+	c := connect(t, newFakeAgent())
+	s, err := c.System(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := schema.ProcessorSummary{Count: 1, CoreCount: 1, LogicalProcessorCount: 2, Model: "Test CPU"}
+	if *s.ProcessorSummary != want || s.MemorySummary.TotalSystemMemoryGiB != 0.5 || s.Manufacturer != "Maker" || s.SerialNumber != "S1" || s.BIOSVersion != "B1" {
+		t.Errorf("system = %+v, %+v, %+v", s, s.ProcessorSummary, s.MemorySummary)
+	}
+	var system schema.OperatingSystem
+	if err := c.Get(t.Context(), s.OperatingSystem.ID, &system); err != nil || system.Kernel.Release != "6.1.0-18-amd64" || system.Type != "Linux" || *system.UptimeSeconds <= 0 {
+		t.Errorf("operating system = %+v, %v", system, err)
+	}
+	var cpu schema.Processor
+	if err := c.Get(t.Context(), s.Processors.ID+"/cpu0", &cpu); err != nil || cpu.TotalThreads != 2 || cpu.Model != "Test CPU" || cpu.ProcessorID.EffectiveModel != "85" {
+		t.Errorf("processor = %+v, %v", cpu, err)
+	}
+	var got []string
+	for e, err := range client.Members[schema.EthernetInterface](t.Context(), c, s.EthernetIfaces.ID) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, fmt.Sprintf("%s %s %s %s %s", e.ID, e.MACAddress, e.LinkStatus, e.Status.State, e.Status.Health))
+		if e.ID == "eth0" && (len(e.IPv4Addresses) != 1 || e.IPv4Addresses[0].SubnetMask != "255.255.255.0" || len(e.IPv6Addresses) != 1) {
+			t.Errorf("addresses of eth0: %+v, %+v", e.IPv4Addresses, e.IPv6Addresses)
+		}
+	}
+	if d := cmp.Diff([]string{
+		"eth0 52:54:00:12:34:56 LinkUp Enabled OK", "eth1 52:54:00:12:34:57 LinkDown Enabled Warning", "if4 52:54:00:12:34:58 LinkDown Disabled OK",
+	}, got); d != "" {
+		t.Errorf("interfaces (-want +got):\n%s", d)
+	}
+}
+
+func TestResetTypes(t *testing.T) {
+	a := newFakeAgent()
+	for _, tt := range []struct {
+		name   string
+		resets []schema.ResetType
+		want   int
+	}{
+		{"silent service processor", nil, 9},
+		{"one that has few", []schema.ResetType{"On", "ForceOff", "PowerCycle"}, 4}, // and ForceOn
+	} {
+		a.controller.resets = tt.resets
+		s, err := connect(t, a).System(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := s.Actions["#ComputerSystem.Reset"].Allowable["ResetType"]; len(got) != tt.want {
+			t.Errorf("%s: reset types %q; want %d", tt.name, got, tt.want)
+		}
+	}
+}
+
+func TestBootOverride(t *testing.T) {
+	a := newFakeAgent()
+	c := connect(t, a)
+	set := func(boot map[string]string) error {
+		return c.Patch(t.Context(), systemURI, map[string]any{"Boot": boot}, nil)
+	}
+	if err := set(map[string]string{"BootSourceOverrideTarget": "Cd", "BootSourceOverrideEnabled": "Once"}); err != nil {
+		t.Fatal(err)
+	}
+	s, err := c.System(t.Context())
+	if err != nil || s.Boot.BootSourceOverrideTarget != "Cd" || s.Boot.BootSourceOverrideEnabled != "Once" || s.Boot.BootSourceOverrideMode != "UEFI" {
+		t.Errorf("Boot = %+v, %v", s.Boot, err)
+	}
+	if want := `boot device: enabled "Once", target "Cd", mode "" by root`; !slices.Contains(a.ops, want) {
+		t.Errorf("did %q; want %q", a.ops, want)
+	}
+	if err := set(map[string]string{"BootSourceOverrideTarget": "Tape"}); err == nil || !strings.Contains(err.Error(), "Tape") {
+		t.Errorf("unknown target = %v; want it named", err)
+	}
+	a.denied = fmt.Errorf("agreement a1: %w", access.ErrDenied)
+	if err := set(map[string]string{"BootSourceOverrideTarget": "Pxe"}); err == nil || !strings.Contains(strings.ToLower(err.Error()), "agreement a1") {
+		t.Errorf("without the right = %v; want the agreement named", err)
+	}
+}
+
+func TestVirtualMedia(t *testing.T) {
+	a := newFakeAgent()
+	c := connect(t, a)
+	var drive schema.VirtualMedia
+	get := func() schema.VirtualMedia {
+		t.Helper()
+		drive = schema.VirtualMedia{}
+		if err := c.Get(t.Context(), mediaURI+"/Cd", &drive); err != nil {
+			t.Fatal(err)
+		}
+		return drive
+	}
+	if d := get(); d.ODataID != mediaURI+"/Cd" || *d.Inserted || d.Image != nil {
+		t.Errorf("empty drive = %+v", d)
+	}
+	target := drive.Actions["#VirtualMedia.InsertMedia"].Target
+	if _, err := c.Post(t.Context(), target, map[string]any{"Image": "https://u:secret@files/x.iso?token=secret", "WriteProtected": true}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if d := get(); !*d.Inserted || d.Image == nil {
+		t.Errorf("drive with an image = %+v", d)
+	}
+	if text := strings.Join(a.ops, "\n"); !strings.Contains(text, "image https://files/x.iso by") || strings.Contains(text, "secret") {
+		t.Errorf("journal: %s; want the image without secrets", text)
+	}
+	if _, err := c.Post(t.Context(), drive.Actions["#VirtualMedia.EjectMedia"].Target, map[string]any{}, nil); err != nil || *get().Inserted {
+		t.Errorf("eject = %v, %+v", err, drive)
+	}
+	if _, err := c.Post(t.Context(), mediaURI+"/Tape/Actions/VirtualMedia.EjectMedia", map[string]any{}, nil); err == nil {
+		t.Error("a drive that is not there was emptied")
+	}
+}
+
+func TestCollect(t *testing.T) {
+	a := newFakeAgent()
+	c := connect(t, a)
+	var log schema.LogService
+	if err := c.Get(t.Context(), dumpURI, &log); err != nil {
+		t.Fatal(err)
+	}
+	collect := func(action string, body map[string]any) (schema.LogEntry, error) {
+		t.Helper()
+		resp, err := c.Post(t.Context(), log.Actions[action].Target, body, nil)
+		if err != nil {
+			return schema.LogEntry{}, err
+		}
+		for monitor := resp.Location; resp.Status == http.StatusAccepted; {
+			if resp, err = c.Do(t.Context(), "GET", monitor, nil, nil); err != nil {
+				return schema.LogEntry{}, err
+			}
+		}
+		var e schema.LogEntry
+		err = c.Get(t.Context(), resp.Location, &e)
+		return e, err
+	}
+	e, err := collect("#LogService.CollectDiagnosticData", map[string]any{"DiagnosticDataType": "OEM", "OEMDiagnosticDataType": "Dmesg"})
+	if err != nil || e.OEMDiagnosticDataType != "Dmesg" || e.AdditionalDataSize == 0 || e.AdditionalDataURI == "" {
+		t.Fatalf("collect dmesg = %+v, %v", e, err)
+	}
+	for body, want := range map[string]bool{"0x100000 300000": true, "0x0 16": false, "0x1000 16777216": false, "0x1ffffff0 17": false, "0x1ffffff0 16": true, "nowhere 1": false} {
+		var start string
+		var length int
+		if _, err := fmt.Sscan(body, &start, &length); err != nil {
+			t.Fatal(err)
+		}
+		e, err := collect("#BackdoorLogService.CollectMemoryRange", map[string]any{"Start": start, "Length": length})
+		if (err == nil) != want || want && e.AdditionalDataSize != int64(length) {
+			t.Errorf("collect %s = %+v, %v; want success: %v", body, e, err, want)
+		}
+	}
+	a.denied = access.ErrDenied
+	if _, err := collect("#LogService.CollectDiagnosticData", map[string]any{"DiagnosticDataType": "OEM", "OEMDiagnosticDataType": "Dmesg"}); err == nil {
+		t.Error("the kernel log was collected without the right to read")
+	}
+	if err := c.Get(t.Context(), e.AdditionalDataURI, nil); err == nil {
+		t.Error("data was sent without the right to read")
+	}
+	a.denied = nil
+	if _, err := c.Post(t.Context(), log.Actions["#LogService.ClearLog"].Target, map[string]any{}, nil); err != nil {
+		t.Errorf("clear = %v", err)
+	}
+	if err := c.Get(t.Context(), e.AdditionalDataURI, nil); err == nil {
+		t.Error("data was sent after it was cleared")
+	}
+}
+
+// TestDumpsAreBounded wants the oldest dumps to give way, and nothing to be left of one that failed or of an earlier run.
+func TestDumpsAreBounded(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "old.dump"), []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h := &host{o: Options{Agent: newFakeAgent(), DumpDir: dir}, now: bootTime.Local}
+	h.collecting()
+	for range maxDumps + 3 {
+		if _, err := h.keep(dump{}, func(w io.Writer) error { _, err := io.WriteString(w, "x"); return err }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	big := bytes.Repeat([]byte{1}, maxDumpBytes/2)
+	for range 3 {
+		if _, err := h.keep(dump{}, func(w io.Writer) error { _, err := w.Write(big); return err }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	broken := errors.New("broken")
+	if _, err := h.keep(dump{}, func(io.Writer) error { return broken }); !errors.Is(err, broken) {
+		t.Errorf("keep = %v; want %v", err, broken)
+	}
+	files, err := os.ReadDir(dir)
+	if err != nil || len(files) != 2 || len(h.dumps.all) != 2 {
+		t.Errorf("%d files, %d known, %v; want the two newest", len(files), len(h.dumps.all), err)
+	}
+}
+
+func TestMachineParsers(t *testing.T) {
+	m := parseMeminfo("MemTotal: 1000 kB\nMemFree: 100 kB\nMemAvailable: 400 kB\nBuffers: 1 kB\nCached: 2 kB\nShmem: 3 kB\nSReclaimable: 4 kB\n")
+	if m == nil || *m != (schema.MemoryStatistics{TotalBytes: 1000 << 10, UsedBytes: 600 << 10, FreeBytes: 100 << 10, SharedBytes: 3 << 10, BuffersAndCacheBytes: 7 << 10, AvailableBytes: 400 << 10}) {
+		t.Errorf("parseMeminfo = %+v", m)
+	}
+	for _, text := range []string{"", "MemTotal: 1 kB", "MemTotal: -1 kB\n"} {
+		if m := parseMeminfo(text); m != nil {
+			t.Errorf("parseMeminfo(%q) = %+v; want nothing", text, m)
+		}
+	}
+	var u cpuUsage
+	if s := u.share("cpu  50 50 80 800 0 10 10 0 7 0\ncpu0 1\n"); s == nil || s.UserPercent != 10 || s.KernelPercent != 10 {
+		t.Errorf("share = %+v", s)
+	}
+	for _, text := range []string{"", "cpu 1 2 3", "cpu a 2 3 4 5 6 7 8", "intr 1 2 3 4 5 6 7 8"} {
+		if _, ok := parseStat(text); ok {
+			t.Errorf("parseStat(%q) succeeds", text)
+		}
+	}
+	if got := utsVersion("Linux version 6.1.0-18-amd64 (x@y) (gcc-12 (Debian 12.2.0-14) 12.2.0, GNU ld (GNU) 2.40) #1 SMP Debian"); got != "#1 SMP Debian" {
+		t.Errorf("utsVersion = %q", got)
+	}
+}
+
+func FuzzMachineParsers(f *testing.F) {
+	f.Add("MemTotal: 1000 kB\nMemFree: 100 kB\n")
+	f.Add("cpu  50 50 80 800 0 10 10 0 7 0\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		if m := parseMeminfo(text); m != nil && (m.TotalBytes < 0 || m.UsedBytes < 0) {
+			t.Errorf("parseMeminfo = %+v", m)
+		}
+		if ticks, ok := parseStat(text); ok && ticks[2] < ticks[0] {
+			t.Errorf("parseStat = %v", ticks)
+		}
+	})
+}
+
+// A service processor that does not answer, or a host that is not attached, leaves its properties out.
+func TestPartsAbsent(t *testing.T) {
+	a := newFakeAgent()
+	a.controller.silent, a.state.Phase = true, engine.Lost
+	var system map[string]any
+	if err := connect(t, a).Get(t.Context(), systemURI, &system); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"Boot", "VirtualMedia", "Processors", "EthernetInterfaces", "OperatingSystem", "MemorySummary", "Manufacturer", "BiosVersion"} {
+		if v, ok := system[name]; ok {
+			t.Errorf("%s is %v", name, v)
+		}
+	}
+}
