@@ -50,8 +50,9 @@ fuzz: setup ## run every fuzz target for FUZZTIME (20s)
 		go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) "$$pkg" </dev/null
 	done
 
-bench: setup ## run the benchmarks that match BENCH (all)
-	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
+bench: setup images ## run the benchmarks that match BENCH (all), then measure the healing in the lab
+	go test -short -run '^$$' -bench '$(BENCH)' -benchmem ./...
+	@go run ./tests/bench
 
 clean: ## remove what the other targets made here; downloads stay in the user's cache directory
 	rm -rf build

@@ -1,0 +1,247 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
+	"github.com/backdoor-rhs/backdoor/redfish/client"
+	"github.com/backdoor-rhs/backdoor/tests/lab"
+	"github.com/backdoor-rhs/backdoor/tests/operator"
+)
+
+// policy has a runaway process found after 3 s of a CPU, and repaired when the bench asks for it.
+var policy = json.RawMessage(`{
+  "version": 1,
+  "detectors": {"runawayFor": "3s"},
+  "rules": [{"finding": "runaway-process", "action": "kill-process", "mode": "wait"}]
+}`)
+
+// dpu measures on the two machines, over the PCI window.
+func dpu(ctx context.Context, r *report, o options) error {
+	for _, k := range []string{"6.1", "6.12"} {
+		if err := onDPU(ctx, r, o, k); err != nil {
+			return fmt.Errorf("host with Linux %s: %w", k, err)
+		}
+	}
+	return nil
+}
+
+// bench is one lab.
+type bench struct {
+	*report
+	lab   *lab.Lab
+	host  *lab.Host
+	agent *operator.Agent
+	n     int
+}
+
+func onDPU(ctx context.Context, r *report, o options, name string) error {
+	l, err := lab.Up(ctx, lab.Config{HostKernel: name, Policy: policy, Log: r.log})
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	b := &bench{report: r, lab: l, host: l.Host, n: o.n}
+	if b.agent, err = operator.DialDPU(ctx, l.DPU); err != nil {
+		return err
+	}
+	st, err := b.agent.WaitAttached(ctx, 1)
+	if err != nil {
+		return err
+	}
+	r.add("boot of the DPU to its first Redfish answer, "+name, "ms", "harness: from the start of QEMU, while the host boots, too", ms(l.DPU.BootTook)...)
+	r.add("cold attach to "+name+", DPU", "ms", "agent's own: engine state; the attach that found the kernel first, host just up", ms(st.AttachTook)...)
+	if err := b.passes(ctx, name); err != nil {
+		return err
+	}
+	if name != o.kernel {
+		return nil
+	}
+	for _, f := range []func(context.Context) error{b.runaway, b.silent, b.stall, b.panic} {
+		if err := f(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// passes lets the agent watch for a while and tells what that costs it.
+func (b *bench) passes(ctx context.Context, name string) error {
+	tasks, err := fill(ctx, b.host)
+	if err != nil {
+		return err
+	}
+	before, err := b.agent.State(ctx)
+	if err != nil {
+		return err
+	}
+	var bytes []float64
+	st, err := b.agent.WaitState(ctx, "200 passes", func(st engine.State) bool {
+		bytes = append(bytes, float64(st.LastPass.Bytes))
+		return st.Passes >= before.Passes+200
+	})
+	if err != nil {
+		return err
+	}
+	const how = "agent's own: engine state, mean of the last passes"
+	b.add("heartbeat pass on "+name+", DPU", "µs", how, us(st.LastPass.MeanHeartbeat)...)
+	b.add("pass on "+name+", DPU: read", "B", "agent's own: engine state, samples of single passes; the most has a task list", bytes...)
+	b.add(fmt.Sprintf("list of %d tasks of %s, DPU", tasks, name), "ms", how, ms(st.LastPass.MeanTasks)...)
+	b.add("share of a DPU core in passes on "+name, "%", how, 100*st.LastPass.Load)
+	return nil
+}
+
+// patience bounds the wait for one finding.
+const patience = 90 * time.Second
+
+// found asks until the agent lists the finding, and returns it with the time at which it was first listed.
+func (b *bench) found(ctx context.Context, kind detect.Kind, old map[string]bool) (detect.Finding, time.Time, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("no %s was found within %v", kind, patience))
+	defer cancel()
+	for {
+		list, err := b.agent.Findings(ctx)
+		now := time.Now()
+		if err != nil {
+			return detect.Finding{}, now, errors.Join(context.Cause(ctx), err)
+		}
+		for _, f := range list {
+			if f.Kind == kind && !old[f.ID] {
+				return f, now, nil
+			}
+		}
+		time.Sleep(10 * time.Millisecond) // the log is asked for; it is the operator's view that is measured
+	}
+}
+
+// ids are the findings so far.
+func (b *bench) ids(ctx context.Context) (map[string]bool, error) {
+	list, err := b.agent.Findings(ctx)
+	m := make(map[string]bool)
+	for _, f := range list {
+		m[f.ID] = true
+	}
+	return m, err
+}
+
+// fault makes a fault and returns it, its finding, and how long that took.
+func (b *bench) fault(ctx context.Context, what lab.Fault, kind detect.Kind) (lab.Truth, detect.Finding, time.Duration, error) {
+	old, err := b.ids(ctx)
+	if err != nil {
+		return lab.Truth{}, detect.Finding{}, 0, err
+	}
+	truth, err := b.host.Fault(ctx, what)
+	if err != nil {
+		return truth, detect.Finding{}, 0, err
+	}
+	f, at, err := b.found(ctx, kind, old)
+	return truth, f, at.Sub(truth.Start), err
+}
+
+const listed = "harness: from the fault until Redfish lists the finding"
+
+func (b *bench) runaway(ctx context.Context) error {
+	var found, killed, applied []time.Duration
+	for range b.n {
+		mark := b.host.EventMark()
+		truth, f, took, err := b.fault(ctx, lab.FaultRunaway, detect.KindRunawayProcess)
+		if err != nil {
+			return err
+		}
+		found = append(found, took)
+		asked := time.Now()
+		died := make(chan time.Time, 1)
+		go func() {
+			if _, err := b.host.WaitExit(ctx, mark, truth.PID); err == nil {
+				died <- time.Now()
+			}
+			close(died)
+		}()
+		task, err := b.agent.Heal(ctx, client.HealRequest{Finding: f.ID}, nil)
+		if err != nil {
+			return err
+		}
+		at, ok := <-died
+		if !ok {
+			return context.Cause(ctx)
+		}
+		killed = append(killed, at.Sub(asked))
+		var out struct{ Outcome *heal.Outcome }
+		if _, err := client.OEM(task.OEM, &out); err != nil {
+			return err
+		}
+		if out.Outcome != nil {
+			applied = append(applied, out.Outcome.Finished.Sub(out.Outcome.Started))
+		}
+	}
+	b.add("fault to finding: runaway-process", "ms", listed+"; policy asks for 3000 ms of a CPU", ms(found...)...)
+	b.add("kill-process: request to death", "ms", "harness: from the Redfish request until the host's parent was told", ms(killed...)...)
+	b.add("kill-process: plan carried out and verified", "ms", "agent's own: outcome; the look at the finding before and after it included", ms(applied...)...)
+	return nil
+}
+
+func (b *bench) silent(ctx context.Context) error {
+	var found []time.Duration
+	for range b.n {
+		_, f, took, err := b.fault(ctx, lab.FaultFreeze, detect.KindHostSilent)
+		if err != nil {
+			return err
+		}
+		found = append(found, took)
+		if err := b.host.Thaw(ctx); err != nil {
+			return err
+		}
+		if _, err := b.agent.WaitFinding(ctx, func(g detect.Finding) bool { return g.ID == f.ID && g.Resolved != nil }); err != nil {
+			return err
+		}
+	}
+	b.add("fault to finding: host-silent", "ms", listed+"; all CPUs stopped; the verdict needs 5000 ms", ms(found...)...)
+	return nil
+}
+
+func (b *bench) stall(ctx context.Context) error {
+	found, err := b.deadly(ctx, lab.FaultIRQsOff, detect.KindCPUStall)
+	b.add("fault to finding: cpu-stall", "ms", listed+"; interrupts off on one CPU; the verdict needs 1000 ms", ms(found...)...)
+	return err
+}
+
+func (b *bench) panic(ctx context.Context) error {
+	found, err := b.deadly(ctx, lab.FaultPanic, detect.KindPanic)
+	b.add("fault to finding: panic", "ms", listed+"; sysrq-c, the kernel's own way into the panic included", ms(found...)...)
+	return err
+}
+
+// deadly makes a fault that only a power cycle ends, again and again.
+func (b *bench) deadly(ctx context.Context, what lab.Fault, kind detect.Kind) ([]time.Duration, error) {
+	var found []time.Duration
+	for range b.n {
+		st, err := b.agent.State(ctx)
+		if err != nil {
+			return found, err
+		}
+		_, _, took, err := b.fault(ctx, what, kind)
+		if err != nil {
+			return found, err
+		}
+		found = append(found, took)
+		boots := b.host.Boots()
+		if err := b.host.PowerCycle(ctx); err != nil {
+			return found, err
+		}
+		if _, err := b.host.WaitBoot(ctx, boots); err != nil {
+			return found, err
+		}
+		if _, err := b.agent.WaitAttached(ctx, st.Attaches+1); err != nil {
+			return found, err
+		}
+		if _, err := b.agent.WaitState(ctx, "health", func(st engine.State) bool { return st.Health == engine.Healthy }); err != nil {
+			return found, err
+		}
+	}
+	return found, nil
+}
