@@ -347,6 +347,20 @@ func TestReset(t *testing.T) {
 	})
 }
 
+// Firmware that writes where it should not costs one more attach, and no more.
+func TestRestlessFirmware(t *testing.T) {
+	inBubble(t, nil, func(t *testing.T, m *made, w *watched) {
+		for range 60 {
+			time.Sleep(time.Second)
+			m.set(func(m *made) { m.firmware++ })
+		}
+		time.Sleep(5 * time.Second)
+		if st := w.e.State(); st.Phase != Attached || st.Health != Healthy || st.Attaches != 2 {
+			t.Errorf("phase %q, health %q, %d attaches; want a healthy host, attached twice", st.Phase, st.Health, st.Attaches)
+		}
+	})
+}
+
 func TestPathLost(t *testing.T) {
 	inBubble(t, nil, func(t *testing.T, m *made, w *watched) {
 		w.wait(time.Second, "attach", ofType(EventAttached))
