@@ -51,7 +51,7 @@ fuzz: setup ## run every fuzz target for FUZZTIME (20s)
 	done
 
 bench: setup images ## run the benchmarks that match BENCH (all), then measure the healing in the lab
-	go test -short -run '^$$' -bench '$(BENCH)' -benchmem ./...
+	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
 	@go run ./tests/bench
 
 clean: ## remove what the other targets made here; downloads stay in the user's cache directory
