@@ -5,10 +5,14 @@ package roce
 import (
 	"context"
 	"encoding/binary"
+	"encoding/json"
+	"errors"
 	"io"
 	"net"
+	"net/netip"
+	"os"
+	"os/exec"
 	"slices"
-	"sync"
 	"testing"
 	"time"
 )
@@ -25,24 +29,123 @@ func (f flat) ReadAt(p []byte, off int64) (int, error) {
 
 func (f flat) WriteAt(p []byte, off int64) (int, error) { return copy(f[off:], p), nil }
 
-// target is a device that serves memory over loopback and a queue pair that reaches it.
+// target is a queue pair that reaches memory in another process, and a TCP service there.
 type target struct {
-	q  *QP
-	mr *MR
+	q    *QP
+	va   uint64
+	rkey RKey
+	tcp  string
 }
 
-func benchTarget(b testing.TB, cfg UDPConfig, size int, icrc bool) target {
-	la, lb := udpPair(b, cfg)
-	for _, l := range []Link{la, lb} {
-		l.(*udpLink).rx.off, l.(*udpLink).tx.off = !icrc, !icrc
+// offer is what the serving process says about itself, and invitation what it is told, each a line of JSON.
+type offer struct {
+	Addr netip.Addr
+	QPN  QPN
+	PSN  PSN
+	RKey RKey
+	TCP  string
+}
+
+type invitation struct {
+	Remote
+	Size      int
+	NoOffload bool
+	Spin      time.Duration
+	NoICRC    bool
+}
+
+// TestServe is no test: it is the process that benchmarks read from, which they start with its name and this variable.
+func TestServe(t *testing.T) {
+	if os.Getenv("ROCE_BENCH_SERVE") == "" {
+		t.Skip("serves benchmarks, which start it themselves")
 	}
-	da, db := openDevices(b, la, lb)
-	qa, _, pd := joined(b, da, db, QPConfig{})
-	mr, err := pd.Register(make(flat, size), MRConfig{Length: uint64(size), Access: AccessRead | AccessWrite})
+	var in invitation
+	stdin := json.NewDecoder(os.Stdin)
+	if err := stdin.Decode(&in); err != nil {
+		t.Fatal(err)
+	}
+	link, _ := udpPair(t, UDPConfig{NoOffload: in.NoOffload, Spin: in.Spin})
+	link.(*udpLink).rx.off, link.(*udpLink).tx.off = in.NoICRC, in.NoICRC
+	d, err := Open(link, Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pd := d.NewPD()
+	mr, err := pd.Register(make(flat, in.Size), MRConfig{Length: uint64(in.Size), Access: AccessRead | AccessWrite})
+	if err != nil {
+		t.Fatal(err)
+	}
+	q, err := d.NewQP(pd, nil, QPConfig{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := q.Connect(in.Remote); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go tcpServe(c)
+		}
+	}()
+	json.NewEncoder(os.Stdout).Encode(offer{link.LocalAddr().Addr(), q.QPN(), q.PSN(), mr.RKey(), l.Addr().String()})
+	ctx, stop := context.WithCancel(context.Background())
+	go func() {
+		stdin.Decode(&in) // until the benchmark ends
+		stop()
+	}()
+	d.Run(ctx)
+}
+
+// benchTarget starts a process that serves size bytes and connects to it.
+func benchTarget(b testing.TB, cfg UDPConfig, size int, icrc bool) target {
+	b.Helper()
+	link, spare := udpPair(b, cfg)
+	spare.Close()
+	link.(*udpLink).rx.off, link.(*udpLink).tx.off = !icrc, !icrc
+	d, err := Open(link, Config{})
 	if err != nil {
 		b.Fatal(err)
 	}
-	return target{qa, mr}
+	q, err := d.NewQP(d.NewPD(), d.NewCQ(), QPConfig{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	server := exec.Command(os.Args[0], "-test.run=^TestServe$")
+	server.Env = append(os.Environ(), "ROCE_BENCH_SERVE=1")
+	server.Stderr = os.Stderr
+	stdin, err := server.StdinPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	stdout, err := server.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := server.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		stdin.Close()
+		server.Wait()
+		d.Close()
+	})
+	var of offer
+	in := invitation{Remote{link.LocalAddr().Addr(), q.QPN(), q.PSN()}, size, cfg.NoOffload, cfg.Spin, !icrc}
+	if err := errors.Join(json.NewEncoder(stdin).Encode(in), json.NewDecoder(stdout).Decode(&of)); err != nil {
+		b.Fatal(err)
+	}
+	if err := q.Connect(Remote{of.Addr, of.QPN, of.PSN}); err != nil {
+		b.Fatal(err)
+	}
+	return target{q, 0, of.RKey, of.TCP}
 }
 
 // read keeps depth READs of size bytes under way until total bytes were read.
@@ -57,7 +160,7 @@ func (t target) read(b testing.TB, total, size, depth int) {
 		if left > 0 {
 			left--
 			out++
-			if _, err := t.q.Post(WorkRequest{ID: uint64(i), Verb: VerbRead, Buf: bufs[i], RKey: t.mr.RKey()}); err != nil {
+			if _, err := t.q.Post(WorkRequest{ID: uint64(i), Verb: VerbRead, Buf: bufs[i], RKey: t.rkey}); err != nil {
 				b.Fatal(err)
 			}
 		}
@@ -85,80 +188,69 @@ func (t target) write(b testing.TB, total, size int) {
 	wrs, out := make([]WorkRequest, total/size), make([]Completion, total/size)
 	buf := make([]byte, size)
 	for i := range wrs {
-		wrs[i] = WorkRequest{Verb: VerbWrite, Buf: buf, RKey: t.mr.RKey()}
+		wrs[i] = WorkRequest{Verb: VerbWrite, Buf: buf, RKey: t.rkey}
 	}
 	if err := t.q.Do(context.Background(), wrs, out); err != nil {
 		b.Fatal(err)
 	}
 }
 
-// tcpPair returns the two ends of a TCP connection over loopback.
-func tcpPair(b testing.TB) (a, c *net.TCPConn) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer l.Close()
-	ch := make(chan net.Conn, 1)
-	go func() {
-		c, _ := l.Accept()
-		ch <- c
-	}()
-	d, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		b.Fatal(err)
-	}
-	s := <-ch
-	b.Cleanup(func() { d.Close(); s.Close() })
-	return d.(*net.TCPConn), s.(*net.TCPConn)
-}
-
-// tcpStream moves total bytes over a connection, in blocks as iperf3 uses them.
-func tcpStream(b testing.TB, total int) {
-	a, c := tcpPair(b)
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		buf := make([]byte, 128<<10)
-		for n := 0; n < total; n += len(buf) {
-			a.Write(buf)
-		}
-		a.CloseWrite()
-	})
-	buf := make([]byte, 128<<10)
-	for {
-		if _, err := c.Read(buf); err != nil {
-			break
-		}
-	}
-	wg.Wait()
-}
-
-// tcpServe answers each 8-byte request with as many bytes as it says.
-func tcpServe(c net.Conn, size int) {
-	req, buf := make([]byte, 8), make([]byte, size)
+// tcpServe answers each request of 16 bytes: so many bytes, so many times.
+func tcpServe(c net.Conn) {
+	defer c.Close()
+	req, buf := make([]byte, 16), make([]byte, 128<<10)
 	for {
 		if _, err := io.ReadFull(c, req); err != nil {
 			return
 		}
-		if _, err := c.Write(buf[:binary.LittleEndian.Uint64(req)]); err != nil {
-			return
+		size, times := binary.LittleEndian.Uint64(req), binary.LittleEndian.Uint64(req[8:])
+		for range times {
+			if _, err := c.Write(buf[:size]); err != nil {
+				return
+			}
 		}
 	}
 }
 
+// tcpClient is a connection to tcpServe.
+func (t target) tcpClient(b testing.TB) net.Conn {
+	c, err := net.Dial("tcp", t.tcp)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { c.Close() })
+	return c
+}
+
+func tcpRequest(size, times int) []byte {
+	return binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(nil, uint64(size)), uint64(times))
+}
+
+// tcpStream receives total bytes that are sent in blocks as iperf3 uses them.
+func tcpStream(b testing.TB, c net.Conn, total int) {
+	c.Write(tcpRequest(128<<10, total/(128<<10)))
+	buf := make([]byte, 128<<10)
+	for n := 0; n < total; {
+		k, err := c.Read(buf)
+		if err != nil {
+			b.Fatal(err)
+		}
+		n += k
+	}
+}
+
 // tcpRead does what target.read does by request and response over TCP.
-func tcpRead(b testing.TB, total, size, depth int) {
-	a, c := tcpPair(b)
-	go tcpServe(c, size)
-	req := binary.LittleEndian.AppendUint64(nil, uint64(size))
-	buf := make([]byte, size)
+func tcpRead(b testing.TB, c net.Conn, total, size, depth int) {
+	req, buf := tcpRequest(size, 1), make([]byte, size)
 	for range depth {
-		a.Write(req)
+		c.Write(req)
 	}
 	for n := total / size; n > 0; n-- {
-		io.ReadFull(a, buf)
+		if _, err := io.ReadFull(c, buf); err != nil {
+			b.Fatal(err)
+		}
 		if n > depth {
-			a.Write(req)
+			c.Write(req)
 		}
 	}
 }
@@ -175,6 +267,7 @@ func BenchmarkThroughput(b *testing.B) {
 	with := benchTarget(b, UDPConfig{}, size, true)
 	without := benchTarget(b, UDPConfig{}, size, false)
 	single := benchTarget(b, UDPConfig{NoOffload: true}, size, true)
+	stream, request := with.tcpClient(b), with.tcpClient(b)
 	kinds := []struct {
 		name string
 		run  func()
@@ -185,8 +278,8 @@ func BenchmarkThroughput(b *testing.B) {
 		{"read-no-offload", func() { single.read(b, total, size, depth) }, nil},
 		{"write", func() { with.write(b, total, size) }, nil},
 		{"read-4KiB", func() { with.read(b, total/4, 4096, 64) }, nil},
-		{"tcp-stream", func() { tcpStream(b, total) }, nil},
-		{"tcp-request", func() { tcpRead(b, total, size, depth) }, nil},
+		{"tcp-stream", func() { tcpStream(b, stream, total) }, nil},
+		{"tcp-request", func() { tcpRead(b, request, total, size, depth) }, nil},
 	}
 	for i := range kinds { // warm up
 		kinds[i].run()
@@ -220,22 +313,22 @@ func BenchmarkLatency(b *testing.B) {
 	read := func(t target) func() {
 		buf := make([]byte, 8)
 		return func() {
-			if err := t.q.Read(ctx, buf, 0, t.mr.RKey()); err != nil {
+			if err := t.q.Read(ctx, buf, 0, t.rkey); err != nil {
 				b.Fatal(err)
 			}
 		}
 	}
-	a, c := tcpPair(b)
-	go tcpServe(c, 8)
-	req, buf := binary.LittleEndian.AppendUint64(nil, 8), make([]byte, 8)
+	sleeping, busy := benchTarget(b, UDPConfig{}, 4096, true), benchTarget(b, UDPConfig{Spin: 200 * time.Microsecond}, 4096, true)
+	c := sleeping.tcpClient(b)
+	req, buf := tcpRequest(8, 1), make([]byte, 8)
 	kinds := []struct {
 		name string
 		run  func()
 		got  []float64
 	}{
-		{"sleeping", read(benchTarget(b, UDPConfig{}, 4096, true)), nil},
-		{"busy", read(benchTarget(b, UDPConfig{Spin: 200 * time.Microsecond}, 4096, true)), nil},
-		{"tcp", func() { a.Write(req); io.ReadFull(a, buf) }, nil},
+		{"sleeping", read(sleeping), nil},
+		{"busy", read(busy), nil},
+		{"tcp", func() { c.Write(req); io.ReadFull(c, buf) }, nil},
 	}
 	for b.Loop() {
 		for i := range kinds {
@@ -263,7 +356,7 @@ func BenchmarkScatter(b *testing.B) {
 	t := benchTarget(b, UDPConfig{}, 64<<20, true)
 	wrs, out := make([]WorkRequest, pages), make([]Completion, pages)
 	for i := range wrs {
-		wrs[i] = WorkRequest{Verb: VerbRead, Buf: make([]byte, 4096), Addr: uint64(random32()%(64<<20>>12)) << 12, RKey: t.mr.RKey()}
+		wrs[i] = WorkRequest{Verb: VerbRead, Buf: make([]byte, 4096), Addr: uint64(random32()%(64<<20>>12)) << 12, RKey: t.rkey}
 	}
 	var at, one []float64
 	for b.Loop() {
@@ -339,7 +432,7 @@ func TestAllocations(t *testing.T) {
 		x := benchTarget(t, cfg, 1<<20, true)
 		for _, size := range []int{8, 64 << 10} {
 			if n := testing.AllocsPerRun(100, func() {
-				if err := x.q.Read(context.Background(), buf[:size], 0, x.mr.RKey()); err != nil {
+				if err := x.q.Read(context.Background(), buf[:size], 0, x.rkey); err != nil {
 					t.Fatal(err)
 				}
 			}); n >= 1 {

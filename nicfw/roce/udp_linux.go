@@ -3,6 +3,7 @@ package roce
 import (
 	"errors"
 	"fmt"
+	"math/bits"
 	"net"
 	"net/netip"
 	"sync"
@@ -20,28 +21,31 @@ import (
 // the k-th segment of a segmented one the identification k, while a connected one starts at a random number
 // (__ip_select_ident and inet_gso_segment, seen on 6.1 to 6.18). The ICRC covers it.
 type udpLink struct {
-	fd, wakeFD int
-	local      netip.AddrPort
-	scope      uint32
-	mtu        int
-	spin       time.Duration
+	fd    int
+	local netip.AddrPort
+	scope uint32
+	mtu   int
+	spin  time.Duration
 
 	woken    atomic.Bool
 	sleeping atomic.Bool
 	closed   atomic.Bool
 	counters struct{ received, sent, badICRC, badLength, sendErrors, segmented atomic.Uint64 }
 
+	fdMu sync.RWMutex // keeps fd from being closed under Wake
+
 	recvMu  sync.Mutex
-	rx      checker      // guarded by recvMu
-	rxMsgs  []mmsghdr    // guarded by recvMu
-	rxNames []sockaddr   // guarded by recvMu
-	rxIovs  []unix.Iovec // guarded by recvMu
-	rxCtl   []byte       // guarded by recvMu
-	rxBuf   []byte       // guarded by recvMu
-	rxHave  int          // messages received; guarded by recvMu
-	rxNext  int          // the one to be taken apart next; guarded by recvMu
-	rxOff   int          // and where in it; guarded by recvMu
-	idle    bool         // the last receive found less than it had room for; guarded by recvMu
+	rx      checker       // guarded by recvMu
+	rxMsgs  []mmsghdr     // guarded by recvMu
+	rxNames []sockaddr    // guarded by recvMu
+	rxIovs  []unix.Iovec  // guarded by recvMu
+	rxCtl   []byte        // guarded by recvMu
+	rxBuf   []byte        // guarded by recvMu
+	rxHave  int           // messages received; guarded by recvMu
+	rxNext  int           // the one to be taken apart next; guarded by recvMu
+	rxOff   int           // and where in it; guarded by recvMu
+	idle    bool          // the last receive found less than it had room for; guarded by recvMu
+	timeout time.Duration // SO_RCVTIMEO; guarded by recvMu
 
 	sendMu   sync.Mutex
 	tx       checker      // guarded by sendMu
@@ -102,7 +106,7 @@ func listenUDP(cfg UDPConfig) (_ *udpLink, err error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &udpLink{fd: -1, wakeFD: -1, local: netip.AddrPortFrom(addr.WithZone(""), port), mtu: cfg.PathMTU, spin: cfg.Spin}
+	l := &udpLink{fd: -1, local: netip.AddrPortFrom(addr.WithZone(""), port), mtu: cfg.PathMTU, spin: cfg.Spin}
 	if l.mtu == 0 {
 		l.mtu = PathMTUFor(ifi.MTU, addr.Is6())
 	}
@@ -113,30 +117,24 @@ func listenUDP(cfg UDPConfig) (_ *udpLink, err error) {
 		l.scope = uint32(ifi.Index)
 	}
 	defer func() {
-		if err != nil {
-			l.closeFDs()
+		if err != nil && l.fd >= 0 {
+			unix.Close(l.fd)
 		}
 	}()
 	family := unix.AF_INET
 	if addr.Is6() {
 		family = unix.AF_INET6
 	}
-	if l.fd, err = unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0); err != nil {
+	if l.fd, err = unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
 		return nil, err
 	}
-	if l.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		return nil, err
-	}
-	var name unix.Sockaddr
 	if addr.Is4() {
 		err = unix.SetsockoptInt(l.fd, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
-		name = &unix.SockaddrInet4{Port: int(port), Addr: addr.As4()}
 	} else {
 		// RoCEv2 senders leave the UDP checksum at 0, which IPv6 drops silently unless told not to.
 		err = errors.Join(
 			unix.SetsockoptInt(l.fd, unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DO),
 			unix.SetsockoptInt(l.fd, unix.IPPROTO_UDP, unix.UDP_NO_CHECK6_RX, 1))
-		name = &unix.SockaddrInet6{Port: int(port), Addr: addr.As16(), ZoneId: l.scope}
 	}
 	if err != nil {
 		return nil, err
@@ -157,12 +155,20 @@ func listenUDP(cfg UDPConfig) (_ *udpLink, err error) {
 		l.segments = err == nil
 		gro = unix.SetsockoptInt(l.fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil
 	}
-	if err := unix.Bind(l.fd, name); err != nil {
+	if err := unix.Bind(l.fd, l.sockaddr()); err != nil {
 		return nil, err
 	}
 	l.initRecv(gro)
 	l.initSend()
 	return l, nil
+}
+
+// sockaddr returns the local address for a system call.
+func (l *udpLink) sockaddr() unix.Sockaddr {
+	if l.local.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(l.local.Port()), Addr: l.local.Addr().As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(l.local.Port()), Addr: l.local.Addr().As16(), ZoneId: l.scope}
 }
 
 // interfaceOf finds the interface that has an address.
@@ -227,11 +233,16 @@ func (l *udpLink) Counters() LinkCounters {
 	}
 }
 
+// Wake sends an empty datagram to the socket itself: one blocking system call is then all that a receiver needs.
 func (l *udpLink) Wake() {
 	l.woken.Store(true)
-	if l.sleeping.Load() {
-		var one = [8]byte{1}
-		unix.Write(l.wakeFD, one[:]) // full is as good
+	if !l.sleeping.Load() {
+		return
+	}
+	l.fdMu.RLock()
+	defer l.fdMu.RUnlock()
+	if l.fd >= 0 {
+		unix.Sendto(l.fd, nil, unix.MSG_DONTWAIT, l.sockaddr()) // if it gets lost, maxSleep is the remedy
 	}
 }
 
@@ -244,18 +255,11 @@ func (l *udpLink) Close() error {
 	defer l.recvMu.Unlock()
 	l.sendMu.Lock()
 	defer l.sendMu.Unlock()
-	return l.closeFDs()
-}
-
-func (l *udpLink) closeFDs() error {
-	var errs []error
-	for _, fd := range []*int{&l.fd, &l.wakeFD} {
-		if *fd >= 0 {
-			errs = append(errs, unix.Close(*fd))
-			*fd = -1
-		}
-	}
-	return errors.Join(errs...)
+	l.fdMu.Lock()
+	defer l.fdMu.Unlock()
+	fd := l.fd
+	l.fd = -1
+	return unix.Close(fd)
 }
 
 func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
@@ -275,9 +279,9 @@ func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 		if wait != 0 && l.woken.Swap(false) {
 			return 0, nil
 		}
-		// After a receive that emptied the socket, waiting first saves looking in vain.
+		// After a receive that emptied the socket, sleeping at once saves looking in vain.
 		if !l.idle || wait == 0 || l.spin > 0 {
-			if err := l.recvmmsg(); err == nil {
+			if err := l.recvmmsg(unix.MSG_DONTWAIT); err == nil {
 				return l.deliver(packets)
 			} else if err != unix.EAGAIN {
 				return 0, err
@@ -299,67 +303,81 @@ func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 				continue
 			}
 		}
-		if !l.sleep(left) {
-			if l.closed.Load() {
-				return 0, net.ErrClosed
-			}
-			return 0, nil
-		}
-		if err := l.recvmmsg(); err == nil {
+		switch err := l.sleep(left); err {
+		case nil:
 			return l.deliver(packets)
-		} else if err != unix.EAGAIN {
+		case unix.EAGAIN:
+		default:
 			return 0, err
 		}
 	}
+}
+
+// Sleeping for longer than shortSleep is done by a receive with a timeout, which is one system call and may end early: it is
+// rounded down to a power of two, so that it rarely has to be set. What is shorter is measured exactly.
+const (
+	shortSleep = time.Millisecond
+	maxSleep   = time.Second
+)
+
+// sleep waits for packets and receives them. It returns EAGAIN if there are none after left, without end if that is
+// negative, or after Wake; or earlier.
+func (l *udpLink) sleep(left time.Duration) error {
+	l.sleeping.Store(true)
+	defer l.sleeping.Store(false)
+	if l.woken.Load() {
+		return unix.EAGAIN
+	}
+	if left >= 0 && left < shortSleep {
+		ts := unix.NsecToTimespec(int64(left))
+		fds := [1]unix.PollFd{{Fd: int32(l.fd), Events: unix.POLLIN}}
+		unix.Ppoll(fds[:], &ts, nil) // an interruption is like a packet that is not there
+		return l.recvmmsg(unix.MSG_DONTWAIT)
+	}
+	timeout := maxSleep
+	if left > 0 && left < maxSleep {
+		timeout = 1 << (bits.Len64(uint64(left)) - 1)
+	}
+	if timeout != l.timeout {
+		tv := unix.NsecToTimeval(int64(timeout))
+		if err := unix.SetsockoptTimeval(l.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
+			return err
+		}
+		l.timeout = timeout
+	}
+	return l.recvmmsg(unix.MSG_WAITFORONE)
 }
 
 // deliver hands up what was received. That may be nothing, when all of it had to be dropped: who floods us with rubbish
 // must not keep the caller from its timers.
 func (l *udpLink) deliver(packets []Packet) (int, error) {
 	n := l.split(packets)
+	if n == 0 && l.closed.Load() {
+		return 0, net.ErrClosed
+	}
 	l.counters.received.Add(uint64(n))
 	return n, nil
 }
 
-// sleep waits for packets, for Wake or for left to pass, without end if it is negative, and reports whether there may be
-// packets.
-func (l *udpLink) sleep(left time.Duration) bool {
-	l.sleeping.Store(true)
-	defer l.sleeping.Store(false)
-	if l.woken.Swap(false) {
-		return false
-	}
-	fds := [2]unix.PollFd{{Fd: int32(l.fd), Events: unix.POLLIN}, {Fd: int32(l.wakeFD), Events: unix.POLLIN}}
-	var ts *unix.Timespec
-	if left >= 0 {
-		t := unix.NsecToTimespec(int64(left))
-		ts = &t
-	}
-	unix.Ppoll(fds[:], ts, nil) // an interruption is like a packet that is not there
-	if fds[1].Revents != 0 {
-		var b [8]byte
-		unix.Read(l.wakeFD, b[:])
-		l.woken.Store(false)
-		return fds[0].Revents != 0
-	}
-	return true
-}
-
-// recvmmsg receives what is there, without waiting.
-func (l *udpLink) recvmmsg() error {
+// recvmmsg receives what is there.
+func (l *udpLink) recvmmsg(flags uintptr) error {
 	for i := range l.rxMsgs {
 		h := &l.rxMsgs[i].hdr
 		h.Namelen = unix.SizeofSockaddrInet6
 		h.SetControllen(controlSize)
 	}
 	for {
-		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0])), uintptr(len(l.rxMsgs)), unix.MSG_DONTWAIT, 0, 0)
+		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0])), uintptr(len(l.rxMsgs)), flags, 0, 0)
 		switch errno {
 		case 0:
 			l.rxHave, l.rxNext, l.rxOff = int(n), 0, 0
 			l.idle = int(n) < len(l.rxMsgs)
 			return nil
-		case unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH: // news about what was sent
+		case unix.EINTR:
+			if flags == unix.MSG_WAITFORONE {
+				return unix.EAGAIN
+			}
+		case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH: // news about what was sent
 			continue
 		default:
 			return errno
@@ -378,6 +396,9 @@ func (l *udpLink) split(packets []Packet) int {
 		segment := groSize(l.rxCtl[l.rxNext*controlSize:][:m.hdr.Controllen])
 		if segment <= 0 {
 			segment = len(buf)
+		}
+		if len(buf) == 0 && peer == l.local { // Wake
+			l.woken.Store(false)
 		}
 		for l.rxOff < len(buf) && n < len(packets) {
 			part := buf[l.rxOff:min(l.rxOff+segment, len(buf))]
@@ -525,7 +546,7 @@ func (l *udpLink) prepare(msg int, packets []Packet, at int) int {
 // needs segmentation and cannot have it.
 func (l *udpLink) sendmmsg(msgs int) (int, error) {
 	for done := 0; done < msgs; {
-		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.txMsgs[done])), uintptr(msgs-done), 0, 0, 0)
+		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.txMsgs[done])), uintptr(msgs-done), unix.MSG_DONTWAIT, 0, 0)
 		switch errno {
 		case 0:
 			for i := range int(n) {
