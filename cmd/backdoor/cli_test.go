@@ -154,11 +154,17 @@ func (a *fakeAgent) View(context.Context) (*kernel.View, error) { return nil, en
 
 func (a *fakeAgent) Power() heal.Power { return fakePower{a} }
 
+func (a *fakeAgent) Outcomes(string) []heal.Outcome { return nil }
+func (a *fakeAgent) MayRead() error                 { return nil }
+func (a *fakeAgent) Control(ctx context.Context, _, _, _ string, do func(context.Context) error) error {
+	return do(ctx)
+}
+
 func (a *fakeAgent) PowerControl(_ context.Context, op, _ string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch op {
-	case "on", "cycle":
+	case "on", "cycle", heal.OrderReset, heal.OrderPowerCycle, heal.OrderRestart:
 		a.power = "on"
 	case "off", "shutdown":
 		a.power = "off"

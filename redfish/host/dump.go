@@ -263,7 +263,8 @@ func (h *host) dumpEntries(*service.Request) (service.Listing, error) {
 			return &schema.LogEntry{
 				Resource:  schema.Resource{Name: "Diagnostic data"},
 				EntryType: "Oem", OEMRecordFmt: "Backdoor diagnostic data", Created: schema.Time(d.made), Severity: schema.HealthOK,
-				Message: "The " + d.what + ".", DiagnosticDataType: "OEM", OEMDiagnosticDataType: d.oemType,
+				Message: "The " + d.what + ".", MessageID: "BackdoorHost.1.0.DiagnosticData", MessageArgs: []string{d.what},
+				DiagnosticDataType: "OEM", OEMDiagnosticDataType: d.oemType,
 				AdditionalDataURI: dumpURI + "/Attachments/" + d.id, AdditionalDataSize: d.size,
 			}, nil
 		},

@@ -31,6 +31,8 @@ type Agent interface {
 	State() engine.State
 	Findings() []detect.Finding
 	Finding(id string) (detect.Finding, bool)
+	// Outcomes returns what became of the repairs of a finding, automatic ones too, the oldest first.
+	Outcomes(finding string) []heal.Outcome
 	Heal(context.Context, engine.HealRequest) (heal.Plan, *heal.Outcome, error)
 	View(context.Context) (*kernel.View, error)
 	Power() heal.Power
@@ -99,6 +101,9 @@ func Configure(o *service.Options) {
 	if o.Product == "" {
 		o.Product = "Backdoor"
 	}
+	if o.Vendor == "" {
+		o.Vendor = "Backdoor"
+	}
 	if o.Index == "" {
 		// bmclib's provider for OpenBMC looks for that name here before it updates firmware.
 		o.Index = "<!DOCTYPE html>\n<title>Backdoor</title>\n<p>Backdoor &mdash; OpenBMC-compatible Redfish service: <a href=\"/redfish/v1/\">/redfish/v1/</a></p>\n"
@@ -151,7 +156,8 @@ func (h *host) manager() service.Route {
 				ManagerType: "BMC", UUID: h.svc.UUID(), ServiceEntryPointUUID: h.svc.UUID(),
 				Manufacturer: h.o.Manufacturer, Model: h.o.Model, FirmwareVersion: h.o.Version,
 				DateTime: schema.Time(h.now()), DateTimeLocalOffset: "+00:00", LastResetTime: schema.Time(h.started),
-				PowerState: schema.PowerOn, Status: &schema.Status{State: schema.StateEnabled, Health: h.agentHealth()},
+				NetworkProtocol: schema.LinkTo("/redfish/v1/Managers/bmc/NetworkProtocol"),
+				PowerState:      schema.PowerOn, Status: &schema.Status{State: schema.StateEnabled, Health: h.agentHealth()},
 				Links: &schema.ManagerLinks{
 					ManagerForServers: []schema.Link{{ID: "/redfish/v1/Systems/system"}},
 					ManagerForChassis: []schema.Link{{ID: "/redfish/v1/Chassis/1"}, {ID: "/redfish/v1/Chassis/dpu"}},

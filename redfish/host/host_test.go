@@ -102,6 +102,14 @@ func (a *fakeAgent) Finding(id string) (detect.Finding, bool) {
 	return detect.Finding{}, false
 }
 
+// Outcomes has one for the finding that went away.
+func (a *fakeAgent) Outcomes(finding string) []heal.Outcome {
+	if finding != "cpu-stall-1" {
+		return nil
+	}
+	return []heal.Outcome{{Plan: heal.Plan{ID: "plan-0", Action: "kill-process", Finding: finding, Made: bootTime}, Caller: "policy", Started: bootTime, Finished: bootTime, Verified: true}}
+}
+
 func (a *fakeAgent) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, *heal.Outcome, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -361,7 +369,12 @@ func TestServe(t *testing.T) {
 	if *serve == "" {
 		t.Skip("only with -serve ADDRESS: it serves a fake host for validators")
 	}
-	s := newTestService(t, newFakeAgent(), service.Options{StateDir: os.Getenv("SERVE_STATE"), Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+	a := newFakeAgent()
+	s := newTestService(t, a, service.Options{
+		StateDir: os.Getenv("SERVE_STATE"), Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Conditions: Conditions(a.Findings), Names: []string{"dpu.example.com"},
+		Reach: func(netip.Addr) bool { return true }, // validators listen on loopback
+	})
 	l, err := net.Listen("tcp", *serve)
 	if err != nil {
 		t.Fatal(err)

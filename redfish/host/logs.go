@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/agent/journal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/query"
@@ -25,6 +26,9 @@ var registry = service.Registry{
 		"CPUStall":       fault("A CPU of the host makes no progress.", schema.HealthCritical, "Read the kernel log; heal the finding or restart the host."),
 		"RunawayProcess": fault("A process of the host uses a CPU beyond what policy allows.", schema.HealthWarning, "Heal the finding, which ends the process."),
 		"HostSilent":     fault("Nothing on the host progresses.", schema.HealthCritical, "Check the host's power, then restart the host."),
+		"KernelRecord":   note("A record of the host's kernel log.", "%1", "string"),
+		"JournalRecord":  note("The agent has decided or done something.", "%1", "string"),
+		"DiagnosticData": note("Diagnostic data was collected from the host.", "The %1.", "string"),
 		"Finding":        fault("The agent has found a fault in the host.", schema.HealthWarning, "See the details of the finding."),
 		"Attached":       happened("The agent has found the host's kernel in its memory.", schema.HealthOK, "None."),
 		"Lost":           happened("The agent no longer reaches the host's kernel.", schema.HealthWarning, "Check the host's power."),
@@ -46,6 +50,12 @@ func fault(description string, s schema.Health, resolution string) service.Regis
 // happened is a message about what happened, whose only argument tells it.
 func happened(description string, s schema.Health, resolution string) service.RegistryMessage {
 	return service.RegistryMessage{Description: description, Message: "%1", Severity: s, NumArgs: 1, ParamTypes: []string{"string"}, Resolution: resolution}
+}
+
+func note(description, text string, params ...string) service.RegistryMessage {
+	return service.RegistryMessage{
+		Description: description, Message: text, Severity: schema.HealthOK, NumArgs: len(params), ParamTypes: params, Resolution: "None.",
+	}
 }
 
 // messageNames are the messages by kind of finding; others are a Finding.
@@ -113,11 +123,11 @@ func (h *host) findings(*service.Request) (service.Listing, error) {
 	return service.Listing{
 		Len: len(all),
 		ID:  func(i int) string { return all[i].ID },
-		At:  func(i int) (schema.Object, error) { return findingEntry(all[i]) },
+		At:  func(i int) (schema.Object, error) { return findingEntry(all[i], h.o.Agent.Outcomes(all[i].ID)) },
 	}, nil
 }
 
-func findingEntry(f detect.Finding) (*schema.LogEntry, error) {
+func findingEntry(f detect.Finding, outcomes []heal.Outcome) (*schema.LogEntry, error) {
 	resolved := f.Resolved != nil
 	id, args, text := findingMessage(f)
 	e := &schema.LogEntry{
@@ -134,7 +144,7 @@ func findingEntry(f detect.Finding) (*schema.LogEntry, error) {
 		e.Resolution = fmt.Sprintf("Run the action BackdoorComputerSystem.Heal of the system with Finding %q; it will do %q.", f.ID, f.Action)
 	}
 	var err error
-	e.OEM, err = oem.Object(logSchema.Type("FindingEntry"), findingOEM{Finding: f})
+	e.OEM, err = oem.Object(logSchema.Type("FindingEntry"), findingOEM{Finding: f, Outcomes: outcomes})
 	return e, err
 }
 
@@ -169,6 +179,7 @@ func dmesgEntry(rec kernel.LogRecord, boot time.Time) (*schema.LogEntry, error) 
 	e := &schema.LogEntry{
 		Resource:  schema.Resource{Name: "Kernel log record"},
 		EntryType: "Oem", OEMRecordFmt: "Linux kernel log", Severity: levelSeverity(rec.Level), Message: rec.Text,
+		MessageID: "BackdoorHost.1.0.KernelRecord", MessageArgs: []string{rec.Text},
 	}
 	if !boot.IsZero() {
 		e.Created = schema.Time(boot.Add(rec.Time))
@@ -216,6 +227,7 @@ func journalEntry(rec journal.Record) (*schema.LogEntry, error) {
 	e := &schema.LogEntry{
 		Resource:  schema.Resource{Name: "Journal record"},
 		EntryType: "Oem", OEMRecordFmt: "Backdoor journal", Created: schema.Time(rec.Time), Severity: schema.HealthOK, Message: text,
+		MessageID: "BackdoorHost.1.0.JournalRecord", MessageArgs: []string{text},
 	}
 	var err error
 	e.OEM, err = oem.Object(logSchema.Type("JournalEntry"), journalRecordOEM{

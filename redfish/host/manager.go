@@ -30,18 +30,20 @@ const (
 // managerParts are the resources of the machine that the agent itself runs on, as its own kernel tells.
 func (h *host) managerParts() []service.Route {
 	var usage cpuUsage
-	ids := func(*service.Request) (ids []string, err error) {
-		for _, i := range h.ownInterfaces() {
-			ids = append(ids, i.Name)
+	ids := func(list func() []net.Interface) func(*service.Request) ([]string, error) {
+		return func(*service.Request) (ids []string, err error) {
+			for _, i := range list() {
+				ids = append(ids, i.Name)
+			}
+			return ids, nil
 		}
-		return ids, nil
 	}
 	return []service.Route{
 		{
 			URI: managerURI + "/ManagerDiagnosticData", Type: schema.TypeManagerDiagnosticData,
 			Get: func(*service.Request) (schema.Object, error) { return h.diagnostics(&usage), nil },
 		},
-		{URI: managerURI + "/EthernetInterfaces", Type: schema.TypeEthernetInterfaceCollection, Name: "Ethernet interfaces of the agent", Members: ids},
+		{URI: managerURI + "/EthernetInterfaces", Type: schema.TypeEthernetInterfaceCollection, Name: "Ethernet interfaces of the agent", Members: ids(ownInterfaces)},
 		{URI: managerURI + "/EthernetInterfaces/{interface}", Type: schema.TypeEthernetInterface, Get: h.ownInterface},
 		{URI: cardURI + "/NetworkAdapters", Type: schema.TypeNetworkAdapterCollection, Name: "Network adapters", Members: service.Fixed("nic0")},
 		{
@@ -54,7 +56,7 @@ func (h *host) managerParts() []service.Route {
 				}, nil
 			},
 		},
-		{URI: adapterURI + "/Ports", Type: schema.TypePortCollection, Name: "Ports", Members: ids},
+		{URI: adapterURI + "/Ports", Type: schema.TypePortCollection, Name: "Ports", Members: ids(h.ports)},
 		{URI: adapterURI + "/Ports/{port}", Type: schema.TypePort, Get: h.port},
 	}
 }
@@ -166,20 +168,27 @@ func parseStat(text string) (ticks [3]uint64, ok bool) {
 	return ticks, true
 }
 
-// ownInterfaces are the interfaces of the agent's machine that a device carries.
-func (h *host) ownInterfaces() []net.Interface {
+// ownInterfaces are the Ethernet interfaces of the agent's machine.
+func ownInterfaces() []net.Interface {
 	all, err := net.Interfaces()
 	if err != nil {
 		return nil
 	}
 	return slices.DeleteFunc(all, func(i net.Interface) bool {
-		_, err := os.Stat(filepath.Join(h.o.Root, "sys/class/net", i.Name, "device"))
-		return err != nil || i.Flags&net.FlagLoopback != 0 || len(i.HardwareAddr) == 0
+		const macLen = 6
+		return i.Flags&(net.FlagLoopback|net.FlagPointToPoint) != 0 || len(i.HardwareAddr) != macLen
 	})
 }
 
-func (h *host) own(name string) (net.Interface, bool) {
-	all := h.ownInterfaces()
+// ports are those of them that a device carries.
+func (h *host) ports() []net.Interface {
+	return slices.DeleteFunc(ownInterfaces(), func(i net.Interface) bool {
+		_, err := os.Stat(filepath.Join(h.o.Root, "sys/class/net", i.Name, "device"))
+		return err != nil
+	})
+}
+
+func named(all []net.Interface, name string) (net.Interface, bool) {
 	i := slices.IndexFunc(all, func(i net.Interface) bool { return i.Name == name })
 	if i < 0 {
 		return net.Interface{}, false
@@ -205,7 +214,7 @@ func linkStatus(i net.Interface) (string, *schema.Status) {
 }
 
 func (h *host) ownInterface(r *service.Request) (schema.Object, error) {
-	i, ok := h.own(r.Param("interface"))
+	i, ok := named(ownInterfaces(), r.Param("interface"))
 	if !ok {
 		return nil, service.ErrNotFound
 	}
@@ -241,7 +250,7 @@ func (h *host) ownInterface(r *service.Request) (schema.Object, error) {
 }
 
 func (h *host) port(r *service.Request) (schema.Object, error) {
-	i, ok := h.own(r.Param("port"))
+	i, ok := named(h.ports(), r.Param("port"))
 	if !ok {
 		return nil, service.ErrNotFound
 	}

@@ -95,7 +95,8 @@ type processesResource struct {
 
 type (
 	findingOEM struct {
-		Finding detect.Finding `json:"finding" doc:"The finding in full."`
+		Finding  detect.Finding `json:"finding" doc:"The finding in full."`
+		Outcomes []heal.Outcome `json:"outcomes,omitempty" doc:"What became of the repairs of the finding, automatic ones too, the oldest first."`
 	}
 	kernelRecordOEM struct {
 		Record kernel.LogRecord `json:"record" doc:"The record of the host's kernel log as it was read."`

@@ -168,6 +168,9 @@ func TestFindings(t *testing.T) {
 		if e.ID != o.Finding.ID || e.Message == "" || e.Created != schema.Time(o.Finding.FirstSeen) || *e.Resolved != (o.Finding.Resolved != nil) || e.Severity != severity(o.Finding.Severity) {
 			t.Errorf("entry %+v of finding %+v", e, o.Finding)
 		}
+		if want := a.Outcomes(e.ID); len(o.Outcomes) != len(want) || len(want) > 0 && o.Outcomes[0].Plan.ID != want[0].Plan.ID {
+			t.Errorf("outcomes of %s = %+v; want %+v", e.ID, o.Outcomes, want)
+		}
 		got = append(got, o.Finding)
 	}
 	if d := cmp.Diff(a.findings[:2], got); d != "" {
