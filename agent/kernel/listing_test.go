@@ -32,6 +32,7 @@ func TestListings(t *testing.T) {
 			{"slabs", testSlabs},
 			{"memory", testMemory},
 			{"load", testLoad},
+			{"stacks", testStacks},
 		} {
 			t.Run(l.name, func(t *testing.T) {
 				g.t = t
@@ -455,5 +456,63 @@ func testLoad(t *testing.T, g *guest, img *Image) {
 	}
 	if len(l.Queues) != 2 || l.Queues[0].Switches == 0 || l.Queues[0].Running > 100 || l.Queues[1].CPU != 1 {
 		t.Errorf("run queues %+v", l.Queues)
+	}
+}
+
+func testStacks(t *testing.T, g *guest, img *Image) {
+	var want map[string]string
+	g.ask(&want, "stacks")
+	v := g.frozenView(img)
+	sched, err := img.Symbol("__sched_text_start")
+	if err != nil {
+		t.Fatal(err)
+	}
+	schedEnd, err := img.Symbol("__sched_text_end")
+	if err != nil {
+		t.Fatal(err)
+	}
+	same, longest := 0, 0
+	began := time.Now()
+	for _, task := range gather(t, v, v.Tasks()) {
+		if task.OnCPU || task.State == "Z" {
+			continue
+		}
+		s, err := v.Stack(task.PID)
+		if err != nil {
+			t.Errorf("PID %d: %v", task.PID, err)
+			continue
+		}
+		switches, text, ok := strings.Cut(want[strconv.Itoa(task.PID)], "\n")
+		if !ok || switches != strconv.FormatUint(task.Switches, 10) {
+			continue // it has run since
+		}
+		var got []string
+		for _, f := range s.Frames {
+			if f.Addr >= sched && f.Addr < schedEnd {
+				continue // the kernel does not tell that a sleeper sleeps
+			}
+			line := fmt.Sprintf("[<0>] %s+%#x", f.Symbol, f.Offset)
+			if f.Module != "" {
+				line += " [" + f.Module + "]"
+			}
+			got = append(got, line)
+		}
+		var lines []string
+		for line := range strings.Lines(text) {
+			// [<0>] do_select+0x73e/0x8d0 [module]
+			f := strings.Fields(line)
+			name, _, _ := strings.Cut(f[1], "/")
+			lines = append(lines, strings.Join(append([]string{f[0], name}, f[2:]...), " "))
+		}
+		if d := cmp.Diff(lines, got); d != "" || !s.Complete {
+			t.Errorf("PID %d %s: complete %v %s: -the guest says, +got\n%s", task.PID, task.Comm, s.Complete, s.Why, d)
+			continue
+		}
+		same++
+		longest = max(longest, len(got))
+	}
+	t.Logf("%d stacks are the same, the longest of %d frames, %v", same, longest, time.Since(began))
+	if same < 20 || longest < 5 {
+		t.Errorf("%d stacks of at most %d frames were compared", same, longest)
 	}
 }

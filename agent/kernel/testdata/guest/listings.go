@@ -20,7 +20,8 @@ type Interface struct {
 }
 
 // listing answers the commands whose answer is what the kernel says of one of its subsystems: "world" makes something to
-// say, "read FILE" is a file of /proc or /sys, "links DIR" where its links lead, "interfaces" the network interfaces.
+// say, "read FILE" is a file of /proc or /sys, "links DIR" where its links lead, "interfaces" the network interfaces, "stacks" the kernel
+// stacks of all threads.
 func listing(command, arg string) any {
 	switch command {
 	case "world":
@@ -43,6 +44,8 @@ func listing(command, arg string) any {
 			}
 		}
 		return links
+	case "stacks":
+		return stacks()
 	case "interfaces":
 		return interfaces()
 	}
@@ -213,6 +216,18 @@ func interfaces() any {
 			o.Counters[c] = num(sys("statistics/" + c))
 		}
 		out = append(out, o)
+	}
+	return out
+}
+
+// stacks returns the kernel stack of each thread, behind the number of its context switches.
+func stacks() any {
+	out := make(map[string]string)
+	for _, t := range ps() {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/stack", t.TGID, t.PID))
+		if err == nil {
+			out[fmt.Sprint(t.PID)] = fmt.Sprintf("%d\n%s", t.Switches, b)
+		}
 	}
 	return out
 }

@@ -1,0 +1,176 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Stack is the kernel stack of a task that does not run.
+type Stack struct {
+	PID    int     `json:"pid"`
+	Comm   string  `json:"comm"`
+	State  string  `json:"state"`
+	Frames []Frame `json:"frames"` // the innermost first
+	// Complete says that the frames were unwound to the end of the stack by what the kernel knows of them. If not, Why
+	// says how far that went, and the frames behind are Guessed: words on the stack that look like return addresses.
+	Complete bool   `json:"complete"`
+	Why      string `json:"why,omitempty"`
+}
+
+// Frame is a function on a stack.
+type Frame struct {
+	Addr    VirtAddr `json:"addr"` // where it goes on
+	Symbol  string   `json:"symbol"`
+	Offset  uint64   `json:"offset"` // of Addr, behind the symbol
+	Module  string   `json:"module,omitempty"`
+	Guessed bool     `json:"guessed,omitempty"`
+}
+
+const (
+	maxFrames    = 512
+	maxStack     = 1 << 17 // THREAD_SIZE with KASAN is 64 KiB
+	maxOrc       = 1 << 21
+	maxModuleSym = 1 << 18
+)
+
+// Stack unwinds the kernel stack of the thread with the given PID. A thread that runs has its registers in its CPU, where
+// memory does not show them: that is ErrNotSupported.
+func (v *View) Stack(pid int) (Stack, error) {
+	s, err := settle(v, func() (Stack, error) { return v.stack(pid) })
+	if err != nil {
+		return Stack{}, fmt.Errorf("unwind stack: %w", err)
+	}
+	return s, nil
+}
+
+func (v *View) stack(pid int) (Stack, error) {
+	for t, err := range v.Tasks() {
+		if err != nil {
+			return Stack{}, err
+		}
+		if t.PID == pid {
+			return v.stackOf(t)
+		}
+	}
+	return Stack{}, fmt.Errorf("thread %d: %w", pid, ErrNotFound)
+}
+
+func (v *View) stackOf(t Task) (Stack, error) {
+	s := Stack{PID: t.PID, Comm: t.Comm, State: t.State}
+	if t.OnCPU {
+		return s, fmt.Errorf("thread %d runs on CPU %d: %w", t.PID, t.CPU, ErrNotSupported)
+	}
+	if v.img.arch != &archX8664 {
+		return s, fmt.Errorf("stacks of %s: %w", v.img.arch.name, ErrNotSupported)
+	}
+	u, err := v.unwinder(t)
+	if err != nil {
+		return s, err
+	}
+	why := u.run()
+	var corrupt *CorruptError
+	if why != nil && !errors.As(why, &corrupt) && !errors.Is(why, ErrNotFound) && !errors.Is(why, ErrNotSupported) {
+		return s, why
+	}
+	for _, ip := range u.frames {
+		f, err := v.frame(ip)
+		if err != nil {
+			return s, err
+		}
+		s.Frames = append(s.Frames, f)
+	}
+	if why == nil {
+		s.Complete = true
+		return s, nil
+	}
+	s.Why = why.Error()
+	for _, ip := range u.scan() {
+		f, err := v.frame(ip)
+		if err != nil {
+			return s, err
+		}
+		f.Guessed = true
+		s.Frames = append(s.Frames, f)
+	}
+	return s, nil
+}
+
+// frame names the function that an address is in.
+func (v *View) frame(ip VirtAddr) (Frame, error) {
+	f := Frame{Addr: ip}
+	name, offset, err := v.img.SymbolAt(ip)
+	if err == nil {
+		f.Symbol, f.Offset = name, offset
+		return f, nil
+	}
+	if !errors.Is(err, ErrNotFound) {
+		return f, err
+	}
+	m, err := v.moduleAt(ip)
+	if err != nil {
+		if tolerable(err) {
+			return f, nil
+		}
+		return f, err
+	}
+	f.Module = m.Name
+	if name, at, err := v.moduleSymbol(m, ip); err == nil {
+		f.Symbol, f.Offset = name, uint64(ip-at)
+	} else if !tolerable(err) {
+		return f, err
+	}
+	return f, nil
+}
+
+// moduleAt returns the module whose code va is in.
+func (v *View) moduleAt(va VirtAddr) (Module, error) {
+	for m, err := range v.Modules() {
+		if err != nil {
+			return m, err
+		}
+		if va >= m.Base && va < m.Base+VirtAddr(m.Size) {
+			return m, nil
+		}
+	}
+	return Module{}, fmt.Errorf("module at %v: %w", va, ErrNotFound)
+}
+
+// moduleSymbol returns the symbol of a module that is next before va (struct mod_kallsyms, include/linux/module.h).
+func (v *View) moduleSymbol(m Module, va VirtAddr) (string, VirtAddr, error) {
+	r := resolver{img: v.img}
+	module := r.shape("module", "kallsyms")
+	s := r.shape("mod_kallsyms", "symtab", "num_symtab", "strtab")
+	if r.err != nil {
+		return "", 0, r.err
+	}
+	t, err := v.thing(module, m.Addr)
+	if err != nil {
+		return "", 0, err
+	}
+	k, err := v.thing(s, t.ptr("kallsyms"))
+	if err != nil {
+		return "", 0, err
+	}
+	n := k.num("num_symtab")
+	if n > maxModuleSym {
+		return "", 0, k.corrupt("%d symbols", n)
+	}
+	const size = 24 // Elf64_Sym: st_name, st_info, st_other, st_shndx, st_value, st_size
+	b := make([]byte, n*size)
+	if err := v.img.space.object(v, "symtab", k.ptr("symtab"), b); err != nil {
+		return "", 0, err
+	}
+	var best VirtAddr
+	var name uint32
+	for ; len(b) > 0; b = b[size:] {
+		at := VirtAddr(le64(b[8:]))
+		if undefined := le16(b[6:]) == 0; !undefined && le32(b) != 0 && at <= va && at > best {
+			best, name = at, le32(b)
+		}
+	}
+	if best == 0 || name > 1<<26 {
+		return "", 0, fmt.Errorf("symbol at %v: %w", va, ErrNotFound)
+	}
+	text, err := v.cstring("strtab", k.ptr("strtab")+VirtAddr(name), 512)
+	return text, best, err
+}

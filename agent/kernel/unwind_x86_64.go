@@ -1,0 +1,275 @@
+package kernel
+
+import (
+	"fmt"
+	"sort"
+)
+
+// unwinder follows the frames of a stack by the ORC tables that the kernel carries for that (arch/x86/kernel/unwind_orc.c,
+// Documentation/arch/x86/orc-unwinder.rst).
+type unwinder struct {
+	v          *View
+	lo, hi     VirtAddr // the stack
+	stack      []byte
+	ip, sp, bp VirtAddr
+	signal     bool // ip is where an interrupt hit, not a return address
+
+	entry               *shape
+	entrySize           uint64
+	regIP, regSP        uint64 // in pt_regs
+	regBP, regCS        uint64
+	call, regs, partial uint64 // ORC_TYPE_…
+	endType, noType     int64
+	ips, stop, entries  VirtAddr
+	stext, etext        VirtAddr
+	frames              []VirtAddr
+	module              *shape
+}
+
+// The registers of an ORC entry, arch/x86/include/asm/orc_types.h; the same since v4.14.
+const (
+	orcUndefined  = 0
+	orcPrevSP     = 1
+	orcBP         = 4
+	orcSP         = 5
+	orcBPIndirect = 8
+	orcSPIndirect = 9
+)
+
+func (v *View) unwinder(t Task) (*unwinder, error) {
+	r := resolver{img: v.img}
+	u := &unwinder{v: v, noType: -1, endType: -1}
+	task := r.shape("task_struct", "stack", "thread.sp", "stack_vm_area?")
+	area := r.shape("vm_struct", "addr", "nr_pages")
+	inactive := r.shape("inactive_task_frame", "bp", "ret_addr")
+	inactiveSize := r.size("inactive_task_frame")
+	u.stext, u.etext = r.symbol("_stext"), r.symbol("_etext")
+	u.ips, u.stop, u.entries = r.symbol("__start_orc_unwind_ip"), r.symbol("__stop_orc_unwind_ip"), r.symbol("__start_orc_unwind")
+	u.entry = r.shape("orc_entry", "sp_offset", "bp_offset", "sp_reg", "bp_reg", "type", "end?")
+	u.entrySize = r.size("orc_entry")
+	u.regIP, u.regSP = r.field("pt_regs", 8, "ip"), r.field("pt_regs", 8, "sp")
+	u.regBP, u.regCS = r.field("pt_regs", 8, "bp"), r.field("pt_regs", 0, "cs")
+	if r.err != nil {
+		return nil, r.err
+	}
+	// Since Linux commit fb799447ae29 ("x86,objtool: Split UNWIND_HINT_EMPTY in two") (in v6.4) the end of the stack is a
+	// type, as is the undefined; before, it was a bit.
+	if _, ok := u.entry.fields["end"]; ok {
+		u.call, u.regs, u.partial = 0, 1, 2
+	} else {
+		u.noType, u.endType, u.call, u.regs, u.partial = 0, 1, 2, 3, 4
+	}
+	s, err := v.thing(task, t.Addr)
+	if err != nil {
+		return nil, err
+	}
+	u.lo = s.ptr("stack")
+	if u.lo == 0 {
+		return nil, fmt.Errorf("stack of thread %d, which has ended: %w", t.PID, ErrNotFound)
+	}
+	// The size is a constant of the source. What holds the stack tells it; so does the room between the symbols of the first.
+	threadSize := uint64(r.symbol("__end_init_stack", "__end_init_task") - r.symbol("init_stack"))
+	if p := s.ptr("stack_vm_area"); p != 0 {
+		a, err := v.thing(area, p)
+		if err != nil {
+			return nil, err
+		}
+		if a.ptr("addr") != u.lo || a.num("nr_pages") > maxStack/v.img.pageSize {
+			return nil, a.corrupt("%d pages at %v for a stack at %v", a.num("nr_pages"), a.ptr("addr"), u.lo)
+		}
+		threadSize = a.num("nr_pages") * v.img.pageSize
+	} else if r.err != nil {
+		return nil, r.err
+	}
+	if threadSize > maxStack || threadSize < 4096 || uint64(u.lo)%4096 != 0 || !v.img.space.valid(u.lo, 8) {
+		return nil, s.corrupt("stack of %d bytes at %v", threadSize, u.lo)
+	}
+	u.hi = u.lo + VirtAddr(threadSize)
+	u.stack = make([]byte, threadSize)
+	if err := v.img.space.object(v, "stack", u.lo, u.stack); err != nil {
+		return nil, err
+	}
+	sp := s.ptr("thread.sp")
+	if sp < u.lo || sp+VirtAddr(inactiveSize) > u.hi || sp%8 != 0 {
+		return nil, s.corrupt("stack pointer %v is not in the stack at %v", sp, u.lo)
+	}
+	frame, err := v.thing(inactive, sp)
+	if err != nil {
+		return nil, err
+	}
+	u.ip, u.bp, u.sp = frame.ptr("ret_addr"), frame.ptr("bp"), sp+VirtAddr(inactiveSize)
+	return u, nil
+}
+
+// word reads from the stack.
+func (u *unwinder) word(at VirtAddr) (VirtAddr, error) {
+	if at < u.lo || at+8 > u.hi || at%8 != 0 {
+		return 0, &CorruptError{"stack", at, fmt.Sprintf("is beyond %v to %v", u.lo, u.hi)}
+	}
+	return VirtAddr(le64(u.stack[at-u.lo:])), nil
+}
+
+// run unwinds to the end of the stack, else it says what is in the way.
+func (u *unwinder) run() error {
+	for len(u.frames) < maxFrames {
+		u.frames = append(u.frames, u.ip)
+		done, err := u.next()
+		if done || err != nil {
+			return err
+		}
+	}
+	return &CorruptError{"stack", u.lo, fmt.Sprintf("more than %d frames", maxFrames)}
+}
+
+// next goes from a frame to the one that called it; done is true if there is none.
+func (u *unwinder) next() (done bool, err error) {
+	at := u.ip
+	if !u.signal {
+		at-- // a call may be the last instruction of a function
+	}
+	e, err := u.find(at)
+	if err != nil {
+		return false, err
+	}
+	typ := e.num("type")
+	if e.num("end") != 0 || int64(typ) == u.endType {
+		return true, nil
+	}
+	if int64(typ) == u.noType {
+		return false, fmt.Errorf("ORC entry of %v: %w", u.ip, ErrNotFound)
+	}
+	offset := VirtAddr(int64(int16(e.num("sp_offset"))))
+	var cfa VirtAddr
+	switch e.num("sp_reg") {
+	case orcSP:
+		cfa = u.sp + offset
+	case orcBP:
+		cfa = u.bp + offset
+	case orcSPIndirect:
+		if cfa, err = u.word(u.sp); err != nil {
+			return false, err
+		}
+		cfa += offset
+	case orcBPIndirect:
+		if cfa, err = u.word(u.bp + offset); err != nil {
+			return false, err
+		}
+	default:
+		return false, fmt.Errorf("frame of %v is at register %d: %w", u.ip, e.num("sp_reg"), ErrNotSupported)
+	}
+	was := u.sp
+	bp := u.bp
+	var regs bool
+	switch typ {
+	case u.call:
+		if u.ip, err = u.word(cfa - 8); err != nil {
+			return false, err
+		}
+		u.sp, u.signal = cfa, false
+	case u.regs, u.partial:
+		base := cfa
+		if typ == u.partial {
+			base = cfa - VirtAddr(u.regIP) // only what the hardware pushed is there
+		}
+		cs, err := u.word(base + VirtAddr(u.regCS&^7))
+		if err != nil {
+			return false, err
+		}
+		if cs&3 != 0 {
+			return true, nil // came from user space
+		}
+		if u.ip, err = u.word(base + VirtAddr(u.regIP)); err != nil {
+			return false, err
+		}
+		if u.sp, err = u.word(base + VirtAddr(u.regSP)); err != nil {
+			return false, err
+		}
+		if regs = typ == u.regs; regs {
+			if bp, err = u.word(base + VirtAddr(u.regBP)); err != nil {
+				return false, err
+			}
+		}
+		u.signal = true
+	default:
+		return false, fmt.Errorf("ORC entry of type %d: %w", typ, ErrNotSupported)
+	}
+	offset = VirtAddr(int64(int16(e.num("bp_offset"))))
+	switch e.num("bp_reg") {
+	case orcUndefined:
+		u.bp = bp
+	case orcPrevSP:
+		if u.bp, err = u.word(cfa + offset); err != nil {
+			return false, err
+		}
+	case orcBP:
+		if u.bp, err = u.word(u.bp + offset); err != nil {
+			return false, err
+		}
+	default:
+		return false, fmt.Errorf("frame pointer of %v is at register %d: %w", u.ip, e.num("bp_reg"), ErrNotSupported)
+	}
+	if u.sp <= was || u.sp > u.hi {
+		return false, &CorruptError{"stack", u.sp, fmt.Sprintf("frame after %v, of a stack that ends at %v", was, u.hi)}
+	}
+	return false, nil
+}
+
+// find returns the ORC entry of a code address: of the kernel image or of a module.
+func (u *unwinder) find(at VirtAddr) (thing, error) {
+	if at >= u.stext && at < u.etext {
+		if u.stop <= u.ips || (u.stop-u.ips)%4 != 0 || u.stop-u.ips > 4*maxOrc {
+			return thing{}, &CorruptError{"__start_orc_unwind_ip", u.ips, fmt.Sprintf("table ends at %v", u.stop)}
+		}
+		return u.search(at, u.ips, u.entries, int(u.stop-u.ips)/4)
+	}
+	if u.module == nil {
+		r := resolver{img: u.v.img}
+		u.module = r.shape("module", "arch.num_orcs", "arch.orc_unwind_ip", "arch.orc_unwind")
+		if r.err != nil {
+			return thing{}, r.err
+		}
+	}
+	m, err := u.v.moduleAt(at)
+	if err != nil {
+		return thing{}, err
+	}
+	t, err := u.v.thing(u.module, m.Addr)
+	if err != nil {
+		return thing{}, err
+	}
+	n := t.num("arch.num_orcs")
+	if n > maxOrc {
+		return thing{}, t.corrupt("%d ORC entries", n)
+	}
+	return u.search(at, t.ptr("arch.orc_unwind_ip"), t.ptr("arch.orc_unwind"), int(n))
+}
+
+// search finds the last of n entries that begins at or before an address. Each address in the table is relative to its place.
+func (u *unwinder) search(at, ips, entries VirtAddr, n int) (thing, error) {
+	var err error
+	i := sort.Search(n, func(i int) bool {
+		place := ips + VirtAddr(4*i)
+		d, e := u.v.Uint32(place)
+		if e != nil {
+			err = e
+		}
+		return place+VirtAddr(int64(int32(d))) > at
+	})
+	if err != nil {
+		return thing{}, err
+	}
+	if i == 0 {
+		return thing{}, fmt.Errorf("ORC entry of %v: %w", at, ErrNotFound)
+	}
+	return u.v.thing(u.entry, entries+VirtAddr(uint64(i-1)*u.entrySize))
+}
+
+// scan returns the words from where the unwinding came to an end on that are addresses of the kernel's code.
+func (u *unwinder) scan() (all []VirtAddr) {
+	for at := (u.sp + 7) &^ 7; at >= u.lo && at+8 <= u.hi && len(all) < maxFrames; at += 8 {
+		if w, err := u.word(at); err == nil && w >= u.stext && w < u.etext {
+			all = append(all, w)
+		}
+	}
+	return all
+}
