@@ -340,7 +340,7 @@ func (d *dpu) powerCut(t *testing.T, ctx context.Context) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	go repair(ctx, d.agent, ours) // its answer dies with the machine
+	go d.agent.Repair(ctx, ours) // its answer dies with the machine
 	watching, stop := context.WithTimeout(ctx, time.Minute)
 	defer stop()
 	if !memory.watch(watching) {
@@ -359,7 +359,7 @@ func (d *dpu) powerCut(t *testing.T, ctx context.Context) {
 		t.Fatal(err)
 	}
 	if alive(ctx, d.host, truth) == nil {
-		if err := repair(ctx, d.agent, ours); err != nil && alive(ctx, d.host, truth) == nil {
+		if _, err := d.agent.Repair(ctx, ours); err != nil && alive(ctx, d.host, truth) == nil {
 			t.Fatal(err)
 		}
 	}

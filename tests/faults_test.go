@@ -25,7 +25,6 @@ import (
 	"github.com/backdoor-rhs/backdoor/tests/lab"
 	"github.com/backdoor-rhs/backdoor/tests/lab/control"
 	"github.com/backdoor-rhs/backdoor/tests/native"
-	"github.com/backdoor-rhs/backdoor/tests/operator"
 	"golang.org/x/sys/unix"
 )
 
@@ -432,7 +431,7 @@ func (f *faults) agreements(t *testing.T, ctx context.Context) {
 		var seen bool
 		var wg sync.WaitGroup
 		wg.Go(func() { seen = memory.watch(watching) })
-		if err := repair(ctx, good.Agent, ours); err != nil {
+		if _, err := good.Repair(ctx, ours); err != nil {
 			t.Fatal(err)
 		}
 		x, err := f.host.WaitExit(ctx, mark, truth.PID)
@@ -475,7 +474,10 @@ func (f *faults) killed(t *testing.T, ctx context.Context) {
 		ours := func(g detect.Finding) bool { return g.Kind == detect.KindRunawayProcess && g.Culprit.PID == truth.PID }
 		healing, stop := context.WithCancel(ctx)
 		asked := make(chan error, 1)
-		go func() { asked <- repair(healing, a.Agent, ours) }()
+		go func() {
+			_, err := a.Repair(healing, ours)
+			asked <- err
+		}()
 		begun, cancel := context.WithTimeout(ctx, time.Minute)
 		if !memory.watch(begun) {
 			t.Fatalf("no store was seen: %v", <-asked)
@@ -491,7 +493,7 @@ func (f *faults) killed(t *testing.T, ctx context.Context) {
 		// Whatever the host has by now, the next agent must come to an end with it.
 		second := f.start(t, ctx, native.Options{Policy: runawaySoon, Dir: filepath.Join(dir, fmt.Sprint(i)), Password: a.Config.Password})
 		if alive(ctx, f.host, truth) == nil {
-			if err := repair(ctx, second.Agent, ours); err != nil && alive(ctx, f.host, truth) == nil {
+			if _, err := second.Repair(ctx, ours); err != nil && alive(ctx, f.host, truth) == nil {
 				t.Fatalf("after the agent was killed in mid-repair, the next could not repair: %v", err)
 			}
 		}
@@ -523,19 +525,6 @@ func (f *faults) killed(t *testing.T, ctx context.Context) {
 	b[at] ^= 1
 	if r, err := journal.Verify(bytes.NewReader(b), int64(len(b))); err == nil && r.Lost == 0 {
 		t.Errorf("a journal that was tampered with verifies: %+v", r)
-	}
-}
-
-// repair has a finding repaired, and again while the agent says that the finding has to be looked at anew.
-func repair(ctx context.Context, a *operator.Agent, ours func(detect.Finding) bool) error {
-	for {
-		fd, err := a.WaitFinding(ctx, func(f detect.Finding) bool { return ours(f) && f.Resolved == nil })
-		if err != nil {
-			return err
-		}
-		if err = a.HealAsProposed(ctx, fd.ID); err == nil || !strings.Contains(err.Error(), "plan is out of date") {
-			return err
-		}
 	}
 }
 

@@ -46,6 +46,7 @@ type Host struct {
 	machine *machine
 	ram     *ram
 	service *port
+	media   media
 	events  *trail[Event]
 	log     *os.File
 
@@ -99,7 +100,7 @@ func newHost(dir string, cfg Config, k kernels.Kernel, initramfs string) (*Host,
 			h.mu.Lock()
 			h.line = newLine(ctl, h.fromUserland)
 			h.mu.Unlock()
-			return []string{
+			args := []string{
 				"-machine", "q35,memory-backend=ram0", "-accel", "tcg,thread=multi", "-cpu", cfg.HostCPU,
 				// With one CPU, QEMU's atomic instructions would not be atomic against the other machine.
 				"-smp", fmt.Sprintf("%d,maxcpus=%d", cfg.HostCPUs, max(cfg.HostCPUs, 2)),
@@ -109,8 +110,12 @@ func newHost(dir string, cfg Config, k kernels.Kernel, initramfs string) (*Host,
 				"-chardev", fmt.Sprintf("socket,id=control,fd=%d", ctlFD), "-serial", "chardev:control",
 				"-netdev", fmt.Sprintf("user,id=net0,hostfwd=tcp:%v-:%d", h.service, control.ServicePort),
 				"-device", "virtio-net-pci,netdev=net0,romfile=",
-				"-kernel", k.Vmlinuz, "-initrd", initramfs, "-append", command,
-			}, nil
+				"-drive", h.media.drive(), "-device", "ide-cd,id=cdrom,drive=cd0,bus=ide.0",
+			}
+			if order := h.media.takeBoot(); order != "" {
+				return append(args, "-boot", "order="+order), nil
+			}
+			return append(args, "-kernel", k.Vmlinuz, "-initrd", initramfs, "-append", command), nil
 		},
 	}
 	return h, nil

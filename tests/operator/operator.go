@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
@@ -173,6 +174,21 @@ func (a *Agent) Dmesg(ctx context.Context) (query.Log, error) {
 func (a *Agent) HealAsProposed(ctx context.Context, finding string) error {
 	_, err := a.Heal(ctx, client.HealRequest{Finding: finding}, nil)
 	return err
+}
+
+// Repair waits for an open finding and asks for the repair that policy proposes, and again while the agent says that the host has
+// moved on and the finding must be looked at anew. It returns when that was done, with the task, which tells how.
+func (a *Agent) Repair(ctx context.Context, ours func(detect.Finding) bool) (*schema.Task, error) {
+	for {
+		f, err := a.WaitFinding(ctx, func(f detect.Finding) bool { return ours(f) && f.Resolved == nil })
+		if err != nil {
+			return nil, err
+		}
+		task, err := a.Heal(ctx, client.HealRequest{Finding: f.ID}, nil)
+		if err == nil || !strings.Contains(err.Error(), heal.ErrStale.Error()) {
+			return task, err
+		}
+	}
 }
 
 // Explain says what the agent thinks of a finding, for an error message.

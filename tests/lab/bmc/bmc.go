@@ -5,16 +5,23 @@
 package bmc
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
+	"sync"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/redfish/service"
@@ -29,6 +36,13 @@ type Machine interface {
 	Reset(context.Context) error    // the reset line; memory is kept
 	Shutdown(context.Context) error // presses the power button
 	NMI(context.Context) error
+	// BootNext has the machine boot from "Pxe", "Hdd" or "Cd" when its power is switched on the next time, once or each time;
+	// "" means what it always boots from.
+	BootNext(device string, once bool)
+	// NextBoot tells what BootNext has set and was not used up.
+	NextBoot() (device string, once bool)
+	// InsertCD puts the image in a file into the machine's CD drive, which it keeps while it is off; "" takes it out.
+	InsertCD(ctx context.Context, path string) error
 }
 
 // Options describe the machine.
@@ -66,7 +80,7 @@ func Start(o Options) (*BMC, error) {
 		return nil, fmt.Errorf("start the host's BMC: %w", err)
 	}
 	svc.Handle(service.BMC(svc, service.BMCOptions{
-		Power: power{o.Machine}, UUID: o.UUID, Manufacturer: "QEMU", Model: "q35", SerialNumber: "lab",
+		Power: &power{Machine: o.Machine, dir: o.StateDir}, UUID: o.UUID, Manufacturer: "QEMU", Model: "q35", SerialNumber: "lab",
 		BMCModel: "Lab BMC", BMCVersion: "1", MemoryGiB: o.MemoryGiB, Processors: o.CPUs,
 	})...)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -98,36 +112,42 @@ func (b *BMC) Close() error {
 }
 
 // power translates Redfish's words to a Machine's.
-type power struct{ Machine }
+type power struct {
+	Machine
+	dir string // for images
 
-func (p power) State(context.Context) (schema.PowerState, error) {
+	mu    sync.Mutex
+	image string // URI of what is in the drive; guarded by mu
+}
+
+func (p *power) State(context.Context) (schema.PowerState, error) {
 	if p.Powered() {
 		return schema.PowerOn, nil
 	}
 	return schema.PowerOff, nil
 }
 
-func (power) Types() []schema.ResetType {
+func (*power) Types() []schema.ResetType {
 	return []schema.ResetType{
 		schema.ResetOn, schema.ResetForceOff, schema.ResetGracefulShutdown, schema.ResetForceRestart,
-		schema.ResetNMI, schema.ResetPushPowerButton, schema.ResetPowerCycle,
+		schema.ResetNMI, schema.ResetPushPowerButton, schema.ResetPowerCycle, schema.ResetForceOn, schema.ResetGracefulRestart,
 	}
 }
 
 // needsPower are the orders that make no sense for a machine that is off.
-var needsPower = []schema.ResetType{schema.ResetGracefulShutdown, schema.ResetForceRestart, schema.ResetNMI}
+var needsPower = []schema.ResetType{schema.ResetGracefulShutdown, schema.ResetGracefulRestart, schema.ResetForceRestart, schema.ResetNMI}
 
 // errOff is why such an order is refused.
 var errOff = errors.New("the machine is off")
 
-func (p power) Reset(ctx context.Context, t schema.ResetType) error {
+func (p *power) Reset(ctx context.Context, t schema.ResetType) error {
 	// An order that has been taken is carried out, also when the client does not wait for it.
 	ctx = context.WithoutCancel(ctx)
 	if slices.Contains(needsPower, t) && !p.Powered() {
 		return fmt.Errorf("reset %s: %w", t, errOff)
 	}
 	switch t {
-	case schema.ResetOn:
+	case schema.ResetOn, schema.ResetForceOn:
 		return p.PowerOn(ctx)
 	case schema.ResetForceOff:
 		return p.PowerOff(ctx)
@@ -137,6 +157,12 @@ func (p power) Reset(ctx context.Context, t schema.ResetType) error {
 		return p.Machine.Reset(ctx)
 	case schema.ResetNMI:
 		return p.NMI(ctx)
+	case schema.ResetGracefulRestart:
+		if err := p.Shutdown(ctx); err != nil {
+			return err
+		}
+		go p.onAfterOff(ctx)
+		return nil
 	case schema.ResetGracefulShutdown:
 		return p.Shutdown(ctx)
 	case schema.ResetPushPowerButton:
@@ -146,4 +172,127 @@ func (p power) Reset(ctx context.Context, t schema.ResetType) error {
 		return p.Shutdown(ctx)
 	}
 	return fmt.Errorf("reset %s: %w", t, errors.ErrUnsupported)
+}
+
+// restartTime is how long a machine may take to shut down for a restart.
+const restartTime = 2 * time.Minute
+
+// onAfterOff switches the machine on again when it has shut down. One that does not do so stays as it is.
+func (p *power) onAfterOff(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, restartTime)
+	defer cancel()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for p.Powered() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+	// An error leaves the machine off, which is what the BMC then says.
+	_ = p.PowerOn(ctx)
+}
+
+// Boot implements service.BootDevice.
+func (p *power) Boot(context.Context) (enabled, target, mode string, err error) {
+	device, once := p.NextBoot()
+	switch {
+	case device == "":
+		enabled = "Disabled"
+	case once:
+		enabled = "Once"
+	default:
+		enabled = "Continuous"
+	}
+	return enabled, cmp.Or(device, "None"), "Legacy", nil
+}
+
+// SetBoot implements service.BootDevice. The machine's firmware is SeaBIOS, and there is no other.
+func (p *power) SetBoot(_ context.Context, enabled, target, mode string) error {
+	if mode != "Legacy" {
+		return service.Because(400, "PropertyValueNotInList", "The machine's firmware knows legacy boot only.", mode, "BootSourceOverrideMode")
+	}
+	if enabled == "Disabled" || target == "None" {
+		target = ""
+	}
+	p.BootNext(target, enabled == "Once")
+	return nil
+}
+
+// Targets implements service.BootDevice.
+func (*power) Targets() []string { return []string{"None", "Pxe", "Hdd", "Cd"} }
+
+// The virtual drive.
+const (
+	cd       = "Cd"
+	maxImage = 4 << 30
+)
+
+// Drives implements service.Media.
+func (*power) Drives() []string { return []string{cd} }
+
+// Image implements service.Media.
+func (p *power) Image(string) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.image
+}
+
+// Insert implements service.Media: it downloads the image and has the machine read it.
+func (p *power) Insert(ctx context.Context, _, uri string) error {
+	u, err := url.Parse(uri)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		return service.Because(400, "ActionParameterValueFormatError", "The image's URI must be http://… or https://….", uri, "Image", "VirtualMedia.InsertMedia")
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	path := filepath.Join(p.dir, "cd.iso")
+	if err := download(ctx, uri, path); err != nil {
+		return service.Because(400, "ResourceAtUriUnauthorized", "The image could not be fetched: "+err.Error()+".", uri, err.Error())
+	}
+	if err := p.InsertCD(ctx, path); err != nil {
+		return err
+	}
+	p.image = uri
+	return nil
+}
+
+// Eject implements service.Media.
+func (p *power) Eject(ctx context.Context, _ string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.InsertCD(ctx, ""); err != nil {
+		return err
+	}
+	p.image = ""
+	return nil
+}
+
+// download fetches a file of up to maxImage bytes.
+func download(ctx context.Context, uri, path string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, uri, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("the server says %s", resp.Status)
+	}
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	n, err := io.Copy(f, io.LimitReader(resp.Body, maxImage+1))
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if n > maxImage {
+		return fmt.Errorf("the image has more than %d bytes", int64(maxImage))
+	}
+	return nil
 }

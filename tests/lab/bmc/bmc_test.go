@@ -3,13 +3,18 @@ package bmc
 import (
 	"context"
 	"crypto/x509"
+	"io"
 	"net/http"
+	"net/http/httptest"
+	"os"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/bmc-toolbox/bmclib/v2"
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
 
 // fake is a machine that writes down what is done to it.
@@ -17,6 +22,10 @@ type fake struct {
 	mu  sync.Mutex
 	on  bool
 	did []string
+
+	boot string
+	once bool
+	cd   string // content of the image
 }
 
 func (f *fake) do(what string, on bool) error {
@@ -38,6 +47,35 @@ func (f *fake) PowerCycle(context.Context) error { return f.do("cycle", true) }
 func (f *fake) Reset(context.Context) error      { return f.do("reset", true) }
 func (f *fake) Shutdown(context.Context) error   { return f.do("shutdown", f.Powered()) }
 func (f *fake) NMI(context.Context) error        { return f.do("nmi", true) }
+
+func (f *fake) BootNext(device string, once bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.boot, f.once = device, once
+}
+
+func (f *fake) NextBoot() (string, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.boot, f.once
+}
+
+func (f *fake) disc() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.cd
+}
+
+func (f *fake) InsertCD(_ context.Context, path string) error {
+	b, err := os.ReadFile(path)
+	if path != "" && err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.cd = string(b)
+	return nil
+}
 
 // The BMC must be one that a stranger's client can use.
 func TestBmclib(t *testing.T) {
@@ -70,6 +108,20 @@ func TestBmclib(t *testing.T) {
 			t.Errorf("after %q GetPowerState() = %q, %v; want %q", step.do, got, err, step.want)
 		}
 	}
+	files := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "an ISO") }))
+	defer files.Close()
+	if ok, err := c.SetVirtualMedia(ctx, "CD", files.URL+"/x.iso"); err != nil || !ok || m.disc() != "an ISO" {
+		t.Errorf("SetVirtualMedia = %v, %v; the drive holds %q", ok, err, m.disc())
+	}
+	if ok, err := c.SetVirtualMedia(ctx, "CD", ""); err != nil || !ok || m.disc() != "" {
+		t.Errorf("SetVirtualMedia of nothing = %v, %v; the drive holds %q", ok, err, m.disc())
+	}
+	if ok, err := c.SetBootDevice(ctx, "cdrom", false, false); err != nil || !ok {
+		t.Errorf("SetBootDevice = %v, %v", ok, err)
+	}
+	if boot, once := m.NextBoot(); boot != "Cd" || !once {
+		t.Errorf("the machine boots from %q, once %v", boot, once)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	// Where the machine is on, bmclib 2.3.5 makes ForceRestart of "cycle".
@@ -93,5 +145,24 @@ func TestStranger(t *testing.T) {
 	}
 	if _, err := http.Get(b.URL); err == nil {
 		t.Error("the BMC answers after Close")
+	}
+}
+
+// A graceful restart must end with the machine on again.
+func TestGracefulRestart(t *testing.T) {
+	m := &fake{on: true}
+	p := &power{Machine: m}
+	if err := p.Reset(t.Context(), schema.ResetGracefulRestart); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.PowerOff(t.Context()); err != nil { // the operating system has shut down
+		t.Fatal(err)
+	}
+	deadline := time.Now().Add(10 * time.Second)
+	for !m.Powered() && time.Now().Before(deadline) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if !m.Powered() {
+		t.Error("the machine is still off")
 	}
 }
