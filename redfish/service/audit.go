@@ -58,6 +58,8 @@ func (s *Service) keep(rec AuditRecord) {
 // secrets are the properties whose values nobody may read again.
 var secrets = []string{"Password", "HttpHeaders", "CertificateString", "Token", "Headers"}
 
+const redacted = "******"
+
 // redact returns the properties of a request's body by their paths, with secrets and long values left out.
 func redact(body []byte, depth int) map[string]any {
 	if len(body) == 0 {
@@ -75,7 +77,7 @@ func redact(body []byte, depth int) map[string]any {
 		}
 		name := f.name
 		if slices.ContainsFunc(secrets, func(s string) bool { return strings.Contains(name, s) }) {
-			out[clip(name)] = "******"
+			out[clip(name)] = redacted
 			continue
 		}
 		if b, err := json.Marshal(f.value); err != nil || len(b) > 256 {

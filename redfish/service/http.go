@@ -106,6 +106,15 @@ func (s *Service) serve(ctx context.Context, w http.ResponseWriter, hr *http.Req
 		release()
 		return n.route.Stream(r, w)
 	}
+	if n.route != nil && n.route.Upload != nil {
+		release()
+		reply, err := n.route.Upload(r, w)
+		s.audit(r, "POST", err)
+		if err != nil {
+			return err
+		}
+		return s.writeReply(w, r, reply)
+	}
 	q, e := parseQuery(hr.URL.RawQuery)
 	if e != nil {
 		return e
@@ -159,7 +168,7 @@ func remoteIP(hr *http.Request) string {
 
 // methods returns what the resource takes.
 func (n *node) methods() []string {
-	if n.action != nil {
+	if n.action != nil || n.route.Upload != nil {
 		return []string{"POST"}
 	}
 	m := []string{"GET", "HEAD"}
@@ -438,7 +447,7 @@ func (s *Service) collect(r *Request, q query) (schema.Object, error) {
 // sub returns a request of the same caller for another resource.
 func (r *Request) sub(uri string) (*Request, error) {
 	n, params := r.svc.tree.find(uri)
-	if n == nil || n.route == nil || n.route.Document != nil || n.route.Handler != nil || n.route.Download != nil || n.route.Stream != nil {
+	if n == nil || n.route == nil || n.route.Document != nil || n.route.Handler != nil || n.route.Download != nil || n.route.Stream != nil || n.route.Upload != nil {
 		return nil, ErrNotFound
 	}
 	return &Request{URI: canonical(uri, n), Caller: r.Caller, ctx: r.ctx, svc: r.svc, node: n, params: params, http: r.http}, nil

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"net/http"
+	"net/netip"
 	"strconv"
 	"strings"
 	"sync"
@@ -16,8 +17,8 @@ import (
 // logins checks passwords: it remembers good ones for a moment, because clients with basic authentication send theirs
 // with each request, and holds off whoever fails too often.
 //
-// Failures are counted by user and source address. So nobody can lock an administrator out from elsewhere, and what is
-// not a login (an unknown path, a request without credentials) is never counted.
+// Failures are counted by user and source, and by source alone for those who try many names. So nobody can lock an administrator
+// out from elsewhere, and what is not a login (an unknown path, a request without credentials) is never counted.
 type logins struct {
 	limits   *Limits
 	accounts *accounts
@@ -36,7 +37,20 @@ type goodLogin struct {
 	generation int
 }
 
-type failKey struct{ user, address string }
+type failKey struct{ user, source string } // no user: all of the source's
+
+// source is what failures are counted by: an IPv4 address, or the 64 bits of an IPv6 address that a single client's network has.
+func source(address string) string {
+	a, err := netip.ParseAddr(address)
+	if err != nil || a.Unmap().Is4() {
+		return address
+	}
+	p, err := a.WithZone("").Prefix(64)
+	if err != nil {
+		return address
+	}
+	return p.String()
+}
 
 type failures struct {
 	count int
@@ -49,6 +63,8 @@ const (
 	maxFailed = 1024
 	// maxQueue is how many password checks may wait for their turn.
 	maxQueue = 16
+	// sourceFails is how many times more failures a source may have, over all names, than one name from there.
+	sourceFails = 10
 )
 
 func newLogins(s *Service) *logins {
@@ -64,7 +80,8 @@ func newLogins(s *Service) *logins {
 // check returns the enabled account of a user with this password.
 func (l *logins) check(user, password, address string) (account, error) {
 	cacheKey := l.digest(user, password)
-	fails := failKey{user, address}
+	from := source(address)
+	fails := []failKey{{user, from}, {"", from}}
 	generation := l.accounts.generation()
 
 	l.mu.Lock()
@@ -74,13 +91,16 @@ func (l *logins) check(user, password, address string) (account, error) {
 		delete(l.good, cacheKey)
 		hit = false
 	}
-	f := l.failed[fails]
-	if f != nil && now.Sub(f.last) > l.limits.LockTime && now.After(f.until) {
-		delete(l.failed, fails)
-		f = nil
+	var wait time.Duration
+	for _, key := range fails {
+		f := l.failed[key]
+		if f != nil && now.Sub(f.last) > l.limits.LockTime && now.After(f.until) {
+			delete(l.failed, key)
+		} else if f != nil {
+			wait = max(wait, f.until.Sub(now))
+		}
 	}
-	if !hit && f != nil && now.Before(f.until) {
-		wait := f.until.Sub(now)
+	if !hit && wait > 0 {
 		l.mu.Unlock()
 		return account{}, tooMany(wait)
 	}
@@ -106,23 +126,29 @@ func (l *logins) check(user, password, address string) (account, error) {
 	defer l.mu.Unlock()
 	now = l.now()
 	if matches {
-		delete(l.failed, fails)
+		delete(l.failed, fails[0])
 		makeRoom(l.good, maxGood)
 		l.good[cacheKey] = goodLogin{until: now.Add(l.limits.CachedLogin), generation: generation}
 		return a, nil
 	}
-	f = l.failed[fails]
-	if f == nil {
-		makeRoom(l.failed, maxFailed)
-		f = &failures{}
-		l.failed[fails] = f
-	}
-	f.count++
-	f.last = now
-	if f.count >= l.limits.LockAfter {
-		f.until = now.Add(l.limits.LockTime)
-		f.count = 0
-		go l.locks(user, address) // outside of mu
+	for i, key := range fails {
+		f := l.failed[key]
+		if f == nil {
+			makeRoom(l.failed, maxFailed)
+			f = &failures{}
+			l.failed[key] = f
+		}
+		f.count++
+		f.last = now
+		limit := l.limits.LockAfter
+		if i == 1 {
+			limit *= sourceFails
+		}
+		if f.count >= limit {
+			f.until = now.Add(l.limits.LockTime)
+			f.count = 0
+			go l.locks(key.user, address) // outside of mu
+		}
 	}
 	return account{}, unauthorized()
 }

@@ -84,6 +84,7 @@ func (s *Service) standardRoutes() []Route {
 	routes = append(routes, s.roleRoutes()...)
 	routes = append(routes, s.certificateRoutes()...)
 	routes = append(routes, s.conditionRoutes()...)
+	routes = append(routes, s.updateRoutes()...)
 	routes = append(routes, s.eventRoutes()...)
 	return append(routes, s.taskRoutes()...)
 }

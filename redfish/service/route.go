@@ -53,6 +53,8 @@ type Route struct {
 	Handler func(*Request) (*Reply, error)
 	// Stream takes over GET with an answer that goes on and on. It is not counted as a request being worked on.
 	Stream func(*Request, http.ResponseWriter) error
+	// Upload makes the route one that takes POST only, with a body that it reads itself, however long it is.
+	Upload func(*Request, http.ResponseWriter) (*Reply, error)
 
 	schemaURI string // of the schema, if it is our own
 }

@@ -60,6 +60,8 @@ type Options struct {
 	Audit func(AuditRecord) error
 	// Conditions are the faults that are open now; nil leaves the resource out.
 	Conditions func(*Request) []schema.Condition
+	// Updater installs software; nil leaves the UpdateService out.
+	Updater Updater
 	// Limits bound what clients can make the service spend.
 	Limits Limits
 }
@@ -240,14 +242,14 @@ func (s *Service) Handle(routes ...Route) {
 
 func (r *Route) check() error {
 	kinds := 0
-	for _, has := range []bool{r.Get != nil, r.Members != nil, r.Entries != nil, r.Document != nil, r.Handler != nil, r.Download != nil, r.Stream != nil} {
+	for _, has := range []bool{r.Get != nil, r.Members != nil, r.Entries != nil, r.Document != nil, r.Handler != nil, r.Download != nil, r.Stream != nil, r.Upload != nil} {
 		if has {
 			kinds++
 		}
 	}
 	switch {
 	case kinds != 1:
-		return errors.New("wants exactly one of Get, Members, Entries, Document, Handler, Download and Stream")
+		return errors.New("wants exactly one of Get, Members, Entries, Document, Handler, Download, Stream and Upload")
 	case r.Document == nil && r.Type == "":
 		return errors.New("has no type")
 	case r.collection() && (r.Patch != nil || r.Delete != nil || len(r.Actions) > 0):

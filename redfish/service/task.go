@@ -61,12 +61,27 @@ func (r *Request) Task(name string, work func(context.Context, *Task) (*Reply, e
 			Resource:  schema.Resource{Name: name},
 			TaskState: schema.TaskRunning, TaskStatus: schema.HealthOK, StartTime: schema.Time(s.now()), PercentComplete: &zero,
 			TaskMonitor: t.monitor(), Messages: []schema.Message{},
-			Payload: &schema.TaskPayload{TargetURI: r.http.URL.Path, HTTPOperation: r.http.Method, HTTPHeaders: []string{}, JSONBody: string(r.body)},
+			Payload: &schema.TaskPayload{TargetURI: r.http.URL.Path, HTTPOperation: r.http.Method, HTTPHeaders: []string{}, JSONBody: payload(r.body, s.limits.Depth)},
 		}
 	})
 	s.Publish(Event{MessageID: taskEvent + "TaskStarted", Args: []string{t.id}, Origin: t.uri()})
 	go t.run(ctx, work)
 	return &Reply{Status: http.StatusAccepted, Location: t.monitor(), Body: t.snapshot(), Header: http.Header{"Retry-After": {"1"}}}, nil
+}
+
+// payload is a request's body for a task to show, without what is secret in it.
+func payload(body []byte, depth int) string {
+	shown := redact(body, depth)
+	for _, v := range shown {
+		if v == redacted {
+			b, err := json.Marshal(shown)
+			if err != nil {
+				return ""
+			}
+			return string(b)
+		}
+	}
+	return string(body)
 }
 
 func (t *Task) uri() string     { return tasksURI + "/" + t.id }

@@ -1,0 +1,26 @@
+package schema
+
+// UpdateService is UpdateService.v1_17_0.UpdateService.
+type UpdateService struct {
+	Resource
+	ServiceEnabled       bool    `json:"ServiceEnabled"`
+	MultipartHTTPPushURI string  `json:"MultipartHttpPushUri,omitempty"`
+	MaxImageSizeBytes    int64   `json:"MaxImageSizeBytes,omitempty"`
+	FirmwareInventory    *Link   `json:"FirmwareInventory,omitempty"`
+	Status               *Status `json:"Status,omitempty"`
+}
+
+// SoftwareInventory is SoftwareInventory.v1_13_0.SoftwareInventory: one image that is installed.
+type SoftwareInventory struct {
+	Resource
+	Version                string  `json:"Version,omitempty"`
+	LowestSupportedVersion string  `json:"LowestSupportedVersion,omitempty"` // older ones are refused
+	SoftwareID             string  `json:"SoftwareId,omitempty"`
+	Manufacturer           string  `json:"Manufacturer,omitempty"`
+	ReleaseDate            string  `json:"ReleaseDate,omitempty"`
+	Updateable             bool    `json:"Updateable"`
+	Active                 *bool   `json:"Active,omitempty"` // it is what runs, or what is activated
+	Staged                 *bool   `json:"Staged,omitempty"`
+	RelatedItem            []Link  `json:"RelatedItem,omitempty"`
+	Status                 *Status `json:"Status,omitempty"`
+}
