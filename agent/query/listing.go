@@ -87,6 +87,19 @@ bytes that wait; of a listening socket, connections that wait to be accepted and
   backdoor -image vmcore vmstat -json | jq .counters.oom_kill`}, AskMemory),
 		listing(Listing{Name: "load", Resource: "Load", Short: "the host's load averages and run queues",
 			Long: `  backdoor -image vmcore load`}, AskLoad),
+		listing(Listing{Name: "stack", Resource: "Stack", Args: "PID", Short: "where in the kernel a thread sleeps",
+			Long: `The frames are unwound by the tables (ORC) that the kernel carries for that. A thread that runs has its registers in its CPU,
+and cannot be told. If the unwinding comes to a halt, what looks like a return address behind is shown with a "?".
+
+  backdoor -image vmcore stack 1`}, AskStack),
+		listing(Listing{Name: "sym", Resource: "Symbol", Args: "NAME|ADDR", Short: "the address of a symbol of the kernel, or what is at an address",
+			Long: `  backdoor -image vmcore sym init_task
+  backdoor -image vmcore sym 0xffffffff81000123`}, AskSymbol),
+		listing(Listing{Name: "print", Resource: "Object", Args: "TYPE NAME|ADDR", Short: "an object of the kernel, by its type",
+			Long: `TYPE is any that the kernel's BTF knows. The number before each member is its offset.
+
+  backdoor -image vmcore print task_struct init_task
+  backdoor -image vmcore print list_head 0xffff888003a41d40`}, AskObject),
 	}
 }
 
