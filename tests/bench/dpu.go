@@ -182,10 +182,11 @@ func (b *bench) runaway(ctx context.Context) error {
 		if _, err := client.OEM(task.OEM, &out); err != nil {
 			return err
 		}
-		if out.Outcome != nil {
-			killed = append(killed, at.Sub(asked))
-			applied = append(applied, out.Outcome.Finished.Sub(out.Outcome.Started))
+		if out.Outcome == nil {
+			return errors.New("the repair's task has no outcome")
 		}
+		killed = append(killed, at.Sub(asked))
+		applied = append(applied, out.Outcome.Finished.Sub(out.Outcome.Started))
 	}
 	b.add("fault to finding: runaway-process", "ms", listed+"; policy asks for 3000 ms of a CPU", ms(found...)...)
 	b.add("kill-process: request to death", "ms", "harness: from the Redfish request until the host's parent was told", ms(killed...)...)
