@@ -362,20 +362,15 @@ func TestPortIsTaken(t *testing.T) {
 func TestServiceStateIsDamaged(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	if err := os.MkdirAll(filepath.Join(dir, "state", "redfish"), 0o700); err != nil {
+	if err := os.Mkdir(filepath.Join(dir, "state"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	damaged := []string{
-		write(t, filepath.Join(dir, "state", "redfish", "tls.crt"), "not a certificate"),
-		write(t, filepath.Join(dir, "state", "redfish", "tls.key"), "not a key"),
-	}
+	damaged := write(t, filepath.Join(dir, "state", "redfish"), "a file where a directory should be")
 	_, out := start(t, "-config", write(t, filepath.Join(dir, "config.json"),
 		fmt.Sprintf(`{"version": 1, "stateDir": "state", "redfish": {"listen": %q}}`, freePort(t))))
-	out.wait(t, 0, `a part has ended; starting it again.*part=redfish.*load certificate`)
-	for _, path := range damaged {
-		if err := os.Remove(path); err != nil {
-			t.Fatal(err)
-		}
+	out.wait(t, 0, `a part has ended; starting it again.*part=redfish.*make Redfish service`)
+	if err := os.Remove(damaged); err != nil {
+		t.Fatal(err)
 	}
 	out.wait(t, 0, `certificate SHA-256`)
 	if strings.Contains(out.String(), "the worker has ended") {
