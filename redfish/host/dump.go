@@ -53,7 +53,7 @@ type dump struct {
 }
 
 // collecting are the routes of the log service that collects diagnostic data from the host's memory. It may be looked at under the
-// access agreement's right to read, and only an administrator may.
+// access agreement's right to read, and only by who has the privilege for it.
 func (h *host) collecting() []service.Route {
 	if h.o.DumpDir == "" {
 		return nil
@@ -63,10 +63,10 @@ func (h *host) collecting() []service.Route {
 		Resource:     schema.Resource{Name: "Diagnostic data", Description: "Data that was collected from the host's memory, the oldest first; it is gone when the agent restarts"},
 		LogEntryType: "OEM", LogPurposes: []string{"Diagnostic"}, OverWritePolicy: "WrapsWhenFull", MaxNumberOfRecords: maxDumps,
 	})
-	administrator := service.Privileges{{service.ConfigureManager, service.ConfigureComponents}}
+	reader := service.Privileges{{service.ConfigureComponents, PrivilegeReadMemory}}
 	routes[0].Actions = []service.Action{
 		{
-			Name: "LogService.CollectDiagnosticData", Privileges: administrator,
+			Name: "LogService.CollectDiagnosticData", Privileges: reader,
 			Parameters: []service.Property{
 				{Name: "DiagnosticDataType", Kind: service.String, Required: true, Values: []string{"OEM"}},
 				{Name: "OEMDiagnosticDataType", Kind: service.String, Required: true, Values: []string{dumpDmesg}},
@@ -76,7 +76,7 @@ func (h *host) collecting() []service.Route {
 			},
 		},
 		{
-			Name: "BackdoorLogService.CollectMemoryRange", OEM: true, Title: "Collect a range of the host's memory", Privileges: administrator,
+			Name: "BackdoorLogService.CollectMemoryRange", OEM: true, Title: "Collect a range of the host's memory", Privileges: reader,
 			Parameters: []service.Property{
 				{Name: "Start", Kind: service.String, Required: true, Min: 1, Max: 20},
 				{Name: "Length", Kind: service.Number, Required: true, Min: 1, Max: maxRange},
@@ -84,7 +84,7 @@ func (h *host) collecting() []service.Route {
 			Do: h.collectMemory,
 		},
 		{
-			Name: "LogService.ClearLog", Privileges: administrator,
+			Name: "LogService.ClearLog", Privileges: reader,
 			Do: func(*service.Request, service.Values) (*service.Reply, error) {
 				h.dumps.mu.Lock()
 				defer h.dumps.mu.Unlock()
@@ -273,6 +273,9 @@ func (h *host) dumpEntries(*service.Request) (service.Listing, error) {
 
 // downloadDump sends a dump's file to who may have collected it, as long as the agreement still permits reading.
 func (h *host) downloadDump(r *service.Request) (*service.File, error) {
+	if !r.Caller.May(PrivilegeReadMemory) {
+		return nil, service.Because(403, "InsufficientPrivilege", "Diagnostic data is for who has the privilege "+PrivilegeReadMemory+".")
+	}
 	if err := h.o.Agent.MayRead(); err != nil {
 		return nil, refusal(err)
 	}

@@ -95,6 +95,8 @@ func Audit(j interface {
 const (
 	// PrivilegeHeal lets the agent heal a finding of the host. Administrators and operators have it.
 	PrivilegeHeal = "BackdoorHeal"
+	// PrivilegeReadMemory lets somebody collect and download what the host's memory holds. Administrators have it.
+	PrivilegeReadMemory = "BackdoorReadMemory"
 	// PrivilegeMemory gives raw access to the host's memory. No predefined role has it: an administrator makes a role that does.
 	PrivilegeMemory = "BackdoorMemory"
 )

@@ -110,7 +110,7 @@ func Configure(o *service.Options) {
 	}
 	o.Schemas = append(o.Schemas, schemas()...)
 	o.Registries = append(o.Registries, registry)
-	o.OEMPrivileges = map[string][]string{"Administrator": {PrivilegeHeal}, "Operator": {PrivilegeHeal}}
+	o.OEMPrivileges = map[string][]string{"Administrator": {PrivilegeHeal, PrivilegeReadMemory}, "Operator": {PrivilegeHeal}}
 	o.MorePrivileges = append(o.MorePrivileges, PrivilegeMemory)
 }
 
@@ -143,6 +143,7 @@ func Routes(svc *service.Service, o Options) []service.Route {
 	routes = append(routes, h.parts()...)
 	routes = append(routes, h.media()...)
 	routes = append(routes, h.managerParts()...)
+	routes = append(routes, h.listingResources()...)
 	return append(routes, h.oemResources()...)
 }
 

@@ -67,6 +67,9 @@ func schemas() (out []service.Schema) {
 	for _, s := range []oem.Schema{systemSchema, stateSchema, processesSchema, logSchema, logServiceSchema, taskSchema} {
 		out = append(out, service.Schema{Namespace: s.Name, Versions: []string{s.Version}, CSDL: s.CSDL()})
 	}
+	for _, l := range listings() {
+		out = append(out, service.Schema{Namespace: l.schema.Name, Versions: []string{l.schema.Version}, CSDL: l.schema.CSDL()})
+	}
 	return out
 }
 

@@ -28,6 +28,17 @@ type BootDevice interface {
 	Targets() []string
 }
 
+// Media is the ability of a Power to put images into virtual drives of the machine.
+type Media interface {
+	// Drives are the Ids of the drives; all of them take CDs and DVDs.
+	Drives() []string
+	// Image is what is in a drive; empty if nothing is.
+	Image(drive string) string
+	// Insert puts the image at a URI into a drive, which the machine can read only.
+	Insert(ctx context.Context, drive, uri string) error
+	Eject(ctx context.Context, drive string) error
+}
+
 // BMCOptions describe a machine and its BMC. Only Power is required; what is not given is absent from the resources.
 type BMCOptions struct {
 	Power Power
@@ -45,6 +56,7 @@ type BMCOptions struct {
 // Chassis/1. These Ids are the ones that widespread clients (bmclib's inventory, for one) know.
 func BMC(s *Service, o BMCOptions) []Route {
 	boot, bootable := o.Power.(BootDevice)
+	drives, lends := o.Power.(Media)
 	types := func() (names []string) {
 		for _, t := range o.Power.Types() {
 			names = append(names, string(t))
@@ -76,6 +88,9 @@ func BMC(s *Service, o BMCOptions) []Route {
 				},
 			}
 			out.PowerState, out.Status = power(r)
+			if lends {
+				out.VirtualMedia = schema.LinkTo(bmcMediaURI)
+			}
 			if o.MemoryGiB > 0 {
 				out.MemorySummary = &schema.MemorySummary{TotalSystemMemoryGiB: o.MemoryGiB}
 			}
@@ -148,7 +163,11 @@ func BMC(s *Service, o BMCOptions) []Route {
 		manager.Actions = []Action{ManagerReset(o.ResetBMC)}
 	}
 
-	return append(s.NetworkRoutes("/redfish/v1/Managers/bmc"), []Route{
+	routes := s.NetworkRoutes("/redfish/v1/Managers/bmc")
+	if lends {
+		routes = append(routes, mediaRoutes(drives)...)
+	}
+	return append(routes, []Route{
 		{URI: "/redfish/v1/Systems", Type: schema.TypeComputerSystemCollection, Name: "Computer Systems", Members: Fixed("system")},
 		system,
 		{URI: "/redfish/v1/Managers", Type: schema.TypeManagerCollection, Name: "Managers", Members: Fixed("bmc")},

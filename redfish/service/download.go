@@ -44,3 +44,6 @@ func (p *patient) Write(b []byte) (int, error) {
 	_ = p.conn.SetWriteDeadline(time.Now().Add(downloadStall))
 	return p.ResponseWriter.Write(b)
 }
+
+// May reports whether the caller has a privilege. Routes say by themselves what they ask for; this is for what a GET shows.
+func (c Caller) May(privilege string) bool { return c.may(privilege) }

@@ -51,6 +51,10 @@ func (c *chassis) Reset(context.Context) error      { return c.do("reset", true)
 func (c *chassis) Shutdown(context.Context) error   { return c.do("shutdown", false) }
 func (c *chassis) NMI(context.Context) error        { return c.do("nmi", true) }
 
+func (c *chassis) BootNext(device string, _ bool)         { _ = c.do("boot "+device, c.Powered()) }
+func (c *chassis) NextBoot() (string, bool)               { return "", false }
+func (c *chassis) InsertCD(context.Context, string) error { return errors.ErrUnsupported }
+
 // simulator starts ipmi_sim with a chassis.
 func simulator(t *testing.T) (*chassis, *bmc.IPMI) {
 	t.Helper()
@@ -74,6 +78,7 @@ func simulator(t *testing.T) (*chassis, *bmc.IPMI) {
 }
 
 func TestIPMI(t *testing.T) {
+	t.Parallel()
 	m, s := simulator(t)
 	c := connect(t, Options{IPMI: s.Address, Username: s.User, Password: s.Password})
 	ctx := t.Context()
@@ -120,13 +125,14 @@ func TestIPMI(t *testing.T) {
 
 // TestLadder wants IPMI to be asked when Redfish is silent, first for the next minute, and both failures to be named.
 func TestLadder(t *testing.T) {
+	t.Parallel()
 	m, s := simulator(t)
 	silent, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer silent.Close() // accepts into the backlog and never answers
-	o := Options{URL: "https://" + silent.Addr().String(), IPMI: s.Address, Username: s.User, Password: s.Password, OpenTimeout: time.Second}
+	o := Options{URL: "https://" + silent.Addr().String(), IPMI: s.Address, Username: s.User, Password: s.Password, OpenTimeout: 3 * time.Second}
 	c := connect(t, o)
 	if err := c.Off(t.Context()); err != nil || m.Powered() {
 		t.Fatalf("Off() with a silent Redfish = %v, powered %v", err, m.Powered())
@@ -135,19 +141,20 @@ func TestLadder(t *testing.T) {
 	if err := c.On(t.Context()); err != nil || !m.Powered() {
 		t.Errorf("On() = %v, powered %v", err, m.Powered())
 	}
-	if took := time.Since(start); took > time.Second {
+	if took := time.Since(start); took > o.OpenTimeout {
 		t.Errorf("the second order took %v: the silent way was tried first again", took)
 	}
 
-	o.Password, o.Timeout = "wrong", 5*time.Second
+	o.Password, o.Timeout = "wrong", 10*time.Second
 	_, err = connect(t, o).State(t.Context())
-	if err == nil || !strings.Contains(err.Error(), o.URL) || !strings.Contains(err.Error(), "nothing after 1s") || !strings.Contains(err.Error(), "ipmi://"+s.Address) {
+	if err == nil || !strings.Contains(err.Error(), o.URL) || !strings.Contains(err.Error(), "nothing after 3s") || !strings.Contains(err.Error(), "ipmi://"+s.Address) {
 		t.Errorf("State() that fails on both ways = %v; want both named", err)
 	}
 }
 
 // An order that a BMC has taken is not given to another way if twice is not the same as once.
 func TestNotTwice(t *testing.T) {
+	t.Parallel()
 	m, s := simulator(t)
 	red := &machine{state: schema.PowerOff}
 	o := bmcOptions(t, red)
@@ -174,6 +181,7 @@ func TestNotTwice(t *testing.T) {
 }
 
 func TestOrderByRedfish(t *testing.T) {
+	t.Parallel()
 	red := &machine{state: schema.PowerOn}
 	c := connect(t, bmcOptions(t, red))
 	if err := c.Order(t.Context(), heal.OrderReset); err != nil {
