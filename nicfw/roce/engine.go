@@ -150,13 +150,16 @@ func (e *engine) schedule(now time.Duration, q *qp) {
 // transmit fills out with what is to be sent now. It is to be called again until it adds nothing.
 func (e *engine) transmit(now time.Duration, out *outbox) {
 	e.cm.transmit(out)
-	for range e.run.n {
-		if out.full() {
-			break
+	for before := -1; before < out.n && !out.full(); { // in turn, as long as anybody adds something
+		before = out.n
+		for range e.run.n {
+			if out.full() {
+				break
+			}
+			q := e.run.pop()
+			q.transmit(now, out)
+			e.schedule(now, q)
 		}
-		q := e.run.pop()
-		q.transmit(now, out)
-		e.schedule(now, q)
 	}
 	e.counters.Sent += uint64(out.n)
 }

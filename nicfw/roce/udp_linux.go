@@ -265,10 +265,7 @@ func (l *udpLink) Close() error {
 func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 	l.recvMu.Lock()
 	defer l.recvMu.Unlock()
-	var start time.Time
-	if wait > 0 || l.spin > 0 && wait != 0 {
-		start = time.Now()
-	}
+	var start time.Time // of looking for packets
 	for {
 		if l.rxNext < l.rxHave {
 			return l.deliver(packets)
@@ -291,22 +288,26 @@ func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 				return 0, nil
 			}
 		}
+		if start.IsZero() {
+			start = time.Now()
+		}
+		passed := time.Since(start)
+		if wait > 0 && passed >= wait {
+			return 0, nil
+		}
+		if passed < l.spin {
+			// Whom we wait for may need this very CPU.
+			unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+			continue
+		}
 		left := time.Duration(-1)
-		if !start.IsZero() {
-			passed := time.Since(start)
-			if wait > 0 {
-				if left = wait - passed; left <= 0 {
-					return 0, nil
-				}
-			}
-			if passed < l.spin {
-				continue
-			}
+		if wait > 0 {
+			left = wait - passed
 		}
 		switch err := l.sleep(left); err {
 		case nil:
 			return l.deliver(packets)
-		case unix.EAGAIN:
+		case unix.EAGAIN: // the end of wait, Wake, or neither
 		default:
 			return 0, err
 		}
@@ -367,7 +368,13 @@ func (l *udpLink) recvmmsg(flags uintptr) error {
 		h.SetControllen(controlSize)
 	}
 	for {
-		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0])), uintptr(len(l.rxMsgs)), flags, 0, 0)
+		var n uintptr
+		var errno unix.Errno
+		if flags == unix.MSG_DONTWAIT { // the scheduler need not know
+			n, _, errno = unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0])), uintptr(len(l.rxMsgs)), flags, 0, 0)
+		} else {
+			n, _, errno = unix.Syscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0])), uintptr(len(l.rxMsgs)), flags, 0, 0)
+		}
 		switch errno {
 		case 0:
 			l.rxHave, l.rxNext, l.rxOff = int(n), 0, 0
@@ -546,7 +553,7 @@ func (l *udpLink) prepare(msg int, packets []Packet, at int) int {
 // needs segmentation and cannot have it.
 func (l *udpLink) sendmmsg(msgs int) (int, error) {
 	for done := 0; done < msgs; {
-		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.txMsgs[done])), uintptr(msgs-done), unix.MSG_DONTWAIT, 0, 0)
+		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.txMsgs[done])), uintptr(msgs-done), unix.MSG_DONTWAIT, 0, 0)
 		switch errno {
 		case 0:
 			for i := range int(n) {

@@ -84,8 +84,8 @@ type QPConfig struct {
 	PathMTU     int           // payload bytes per packet; default and limit: the link's
 	SendDepth   int           // send queue entries; default 128
 	RecvDepth   int           // receive queue entries; default 128
-	MaxReads    int           // READ and atomic requests that we have outstanding, at most the peer's Resources; default 16
-	Resources   int           // READ and atomic requests that the peer may have outstanding; default 16
+	MaxReads    int           // READ and atomic requests that we have outstanding, at most the peer's Resources; default 32
+	Resources   int           // READ and atomic requests that the peer may have outstanding; default 32
 	Window      int           // packets that we have unacknowledged, or asked for by READs; default 128
 	AckTimeout  time.Duration // before a retry, rounded up to 4.096 µs · 2^n; default 67.1 ms
 	RetryCount  int           // 1 to 7, -1 for none; default 7
@@ -112,8 +112,8 @@ func (c QPConfig) withDefaults(linkMTU int) QPConfig {
 	c.PathMTU = mtu
 	def(&c.SendDepth, 128, 1, 1<<14)
 	def(&c.RecvDepth, 128, 1, 1<<14)
-	def(&c.MaxReads, 16, 1, 255)
-	def(&c.Resources, 16, 1, 255)
+	def(&c.MaxReads, 32, 1, 255)
+	def(&c.Resources, 32, 1, 255)
 	def(&c.Window, 128, 2, 1<<14)
 	def(&c.RetryCount, 7, -1, 7)
 	def(&c.RNRRetry, 7, -1, 7)
