@@ -283,9 +283,6 @@ func (s *story) found(ctx context.Context, mark int, f detect.Finding) (time.Tim
 }
 
 func (s *story) tellRepair(o *heal.Outcome) {
-	if o == nil {
-		return
-	}
 	how := "read, compare, write, verify"
 	if o.Atomic {
 		how = "compare-and-swap"

@@ -22,9 +22,6 @@ import (
 	"github.com/backdoor-rhs/backdoor/tests/lab"
 )
 
-// allTasks lists the service's tasks.
-const allTasks = "/redfish/v1/TaskService/Tasks"
-
 // every is how often an agent is asked when something is waited for. It bounds no figure: those come from the agent's own times
 // of its findings, or from the harness.
 const every = 100 * time.Millisecond
@@ -208,19 +205,18 @@ func (a *Agent) Explain(ctx context.Context, id string) string {
 	return "there is no such finding any more"
 }
 
-// Outcome returns what became of the agent's repair of a finding; nil if the service keeps no task of it.
+// Outcome returns what became of the agent's last repair of a finding.
 func (a *Agent) Outcome(ctx context.Context, finding string) (*heal.Outcome, error) {
-	for t, err := range client.Members[schema.Task](ctx, a.Client, allTasks) {
-		if err != nil {
-			return nil, err
-		}
-		var o struct{ Outcome *heal.Outcome }
-		if _, err := client.OEM(t.OEM, &o); err != nil {
-			return nil, err
-		}
-		if o.Outcome != nil && o.Outcome.Plan.Finding == finding {
-			return o.Outcome, nil
-		}
+	var e schema.LogEntry
+	if err := a.Get(ctx, client.FindingsURI+"/"+finding, &e); err != nil {
+		return nil, err
 	}
-	return nil, nil
+	var o struct{ Outcomes []heal.Outcome }
+	if _, err := client.OEM(e.OEM, &o); err != nil {
+		return nil, err
+	}
+	if len(o.Outcomes) == 0 {
+		return nil, fmt.Errorf("finding %s has no record of its repair", finding)
+	}
+	return &o.Outcomes[len(o.Outcomes)-1], nil
 }
