@@ -22,6 +22,11 @@ func OEM(o schema.OEM, v any) (bool, error) {
 	return true, nil
 }
 
+// ListingURI returns the URI of the resource of one of package query's listings, by the resource's name.
+func ListingURI(resource string) string {
+	return "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/" + resource
+}
+
 // The URIs of an agent's resources.
 const (
 	StateURI    = "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/State"
