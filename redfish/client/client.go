@@ -334,7 +334,9 @@ func (c *Client) open(ctx context.Context, method, uri string, body []byte, head
 		req.Header[k] = v
 	}
 	req.Header.Set("OData-Version", "4.0")
-	req.Header.Set("Accept", "application/json")
+	if req.Header.Get("Accept") == "" {
+		req.Header.Set("Accept", "application/json")
+	}
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -220,13 +221,14 @@ func TestServeEnds(t *testing.T) {
 	}
 }
 
-// dmtf reads a file of DMTF's release 2025.4 into v, or skips.
+// dmtf reads a file of DMTF's release 2025.4 into v, or skips. The folder that $DMTF names holds the bundles DSP8010 and DSP8011.
 func dmtf(t *testing.T, name string, v any) {
 	t.Helper()
-	b, err := os.ReadFile("../../../shared/dmtf/" + name)
-	if os.IsNotExist(err) {
-		t.Skip("DMTF's files of release 2025.4 are not beside the repository (../shared/dmtf)")
+	dir := os.Getenv("DMTF")
+	if dir == "" {
+		t.Skip("DMTF does not name a folder with DMTF's files of release 2025.4; see redfish/README.md")
 	}
+	b, err := os.ReadFile(filepath.Join(dir, name))
 	if err != nil {
 		t.Fatal(err)
 	}
