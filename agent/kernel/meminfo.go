@@ -25,7 +25,26 @@ type MemoryUse struct {
 	Pressure *Pressure `json:"pressure,omitempty"`
 	// Counters are those of /proc/vmstat, by its names, but in pages where huge pages are counted there, and without those of
 	// NUMA and of thresholds.
-	Counters map[string]uint64 `json:"counters"`
+	Counters Counters `json:"counters"`
+}
+
+// Counters are in the kernel's order.
+type Counters []Counter
+
+// Counter is one counter by its name.
+type Counter struct {
+	Name  string `json:"name"`
+	Value uint64 `json:"value"`
+}
+
+// Get returns the value of a counter; ok is false if the kernel has none of that name.
+func (c Counters) Get(name string) (value uint64, ok bool) {
+	for i := range c {
+		if c[i].Name == name {
+			return c[i].Value, true
+		}
+	}
+	return 0, false
 }
 
 // Zone is a zone of a node's memory (struct zone, include/linux/mmzone.h), in bytes.
@@ -140,7 +159,10 @@ func (w *memoryWalk) run() error {
 	if err != nil {
 		return err
 	}
-	c := u.Counters
+	c := make(map[string]uint64, len(u.Counters))
+	for _, x := range u.Counters {
+		c[x.Name] = x.Value
+	}
 	u.Free, u.Anonymous, u.PageCache = c["nr_free_pages"]*page, c["nr_anon_pages"]*page, c["nr_file_pages"]*page
 	u.Shared, u.Dirty, u.Stacks, u.Tables = c["nr_shmem"]*page, c["nr_dirty"]*page, c["nr_kernel_stack"]<<10, c["nr_page_table_pages"]*page
 	u.Slab = (c["nr_slab_reclaimable"] + c["nr_slab_unreclaimable"]) * page
@@ -196,11 +218,10 @@ func (w *memoryWalk) counters() error {
 		return fmt.Errorf("names of %d counters begin with %q: %w", len(name), name[0], ErrNotSupported)
 	}
 	u := &w.use
-	u.Counters = make(map[string]uint64)
 	read := func(va VirtAddr, n, from int) error {
 		values, err := w.v.pointers("vm_stat", va, n)
 		for i, value := range values {
-			u.Counters[name[from+i]] = uint64(max(0, int64(value))) // may be below zero for a moment, as the kernel itself knows
+			u.Counters = append(u.Counters, Counter{name[from+i], uint64(max(0, int64(value)))}) // may be below zero for a moment, as the kernel itself knows
 		}
 		return err
 	}
@@ -232,7 +253,7 @@ func (w *memoryWalk) counters() error {
 		if err != nil {
 			return err
 		}
-		u.Counters[n] = sums[i]
+		u.Counters = append(u.Counters, Counter{n, sums[i]})
 	}
 	return nil
 }

@@ -35,7 +35,9 @@ type Listing struct {
 	Args     string // of the usage line; without brackets, an argument is needed
 	Short    string
 	Long     string
-	Ask      func(ctx context.Context, v *kernel.View, args []string) (Answer, error)
+	// Served says that agents answer it over Redfish, without arguments: for the whole host.
+	Served bool
+	Ask    func(ctx context.Context, v *kernel.View, args []string) (Answer, error)
 	// Empty returns a pointer to an answer to decode JSON into.
 	Empty func() Answer
 }
@@ -43,13 +45,13 @@ type Listing struct {
 // Listings are all of them.
 func Listings() []Listing {
 	return []Listing{
-		listing(Listing{Name: "lsmod", Resource: "Modules", Short: "the host's kernel modules",
+		listing(Listing{Served: true, Name: "lsmod", Resource: "Modules", Short: "the host's kernel modules",
 			Long: `The modules of all three ways by which the kernel knows them: the list that lsmod shows there, /sys/module, and the tree of
 their addresses. A live module that is not in all three is marked HIDDEN, and the exit status is 3.
 
   backdoor -image vmcore lsmod
   backdoor -mem /dev/shm/vm.ram lsmod -json | jq '.modules[] | select(.missing)'`}, AskModules),
-		listing(Listing{Name: "ip", Resource: "Interfaces", Short: "the host's network interfaces",
+		listing(Listing{Served: true, Name: "ip", Resource: "Interfaces", Short: "the host's network interfaces",
 			Long: `Interfaces of all network namespaces, with their addresses; those of containers are marked by the number of their namespace.
 Counters that only the driver knows are shown as "-".
 
@@ -58,34 +60,34 @@ Counters that only the driver knows are shown as "-".
 			Long: `With a PID, the processes below that one.
 
   backdoor -image vmcore pstree 1`}, AskTree),
-		listing(Listing{Name: "lsof", Resource: "OpenFiles", Args: "[PID]", Short: "the files that processes have open",
+		listing(Listing{Served: true, Name: "lsof", Resource: "OpenFiles", Args: "[PID]", Short: "the files that processes have open",
 			Long: `Working directories, roots, programs and descriptors, with their paths as /proc/PID/fd shows them there; mode r, w or u (both)
 stands behind the descriptor.
 
   backdoor -image vmcore lsof 1
   backdoor -image vmcore lsof -json | jq '.files[] | select(.path | endswith("(deleted)"))'`}, AskOpenFiles),
-		listing(Listing{Name: "mount", Resource: "Mounts", Args: "[PID]", Short: "the host's mounts",
+		listing(Listing{Served: true, Name: "mount", Resource: "Mounts", Args: "[PID]", Short: "the host's mounts",
 			Long: `Mounts of the host's own namespace, or of the one that the process PID is in. Options that a file system keeps to itself are not
 shown.
 
   backdoor -image vmcore mount`}, AskMounts),
-		listing(Listing{Name: "ss", Resource: "Sockets", Short: "the host's sockets, and whose they are",
+		listing(Listing{Served: true, Name: "ss", Resource: "Sockets", Short: "the host's sockets, and whose they are",
 			Long: `TCP, UDP and unix sockets of all network namespaces, and those of other families that a process has open. RECV-Q and SEND-Q are
 bytes that wait; of a listening socket, connections that wait to be accepted and how many may.
 
   backdoor -image vmcore ss
   backdoor -image vmcore ss -json | jq '.sockets[] | select(.state == "LISTEN")'`}, AskSockets),
-		listing(Listing{Name: "slabtop", Resource: "SlabCaches", Short: "what the host's kernel uses its own memory for",
+		listing(Listing{Served: true, Name: "slabtop", Resource: "SlabCaches", Short: "what the host's kernel uses its own memory for",
 			Long: `The slab caches, the largest first.
 
   backdoor -image vmcore slabtop`}, AskSlabCaches),
-		listing(Listing{Name: "vmstat", Resource: "Memory", Short: "what the host's memory is used for",
+		listing(Listing{Served: true, Name: "vmstat", Resource: "Memory", Short: "what the host's memory is used for",
 			Long: `The use of memory, the zones with their watermarks, the pressure (PSI), and counters that tell of trouble; -json has all of
 /proc/vmstat's.
 
   backdoor -image vmcore vmstat
-  backdoor -image vmcore vmstat -json | jq .counters.oom_kill`}, AskMemory),
-		listing(Listing{Name: "load", Resource: "Load", Short: "the host's load averages and run queues",
+  backdoor -image vmcore vmstat -json | jq '.counters[] | select(.name == "oom_kill")'`}, AskMemory),
+		listing(Listing{Served: true, Name: "load", Resource: "Load", Short: "the host's load averages and run queues",
 			Long: `  backdoor -image vmcore load`}, AskLoad),
 		listing(Listing{Name: "stack", Resource: "Stack", Args: "PID", Short: "where in the kernel a thread sleeps",
 			Long: `The frames are unwound by the tables (ORC) that the kernel carries for that. A thread that runs has its registers in its CPU,

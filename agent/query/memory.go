@@ -68,12 +68,14 @@ func (m Memory) Text(w io.Writer) error {
 	p.printf("\n")
 	rows = nil
 	for _, name := range shown {
-		rows = append(rows, []string{name, strconv.FormatUint(m.Counters[name], 10)})
+		if n, ok := m.Counters.Get(name); ok {
+			rows = append(rows, []string{name, strconv.FormatUint(n, 10)})
+		}
 	}
 	var stalls uint64
-	for name, n := range m.Counters {
-		if strings.HasPrefix(name, "allocstall_") {
-			stalls += n
+	for _, c := range m.Counters {
+		if strings.HasPrefix(c.Name, "allocstall_") {
+			stalls += c.Value
 		}
 	}
 	p.table("<>", append(rows, []string{"allocstall", strconv.FormatUint(stalls, 10)}))

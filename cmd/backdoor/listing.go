@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
 	"github.com/backdoor-rhs/backdoor/agent/query"
+	"github.com/backdoor-rhs/backdoor/redfish/client"
 )
 
 // listingVerbs are the verbs that ask one question about the host each; the table of them is that of package query.
@@ -39,6 +41,10 @@ func (e *env) list(ctx context.Context, l query.Listing, args []string) (int, er
 	}
 	defer s.Close()
 	a, err := s.List(ctx, l, args)
+	var wrong *query.ArgumentError
+	if errors.As(err, &wrong) {
+		return 0, &usageError{verb: l.Name, msg: err.Error()}
+	}
 	if err != nil {
 		return 0, err
 	}
@@ -53,6 +59,16 @@ func (m *memory) List(ctx context.Context, l query.Listing, args []string) (quer
 	return l.Ask(ctx, m.img.View(ctx), args)
 }
 
-func (a *agent) List(context.Context, query.Listing, []string) (query.Answer, error) {
-	return nil, &usageError{msg: "an agent does not serve this yet; the verb works with -image and -mem"}
+func (a *agent) List(ctx context.Context, l query.Listing, args []string) (query.Answer, error) {
+	switch {
+	case !l.Served:
+		return nil, &usageError{verb: l.Name, msg: fmt.Sprintf("agents do not serve %s: it works with -image and -mem", l.Name)}
+	case len(args) > 0:
+		return nil, &usageError{verb: l.Name, msg: fmt.Sprintf("agents answer %s for the whole host: %s works with -image and -mem", l.Name, l.Args)}
+	}
+	r := struct{ Answer query.Answer }{l.Empty()}
+	if err := a.get(ctx, client.ListingURI(l.Resource), &r); err != nil {
+		return nil, unattached(err)
+	}
+	return r.Answer, nil
 }

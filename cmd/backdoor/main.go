@@ -8,7 +8,8 @@
 //
 // The host is chosen by -host URL or by a context of the configuration file; without either, the current context is used.
 // With -image FILE (a crash dump: ELF vmcore, LiME or raw) or -mem FILE (the live RAM file of a virtual machine) there is no
-// agent: the verbs status, ps, top and dmesg then work on that memory by themselves. Flags may stand before or after the verb.
+// agent: the verbs from status to print then work on that memory by themselves, findings aside. Agents answer those that need no
+// argument. Flags may stand before or after the verb.
 // Every verb prints tables for people, or JSON with -json.
 //
 // The verbs:
@@ -18,6 +19,18 @@
 //	ps           the host's processes
 //	top          the host's busiest processes
 //	dmesg        the host's kernel log; -w follows it
+//	lsmod        the host's kernel modules, those that hide among them
+//	ip           the host's network interfaces
+//	pstree       the host's processes as a tree
+//	lsof         the files that processes have open
+//	mount        the host's mounts
+//	ss           the host's sockets, and whose they are
+//	slabtop      what the host's kernel uses its own memory for
+//	vmstat       what the host's memory is used for
+//	load         the host's load averages and run queues
+//	stack        where in the kernel a thread sleeps: stack PID
+//	sym          the address of a symbol of the kernel, or what is at an address
+//	print        an object of the kernel, by its type: print task_struct init_task
 //	heal         repair a finding: heal FINDING [-dry-run] [-action A] [-y]
 //	power        the host's power: status, on, off, cycle, reset, nmi, soft
 //	journal      what the agent decided and wrote; -verify checks the chain of hashes

@@ -453,8 +453,8 @@ func TestCompletion(t *testing.T) {
 	}
 	_, script, _ := command(t, "completion", "bash")
 	for line, want := range map[string][]string{
-		"backdoor st":          {"status"},
-		"backdoor -json sta":   {"status"},
+		"backdoor st":          {"status", "stack"},
+		"backdoor -json sta":   {"status", "stack"},
 		"backdoor power n":     {"nmi"},
 		"backdoor heal -dry":   {"-dry-run"},
 		"backdoor help jour":   {"journal"},
