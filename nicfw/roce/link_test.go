@@ -26,6 +26,10 @@ var linkPairs = []struct {
 		a, b := NewPipe(netip.MustParseAddrPort("10.0.0.1:4791"), netip.MustParseAddrPort("10.0.0.2:4791"), 4096, Faults{})
 		return Capture(a, new(bytes.Buffer)), b
 	}},
+	{"impaired pipe", func(t testing.TB) (Link, Link) {
+		a, b := NewPipe(netip.MustParseAddrPort("10.0.0.1:4791"), netip.MustParseAddrPort("10.0.0.2:4791"), 4096, Faults{})
+		return Impair(a, Faults{}), Impair(b, Faults{})
+	}},
 	{"udp", func(t testing.TB) (Link, Link) { return udpPair(t, UDPConfig{}) }},
 	{"udp without offload", func(t testing.TB) (Link, Link) { return udpPair(t, UDPConfig{NoOffload: true}) }},
 	{"udp busy polling", func(t testing.TB) (Link, Link) { return udpPair(t, UDPConfig{Spin: 50 * time.Microsecond}) }},

@@ -1,7 +1,6 @@
 package roce
 
 import (
-	"bytes"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -24,7 +23,8 @@ func NewPipe(a, b netip.AddrPort, pathMTU int, f Faults) (Link, Link) {
 	ab, ba := make(chan pipePacket, pipeDepth), make(chan pipePacket, pipeDepth)
 	end := func(local, peer netip.AddrPort, out, in chan pipePacket, stream uint64) *pipeEnd {
 		return &pipeEnd{
-			local: local, peer: peer, mtu: pathMTU, faults: f, out: out, in: in, rng: rand.New(rand.NewPCG(f.Seed, stream)),
+			local: local, peer: peer, mtu: pathMTU, corrupt: f.Corrupt, out: out, in: in,
+			late: impairment{f: f, rng: rand.New(rand.NewPCG(f.Seed, stream))},
 			wake: make(chan struct{}, 1), closed: make(chan struct{}),
 		}
 	}
@@ -40,16 +40,15 @@ type pipePacket struct {
 type pipeEnd struct {
 	local, peer netip.AddrPort
 	mtu         int
-	faults      Faults
+	corrupt     float64
 	out         chan<- pipePacket
 	in          <-chan pipePacket
 	wake        chan struct{}
 	closed      chan struct{}
 	closing     sync.Once
 
-	tx   checker // of Send
-	rng  *rand.Rand
-	late []pipePacket // held back, to be overtaken
+	tx   checker    // of Send
+	late impairment // of Send
 
 	rx checker // of Recv
 
@@ -79,40 +78,18 @@ func (p *pipeEnd) Send(packets []Packet) error {
 		return net.ErrClosed
 	default:
 	}
-	for i := range packets {
-		q := pipePacket{p.local, packets[i].Peer, bytes.Clone(p.tx.seal(p.local, &packets[i], 0))}
-		if p.rng.Float64() < p.faults.Corrupt {
-			q.wire[p.rng.IntN(len(q.wire))] ^= 1 << p.rng.IntN(8)
+	for _, q := range p.late.apply(nil, packets) {
+		wire := p.tx.seal(p.local, &q, 0)
+		if p.late.rng.Float64() < p.corrupt {
+			wire[p.late.rng.IntN(len(wire))] ^= 1 << p.late.rng.IntN(8)
 		}
-		copies := 1
-		if p.rng.Float64() < p.faults.Dup {
-			copies = 2
-		}
-		if p.rng.Float64() < p.faults.Loss {
-			copies--
-		}
-		overtaken := p.rng.Float64() < p.faults.Reorder
-		for range copies {
-			if overtaken {
-				p.late = append(p.late, q)
-			} else {
-				p.put(q)
-			}
-		}
-		if len(p.late) > 0 && !overtaken && p.rng.IntN(4) == 0 {
-			p.put(p.late[0])
-			p.late = p.late[1:]
+		select {
+		case p.out <- pipePacket{p.local, q.Peer, wire}:
+		default: // full
 		}
 	}
 	p.count(func(c *LinkCounters) { c.Sent += uint64(len(packets)) })
 	return nil
-}
-
-func (p *pipeEnd) put(q pipePacket) {
-	select {
-	case p.out <- q:
-	default:
-	}
 }
 
 func (p *pipeEnd) Recv(packets []Packet, wait time.Duration) (int, error) {

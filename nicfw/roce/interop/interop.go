@@ -347,3 +347,51 @@ func (s *Server) perftestCM(ctx context.Context, q *roce.QP, mr *roce.MR) error 
 		}
 	}
 }
+
+// Pattern is what word i of verified memory holds.
+func Pattern(i uint64) uint64 { return i * 0x9e3779b97f4a7c15 }
+
+// Fill writes the pattern into n bytes, a multiple of eight.
+func Fill(w io.WriterAt, n int64) error {
+	page := make([]byte, 4096)
+	for off := int64(0); off < n; off += int64(len(page)) {
+		part := page[:min(int64(len(page)), n-off)]
+		for i := 0; i < len(part); i += 8 {
+			binary.LittleEndian.PutUint64(part[i:], Pattern(uint64(off+int64(i))/8))
+		}
+		if _, err := w.WriteAt(part, off); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ServeMemory serves the client in testdata/verify.c until ctx ends: the window is told in the private data of the
+// connection reply.
+func (s *Server) ServeMemory(ctx context.Context, l *roce.Listener) error {
+	for {
+		r, err := l.Accept(ctx)
+		if err != nil {
+			return err
+		}
+		pd := s.Device.NewPD()
+		mr, err := pd.Register(s.Region, roce.MRConfig{Addr: windowVA, Length: s.Length, Access: s.Access})
+		if err != nil {
+			return err
+		}
+		private := binary.BigEndian.AppendUint64(nil, mr.Addr())
+		private = binary.BigEndian.AppendUint64(private, mr.Len())
+		private = binary.BigEndian.AppendUint32(private, uint32(mr.RKey()))
+		q, err := r.Accept(pd, nil, s.QP, private)
+		if err != nil {
+			s.Log.Warn("memory client", "peer", r.Peer(), "err", err)
+			continue
+		}
+		go func() {
+			<-q.Done()
+			s.Log.Info("memory client", "peer", r.Peer(), "qpn", q.QPN(), "end", q.Err())
+			q.Close()
+			mr.Revoke()
+		}()
+	}
+}

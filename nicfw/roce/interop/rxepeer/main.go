@@ -2,12 +2,12 @@
 //
 // Synopsis:
 //
-//	rxepeer [-addr ADDR] [-size BYTES] [-access rwa] [-mtu BYTES] [-resources N] [-spin DURATION] [-rping ADDR:PORT]
+//	rxepeer [-addr ADDR] [-size BYTES] [-access rwa] [-mtu BYTES] [-resources N] [-spin DURATION] [-loss P] [-rping ADDR:PORT]
 //
 // Description:
 //
 // It listens on UDP port 4791 of ADDR, for perftest on TCP port 18515, for perftest -R and rping by connection manager
-// on ports 18515 and 7174, until it gets SIGINT. With -rping it connects to an rping server instead, plays ten rounds and
+// on ports 18515 and 7174, and for testdata/verify.c on port 7175, until it gets SIGINT. With -rping it connects to an rping server instead, plays ten rounds and
 // ends.
 //
 // Example:
@@ -51,6 +51,7 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	resources := f.Int("resources", 16, "READ and atomic requests that a peer may have outstanding")
 	spin := f.Duration("spin", 0, "busy polling before sleeping")
 	offload := f.Bool("offload", true, "use UDP_SEGMENT and UDP_GRO")
+	loss := f.Float64("loss", 0, "probability that a packet gets lost, each way; likewise duplicated and reordered")
 	rping := f.String("rping", "", "rping server to connect to")
 	if err := f.Parse(args); err != nil {
 		return err
@@ -64,12 +65,15 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if *loss > 0 {
+		link = roce.Impair(link, roce.Faults{Seed: 1, Loss: *loss, Dup: *loss, Reorder: *loss})
+	}
 	dev, err := roce.Open(link, roce.Config{Logger: log})
 	if err != nil {
 		return err
 	}
 	defer dev.Close()
-	errs := make(chan error, 4)
+	errs := make(chan error, 5)
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	go func() { errs <- dev.Run(ctx) }()
@@ -80,7 +84,11 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 		}
 		return interop.Rping(ctx, dev, server.Addr(), server.Port(), 10)
 	}
-	s := &interop.Server{Device: dev, Region: roce.NewBuffer(*size), Length: uint64(*size), QP: roce.QPConfig{Resources: *resources}, Log: log}
+	mem := roce.NewBuffer(*size)
+	if err := interop.Fill(mem, int64(mem.Len())); err != nil {
+		return err
+	}
+	s := &interop.Server{Device: dev, Region: mem, Length: uint64(mem.Len()), QP: roce.QPConfig{Resources: *resources}, Log: log}
 	for _, c := range *access {
 		switch c {
 		case 'r':
@@ -109,6 +117,11 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 		return err
 	}
 	go func() { errs <- s.ServeRping(ctx, pings) }()
+	memory, err := dev.Listen(roce.ServiceTCP(7175))
+	if err != nil {
+		return err
+	}
+	go func() { errs <- s.ServeMemory(ctx, memory) }()
 	tick := time.NewTicker(10 * time.Second)
 	defer tick.Stop()
 	for {
