@@ -225,10 +225,35 @@ func (b *bench) panic(ctx context.Context) error {
 	return err
 }
 
+// settled waits until the host has been up for 30 s, for the detectors are patient with one that has just booted.
+func (b *bench) settled(ctx context.Context) error {
+	for {
+		text, err := b.host.ReadFile(ctx, "/proc/uptime")
+		if err != nil {
+			return err
+		}
+		var up float64
+		if _, err := fmt.Sscan(text, &up); err != nil {
+			return fmt.Errorf("the host's uptime: %w", err)
+		}
+		if up >= 30 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(time.Duration((30 - up) * float64(time.Second))):
+		}
+	}
+}
+
 // deadly makes a fault that only a power cycle ends, again and again.
 func (b *bench) deadly(ctx context.Context, what lab.Fault, kind detect.Kind) ([]time.Duration, error) {
 	var found []time.Duration
 	for range b.n {
+		if err := b.settled(ctx); err != nil {
+			return found, err
+		}
 		st, err := b.agent.State(ctx)
 		if err != nil {
 			return found, err
