@@ -49,6 +49,7 @@ type fakeAgent struct {
 	verified bool
 
 	controller *fakeController // nil if there is none
+	image      *kernel.Image   // what listings are made of; nil if the agent is not attached
 }
 
 func newFakeAgent() *fakeAgent {
@@ -131,7 +132,12 @@ func (a *fakeAgent) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, 
 	}, nil
 }
 
-func (a *fakeAgent) View(context.Context) (*kernel.View, error) { return nil, engine.ErrNotAttached }
+func (a *fakeAgent) View(ctx context.Context) (*kernel.View, error) {
+	if a.image == nil {
+		return nil, engine.ErrNotAttached
+	}
+	return a.image.View(ctx), nil
+}
 
 func (a *fakeAgent) Power() heal.Power {
 	a.mu.Lock()
@@ -372,7 +378,7 @@ func TestServe(t *testing.T) {
 	a := newFakeAgent()
 	s := newTestService(t, a, service.Options{
 		StateDir: os.Getenv("SERVE_STATE"), Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug})),
-		Conditions: Conditions(a.Findings), Names: []string{"dpu.example.com"},
+		Updater: fakeUpdater{}, Conditions: Conditions(a.Findings), Names: []string{"dpu.example.com"},
 		Reach: func(netip.Addr) bool { return true }, // validators listen on loopback
 	})
 	l, err := net.Listen("tcp", *serve)
@@ -388,4 +394,21 @@ func TestServe(t *testing.T) {
 	if err := s.Serve(ctx, l); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// fakeUpdater throws images away.
+type fakeUpdater struct{}
+
+func (fakeUpdater) MaxImage() int64 { return 1 << 30 }
+
+func (fakeUpdater) Inventory(context.Context) ([]*schema.SoftwareInventory, error) {
+	return []*schema.SoftwareInventory{{
+		Resource: schema.Resource{ID: "a", Name: "Slot A"}, Version: "1.0.0", Manufacturer: "Backdoor", Updateable: true,
+		RelatedItem: []schema.Link{{ID: "/redfish/v1/Managers/bmc"}}, Status: &schema.Status{State: schema.StateEnabled, Health: schema.HealthOK},
+	}}, nil
+}
+
+func (fakeUpdater) Install(_ context.Context, image io.Reader, _ service.UpdateOptions, _ func(int, string)) error {
+	_, err := io.Copy(io.Discard, image)
+	return err
 }

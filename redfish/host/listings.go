@@ -3,7 +3,6 @@ package host
 import (
 	"errors"
 
-	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/query"
 	"github.com/backdoor-rhs/backdoor/redfish/oem"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
@@ -22,6 +21,10 @@ type listingResource[A query.Answer] struct {
 	schema.Resource
 	Answer oem.Value[A] `doc:"What was found in the host's memory, and how far that can be trusted."`
 }
+
+const listingURI = "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/"
+
+func listingLink(resource string) *schema.Link { return schema.LinkTo(listingURI + resource) }
 
 // listings are those that agents serve.
 func listings() []listed {
@@ -62,16 +65,12 @@ func sentenceOf(short string) string { return sentence(errors.New(short)) }
 func (h *host) listingResources() (routes []service.Route) {
 	for _, l := range listings() {
 		routes = append(routes, service.Route{
-			URI:  "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/" + l.listing.Resource,
+			URI:  listingURI + l.listing.Resource,
 			Type: l.schema.Type(l.schema.Name),
 			Get: func(r *service.Request) (schema.Object, error) {
-				any, err := h.view(r.Context())
+				v, err := h.o.Agent.View(r.Context())
 				if err != nil {
 					return nil, refusal(err)
-				}
-				v, ok := any.(*kernel.View)
-				if !ok {
-					return nil, service.ErrNotFound
 				}
 				a, err := l.listing.Ask(r.Context(), v, nil)
 				if err != nil {

@@ -359,6 +359,7 @@ func TestResourcesFitDMTFsSchemas(t *testing.T) {
 		t.Skip("DMTF's files of release 2025.4 are not beside the repository (../shared/dmtf)")
 	}
 	a := newFakeAgent()
+	a.image = recordedKernel(t)
 	c := connect(t, a)
 	if _, err := c.Heal(t.Context(), client.HealRequest{Finding: "runaway-process-2"}, nil); err != nil {
 		t.Fatal(err) // so that there is a task

@@ -54,6 +54,8 @@ func (h *host) system() service.Route {
 			out.OEM, err = oem.Object(systemSchema.Type("ComputerSystem"), systemOEM{
 				Phase: string(state.Phase), Since: state.Since, Health: string(state.Health), Why: state.Why, OpenFindings: len(open),
 				State: schema.LinkTo(stateURI), Tasks: schema.LinkTo(tasksURI),
+				Modules: listingLink("Modules"), Interfaces: listingLink("Interfaces"), OpenFiles: listingLink("OpenFiles"), Mounts: listingLink("Mounts"),
+				Sockets: listingLink("Sockets"), SlabCaches: listingLink("SlabCaches"), Memory: listingLink("Memory"), Load: listingLink("Load"),
 			})
 			return out, err
 		},
