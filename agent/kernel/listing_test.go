@@ -13,7 +13,105 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
+
+// listings asks everything that View lists, and counts what there is.
+var listings = []struct {
+	name string
+	ask  func(*View) (n int, err error)
+}{
+	{"modules", func(v *View) (int, error) { return drain(v.Modules()) }},
+	{"interfaces", func(v *View) (int, error) { return drain(v.Interfaces()) }},
+	{"files", func(v *View) (int, error) { return drain(v.OpenFiles(0)) }},
+	{"mounts", func(v *View) (int, error) { return drain(v.Mounts(1)) }},
+	{"sockets", func(v *View) (int, error) { return drain(v.Sockets()) }},
+	{"slabs", func(v *View) (int, error) { return drain(v.SlabCaches()) }},
+	{"memory", func(v *View) (int, error) {
+		m, err := v.MemoryUse()
+		return len(m.Counters), err
+	}},
+	{"load", func(v *View) (int, error) {
+		l, err := v.Load()
+		return len(l.Queues), err
+	}},
+	{"stacks", func(v *View) (n int, last error) {
+		for t, err := range v.Tasks() {
+			if err != nil {
+				return n, err
+			}
+			if t.OnCPU || t.State == "Z" || t.PID%7 != 1 {
+				continue
+			}
+			s, err := v.stackOf(t)
+			if n += len(s.Frames); err != nil {
+				last = err
+			}
+		}
+		return n, last
+	}},
+	{"print", func(v *View) (int, error) {
+		val, err := v.Print("cred", v.img.lay.task.init)
+		return len(val.Parts), err
+	}},
+}
+
+func drain[T any](seq iter.Seq2[T, error]) (n int, last error) {
+	for _, err := range seq {
+		if last = err; err == nil {
+			n++
+		}
+	}
+	return n, last
+}
+
+// TestListingsRecorded asks recorded kernels everything; what they said of their modules and mounts is in their labels.
+func TestListingsRecorded(t *testing.T) {
+	recorded(t, func(name string, rec *hostmem.Recording) {
+		t.Run(name, func(t *testing.T) {
+			img, _ := openRecorded(t, rec)
+			for _, l := range listings {
+				n, err := l.ask(img.View(t.Context()))
+				want := rec.Labels()["listing "+l.name]
+				if got := strconv.Itoa(n); err != nil || got != want || n == 0 {
+					t.Errorf("%s: %s, %v; want %s", l.name, got, err, want)
+				}
+			}
+			var modules []string
+			for m, err := range img.View(t.Context()).Modules() {
+				if err != nil {
+					t.Fatal(err)
+				}
+				modules = append(modules, m.Name)
+			}
+			var said []string
+			for line := range strings.Lines(rec.Labels()["modules"]) {
+				said = append(said, strings.Fields(line)[0])
+			}
+			slices.Sort(said)
+			if d := cmp.Diff(said, modules); d != "" {
+				t.Errorf("modules: -the guest says, +got\n%s", d)
+			}
+			for m, err := range img.View(t.Context()).Mounts(1) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				path := strings.ReplaceAll(m.Path, " ", `\040`)
+				if !strings.Contains(rec.Labels()["mounts"], fmt.Sprintf(" %s %s", path, m.Options)) {
+					t.Errorf("the guest has no mount %+v", m)
+				}
+			}
+		})
+	})
+}
+
+// BenchmarkListings measures each listing on the recordings, or on the RAM file of -ram.
+func BenchmarkListings(b *testing.B) {
+	for _, l := range listings {
+		b.Run(l.name, func(b *testing.B) { benchmarkPass(b, "items", l.ask) })
+	}
+}
 
 // TestListings compares the listings of a running kernel with what that kernel says of itself.
 func TestListings(t *testing.T) {
@@ -33,6 +131,7 @@ func TestListings(t *testing.T) {
 			{"memory", testMemory},
 			{"load", testLoad},
 			{"stacks", testStacks},
+			{"print", testPrint},
 		} {
 			t.Run(l.name, func(t *testing.T) {
 				g.t = t
@@ -382,7 +481,7 @@ func testMemory(t *testing.T, g *guest, img *Image) {
 	for line := range strings.Lines(vmstat) {
 		f := strings.Fields(line)
 		want, _ := strconv.ParseUint(f[1], 10, 64)
-		got, ok := m.Counters[f[0]]
+		got, ok := m.Counters.Get(f[0])
 		if !ok {
 			if !strings.HasPrefix(f[0], "numa_") && !strings.Contains(f[0], "threshold") && !strings.HasPrefix(f[0], "nr_memmap") && f[0] != "nr_unstable" {
 				t.Errorf("no counter %s", f[0])
@@ -514,5 +613,67 @@ func testStacks(t *testing.T, g *guest, img *Image) {
 	t.Logf("%d stacks are the same, the longest of %d frames, %v", same, longest, time.Since(began))
 	if same < 20 || longest < 5 {
 		t.Errorf("%d stacks of at most %d frames were compared", same, longest)
+	}
+}
+
+func testPrint(t *testing.T, g *guest, img *Image) {
+	v := img.View(t.Context())
+	at, err := img.Symbol("init_task")
+	if err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	task, err := v.Print("struct task_struct", at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d members in %v", len(task.Parts), time.Since(began))
+	part := func(val Value, name string) Value {
+		i := slices.IndexFunc(val.Parts, func(p Value) bool { return p.Name == name })
+		if i < 0 {
+			t.Fatalf("%s has no %s", val.Type, name)
+		}
+		return val.Parts[i]
+	}
+	f, err := img.Field("task_struct", "comm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if comm := part(task, "comm"); comm.Text != `"swapper/0"` || comm.Offset != f.Offset || comm.Type != "char[16]" {
+		t.Errorf("comm = %+v", comm)
+	}
+	if pid := part(task, "pid"); pid.Text != "0" || pid.Type != "pid_t" {
+		t.Errorf("pid = %+v", pid)
+	}
+	if parent := part(task, "real_parent"); !strings.HasSuffix(parent.Text, " init_task") {
+		t.Errorf("real_parent = %+v", parent)
+	}
+	if next := part(part(task, "tasks"), "next"); !strings.HasPrefix(next.Text, "0xff") {
+		t.Errorf("tasks.next = %+v", next)
+	}
+	if where, err := v.Locate(at + 8); err != nil || where.Symbol != "init_task" || where.Offset != 8 {
+		t.Errorf("Locate(init_task+8) = %+v, %v", where, err)
+	}
+	if _, err := v.Print("no_such_type", at); !errors.Is(err, ErrNotFound) {
+		t.Errorf("Print of no type: %v", err)
+	}
+	// Symbols of modules, as the kernel says them.
+	checked := 0
+	var symbols string
+	g.ask(&symbols, "modulesyms")
+	for line := range strings.Lines(symbols) {
+		f := strings.Fields(line) // address type name [module]
+		if len(f) < 4 || f[1] != "t" && f[1] != "T" || strings.HasPrefix(f[2], "__") || checked > 50 {
+			continue
+		}
+		va, _ := strconv.ParseUint(f[0], 16, 64)
+		where, err := v.Locate(VirtAddr(va))
+		if err != nil || "["+where.Module+"]" != f[3] || where.Offset != 0 {
+			t.Errorf("Locate(%s) = %+v, %v; the guest has %s", f[0], where, err, line)
+		}
+		checked++
+	}
+	if checked == 0 {
+		t.Error("no symbol of a module was looked up")
 	}
 }

@@ -230,7 +230,7 @@ func compareLog(t *testing.T, got map[uint64]LogRecord, want []guestRecord) {
 	for _, w := range want {
 		r := got[w.Seq]
 		// /dev/kmsg escapes what is no printable ASCII.
-		text := strings.NewReplacer("\t", `\x09`, "\n", `\x0a`).Replace(r.Text)
+		text := strings.NewReplacer("\t", `\x09`, "\n", `\x0a`, `\`, `\x5c`).Replace(r.Text)
 		if uint64(r.Facility)<<3|uint64(r.Level) != w.Prefix || uint64(r.Time/time.Microsecond) != w.Micros || text != w.Text {
 			if bad++; bad < 5 {
 				t.Errorf("record %d = %+v; /dev/kmsg has %+v", w.Seq, r, w)

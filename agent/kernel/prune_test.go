@@ -47,7 +47,17 @@ func prune(t *testing.T, img *Image) pruned {
 	names := strings.Fields(`_text _end __per_cpu_start __per_cpu_end __per_cpu_offset __cpu_possible_mask vmcoreinfo_note
 		nr_cpu_ids page_offset_base vmalloc_base vmemmap_base phys_base __start_BTF init_task tk_core prb iomem_resource
 		jiffies_64 __cpu_online_mask runqueues irq_stat pcpu_hot __preempt_count kstat tick_cpu_device linux_banner init_uts_ns
-		panic_cpu oops_in_progress tainted_mask`)
+		panic_cpu oops_in_progress tainted_mask modules module_kset mod_tree net_namespace_list init_net tcp_hashinfo udp_table
+		loopback_get_stats64 dev_get_tstats64 slab_caches nr_node_ids vm_zone_stat vm_node_stat vm_event_states vmstat_text
+		_totalram_pages totalreserve_pages contig_page_data node_data nr_swap_pages total_swap_pages psi_system psi_disabled
+		avenrun _stext _etext init_stack __end_init_stack __end_init_task __start_orc_unwind_ip __stop_orc_unwind_ip
+		__start_orc_unwind`)
+	img.types.mu.Lock()
+	for field := range img.types.fields {
+		typs = append(typs, field[0])
+	}
+	img.types.mu.Unlock()
+	typs = append(typs, strings.Fields("zone_stat_item node_stat_item vm_event_item numa_stat_item psi_states netdev_stat_type")...)
 	img.note.entries(func(e vmcoreEntry) {
 		typ, _, _ := strings.Cut(e.name, ".")
 		switch e.kind {
@@ -65,7 +75,8 @@ func prune(t *testing.T, img *Image) pruned {
 			t.Fatal(err)
 		}
 		for _, typ := range found {
-			if _, ok := members(typ); ok && !slices.Contains(keep, typ) {
+			_, ok := members(typ)
+			if _, enum := typ.(*btf.Enum); (ok || enum) && !slices.Contains(keep, typ) {
 				keep = append(keep, typ)
 			}
 		}

@@ -314,6 +314,9 @@ func FuzzOpen(f *testing.F) {
 		}
 		_, _ = v.Heartbeat()
 		_, _ = v.Panic()
+		for _, l := range listings {
+			_, _ = l.ask(v)
+		}
 		_ = img.Prove(t.Context())
 	})
 }
@@ -378,6 +381,9 @@ func FuzzRecorded(f *testing.F) {
 		_, _ = v.Heartbeat()
 		_, _ = v.Panic()
 		_, _ = img.systemRAM(v)
+		for _, l := range listings {
+			_, _ = l.ask(v)
+		}
 		_ = img.Prove(t.Context())
 	})
 }

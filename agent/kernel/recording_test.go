@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -33,7 +34,7 @@ func TestRecord(t *testing.T) {
 	}
 	forEachGuest(t, func(t *testing.T, kernel string) {
 		// Without KASLR the next boot is at the same place.
-		g := startGuest(t, kernel, guestOptions{mib: 256, cmdline: "nokaslr"})
+		g := startListed(t, kernel, guestOptions{mib: 256, cmdline: "nokaslr"})
 		live := g.attach(Options{}) // past the recorder
 		note := live.Info().Note
 		label := func(rec *hostmem.Recorder, key string, v any) {
@@ -48,8 +49,14 @@ func TestRecord(t *testing.T) {
 		var records []guestRecord
 		g.ask(&threads, "ps")
 		g.ask(&records, "dmesg")
+		modules, mounts := g.read("/proc/modules"), g.read("/proc/1/mountinfo")
 		g.execute("stop")
 		// One kernel is recorded with all its symbols and types.
+		for _, l := range listings { // which types they use is seen then
+			if _, err := l.ask(live.View(t.Context())); err != nil {
+				t.Fatalf("%s: %v", l.name, err)
+			}
+		}
 		mem := hostmem.Memory(g.mem)
 		if kernel != "6.1" {
 			mem = prune(t, live)
@@ -61,6 +68,8 @@ func TestRecord(t *testing.T) {
 		rec.Label("bootID", img.Info().BootID)
 		label(rec, "ps", threads)
 		label(rec, "dmesg", records)
+		rec.Label("modules", modules)
+		rec.Label("mounts", mounts)
 		pass := func(parts ...func(*View) error) {
 			v := img.View(t.Context())
 			for _, p := range parts {
@@ -84,7 +93,18 @@ func TestRecord(t *testing.T) {
 			return last
 		}
 		prove := func(v *View) error { return img.Prove(v.ctx) }
+		everything := func(v *View) error {
+			for _, l := range listings {
+				n, err := l.ask(v)
+				if err != nil {
+					return fmt.Errorf("%s: %w", l.name, err)
+				}
+				rec.Label("listing "+l.name, strconv.Itoa(n))
+			}
+			return nil
+		}
 		pass(beat, tasks, log, panicked, prove)
+		pass(everything)
 
 		rec.NextFrame()
 		g.execute("cont")
@@ -98,6 +118,9 @@ func TestRecord(t *testing.T) {
 		time.Sleep(time.Second)
 		rec.NextFrame()
 		pass(beat, panicked, tasks, prove)
+		for _, l := range listings { // for the mutations; the panic may have torn what was being done
+			_, _ = l.ask(img.View(t.Context()))
+		}
 
 		g.execute("system_reset")
 		g.ready()

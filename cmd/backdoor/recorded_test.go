@@ -92,7 +92,7 @@ func TestRecordedHosts(t *testing.T) {
 				t.Fatalf("dmesg: %d records; the host has %d", len(l.Records), len(records))
 			}
 			// /dev/kmsg, where the host read them, writes control characters so.
-			kmsg := strings.NewReplacer("\t", `\x09`, "\n", `\x0a`)
+			kmsg := strings.NewReplacer("\t", `\x09`, "\n", `\x0a`, `\`, `\x5c`)
 			for i, want := range records {
 				if got := kmsg.Replace(l.Records[i].Text); got != want.Text {
 					t.Errorf("dmesg: record %d is %q; the host says %q", i, got, want.Text)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"fmt"
 	"net"
 	"os"
@@ -21,7 +22,7 @@ type Interface struct {
 
 // listing answers the commands whose answer is what the kernel says of one of its subsystems: "world" makes something to
 // say, "read FILE" is a file of /proc or /sys, "links DIR" where its links lead, "interfaces" the network interfaces, "stacks" the kernel
-// stacks of all threads.
+// stacks of all threads, "modulesyms" the lines of /proc/kallsyms that are of modules.
 func listing(command, arg string) any {
 	switch command {
 	case "world":
@@ -44,6 +45,8 @@ func listing(command, arg string) any {
 			}
 		}
 		return links
+	case "modulesyms":
+		return moduleSymbols()
 	case "stacks":
 		return stacks()
 	case "interfaces":
@@ -230,4 +233,19 @@ func stacks() any {
 		}
 	}
 	return out
+}
+
+func moduleSymbols() any {
+	f, err := os.Open("/proc/kallsyms")
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	var b strings.Builder
+	for in := bufio.NewScanner(f); in.Scan(); {
+		if strings.HasSuffix(in.Text(), "]") && b.Len() < 64<<10 {
+			b.WriteString(in.Text() + "\n")
+		}
+	}
+	return b.String()
 }
