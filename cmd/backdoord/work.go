@@ -165,8 +165,8 @@ func (w *worker) run(ctx context.Context) int {
 				if svc, err = w.newService(); err != nil {
 					return err
 				}
+				go host.Relay(ctx, svc, w.engine.Subscribe(ctx)) // once, however often the service starts
 			}
-			go host.Relay(ctx, svc, w.engine.Subscribe(ctx))
 			return svc.ListenAndServe(ctx, w.cfg.Redfish.Listen)
 		})
 	})
