@@ -32,6 +32,10 @@ func sockets(ctx context.Context, seq iter.Seq2[kernel.Socket, error]) (s Socket
 func (s Sockets) Text(w io.Writer) error {
 	p := &printer{w: w}
 	rows := [][]string{{"NETID", "STATE", "RECV-Q", "SEND-Q", "LOCAL", "PEER", "UID", "PROCESSES"}}
+	inode := make(map[kernel.VirtAddr]uint64)
+	for _, x := range s.Sockets {
+		inode[x.Addr] = x.Inode
+	}
 	for _, x := range s.Sockets {
 		local, remote := endpoint(x.Local), endpoint(x.Remote)
 		if x.Protocol == "unix" {
@@ -39,10 +43,8 @@ func (s Sockets) Text(w io.Writer) error {
 			if x.Path == "" {
 				local = fmt.Sprintf("* %d", x.Inode)
 			}
-			for _, y := range s.Sockets {
-				if x.Peer != 0 && y.Addr == x.Peer {
-					remote = fmt.Sprintf("* %d", y.Inode)
-				}
+			if n, ok := inode[x.Peer]; ok && x.Peer != 0 {
+				remote = fmt.Sprintf("* %d", n)
 			}
 		}
 		var owners []string

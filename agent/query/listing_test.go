@@ -1,0 +1,145 @@
+package query
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"net/netip"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+)
+
+var errBroken = &kernel.CorruptError{Object: "module", Addr: 0xffffffffc0001000, Why: "node after 0x1 points back to 0x2"}
+
+// TestListingText compares what people see of each answer, of a host whose names attack terminals.
+func TestListingText(t *testing.T) {
+	const evil = "\x1b[2J\u202eevil"
+	ctx := t.Context()
+	mods, err := modules(ctx, seq([]kernel.Module{
+		{Name: "virtio_net", State: "live", Size: 86016, Refs: 0, InList: true, InKset: true, InTree: true},
+		{Name: "net_failover", State: "live", Size: 24576, Refs: 1, UsedBy: []string{"virtio_net"}, Taint: 1<<12 | 1<<13, InList: true, InKset: true, InTree: true},
+		{Name: evil, State: "live", Size: 4096, InTree: true, Missing: true},
+	}, errBroken))
+	if err != nil || !mods.Ill() || mods.Complete {
+		t.Errorf("modules = %+v, %v; want one hidden, and incomplete", mods, err)
+	}
+	links, err := interfaces(ctx, seq([]kernel.Interface{
+		{Name: "lo", Index: 1, Init: true, MTU: 65536, State: "unknown", Carrier: true, Addresses: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/8"), netip.MustParsePrefix("::1/128")},
+			Counters: &kernel.InterfaceCounters{RxBytes: 1 << 20, TxBytes: 1 << 20, TxDropped: 3}},
+		{Name: "eth0" + evil, Index: 2, Netns: 4026531840, MTU: 1500, MAC: "52:54:00:12:34:56", State: "up", Driver: "virtio_net"},
+	}, nil))
+	if err != nil {
+		t.Error(err)
+	}
+	files, err := openFiles(ctx, seq([]kernel.OpenFile{
+		{PID: 1, Comm: "init", FD: "cwd", Kind: "dir", Path: "/", Inode: 1, Size: 4096},
+		{PID: 1, Comm: "init", FD: "0", Addr: 1, Kind: "char", Path: "/dev/console", Dev: "5:1", Inode: 9, Flags: 2},
+		{PID: 7, Comm: evil, FD: "3", Addr: 1, Kind: "file", Path: "/tmp/" + evil + " (deleted)", Size: 12, Flags: 1},
+	}, nil))
+	if err != nil {
+		t.Error(err)
+	}
+	mnts, err := mounts(ctx, seq([]kernel.Mount{
+		{ID: 1, Source: "none", Path: "/", Root: "/", FS: "rootfs", Options: "rw", Super: "rw"},
+		{ID: 2, Source: "/dev/vda1", Path: "/mnt/" + evil, Root: "/sub", FS: "ext4", Options: "rw,relatime", Super: "ro"},
+	}, nil))
+	if err != nil {
+		t.Error(err)
+	}
+	socks, err := sockets(ctx, seq([]kernel.Socket{
+		{Protocol: "tcp", State: "LISTEN", Local: netip.MustParseAddrPort("0.0.0.0:22"), Remote: netip.MustParseAddrPort("0.0.0.0:0"), SendQ: 128, Owners: []kernel.SocketOwner{{PID: 9, Comm: "sshd", FD: "3"}}},
+		{Protocol: "tcp6", State: "ESTAB", Local: netip.MustParseAddrPort("[::1]:22"), Remote: netip.MustParseAddrPort("[::1]:4000"), UID: 1000, RecvQ: 5},
+		{Protocol: "unix", State: "ESTAB", Addr: 1, Peer: 2, Inode: 11, Path: "/run/" + evil},
+		{Protocol: "unix", State: "ESTAB", Addr: 2, Peer: 1, Inode: 12},
+		{Protocol: "netlink", State: "UNCONN"},
+	}, nil))
+	if err != nil {
+		t.Error(err)
+	}
+	slabs, err := slabCaches(ctx, seq([]kernel.SlabCache{{Name: "small", Size: 8, Objects: 512, Slabs: 1, Bytes: 4096}, {Name: evil, Size: 1024, Objects: 64, Slabs: 2, Bytes: 65536}}, nil))
+	if err != nil || slabs.Caches[0].Name != evil || slabs.Bytes != 69632 {
+		t.Errorf("slab caches = %+v, %v; want the largest first", slabs, err)
+	}
+	whole := Extent{At: at, Complete: true}
+	ps, err := PS(ctx, example(), PSOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	processes, err := tree(ps, 0)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, x := range []struct {
+		name   string
+		answer Answer
+	}{
+		{"lsmod.txt", mods}, {"ip.txt", links}, {"lsof.txt", files}, {"mount.txt", mnts}, {"ss.txt", socks}, {"slabtop.txt", slabs}, {"pstree.txt", processes},
+		{"vmstat.txt", Memory{whole, kernel.MemoryUse{Total: 8 << 30, Free: 1 << 30, Available: 4 << 30, Zones: []kernel.Zone{{Name: "DMA32", Managed: 1 << 30, Free: 1 << 20, Min: 4096, Low: 8192, High: 16384, Buddies: []uint64{1, 2, 3}}},
+			Counters: kernel.Counters{{Name: "pgfault", Value: 7}, {Name: "allocstall_dma", Value: 1}, {Name: "allocstall_normal", Value: 2}}, Pressure: &kernel.Pressure{IO: kernel.Stall{Some: kernel.StallTime{Avg10: 1.5}}}}}},
+		{"load.txt", RunQueues{whole, kernel.Load{Averages: [3]float64{0.5, 1.25, 2}, Queues: []kernel.RunQueue{{CPU: 0, Switches: 10}, {CPU: 1, Running: 2, Fair: 2, CurrPID: 7, CurrComm: evil}}}}},
+		{"stack.txt", Stack{Extent{At: at, Doubts: []string{"ORC entry: not found; frames with a ? are guessed"}}, kernel.Stack{PID: 7, Comm: evil, State: "D", Why: "x",
+			Frames: []kernel.Frame{{Addr: 0xffffffff81000123, Symbol: "schedule", Offset: 0x23}, {Addr: 0xffffffffc0001000, Module: "virtio_net"}, {Addr: 0xffffffff81000200, Symbol: "do_exit", Guessed: true}}}}},
+		{"print.txt", Object{whole, 0x1000, kernel.Value{Type: "struct x", Parts: []kernel.Value{{Name: "a", Type: "int", Text: "-1"}, {Name: "b", Type: "struct y", Offset: 8, Parts: []kernel.Value{{Name: "c", Type: "char[4]", Offset: 8, Text: `"` + evil + `"`}}}}}}},
+	} {
+		var b bytes.Buffer
+		if err := x.answer.Text(&b); err != nil {
+			t.Errorf("%s: %v", x.name, err)
+		}
+		golden(t, x.name, b.Bytes())
+		if bytes.ContainsAny(b.Bytes(), "\x1b") {
+			t.Errorf("%s lets control characters through", x.name)
+		}
+		if _, err := json.Marshal(x.answer); err != nil {
+			t.Errorf("%s: %v", x.name, err)
+		}
+	}
+}
+
+func TestGather(t *testing.T) {
+	if _, err := modules(t.Context(), seq[kernel.Module](nil, errBroken)); !errors.Is(err, errBroken) {
+		t.Errorf("modules of nothing but an error = %v", err)
+	}
+	m, err := modules(t.Context(), seq[kernel.Module](nil, nil))
+	if err != nil || !m.Complete || m.Modules == nil {
+		t.Errorf("no modules = %+v, %v; want an empty list", m, err)
+	}
+}
+
+func TestTree(t *testing.T) {
+	ps := Processes{Complete: true, Processes: []Process{{PID: 1}, {PID: 2}, {PID: 3, PPID: 1}, {PID: 4, PPID: 3}, {PID: 5, PPID: 1}, {PID: 8, PPID: 9}, {PID: 9, PPID: 8}}}
+	shape := func(tr Tree) (out [][2]int) {
+		for _, b := range tr.Processes {
+			out = append(out, [2]int{b.PID, b.Depth})
+		}
+		return out
+	}
+	all, err := tree(ps, 0)
+	if err != nil || all.Complete || len(all.Doubts) != 1 {
+		t.Errorf("tree = %+v, %v; want doubt of the two that are each other's parent", all, err)
+	}
+	if d := cmp.Diff([][2]int{{1, 0}, {3, 1}, {4, 2}, {5, 1}, {2, 0}, {8, 0}, {9, 1}}, shape(all)); d != "" {
+		t.Errorf("tree: -want +got\n%s", d)
+	}
+	below, err := tree(ps, 3)
+	if d := cmp.Diff([][2]int{{3, 0}, {4, 1}}, shape(below)); d != "" || err != nil {
+		t.Errorf("tree below 3: %v, -want +got\n%s", err, d)
+	}
+	if _, err := tree(ps, 77); !errors.Is(err, kernel.ErrNotFound) {
+		t.Errorf("tree below no process = %v", err)
+	}
+}
+
+func TestArguments(t *testing.T) {
+	var wrong *ArgumentError
+	for _, bad := range []string{"x", "-1", "0", "1.5", ""} {
+		if _, err := process([]string{bad}, 0); !errors.As(err, &wrong) {
+			t.Errorf("process %q = %v; want an *ArgumentError", bad, err)
+		}
+	}
+	if pid, err := process(nil, 1); pid != 1 || err != nil {
+		t.Errorf("no process = %d, %v", pid, err)
+	}
+}
