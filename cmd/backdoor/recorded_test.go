@@ -99,6 +99,26 @@ func TestRecordedHosts(t *testing.T) {
 				}
 			}
 
+			for _, q := range query.Listings() {
+				answer := q.Empty()
+				switch q.Name {
+				case "sym":
+					ask(exitOK, answer, "sym", "init_task")
+				case "stack":
+					ask(exitOK, answer, "stack", "1")
+				case "print":
+					ask(exitOK, answer, "print", "list_head", "init_task")
+				default:
+					ask(exitOK, answer, q.Name)
+				}
+				if !answer.Whole().Complete {
+					t.Errorf("%s = %+v; want it complete", q.Name, answer.Whole())
+				}
+			}
+			if code, _, stderr := command(t, "-image", path, "lsof", "nobody"); code != exitUsage || !strings.Contains(stderr, "process ID") {
+				t.Errorf("lsof nobody: exit %d, %q; want %d", code, stderr, exitUsage)
+			}
+
 			var load query.Load
 			ask(exitOK, &load, "top", "-n", "3")
 			if !load.SinceBoot || len(load.Processes) != 3 {
