@@ -13,10 +13,10 @@ export PATH := $(CURDIR)/build/go/bin:$(PATH)
 FUZZTIME ?= 20s
 BENCH ?= .
 
-.PHONY: help setup build images demo lab test fuzz bench lint clean
+.PHONY: conformance help setup build images demo lab test fuzz bench lint clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '%-8s %s\n' "$$t" "$$d"; done
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '%-12s %s\n' "$$t" "$$d"; done
 
 setup: ## install what is needed: Debian packages, Go, modules, kernels (fast when nothing is missing)
 	@images/setup.sh
@@ -53,6 +53,10 @@ fuzz: setup ## run every fuzz target for FUZZTIME (20s)
 bench: setup images ## run the benchmarks that match BENCH (all), then measure the healing in the lab
 	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
 	@go run ./tests/bench
+
+conformance: setup ## run DMTF's Redfish validators, from the checkouts in VALIDATORS, against a fake host
+	@test -n "$(VALIDATORS)" || { echo "say where the checkouts are: make conformance VALIDATORS=dir"; exit 2; }
+	@redfish/conformance.sh "$(VALIDATORS)"
 
 clean: ## remove what the other targets made here; downloads stay in the user's cache directory
 	rm -rf build
