@@ -55,6 +55,13 @@ func (a *asked[T]) get(ctx context.Context, now func() time.Time, fresh, stale t
 	return a.value
 }
 
+// last returns the latest answer, however old.
+func (a *asked[T]) last() T {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.value
+}
+
 // put asks, and keeps the answer unless it has been forgotten meanwhile.
 func (a *asked[T]) put(ask func() T, now func() time.Time, done chan struct{}, epoch int) {
 	v := ask()

@@ -82,14 +82,16 @@ type systemOEM struct {
 	OpenFindings int          `json:"openFindings" doc:"The number of findings that are not resolved."`
 	State        *schema.Link `json:"state" doc:"The link to the whole state of the agent's engine."`
 	Tasks        *schema.Link `json:"tasks" doc:"The link to the processes of the host."`
-	Modules      *schema.Link `json:"modules" doc:"The link to the modules of the host's kernel."`
-	Interfaces   *schema.Link `json:"interfaces" doc:"The link to the network interfaces of the host, those of containers among them."`
-	OpenFiles    *schema.Link `json:"openFiles" doc:"The link to the files that processes of the host have open."`
-	Mounts       *schema.Link `json:"mounts" doc:"The link to the mounts of the host."`
-	Sockets      *schema.Link `json:"sockets" doc:"The link to the sockets of the host and whose they are."`
-	SlabCaches   *schema.Link `json:"slabCaches" doc:"The link to what the host's kernel uses its own memory for."`
-	Memory       *schema.Link `json:"memory" doc:"The link to what the host's memory is used for."`
-	Load         *schema.Link `json:"load" doc:"The link to the load averages and run queues of the host."`
+	// gofish 0.20, and with it bmclib, takes the system's standard property of this name for text and then reads no system at all.
+	OperatingSystem *schema.Link `json:"operatingSystem,omitempty" doc:"The link to the operating system of the host; absent while the agent is not attached to its kernel."`
+	Modules         *schema.Link `json:"modules" doc:"The link to the modules of the host's kernel."`
+	Interfaces      *schema.Link `json:"interfaces" doc:"The link to the network interfaces of the host, those of containers among them."`
+	OpenFiles       *schema.Link `json:"openFiles" doc:"The link to the files that processes of the host have open."`
+	Mounts          *schema.Link `json:"mounts" doc:"The link to the mounts of the host."`
+	Sockets         *schema.Link `json:"sockets" doc:"The link to the sockets of the host and whose they are."`
+	SlabCaches      *schema.Link `json:"slabCaches" doc:"The link to what the host's kernel uses its own memory for."`
+	Memory          *schema.Link `json:"memory" doc:"The link to what the host's memory is used for."`
+	Load            *schema.Link `json:"load" doc:"The link to the load averages and run queues of the host."`
 }
 
 // stateResource is the resource …/Oem/dev_backdoor/State.

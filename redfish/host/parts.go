@@ -1,6 +1,7 @@
 package host
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -22,6 +23,7 @@ import (
 type Hardware struct {
 	Processors []kernel.Processor
 	Interfaces []kernel.Interface // of the host itself, not of its containers
+	HostName   string             // as it is now: at the attach it may not have been set yet
 	RAM        []hostmem.Range    // as the kernel uses it: without what the firmware keeps for itself
 }
 
@@ -58,11 +60,12 @@ func (h *host) parts() []service.Route {
 	}
 }
 
-// look returns what the host is made of, or nothing while it cannot be told.
+// look returns what the host is made of, or nothing while it cannot be told. Processors do not go away with the power: those that
+// were seen last are shown until others are seen.
 func (h *host) look(ctx context.Context) Hardware {
 	state := h.o.Agent.State()
 	if state.Phase != engine.Attached {
-		return Hardware{}
+		return Hardware{Processors: h.hardware.last().Processors}
 	}
 	return h.hardware.get(ctx, h.now, hardwareFresh, hardwareStale, func() Hardware {
 		ctx, cancel := context.WithTimeout(context.Background(), hardwareTimeout)
@@ -86,6 +89,7 @@ func (h *host) readHardware(ctx context.Context) (Hardware, error) {
 		return Hardware{}, err
 	}
 	w := Hardware{RAM: v.Image().RAM()}
+	w.HostName = nodeName(v)
 	if list, err := v.Processors(); err == nil {
 		w.Processors = list
 	}
@@ -99,6 +103,28 @@ func (h *host) readHardware(ctx context.Context) (Hardware, error) {
 		}
 	}
 	return w, nil
+}
+
+// nodeName reads init_uts_ns.name.nodename, or nothing.
+func nodeName(v *kernel.View) string {
+	const none = "(none)" // before userland has set one: UTS_NODENAME of include/linux/uts.h
+	at, err := v.Image().Symbol("init_uts_ns")
+	if err != nil {
+		return ""
+	}
+	f, err := v.Image().Field("uts_namespace", "name.nodename")
+	if err != nil || f.Size > 256 {
+		return ""
+	}
+	b := make([]byte, f.Size)
+	if v.ReadVirt(at+kernel.VirtAddr(f.Offset), b) != nil {
+		return ""
+	}
+	name, _, ended := bytes.Cut(b, []byte{0})
+	if !ended || string(name) == none || bytes.ContainsFunc(name, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return ""
+	}
+	return string(name)
 }
 
 // summarize fills in what the system says of its parts.
@@ -164,12 +190,16 @@ func (h *host) processor(r *service.Request) (schema.Object, error) {
 		return nil, service.ErrNotFound
 	}
 	p := all[i]
+	status := &schema.Status{State: schema.StateEnabled}
+	if h.o.Agent.State().Phase != engine.Attached {
+		status.State = schema.StateUnavailableOffline
+	}
 	return &schema.Processor{
 		Resource: schema.Resource{Name: fmt.Sprintf("Processor %d", p.Socket)},
 		Socket:   strconv.Itoa(p.Socket), ProcessorType: "CPU", ProcessorArchitecture: "x86", InstructionSet: "x86-64",
 		Manufacturer: p.Vendor, Model: p.Model, TotalCores: p.Cores, TotalThreads: p.Threads,
 		ProcessorID: &schema.ProcessorID{VendorID: p.Vendor, EffectiveFamily: strconv.Itoa(p.Family), EffectiveModel: strconv.Itoa(p.Number)},
-		Status:      &schema.Status{State: schema.StateEnabled},
+		Status:      status,
 	}, nil
 }
 

@@ -21,7 +21,8 @@ import (
 )
 
 func TestParts(t *testing.T) {
-	c := connect(t, newFakeAgent())
+	a := newFakeAgent()
+	c := connect(t, a)
 	s, err := c.System(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -31,13 +32,22 @@ func TestParts(t *testing.T) {
 		t.Errorf("system = %+v, %+v, %+v", s, s.ProcessorSummary, s.MemorySummary)
 	}
 	var system schema.OperatingSystem
-	if err := c.Get(t.Context(), s.OperatingSystem.ID, &system); err != nil || system.Kernel.Release != "6.1.0-18-amd64" || system.Type != "Linux" || *system.UptimeSeconds <= 0 {
+	if err := c.Get(t.Context(), systemURI+"/OperatingSystem", &system); err != nil || system.Kernel.Release != "6.1.0-18-amd64" || system.Type != "Linux" || *system.UptimeSeconds <= 0 {
 		t.Errorf("operating system = %+v, %v", system, err)
 	}
 	var cpu schema.Processor
 	if err := c.Get(t.Context(), s.Processors.ID+"/cpu0", &cpu); err != nil || cpu.TotalThreads != 2 || cpu.Model != "Test CPU" || cpu.ProcessorID.EffectiveModel != "85" {
 		t.Errorf("processor = %+v, %v", cpu, err)
 	}
+	a.mu.Lock()
+	a.state.Phase = engine.Lost
+	a.mu.Unlock()
+	if err := c.Get(t.Context(), s.Processors.ID+"/cpu0", &cpu); err != nil || cpu.Status.State != schema.StateUnavailableOffline {
+		t.Errorf("processor of a host that is off = %+v, %v", cpu, err)
+	}
+	a.mu.Lock()
+	a.state.Phase = engine.Attached
+	a.mu.Unlock()
 	var got []string
 	for e, err := range client.Members[schema.EthernetInterface](t.Context(), c, s.EthernetIfaces.ID) {
 		if err != nil {

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -37,9 +38,10 @@ func (h *host) system() service.Route {
 			}
 			out.Status = h.status(out.PowerState, open)
 			h.describe(r.Context(), out)
+			var running *schema.Link
 			if k := state.Kernel; k != nil && state.Phase == engine.Attached {
-				out.HostName = k.Hostname
-				out.OperatingSystem = schema.LinkTo(systemURI + "/OperatingSystem")
+				out.HostName = cmp.Or(h.look(r.Context()).HostName, k.Hostname)
+				running = schema.LinkTo(systemURI + "/OperatingSystem")
 				if k.CPUs > 0 {
 					out.ProcessorSummary = &schema.ProcessorSummary{LogicalProcessorCount: k.CPUs}
 				}
@@ -52,7 +54,8 @@ func (h *host) system() service.Route {
 			}
 			var err error
 			out.OEM, err = oem.Object(systemSchema.Type("ComputerSystem"), systemOEM{
-				Phase: string(state.Phase), Since: state.Since, Health: string(state.Health), Why: state.Why, OpenFindings: len(open),
+				OperatingSystem: running,
+				Phase:           string(state.Phase), Since: state.Since, Health: string(state.Health), Why: state.Why, OpenFindings: len(open),
 				State: schema.LinkTo(stateURI), Tasks: schema.LinkTo(tasksURI),
 				Modules: listingLink("Modules"), Interfaces: listingLink("Interfaces"), OpenFiles: listingLink("OpenFiles"), Mounts: listingLink("Mounts"),
 				Sockets: listingLink("Sockets"), SlabCaches: listingLink("SlabCaches"), Memory: listingLink("Memory"), Load: listingLink("Load"),

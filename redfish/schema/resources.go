@@ -72,7 +72,6 @@ type ComputerSystem struct {
 	BootProgress     *BootProgress     `json:"BootProgress,omitempty"`
 	ProcessorSummary *ProcessorSummary `json:"ProcessorSummary,omitempty"`
 	MemorySummary    *MemorySummary    `json:"MemorySummary,omitempty"`
-	OperatingSystem  *Link             `json:"OperatingSystem,omitempty"`
 	Processors       *Link             `json:"Processors,omitempty"`
 	EthernetIfaces   *Link             `json:"EthernetInterfaces,omitempty"`
 	VirtualMedia     *Link             `json:"VirtualMedia,omitempty"`

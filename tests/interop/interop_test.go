@@ -1,0 +1,368 @@
+package interop
+
+import (
+	"context"
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/bmc-toolbox/bmclib/v2"
+	"github.com/stmcginnis/gofish"
+
+	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
+	"github.com/backdoor-rhs/backdoor/tests/lab"
+	"github.com/backdoor-rhs/backdoor/tests/native"
+)
+
+const systemURI = "/redfish/v1/Systems/system"
+
+// fleet is an agent with its host, and a server with an image.
+type fleet struct {
+	lab   *lab.Lab
+	agent *native.Agent
+	image string // URI
+}
+
+// TestFleet starts one host and one agent and lets every client at them.
+func TestFleet(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts a virtual machine: left out with -short")
+	}
+	ctx := t.Context()
+	l, err := lab.Up(ctx, lab.Config{NoDPU: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	programs, err := native.Build(ctx, "../..", t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	ca := filepath.Join(dir, "bmc-ca.pem")
+	if err := os.WriteFile(ca, l.BMC.CA, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a, err := native.Start(ctx, native.Options{
+		Program: programs.Backdoord, Dir: filepath.Join(dir, "agent"), Host: l.Host,
+		Change: func(c *config.Config) {
+			c.HostBMC = &config.HostBMC{URL: l.BMC.URL, Username: l.BMC.User, Password: l.BMC.Password, CAFile: ca}
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Stop()
+	if _, err := a.WaitAttached(ctx, 1); err != nil {
+		t.Fatal(err)
+	}
+	files := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.ServeContent(w, r, "x.iso", time.Time{}, strings.NewReader("an image"))
+	}))
+	defer files.Close()
+	f := &fleet{lab: l, agent: a, image: files.URL + "/x.iso"}
+	t.Run("truth", f.testTruth)
+	t.Run("bmclib", f.testBMClib)
+	t.Run("gofish", f.testGofish)
+	t.Run("redfishtool", f.testRedfishtool)
+	t.Run("sushy", f.testSushy)
+	t.Run("ansible", f.testAnsible)
+	t.Run("fence_redfish", f.testFence)
+	if t.Failed() {
+		t.Logf("the agent said:\n%s", a.Output())
+	}
+}
+
+// powered waits until the host is on or off, as QEMU's process table tells.
+func (f *fleet) powered(t *testing.T, want bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); f.lab.Host.Powered() != want; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("the host's power is %v; want %v", !want, want)
+		}
+	}
+}
+
+// ready switches the host on and waits until the agent sees its kernel.
+func (f *fleet) ready(t *testing.T) {
+	t.Helper()
+	if err := f.lab.Host.PowerOn(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(90 * time.Second); ; time.Sleep(200 * time.Millisecond) {
+		s, err := f.agent.System(t.Context())
+		if err == nil && s.HostName != "" && s.PowerState == schema.PowerOn {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the agent does not see the host's kernel again: %+v, %v", s, err)
+		}
+	}
+}
+
+// testTruth compares what the agent says of the host's parts with what the host says itself.
+func (f *fleet) testTruth(t *testing.T) {
+	s, err := f.agent.System(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := func(command string) string {
+		t.Helper()
+		r, err := f.lab.Host.Exec(t.Context(), command)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(r.Stdout)
+	}
+	var system schema.OperatingSystem
+	if err := f.agent.Get(t.Context(), systemURI+"/OperatingSystem", &system); err != nil {
+		t.Fatal(err)
+	}
+	for command, got := range map[string]string{
+		"uname -n": s.HostName, "uname -r": system.Kernel.Release, "uname -v": system.Kernel.Version, "uname -m": system.Kernel.Machine,
+		"grep -m1 'model name' /proc/cpuinfo | cut -d: -f2": s.ProcessorSummary.Model,
+	} {
+		if want := ask(command); got != want {
+			t.Errorf("%s says %q; the agent %q", command, want, got)
+		}
+	}
+	if _, size := f.lab.Host.RAM(); s.MemorySummary.TotalSystemMemoryGiB < 0.98*float64(size)/(1<<30) || s.MemorySummary.TotalSystemMemoryGiB > float64(size)/(1<<30) {
+		t.Errorf("%v GiB of memory; the machine has %d bytes", s.MemorySummary.TotalSystemMemoryGiB, size)
+	}
+	if got := s.Actions["#ComputerSystem.Reset"].Allowable["ResetType"]; len(got) != 9 {
+		t.Errorf("reset types %q; want all nine", got)
+	}
+	if s.Manufacturer != "QEMU" || s.UUID != f.lab.Host.UUID {
+		t.Errorf("manufacturer %q, UUID %q", s.Manufacturer, s.UUID)
+	}
+}
+
+func (f *fleet) testBMClib(t *testing.T) {
+	u, err := url.Parse(f.agent.Config.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	c := bmclib.NewClient(u.Hostname(), f.agent.Config.User, f.agent.Config.Password, bmclib.WithRedfishPort(u.Port()), bmclib.WithPerProviderTimeout(2*time.Minute))
+	c.Registry.Drivers = c.Registry.For("gofish")
+	if err := c.Open(ctx); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := c.Close(ctx); err != nil {
+			t.Error(err)
+		}
+	}()
+	for _, order := range []struct {
+		do string
+		on bool
+	}{{"off", false}, {"on", true}, {"cycle", true}, {"reset", true}} {
+		if _, err := c.SetPowerState(ctx, order.do); err != nil {
+			t.Fatalf("SetPowerState(%s) = %v", order.do, err)
+		}
+		f.powered(t, order.on)
+		if got, err := c.GetPowerState(ctx); err != nil || strings.EqualFold(got, "on") != order.on {
+			t.Errorf("after %s: GetPowerState = %q, %v", order.do, got, err)
+		}
+	}
+	f.ready(t)
+	if ok, err := c.SetBootDevice(ctx, "cdrom", false, false); err != nil || !ok {
+		t.Errorf("SetBootDevice = %v, %v", ok, err)
+	}
+	if device, once := f.lab.Host.NextBoot(); device != "Cd" || !once {
+		t.Errorf("the host boots from %q next, once %v; want Cd, once", device, once)
+	}
+	f.lab.Host.BootNext("", false)
+	for _, image := range []string{f.image, ""} {
+		if ok, err := c.SetVirtualMedia(ctx, "CD", image); err != nil || !ok {
+			t.Errorf("SetVirtualMedia(%q) = %v, %v", image, ok, err)
+		}
+	}
+	inventory, err := c.Inventory(ctx)
+	if err != nil || inventory.Vendor != "QEMU" || len(inventory.CPUs) == 0 || inventory.BMC == nil {
+		t.Errorf("Inventory = %+v, %v", inventory, err)
+	}
+	if entries, err := c.GetSystemEventLog(ctx); err != nil || len(entries) == 0 {
+		t.Errorf("GetSystemEventLog = %d entries, %v", len(entries), err)
+	}
+	if err := c.SendNMI(ctx); err != nil {
+		t.Errorf("SendNMI = %v", err)
+	}
+}
+
+func (f *fleet) testGofish(t *testing.T) {
+	c, err := gofish.Connect(gofish.ClientConfig{Endpoint: f.agent.Config.URL, Username: f.agent.Config.User, Password: f.agent.Config.Password, Insecure: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Logout()
+	systems, err := c.Service.Systems()
+	if err != nil || len(systems) != 1 || len(systems[0].SupportedResetTypes) != 9 {
+		t.Fatalf("Systems = %+v, %v", systems, err)
+	}
+	cpus, err := systems[0].Processors()
+	if err != nil || len(cpus) == 0 || cpus[0].TotalThreads == 0 {
+		t.Errorf("Processors = %+v, %v", cpus, err)
+	}
+	managers, err := c.Service.Managers()
+	if err != nil || len(managers) != 1 {
+		t.Errorf("Managers = %+v, %v", managers, err)
+	}
+}
+
+// program returns the path of a client, or skips.
+func program(t *testing.T, name, pkg string) string {
+	t.Helper()
+	for _, name := range []string{name, "/usr/bin/" + name, "/usr/sbin/" + name} {
+		if path, err := exec.LookPath(name); err == nil {
+			return path
+		}
+	}
+	t.Skipf("%s is not installed (Debian package %s)", name, pkg)
+	return ""
+}
+
+// run runs a client without what the environment may say about certificates and proxies.
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, name, args...)
+	for _, v := range os.Environ() {
+		switch k, _, _ := strings.Cut(v, "="); strings.ToUpper(k) {
+		case "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY":
+		default:
+			cmd.Env = append(cmd.Env, v)
+		}
+	}
+	cmd.Env = append(cmd.Env, "PYTHONWARNINGS=ignore", "ANSIBLE_LOCALHOST_WARNING=false", "ANSIBLE_STDOUT_CALLBACK=json", "HOME="+t.TempDir(), "LC_ALL=C.UTF-8")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Errorf("%s %s: %v\n%s", filepath.Base(name), strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+func (f *fleet) testRedfishtool(t *testing.T) {
+	tool := program(t, "redfishtool", "redfishtool")
+	base := []string{"-r", strings.TrimPrefix(f.agent.Config.URL, "https://"), "-u", f.agent.Config.User, "-p", f.agent.Config.Password, "-S", "Always", "-A", "Session"}
+	out := run(t, tool, append(base, "Systems", "-1", "get")...)
+	var system schema.ComputerSystem
+	if err := json.Unmarshal([]byte(out), &system); err != nil || system.ODataID != systemURI {
+		t.Errorf("Systems get: %v\n%s", err, out)
+	}
+	run(t, tool, append(base, "Systems", "-1", "reset", "ForceOff")...)
+	f.powered(t, false)
+	run(t, tool, append(base, "Systems", "-1", "reset", "On")...)
+	f.powered(t, true)
+	run(t, tool, append(base, "Systems", "-1", "setBootOverride", "Once", "Pxe")...)
+	if device, _ := f.lab.Host.NextBoot(); device != "Pxe" {
+		t.Errorf("after setBootOverride: the host boots from %q", device)
+	}
+	f.lab.Host.BootNext("", false)
+}
+
+// sushyScript is what OpenStack Ironic does to a machine to deploy it, by its library.
+const sushyScript = `
+import sys, sushy
+conn = sushy.Sushy(sys.argv[1] + "/redfish/v1", username=sys.argv[2], password=sys.argv[3], verify=False)
+system = conn.get_system("/redfish/v1/Systems/system")
+assert system.power_state == sushy.POWER_STATE_ON, system.power_state
+system.set_system_boot_options(sushy.BOOT_SOURCE_TARGET_CD, enabled=sushy.BOOT_SOURCE_ENABLED_ONCE)
+system.refresh()
+assert system.boot["target"] == sushy.BOOT_SOURCE_TARGET_CD, system.boot
+if hasattr(system, "virtual_media"):  # Debian 12's looks for the drives where Redfish has deprecated them, in the manager
+    drive = system.virtual_media.get_members()[0]
+    assert not drive.inserted
+    drive.insert_media(sys.argv[4])
+    drive.refresh()
+    assert drive.inserted and drive.image == sys.argv[4], drive.image
+    drive.eject_media()
+    drive.refresh()
+    assert not drive.inserted
+system.set_system_boot_options(sushy.BOOT_SOURCE_TARGET_NONE, enabled=sushy.BOOT_SOURCE_ENABLED_DISABLED)
+assert system.processors.summary.count >= 1
+assert system.memory_summary.size_gib is not None
+system.reset_system(sushy.RESET_TYPE_FORCE_OFF)
+system.refresh()
+assert system.power_state == sushy.POWER_STATE_OFF, system.power_state
+system.reset_system(sushy.RESET_TYPE_ON)
+system.refresh()
+assert system.power_state == sushy.POWER_STATE_ON, system.power_state
+print("sushy is content")
+`
+
+func (f *fleet) testSushy(t *testing.T) {
+	const python = "/usr/bin/python3" // Debian's: others do not have Debian's modules
+	if err := exec.Command(python, "-c", "import sushy").Run(); err != nil {
+		t.Skip("python3-sushy is not installed (Debian package python3-sushy)")
+	}
+	f.ready(t)
+	script := filepath.Join(t.TempDir(), "sushy_client.py")
+	if err := os.WriteFile(script, []byte(sushyScript), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out := run(t, python, script, f.agent.Config.URL, f.agent.Config.User, f.agent.Config.Password, f.image); !strings.Contains(out, "sushy is content") {
+		t.Errorf("sushy: %s", out)
+	}
+}
+
+func (f *fleet) testAnsible(t *testing.T) {
+	tool := program(t, "ansible", "ansible")
+	f.ready(t)
+	at := strings.TrimPrefix(f.agent.Config.URL, "https://")
+	do := func(module, args string) string {
+		t.Helper()
+		return run(t, tool, "localhost", "-m", "community.general."+module, "-a",
+			"baseuri="+at+" username="+f.agent.Config.User+" password="+f.agent.Config.Password+" "+args)
+	}
+	for _, info := range []struct{ args, want string }{
+		{"category=Systems command=GetSystemInventory", `"hostName"`},
+		{"category=Systems command=GetCpuInventory", "TotalThreads"},
+		{"category=Systems command=GetNicInventory", `"nic"`},
+		{"category=Systems command=GetBootOverride", "boot_override"},
+		{"category=Systems command=GetVirtualMedia", "virtual_media"},
+		{"category=Manager command=GetManagerNicInventory", "manager_nics"},
+		{"category=Accounts command=ListUsers", `"admin"`},
+		{"category=Sessions command=GetSessions", "session"},
+	} {
+		if out := do("redfish_info", info.args); !strings.Contains(strings.ToLower(out), strings.ToLower(strings.Trim(info.want, `"`))) {
+			t.Errorf("redfish_info %s: no %s in\n%s", info.args, info.want, out)
+		}
+	}
+	do("redfish_command", "category=Systems command=PowerForceOff")
+	f.powered(t, false)
+	do("redfish_command", "category=Systems command=PowerOn")
+	f.powered(t, true)
+	do("redfish_command", "category=Systems command=SetOneTimeBoot bootdevice=Cd")
+	if device, once := f.lab.Host.NextBoot(); device != "Cd" || !once {
+		t.Errorf("after SetOneTimeBoot: the host boots from %q, once %v", device, once)
+	}
+	f.lab.Host.BootNext("", false)
+}
+
+func (f *fleet) testFence(t *testing.T) {
+	tool := program(t, "fence_redfish", "fence-agents")
+	host, port, _ := strings.Cut(strings.TrimPrefix(f.agent.Config.URL, "https://"), ":")
+	base := []string{"-a", host, "-u", port, "-l", f.agent.Config.User, "-p", f.agent.Config.Password, "--ssl-insecure", "--systems-uri=" + systemURI}
+	run(t, tool, append(base, "-o", "reboot")...)
+	f.powered(t, true)
+	run(t, tool, append(base, "-o", "off")...)
+	f.powered(t, false)
+	if out := run(t, tool, append(base, "-o", "metadata")...); !strings.Contains(out, "fence_redfish") {
+		t.Errorf("metadata: %s", out)
+	}
+}
