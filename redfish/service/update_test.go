@@ -208,6 +208,9 @@ func (e *endless) Read(p []byte) (int, error) {
 
 // TestUpdateIsStreamed pushes an image that is far larger than the memory it may take.
 func TestUpdateIsStreamed(t *testing.T) {
+	if testing.Short() {
+		t.Skip("256 MiB over TLS are left out of short runs")
+	}
 	const size = 256 << 20
 	s, _ := newTestService(t, Options{Updater: &fakeUpdater{max: size}})
 	p := newPeer(t, listen(t, s))
