@@ -4,6 +4,10 @@
 // it learned; the Image that it returns is immutable and safe for concurrent use. A View is one budgeted pass over the
 // memory: every question of a pass that is asked through the same View reads a page at most once.
 //
+// Beside tasks, log, heartbeat and panic, a View lists modules, network interfaces, open files, mounts, sockets, slab caches,
+// the use of memory, load, the stacks of threads that sleep, and any object by its type; what those find is gathered as a
+// whole, and anew if the host changed it meanwhile.
+//
 // Nothing is configured, nothing is taken from a list of kernel versions: a layout is what the memory says it is, or the
 // kernel is refused with the reason. Whatever comes from the memory may be torn, broken or hostile: every walk has a bound
 // and a cycle check, every object is validated, and what breaks an invariant is a *CorruptError, never a panic.

@@ -1,5 +1,8 @@
 // Package query answers the questions that people ask of a host, once for the command line, Redfish and remote monitors.
 //
+// Listings is the table of those that are about one of the kernel's subsystems each: the command line makes verbs of it,
+// Redfish resources.
+//
 // An answer is a plain struct: it marshals to JSON, and its Text method prints it for people. The answers say how far
 // they can be trusted: a walk that broke off is not Complete and names its Doubts. What comes from the host (names of
 // processes, its log) is kept as it was read in JSON, and is escaped by Clean in every Text, so that a host cannot send
