@@ -66,7 +66,7 @@ type moduleWalk struct {
 	list, kset, tree                 VirtAddr
 	kobj, entry, kmod                uint64
 	ksetList                         uint64
-	treeRoot, treeNode, treeMod      uint64
+	treeNode, treeMod                uint64
 
 	found map[VirtAddr]*Module
 }

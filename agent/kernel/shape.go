@@ -78,8 +78,6 @@ func (v *View) thing(s *shape, addr VirtAddr) (thing, error) {
 
 func (t *thing) addr() VirtAddr { return t.o.addr }
 
-func (t *thing) has(path string) bool { _, ok := t.fields[path]; return ok }
-
 // bytes returns a field as it is in memory, nil if it is missing.
 func (t *thing) bytes(path string) []byte {
 	f, ok := t.fields[path]

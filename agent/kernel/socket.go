@@ -61,14 +61,14 @@ var (
 )
 
 type socketWalk struct {
-	v                                          *View
-	common, sock, tcp, unix, address, net      *shape
-	hashinfo, udpTable                         *shape
-	bucket, chain, listen, nulls, slot, slotAt uint64
-	bucketSize, listenSize, slotSize           uint64
-	nullsNode, node                            uint64 // in sock
-	socketInode, socketIn                      uint64 // in socket_alloc
-	inode                                      uint64 // inode.i_ino
+	v                                     *View
+	common, sock, tcp, unix, address, net *shape
+	hashinfo, udpTable                    *shape
+	chain, nulls, slot                    uint64
+	bucketSize, listenSize, slotSize      uint64
+	nullsNode, node                       uint64 // in sock
+	socketInode, socketIn                 uint64 // in socket_alloc
+	inode                                 uint64 // inode.i_ino
 
 	owners map[VirtAddr][]SocketOwner
 	netns  map[VirtAddr]uint64
