@@ -376,6 +376,7 @@ func TestServe(t *testing.T) {
 		t.Skip("only with -serve ADDRESS: it serves a fake host for validators")
 	}
 	a := newFakeAgent()
+	a.image = recordedKernel(t)
 	s := newTestService(t, a, service.Options{
 		StateDir: os.Getenv("SERVE_STATE"), Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Updater: fakeUpdater{}, Conditions: Conditions(a.Findings), Names: []string{"dpu.example.com"},
