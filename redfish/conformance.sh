@@ -10,6 +10,7 @@
 set -euo pipefail
 validators=$(cd "${1:?usage: redfish/conformance.sh VALIDATORS}" && pwd)
 cd "$(dirname "$0")/.."
+host=$PWD/redfish/host
 out=$PWD/build/conformance
 mkdir -p "$out"
 go test -c -o "$out/host.test" ./redfish/host
@@ -25,7 +26,7 @@ failed=0
 against() {
 	local name=$1
 	shift
-	"$out/host.test" -test.run 'TestServe$' -serve 127.0.0.1:$port -test.timeout 30m >"$out/$name.server.log" 2>&1 &
+	(cd "$host" && exec "$out/host.test" -test.run 'TestServe$' -serve 127.0.0.1:$port -test.timeout 30m) >"$out/$name.server.log" 2>&1 &
 	local server=$!
 	for _ in $(seq 100); do
 		if curl -sk "$url/redfish" >/dev/null; then break; fi
