@@ -248,6 +248,7 @@ func (h *host) ethernet(r *service.Request) (schema.Object, error) {
 
 // addresses writes addresses as Redfish does. Where they come from, and which gateway serves them, is not known here.
 func addresses(all []netip.Prefix) (four []schema.IPv4Address, six []schema.IPv6Address) {
+	four, six = []schema.IPv4Address{}, []schema.IPv6Address{} // none is an answer, too
 	for _, a := range all {
 		if a.Addr().Is4() {
 			mask := ^uint32(0) << (32 - a.Bits())

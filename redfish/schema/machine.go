@@ -72,8 +72,8 @@ type EthernetInterface struct {
 	HostName         string        `json:"HostName,omitempty"`
 	FQDN             *string       `json:"FQDN"` // null where there is none
 	NameServers      []string      `json:"NameServers,omitempty"`
-	IPv4Addresses    []IPv4Address `json:"IPv4Addresses,omitempty"`
-	IPv6Addresses    []IPv6Address `json:"IPv6Addresses,omitempty"`
+	IPv4Addresses    []IPv4Address `json:"IPv4Addresses,omitzero"`
+	IPv6Addresses    []IPv6Address `json:"IPv6Addresses,omitzero"`
 	Status           *Status       `json:"Status,omitempty"`
 }
 

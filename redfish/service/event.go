@@ -190,14 +190,14 @@ func (b *eventBus) name(seq uint64) string { return b.epoch + "-" + strconv.Form
 // after returns the number to go on from behind the payload with an Id. One of an earlier start of the service stands for all that
 // the ring has; what cannot be an Id of ours, for what comes from now on.
 func (b *eventBus) after(id string) uint64 {
-	epoch, number, ok := strings.Cut(id, "-")
-	seq, err := strconv.ParseUint(number, 10, 64)
+	dash := strings.LastIndexByte(id, '-') // an epoch may hold dashes of its own
+	seq, err := strconv.ParseUint(id[dash+1:], 10, 64)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
-	case !ok || err != nil:
+	case dash < 0 || err != nil:
 		return b.next
-	case epoch != b.epoch:
+	case id[:dash] != b.epoch:
 		return b.next - uint64(len(b.ring))
 	}
 	return min(seq, b.next-1) + 1

@@ -454,3 +454,18 @@ func FuzzStreamQuery(f *testing.F) {
 		}
 	})
 }
+
+func TestEventsBehindAnID(t *testing.T) {
+	for _, epoch := range []string{"abcd", "o-4YYYcf", "-"} {
+		b := newEventBus()
+		b.epoch = epoch
+		for range 4 {
+			b.add(&eventRecord{})
+		}
+		for id, want := range map[string]uint64{b.name(3): 4, b.name(9): 5, "other-2": 1, "nonsense": 5, "": 5} {
+			if got := b.after(id); got != want {
+				t.Errorf("after(%q) with the epoch %q = %d; want %d", id, epoch, got, want)
+			}
+		}
+	}
+}
