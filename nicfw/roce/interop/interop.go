@@ -253,7 +253,7 @@ func (s *Server) ping(ctx context.Context, q *roce.QP) (rounds int, err error) {
 // Rping is an rping client: it shows a buffer to the server, lets it read that, shows another one and compares.
 func Rping(ctx context.Context, d *roce.Device, addr netip.Addr, port uint16, rounds int) error {
 	pd := d.NewPD()
-	const size = 100
+	const size = 64 // what an rping server has room for unless told otherwise
 	src, sink := roce.NewBuffer(size), roce.NewBuffer(size)
 	srcMR, err := pd.Register(src, roce.MRConfig{Length: size, Access: roce.AccessRead})
 	if err != nil {
@@ -269,7 +269,7 @@ func Rping(ctx context.Context, d *roce.Device, addr netip.Addr, port uint16, ro
 	}
 	defer q.Close()
 	for i := range rounds {
-		text := fmt.Appendf(nil, "backdoor-ping-%d: %090d", i, i)[:size]
+		text := append(fmt.Appendf(nil, "backdoor-ping-%d: %060d", i, i)[:size-1], 0) // the server takes it for a string
 		src.WriteAt(text, 0)
 		for _, a := range []advert{newAdvert(0, srcMR.RKey(), size), newAdvert(0, sinkMR.RKey(), size)} {
 			answer := make(chan error, 1)
