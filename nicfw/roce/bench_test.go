@@ -260,8 +260,35 @@ func median(v []float64) float64 {
 	return v[len(v)/2]
 }
 
-// BenchmarkThroughput reads 64 KiB at a time, 16 at once, with and without the ICRC, against one TCP stream and against
-// pipelined requests over TCP, in turn in one run. It reports GB/s and ratios of medians.
+// iperf3 returns the GB/s of one TCP stream of that program.
+func iperf3(b testing.TB) float64 {
+	server := exec.Command("iperf3", "-s", "-1", "-p", "5202")
+	if err := server.Start(); err != nil {
+		b.Fatal(err)
+	}
+	defer server.Wait()
+	time.Sleep(200 * time.Millisecond) // there is no other sign that it listens
+	report, err := exec.Command("iperf3", "-c", "127.0.0.1", "-p", "5202", "-t", "1", "-J").Output()
+	if err != nil {
+		server.Process.Kill()
+		b.Fatal(err)
+	}
+	var r struct {
+		End struct {
+			Received struct {
+				Bits float64 `json:"bits_per_second"`
+			} `json:"sum_received"`
+		} `json:"end"`
+	}
+	if err := json.Unmarshal(report, &r); err != nil {
+		b.Fatal(err)
+	}
+	return r.End.Received.Bits / 8e9
+}
+
+// BenchmarkThroughput reads 64 KiB at a time, 16 at once, with and without the ICRC, against one TCP stream of ours and,
+// if it is installed, of iperf3, and against pipelined requests over TCP, in turn in one run. It reports GB/s and ratios
+// of medians.
 func BenchmarkThroughput(b *testing.B) {
 	const total, size, depth = 256 << 20, 64 << 10, 16
 	with := benchTarget(b, UDPConfig{}, size, true)
@@ -284,7 +311,12 @@ func BenchmarkThroughput(b *testing.B) {
 	for i := range kinds { // warm up
 		kinds[i].run()
 	}
+	var iperf []float64
+	_, err := exec.LookPath("iperf3")
 	for b.Loop() {
+		if err == nil {
+			iperf = append(iperf, iperf3(b))
+		}
 		for i := range kinds {
 			k := &kinds[i]
 			bytes := float64(total)
@@ -298,6 +330,10 @@ func BenchmarkThroughput(b *testing.B) {
 	}
 	for _, k := range kinds {
 		b.ReportMetric(median(k.got), k.name+"-GB/s")
+	}
+	if len(iperf) > 0 {
+		b.ReportMetric(median(iperf), "iperf3-GB/s")
+		b.ReportMetric(median(kinds[0].got)/median(iperf), "read/iperf3")
 	}
 	b.ReportMetric(median(kinds[0].got)/median(kinds[5].got), "read/tcp-stream")
 	b.ReportMetric(median(kinds[0].got)/median(kinds[6].got), "read/tcp-request")

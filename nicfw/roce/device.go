@@ -130,8 +130,12 @@ func (d *Device) Run(ctx context.Context) error {
 	for seen := int64(0); ctx.Err() == nil; {
 		select {
 		case d.seat <- struct{}{}:
-		case <-ctx.Done():
-			return ctx.Err()
+		default:
+			select {
+			case d.seat <- struct{}{}:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
 		}
 		err := d.step(nil)
 		<-d.seat

@@ -288,21 +288,25 @@ func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 				return 0, nil
 			}
 		}
-		if start.IsZero() {
+		left := wait
+		switch {
+		case !start.IsZero():
+			passed := time.Since(start)
+			if left = wait - passed; wait > 0 && left <= 0 {
+				return 0, nil
+			}
+			if passed < l.spin {
+				unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) // whom we wait for may need this very CPU
+				continue
+			}
+		case wait > 0 || l.spin > 0:
 			start = time.Now()
+			if l.spin > 0 {
+				continue
+			}
 		}
-		passed := time.Since(start)
-		if wait > 0 && passed >= wait {
-			return 0, nil
-		}
-		if passed < l.spin {
-			// Whom we wait for may need this very CPU.
-			unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
-			continue
-		}
-		left := time.Duration(-1)
-		if wait > 0 {
-			left = wait - passed
+		if wait < 0 {
+			left = -1
 		}
 		switch err := l.sleep(left); err {
 		case nil:
@@ -553,7 +557,14 @@ func (l *udpLink) prepare(msg int, packets []Packet, at int) int {
 // needs segmentation and cannot have it.
 func (l *udpLink) sendmmsg(msgs int) (int, error) {
 	for done := 0; done < msgs; {
-		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.txMsgs[done])), uintptr(msgs-done), unix.MSG_DONTWAIT, 0, 0)
+		var n uintptr
+		var errno unix.Errno
+		if h := &l.txMsgs[done].hdr; msgs == 1 && h.Iovlen == 1 && h.Controllen == 0 { // one packet: the shorter way
+			_, _, errno = unix.RawSyscall6(unix.SYS_SENDTO, uintptr(l.fd), uintptr(unsafe.Pointer(h.Iov.Base)), uintptr(h.Iov.Len), unix.MSG_DONTWAIT, uintptr(unsafe.Pointer(h.Name)), uintptr(h.Namelen))
+			n = 1
+		} else {
+			n, _, errno = unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.txMsgs[done])), uintptr(msgs-done), unix.MSG_DONTWAIT, 0, 0)
+		}
 		switch errno {
 		case 0:
 			for i := range int(n) {
