@@ -434,34 +434,9 @@ func (e *Engine) restarted(ctx context.Context, boot string) error {
 // right to, the agent must be allowed to change the host at all, and the journal holds the intent before the controller is
 // asked. Once it has been asked the order is seen through, though the caller may have gone away.
 func (e *Engine) PowerControl(ctx context.Context, op, caller string) error {
-	grant, err := e.permitPower()
-	if err != nil {
-		return fmt.Errorf("power %s: %w", op, err)
-	}
-	select {
-	case e.healing <- struct{}{}:
-		defer func() { <-e.healing }()
-	default:
-		return fmt.Errorf("power %s: %w", op, ErrBusy)
-	}
-	e.mu.Lock()
-	e.plans++
-	id := fmt.Sprintf("plan-%d", e.plans)
-	e.mu.Unlock()
-	if _, err := e.o.Journal.Write("power", map[string]string{"id": id, "operation": op, "caller": caller, "agreement": grant.Agreement()}); err != nil {
-		return fmt.Errorf("power %s: journal the intent: %w", op, err)
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), heal.PowerTimeout)
-	defer cancel()
-	err = heal.DoPower(ctx, e.o.Power, op)
-	result := map[string]string{"id": id}
-	if err != nil {
-		result["error"] = err.Error()
-	}
-	if _, jerr := e.o.Journal.Write("power-outcome", result); jerr != nil {
-		err = errors.Join(err, fmt.Errorf("journal the outcome: %w", jerr))
-	}
-	return err
+	return e.order(ctx, "power", "power "+op, map[string]string{"operation": op, "caller": caller}, func(ctx context.Context) error {
+		return heal.DoPower(ctx, e.o.Power, op)
+	})
 }
 
 // permitPower returns what the agreement permits if it gives an operator the host's power controller now.
