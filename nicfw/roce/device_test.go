@@ -371,3 +371,113 @@ func TestConcurrent(t *testing.T) {
 		t.Errorf("read of a revoked window: %v", err)
 	}
 }
+
+// TestPolling uses a completion queue without waiting, with receives, and fills it.
+func TestPolling(t *testing.T) {
+	la, lb := udpPair(t, UDPConfig{})
+	a, b := openDevices(t, la, lb)
+	qa, qb, pd := joined(t, a, b, QPConfig{SendDepth: 4, RecvDepth: 4})
+	mr, err := pd.Register(NewBuffer(64), MRConfig{Length: 64, Access: allAccess})
+	if err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 8)
+	for i := range uint64(4) {
+		if err := qb.PostRecv(i, make([]byte, 8)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := qb.PostRecv(4, nil); !errors.Is(err, ErrQueueFull) {
+		t.Errorf("fifth receive: %v", err)
+	}
+	for i := range 4 {
+		wr := WorkRequest{ID: uint64(i), Verb: VerbRead, Buf: buf, RKey: mr.RKey()}
+		if i%2 == 1 {
+			wr = WorkRequest{ID: uint64(i), Verb: VerbWrite, Buf: buf, RKey: mr.RKey(), Imm: uint32(i), HasImm: true}
+		}
+		if n, err := qa.Post(wr); n != 1 || err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n, err := qa.Post(WorkRequest{Verb: VerbRead}, WorkRequest{Verb: VerbRead}); n != 0 || !errors.Is(err, ErrQueueFull) {
+		t.Errorf("fifth request: %d, %v", n, err)
+	}
+	poll := func(q *QP, n int) (got []Completion) {
+		out := make([]Completion, 3)
+		for end := time.Now().Add(10 * time.Second); len(got) < n && time.Now().Before(end); {
+			n, err := q.cq.Poll(out)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, out[:n]...)
+		}
+		return got
+	}
+	sent, received := poll(qa, 4), poll(qb, 2)
+	if len(sent) != 4 || len(received) != 2 {
+		t.Fatalf("%d and %d completions", len(sent), len(received))
+	}
+	for i, c := range sent {
+		if c.ID != uint64(i) || c.Err != nil || c.QPN != qa.QPN() {
+			t.Errorf("completion %d: %+v", i, c)
+		}
+	}
+	for i, c := range received {
+		if c.Verb != VerbRecv || c.Err != nil || !c.HasImm || c.Imm != uint32(2*i+1) {
+			t.Errorf("receive %d: %+v", i, c)
+		}
+	}
+	if n := a.Counters(); n.Sent == 0 || a.PathMTU() != 4096 || qa.PathMTU() != 4096 || qa.Peer() != lb.LocalAddr().Addr() {
+		t.Errorf("counters %v, path MTU %d, %d, peer %v", n, a.PathMTU(), qa.PathMTU(), qa.Peer())
+	}
+	// Without a completion queue nothing can be posted to one.
+	q, err := a.NewQP(a.NewPD(), nil, QPConfig{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := q.PostRecv(1, nil); err == nil {
+		t.Error("receive posted without a completion queue")
+	}
+	if _, err := q.Post(WorkRequest{Verb: VerbRead}); !errors.Is(err, ErrNotConnected) {
+		t.Errorf("posted without a peer: %v", err)
+	}
+	if err := q.Connect(Remote{Addr: lb.LocalAddr().Addr()}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := q.Post(WorkRequest{Verb: VerbRead}); !errors.Is(err, errNoCQ) {
+		t.Errorf("posted without a completion queue: %v", err)
+	}
+	if err := errors.Join(q.Close(), q.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestBuffer compares a Buffer with a slice.
+func TestBuffer(t *testing.T) {
+	const size = 64
+	b, want := NewBuffer(size-3), make([]byte, size)
+	for off := range size + 2 {
+		for n := range size + 2 {
+			data := bytes.Repeat([]byte{byte(off*7 + n)}, n)
+			done, err := b.WriteAt(data, int64(off))
+			if fits := off+n <= size; (err == nil) != fits || done != max(min(n, size-off), 0) {
+				t.Fatalf("write %d at %d = %d, %v", n, off, done, err)
+			}
+			copy(want[min(off, size):], data)
+			got := make([]byte, n)
+			done, err = b.ReadAt(got, int64(off))
+			if fits := off+n <= size; (err == nil) != fits || !bytes.Equal(got[:done], want[min(off, size):min(off+done, size)]) {
+				t.Fatalf("read %d at %d = %d, %v", n, off, done, err)
+			}
+		}
+	}
+	all := make([]byte, size)
+	if _, err := b.ReadAt(all, 0); err != nil || !bytes.Equal(all, want) {
+		t.Errorf("%v\n% x\n% x", err, all, want)
+	}
+	for _, off := range []int64{-8, 4, size} {
+		if _, err := b.CompareAndSwap(off, 0, 0); !errors.Is(err, ErrAccess) {
+			t.Errorf("swap at %d: %v", off, err)
+		}
+	}
+}

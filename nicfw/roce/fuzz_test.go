@@ -1,10 +1,12 @@
 package roce
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"testing"
 	"time"
 )
@@ -325,4 +327,25 @@ func checkEngine(t *testing.T, e *engine, q *qp) {
 			fail("timer heap out of order at %d", i)
 		}
 	}
+}
+
+// FuzzPCAP reads mutated capture files.
+func FuzzPCAP(f *testing.F) {
+	b, err := os.ReadFile("testdata/rxe-reference.pcap")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b[:3000])
+	f.Fuzz(func(t *testing.T, b []byte) {
+		frames := 0
+		for c, err := range ReadPCAP(bytes.NewReader(b)) {
+			if err == nil && len(c.Data) > len(b) {
+				t.Fatalf("a frame of %d bytes in a file of %d", len(c.Data), len(b))
+			}
+			frames++
+		}
+		if frames > len(b)/pcapRecordLen+1 {
+			t.Fatalf("%d frames in %d bytes", frames, len(b))
+		}
+	})
 }
