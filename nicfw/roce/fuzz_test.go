@@ -3,7 +3,6 @@ package roce
 import (
 	"bytes"
 	"encoding/binary"
-	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -294,7 +293,7 @@ func (l *fuzzListener) arrived() {
 // checkEngine checks what must hold at all times.
 func checkEngine(t *testing.T, e *engine, q *qp) {
 	t.Helper()
-	fail := func(format string, args ...any) { t.Helper(); t.Fatal(fmt.Sprintf(format, args...)) }
+	fail := func(format string, args ...any) { t.Helper(); t.Fatalf(format, args...) }
 	pending := 0
 	for i := range q.resp.resources.n {
 		if r := q.resp.resources.at(i); r.pending {
