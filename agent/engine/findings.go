@@ -12,10 +12,16 @@ type tracked struct {
 	detect.Finding
 	detector string
 	quiet    time.Time // since when the detector has been silent about it; zero while it speaks
+	silent   time.Time // when the detector last ran and was silent about it
 	tried    []string  // actions that the engine has begun by itself
 	told     bool      // operators have been told that it waits for them
 	healing  bool      // a repair is under way, and says itself what has become of the finding
 	boot     string    // of the kernel that it is about; empty if it is about the host
+}
+
+// silentSince reports whether the detector is silent about it now, by a run no earlier than from.
+func (t *tracked) silentSince(from time.Time) bool {
+	return !t.quiet.IsZero() && !t.silent.Before(from)
 }
 
 func trackKey(f detect.Finding) string { return string(f.Kind) + "/" + f.Key }
@@ -60,6 +66,7 @@ func (e *Engine) update(d *detect.Detector, found []detect.Finding, now time.Tim
 		if t.quiet.IsZero() {
 			t.quiet = now
 		}
+		t.silent = now
 		if t.ID == "" {
 			delete(e.tracked, k)
 		} else if !t.healing && now.Sub(t.quiet) >= d.Clear {

@@ -357,7 +357,7 @@ func (e *Engine) confirm(ctx context.Context, f detect.Finding) error {
 		switch {
 		case t == nil:
 			return false, fmt.Errorf("it is gone: %w", errQuiet)
-		case !t.quiet.IsZero() && !t.quiet.Before(from):
+		case t.silentSince(from):
 			return false, errQuiet
 		}
 		return t.LastSeen.After(from), nil
@@ -371,7 +371,7 @@ func (e *Engine) quiet(ctx context.Context, f detect.Finding) error {
 	defer cancel()
 	return e.await(ctx, f, func() (bool, error) {
 		t := e.open(f.ID)
-		return t == nil || !t.quiet.IsZero() && !t.quiet.Before(from), nil
+		return t == nil || t.silentSince(from), nil
 	})
 }
 

@@ -245,6 +245,9 @@ func (s *story) runaway(ctx context.Context) error {
 		return err
 	}
 	s.tellRepair(out)
+	if !out.Verified {
+		return fmt.Errorf("the process is dead, but the agent could not verify its repair: %s", out.Error)
+	}
 	if tracing {
 		costs, err := h.Traced(ctx)
 		if err != nil {
