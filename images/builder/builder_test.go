@@ -46,7 +46,7 @@ func needKernel(t *testing.T, img Image) {
 		t.Fatal(err)
 	}
 	if _, err := (kernels.Cache{}).Cached(target); errors.Is(err, fs.ErrNotExist) {
-		t.Skipf("kernel %s is not in the cache; make setup fetches it", img.Kernel)
+		t.Fatalf("kernel %s is not in the cache; make setup fetches it", img.Kernel)
 	} else if err != nil {
 		t.Fatal(err)
 	}

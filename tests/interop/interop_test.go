@@ -223,7 +223,7 @@ func (f *fleet) testGofish(t *testing.T) {
 	}
 }
 
-// program returns the path of a client, or skips.
+// program returns the path of a client that make setup installs.
 func program(t *testing.T, name, pkg string) string {
 	t.Helper()
 	for _, name := range []string{name, "/usr/bin/" + name, "/usr/sbin/" + name} {
@@ -231,7 +231,7 @@ func program(t *testing.T, name, pkg string) string {
 			return path
 		}
 	}
-	t.Skipf("%s is not installed (Debian package %s)", name, pkg)
+	t.Fatalf("%s is not installed (Debian package %s); make setup installs it", name, pkg)
 	return ""
 }
 
@@ -308,7 +308,7 @@ print("sushy is content")
 func (f *fleet) testSushy(t *testing.T) {
 	const python = "/usr/bin/python3" // Debian's: others do not have Debian's modules
 	if err := exec.Command(python, "-c", "import sushy").Run(); err != nil {
-		t.Skip("python3-sushy is not installed (Debian package python3-sushy)")
+		t.Fatal("python3-sushy is not installed; make setup installs it")
 	}
 	f.ready(t)
 	script := filepath.Join(t.TempDir(), "sushy_client.py")

@@ -59,12 +59,12 @@ func (c *chassis) InsertCD(context.Context, string) error { return errors.ErrUns
 func simulator(t *testing.T) (*chassis, *bmc.IPMI) {
 	t.Helper()
 	if _, err := exec.LookPath("ipmitool"); err != nil {
-		t.Skip("ipmitool is not installed")
+		t.Fatal("ipmitool is not installed; make setup installs it")
 	}
 	m := &chassis{on: true}
 	s, err := bmc.StartIPMI(t.Context(), m, t.TempDir())
 	if errors.Is(err, bmc.ErrNoSimulator) {
-		t.Skip("ipmi_sim is not installed")
+		t.Fatal("ipmi_sim (Debian package openipmi) is not installed; make setup installs it")
 	}
 	if err != nil {
 		t.Fatal(err)
