@@ -355,14 +355,7 @@ func (c *Client) on(ctx context.Context, w way, what string, order func(context.
 	defer cancel()
 	defer func() {
 		if err != nil {
-			// bmclib gives its HTTP client the same deadline, and that may strike a moment earlier.
-			if d, ok := ctx.Deadline(); ok && time.Until(d) < 100*time.Millisecond {
-				<-ctx.Done()
-			}
-			if cause := context.Cause(ctx); cause != nil {
-				err = fmt.Errorf("%w: %w", cause, err)
-			}
-			err = &orderError{fmt.Errorf("host BMC %s: %s: %w", w.name, what, err)}
+			err = &orderError{fmt.Errorf("host BMC %s: %s: %w", w.name, what, withCause(ctx, err))}
 		}
 	}()
 	if w.program != "" {
@@ -403,8 +396,20 @@ func (c *Client) open(ctx context.Context, b *bmclib.Client, conns *connections)
 	defer cancel()
 	stop := context.AfterFunc(ctx, conns.close)
 	err := b.Open(ctx)
+	if err != nil {
+		err = withCause(ctx, err)
+	}
 	stop()
-	if cause := context.Cause(ctx); err != nil && cause != nil {
+	return err
+}
+
+// withCause puts before err why ctx ended, if it did.
+func withCause(ctx context.Context, err error) error {
+	// bmclib gives its HTTP client the deadline of ctx, and that may strike a moment earlier.
+	if d, ok := ctx.Deadline(); ok && time.Until(d) < 100*time.Millisecond {
+		<-ctx.Done()
+	}
+	if cause := context.Cause(ctx); cause != nil {
 		err = fmt.Errorf("%w: %w", cause, err)
 	}
 	return err
