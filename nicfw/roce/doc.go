@@ -2,7 +2,7 @@
 // rxe, a hardware NIC) reads, writes and atomically changes memory that this side exports, over a plain UDP port, without
 // an RDMA device and without C; and this side does the same to memory that others export.
 //
-// A Link carries packets: ListenUDP over a socket, NewPipe in memory with faults, Capture around any of them. A Device is
+// A Link carries packets: ListenUDP over a socket, package afxdp past the system's network stack, NewPipe in memory with faults, Capture around any of them. A Device is
 // an endpoint at a link's address. In it, a PD holds windows (MR) of a Region, which is any io.ReaderAt; a QP is one end
 // of a connection, made by Connect from what both sides agreed upon by other means, or by Dial and Listen through the
 // InfiniBand connection manager, which librdmacm speaks. A QP's methods make one request and wait (Read, Write, Send,

@@ -20,6 +20,18 @@ var maskedPrefix = crc32.ChecksumIEEE([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
 // afterID is how many bytes of IPv4 and UDP header follow the identification.
 const afterID = ipv4Len - 6 + udpLen
 
+// ICRC computes invariant CRCs for links that see the headers around a packet. The zero value is ready. It keeps scratch
+// space and must not be used by two goroutines at once.
+type ICRC struct{ c checker }
+
+// Sum returns the ICRC of data, which is BTH up to and including the pad, between src and dst. id and flags are those of
+// the IPv4 header, without meaning on IPv6. The ICRC follows the data in little-endian order.
+//
+// Precondition: len(data) >= 12.
+func (i *ICRC) Sum(src, dst netip.AddrPort, id, flags uint16, data []byte) uint32 {
+	return i.c.sum(src, dst, id, flags, data)
+}
+
 // checker computes and checks ICRCs. The zero value is ready. It keeps scratch space and must not be used by two
 // goroutines at once.
 type checker struct {

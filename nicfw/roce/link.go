@@ -2,6 +2,8 @@ package roce
 
 import (
 	"encoding/binary"
+	"errors"
+	"net"
 	"net/netip"
 	"time"
 )
@@ -45,6 +47,7 @@ type LinkCounters struct {
 	BadLength  uint64 // received and dropped: too short or too long for any packet
 	SendErrors uint64 // packets that the system refused
 	Segmented  uint64 // packets sent by way of segmentation offload
+	Overflow   uint64 // received and dropped by the system, because they were not taken in time
 }
 
 // seal appends the ICRC to p.Data for a packet that leaves src with an IPv4 identification of id, and returns the UDP
@@ -52,4 +55,29 @@ type LinkCounters struct {
 func (c *checker) seal(src netip.AddrPort, p *Packet, id uint16) []byte {
 	icrc := c.sum(src, p.Peer, id, DontFragment, p.Data)
 	return binary.LittleEndian.AppendUint32(p.Data, icrc)
+}
+
+// InterfaceOf finds the interface of this machine that has an address.
+func InterfaceOf(addr netip.Addr) (*net.Interface, error) {
+	ifs, err := net.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	for _, ifi := range ifs {
+		addrs, err := ifi.Addrs()
+		if err != nil {
+			continue
+		}
+		for _, a := range addrs {
+			p, err := netip.ParsePrefix(a.String())
+			if err != nil || addr.Zone() != "" && addr.Zone() != ifi.Name {
+				continue
+			}
+			// All of 127.0.0.0/8 is this machine.
+			if p.Addr() == addr.WithZone("") || addr.IsLoopback() && p.Contains(addr) {
+				return &ifi, nil
+			}
+		}
+	}
+	return nil, errors.New("no interface has this address")
 }

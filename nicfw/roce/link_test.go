@@ -14,27 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// linkPairs are the kinds of link, each as two ends of one.
-var linkPairs = []struct {
-	name string
-	open func(t testing.TB) (a, b Link)
-}{
-	{"pipe", func(t testing.TB) (Link, Link) {
-		return NewPipe(netip.MustParseAddrPort("10.0.0.1:4791"), netip.MustParseAddrPort("10.0.0.2:4791"), 4096, Faults{})
-	}},
-	{"pipe with capture", func(t testing.TB) (Link, Link) {
-		a, b := NewPipe(netip.MustParseAddrPort("10.0.0.1:4791"), netip.MustParseAddrPort("10.0.0.2:4791"), 4096, Faults{})
-		return Capture(a, new(bytes.Buffer)), b
-	}},
-	{"impaired pipe", func(t testing.TB) (Link, Link) {
-		a, b := NewPipe(netip.MustParseAddrPort("10.0.0.1:4791"), netip.MustParseAddrPort("10.0.0.2:4791"), 4096, Faults{})
-		return Impair(a, Faults{}), Impair(b, Faults{})
-	}},
-	{"udp", func(t testing.TB) (Link, Link) { return udpPair(t, UDPConfig{}) }},
-	{"udp without offload", func(t testing.TB) (Link, Link) { return udpPair(t, UDPConfig{NoOffload: true}) }},
-	{"udp busy polling", func(t testing.TB) (Link, Link) { return udpPair(t, UDPConfig{Spin: 50 * time.Microsecond}) }},
-}
-
 // udpPair opens two links on loopback, at addresses that no other test of this machine uses at the same time.
 func udpPair(t testing.TB, cfg UDPConfig) (a, b Link) {
 	t.Helper()
@@ -63,77 +42,6 @@ func datagramPacket(to netip.AddrPort, n int, seq uint32) Packet {
 	BTH(p.Data).Encode(&BTHFields{Opcode: OpSendOnly, PKey: defaultPKey, PSN: PSN(seq)})
 	binary.BigEndian.PutUint32(p.Data[n-4:], seq)
 	return p
-}
-
-// TestLinks is what every link must do.
-func TestLinks(t *testing.T) {
-	for _, kind := range linkPairs {
-		t.Run(kind.name, func(t *testing.T) {
-			t.Parallel()
-			a, b := kind.open(t)
-			if !a.LocalAddr().IsValid() || a.LocalAddr() == b.LocalAddr() || a.PathMTU() != 4096 {
-				t.Fatalf("at %v, path MTU %d", a.LocalAddr(), a.PathMTU())
-			}
-			rx := make([]Packet, batch)
-			// Runs of equal and different sizes, as READ responses are.
-			var sizes []int
-			for i := range 200 {
-				sizes = append(sizes, []int{4112, 4108, 4108, 4108, 4112, 16, 16, 20}[i%8])
-			}
-			for range 40 {
-				sizes = append(sizes, 4108)
-			}
-			for range 150 {
-				sizes = append(sizes, 24)
-			}
-			for i := 0; i < len(sizes); i += 30 {
-				var packets []Packet
-				for j := i; j < min(i+30, len(sizes)); j++ {
-					packets = append(packets, datagramPacket(b.LocalAddr(), sizes[j], uint32(j)))
-				}
-				if err := a.Send(packets); err != nil {
-					t.Fatal(err)
-				}
-				for got := 0; got < len(packets); {
-					n, err := b.Recv(rx[:7], time.Second)
-					if err != nil || n == 0 {
-						t.Fatalf("after %d of %d packets: Recv = %d, %v", got, len(packets), n, err)
-					}
-					for _, p := range rx[:n] {
-						if !bytes.Equal(p.Data, packets[got].Data) || p.Peer != a.LocalAddr() {
-							t.Fatalf("packet %d from %v: % x", i+got, p.Peer, p.Data[:12])
-						}
-						got++
-					}
-				}
-			}
-			if n, err := b.Recv(rx, 0); n != 0 || err != nil {
-				t.Errorf("Recv of nothing = %d, %v", n, err)
-			}
-			start := time.Now()
-			if n, err := b.Recv(rx, 5*time.Millisecond); n != 0 || err != nil || time.Since(start) < 5*time.Millisecond {
-				t.Errorf("Recv of nothing for 5 ms = %d, %v after %v", n, err, time.Since(start))
-			}
-			b.Wake()
-			if n, err := b.Recv(rx, -1); n != 0 || err != nil {
-				t.Errorf("Recv after Wake = %d, %v", n, err)
-			}
-			go func() { time.Sleep(5 * time.Millisecond); b.Wake() }()
-			if n, err := b.Recv(rx, -1); n != 0 || err != nil {
-				t.Errorf("Recv woken up = %d, %v", n, err)
-			}
-			go func() { time.Sleep(5 * time.Millisecond); b.Close() }()
-			if n, err := b.Recv(rx, -1); n != 0 || !errors.Is(err, net.ErrClosed) {
-				t.Errorf("Recv closed = %d, %v", n, err)
-			}
-			if err := b.Send([]Packet{datagramPacket(a.LocalAddr(), 16, 0)}); !errors.Is(err, net.ErrClosed) {
-				t.Errorf("Send closed: %v", err)
-			}
-			if err := errors.Join(b.Close(), a.Close()); err != nil {
-				t.Error(err)
-			}
-		})
-	}
 }
 
 // TestUDPDrops: what has no right ICRC never comes up, and is counted.

@@ -102,7 +102,7 @@ func listenUDP(cfg UDPConfig) (_ *udpLink, err error) {
 	if port == 0 {
 		port = Port
 	}
-	ifi, err := interfaceOf(addr)
+	ifi, err := InterfaceOf(addr)
 	if err != nil {
 		return nil, err
 	}
@@ -171,31 +171,6 @@ func (l *udpLink) sockaddr() unix.Sockaddr {
 	return &unix.SockaddrInet6{Port: int(l.local.Port()), Addr: l.local.Addr().As16(), ZoneId: l.scope}
 }
 
-// interfaceOf finds the interface that has an address.
-func interfaceOf(addr netip.Addr) (*net.Interface, error) {
-	ifs, err := net.Interfaces()
-	if err != nil {
-		return nil, err
-	}
-	for _, ifi := range ifs {
-		addrs, err := ifi.Addrs()
-		if err != nil {
-			continue
-		}
-		for _, a := range addrs {
-			p, err := netip.ParsePrefix(a.String())
-			if err != nil || addr.Zone() != "" && addr.Zone() != ifi.Name {
-				continue
-			}
-			// All of 127.0.0.0/8 is this machine.
-			if p.Addr() == addr.WithZone("") || addr.IsLoopback() && p.Contains(addr) {
-				return &ifi, nil
-			}
-		}
-	}
-	return nil, errors.New("no interface has this address")
-}
-
 func (l *udpLink) initRecv(gro bool) {
 	n, size := rxMessages, rxBufferSize
 	if !gro {
@@ -229,8 +204,26 @@ func (l *udpLink) Counters() LinkCounters {
 	c := &l.counters
 	return LinkCounters{
 		Received: c.received.Load(), Sent: c.sent.Load(), BadICRC: c.badICRC.Load(), BadLength: c.badLength.Load(),
-		SendErrors: c.sendErrors.Load(), Segmented: c.segmented.Load(),
+		SendErrors: c.sendErrors.Load(), Segmented: c.segmented.Load(), Overflow: l.overflow(),
 	}
+}
+
+// overflow returns how many datagrams the kernel dropped because the socket's buffer was full (SK_MEMINFO_DROPS, a 32-bit
+// counter; Linux 4.12).
+func (l *udpLink) overflow() uint64 {
+	const skMeminfoDrops, skMeminfoVars = 8, 9
+	l.fdMu.RLock()
+	defer l.fdMu.RUnlock()
+	if l.fd < 0 {
+		return 0
+	}
+	var info [skMeminfoVars]uint32
+	size := uint32(unsafe.Sizeof(info))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(l.fd), unix.SOL_SOCKET, unix.SO_MEMINFO, uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 || size < uint32(unsafe.Sizeof(info)) {
+		return 0
+	}
+	return uint64(info[skMeminfoDrops])
 }
 
 // Wake sends an empty datagram to the socket itself: one blocking system call is then all that a receiver needs.
