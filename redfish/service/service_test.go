@@ -84,6 +84,12 @@ func newTestService(t testing.TB, o Options) (*Service, *fakePower) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { // a task that outlives its test would log into it
+		for _, task := range s.tasks.list() {
+			task.cancel()
+			<-task.done
+		}
+	})
 	p := &fakePower{state: schema.PowerOn, boot: [3]string{"Disabled", "None", "UEFI"}}
 	s.Handle(BMC(s, BMCOptions{Power: p, Manufacturer: "Test", Model: "Machine", SerialNumber: "1", ResetBMC: func(context.Context, bool) error { return nil }})...)
 	return s, p
