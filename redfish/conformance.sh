@@ -1,61 +1,110 @@
 #!/usr/bin/env bash
-# Conformance runs DMTF's validators against the resources of a fake host.
+# Conformance runs DMTF's validators against a service.
 #
-# usage: redfish/conformance.sh VALIDATORS
+# usage: redfish/conformance.sh VALIDATORS [TARGET]
+#
+# TARGET is "fake" (the default: the resources of a fake host with a recorded kernel, served by this machine), "lab" (the agent in the DPU
+# of a lab, which is started with "backdoor lab up" and stopped again) or the URL of a service; for an URL, the variables REDFISH_USER and
+# REDFISH_PASSWORD say who asks, and the host that the service watches is power-cycled.
 #
 # VALIDATORS is a folder with checkouts of DMTF's repositories under their own names: Redfish-Service-Validator (with DSP8010's CSDL
 # files in SchemaFiles), Redfish-Protocol-Validator, Redfish-Interop-Validator, Redfish-Usecase-Checkers. What is not there is left out. Profiles
-# for the Interop Validator are VALIDATORS/profiles/*.json. Python modules that the system lacks may lie in VALIDATORS/pylib.
-# Reports go to build/conformance. The exit status is 1 if anything has failed.
+# for the Interop Validator are VALIDATORS/profiles/*.json. Python modules that the system lacks may lie in VALIDATORS/pylib; PYTHON is the
+# interpreter (python3). ONLY="service protocol interop usecases" says which to run. Reports go to build/conformance. The exit status
+# is 1 if anything has failed.
+#
+# As root, the fake host is served in a network namespace of its own with an Ethernet interface: some validators send multicasts, and
+# the service is to have an interface to show.
 set -euo pipefail
-validators=$(cd "${1:?usage: redfish/conformance.sh VALIDATORS}" && pwd)
+usage="usage: redfish/conformance.sh VALIDATORS [fake|lab|URL]"
+validators=$(cd "${1:?$usage}" && pwd)
+target=${2:-fake}
+if [ "$target" = fake ] && [ "$(id -u)" = 0 ] && [ -z "${CONFORMANCE_NAMESPACE:-}" ]; then
+	exec env CONFORMANCE_NAMESPACE=1 unshare --net -- "$0" "$validators" fake
+fi
 cd "$(dirname "$0")/.."
-host=$PWD/redfish/host
-out=$PWD/build/conformance
+top=$PWD
+out=$top/build/conformance
 mkdir -p "$out"
-go test -c -o "$out/host.test" ./redfish/host
+only=" ${ONLY:-service protocol interop usecases} "
+python=${PYTHON:-python3}
 
 # These override what the validators are told about certificates.
 unset REQUESTS_CA_BUNDLE CURL_CA_BUNDLE SSL_CERT_FILE SSL_CERT_DIR
 export PYTHONPATH=$validators/pylib${PYTHONPATH:+:$PYTHONPATH}
-port=18443
-url=https://127.0.0.1:$port user=root password='correct horse'
 failed=0
 
-# against NAME COMMAND… runs a validator against a service of its own.
+case $target in
+fake)
+	go test -c -o "$out/host.test" ./redfish/host
+	if [ -n "${CONFORMANCE_NAMESPACE:-}" ]; then
+		ip link set lo up multicast on
+		ip link add eth0 type veth peer name far
+		ip link set far up
+		ip address add 192.0.2.1/24 dev eth0
+		ip link set eth0 up
+		ip route add 224.0.0.0/4 dev lo
+	fi
+	url=https://127.0.0.1:18443 user=root password='correct horse'
+	;;
+lab)
+	go build -trimpath -o build/bin/ ./cmd/backdoor
+	lab=conformance-$$
+	trap 'build/bin/backdoor lab down -name "$lab" >/dev/null' EXIT
+	build/bin/backdoor lab up -name "$lab" -json >"$out/lab.json"
+	field() { "$python" -c 'import json, sys; d = json.load(open(sys.argv[1])); print(d[sys.argv[2]])' "$out/lab.json" "$1"; }
+	url=$(field url) user=$(field user) password=$(field password)
+	;;
+https://*)
+	url=$target user=${REDFISH_USER:?} password=${REDFISH_PASSWORD:?}
+	;;
+*)
+	echo "$usage"
+	exit 2
+	;;
+esac
+address=${url#https://}
+
+# against NAME COMMAND… runs a validator; a fake host gets a service of its own for each.
 against() {
-	local name=$1
+	local name=$1 server= began=$SECONDS
 	shift
-	(cd "$host" && exec "$out/host.test" -test.run 'TestServe$' -serve 127.0.0.1:$port -test.timeout 30m) >"$out/$name.server.log" 2>&1 &
-	local server=$!
+	if [ "$target" = fake ]; then
+		(cd "$top/redfish/host" && exec "$out/host.test" -test.run 'TestServe$' -serve "$address" -test.timeout 30m) >"$out/$name.server.log" 2>&1 &
+		server=$!
+	fi
 	for _ in $(seq 100); do
 		if curl -sk "$url/redfish" >/dev/null; then break; fi
 		sleep 0.1
 	done
-	openssl s_client -connect 127.0.0.1:$port </dev/null 2>/dev/null | openssl x509 >"$out/cert.pem"
+	openssl s_client -connect "$address" </dev/null 2>/dev/null | openssl x509 >"$out/cert.pem"
 	if ! "$@" >"$out/$name.log" 2>&1; then failed=1; fi
-	kill "$server"
-	wait "$server" 2>/dev/null || true
-	echo "== $name"
+	if [ -n "$server" ]; then
+		kill "$server"
+		wait "$server" 2>/dev/null || true
+	fi
+	echo "== $name ($((SECONDS - began)) s)"
 	tail -12 "$out/$name.log"
 }
 
-if cd "$validators/Redfish-Service-Validator" 2>/dev/null; then
-	against service python3 RedfishServiceValidator.py -u $user -p "$password" -r $url --schema_directory SchemaFiles --logdir "$out/service"
+wanted() { [[ $only == *" $1 "* ]] && cd "$validators/$2" 2>/dev/null; }
+
+if wanted service Redfish-Service-Validator; then
+	against service "$python" RedfishServiceValidator.py -u "$user" -p "$password" -r "$url" --schema_directory SchemaFiles --logdir "$out/service"
 fi
-if cd "$validators/Redfish-Protocol-Validator" 2>/dev/null; then
-	against protocol python3 rf_protocol_validator.py -u $user -p "$password" -r $url --ca-bundle "$out/cert.pem" --avoid-http-redirect --report-dir "$out/protocol"
+if wanted protocol Redfish-Protocol-Validator; then
+	against protocol "$python" rf_protocol_validator.py -u "$user" -p "$password" -r "$url" --ca-bundle "$out/cert.pem" --avoid-http-redirect --report-dir "$out/protocol"
 fi
-if cd "$validators/Redfish-Interop-Validator" 2>/dev/null; then
+if wanted interop Redfish-Interop-Validator; then
 	for profile in "$validators"/profiles/*.json; do
 		name=interop-$(basename "$profile" .json)
-		against "$name" python3 RedfishInteropValidator.py -u $user -p "$password" -r $url --authtype Basic \
+		against "$name" "$python" RedfishInteropValidator.py -u "$user" -p "$password" -r "$url" --authtype Basic \
 			--no_online_profiles --required_profiles_dir "$validators/profiles" --logdir "$out/interop" "$profile"
 		# It ends with 0 whatever it finds.
 		if ! grep -Eq '^\| Fail +\| +0 \|' "$out/$name.log"; then failed=1; fi
 	done
 fi
-if cd "$validators/Redfish-Usecase-Checkers" 2>/dev/null; then
-	against usecases python3 rf_use_case_checkers.py -u $user -p "$password" -r $url --report-dir "$out/usecases"
+if wanted usecases Redfish-Usecase-Checkers; then
+	against usecases "$python" rf_use_case_checkers.py -u "$user" -p "$password" -r "$url" --report-dir "$out/usecases"
 fi
 exit $failed

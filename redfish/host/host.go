@@ -110,6 +110,7 @@ func Configure(o *service.Options) {
 	}
 	o.Schemas = append(o.Schemas, schemas()...)
 	o.Registries = append(o.Registries, registry)
+	o.Telemetry = telemetry()
 	o.OEMPrivileges = map[string][]string{"Administrator": {PrivilegeHeal, PrivilegeReadMemory}, "Operator": {PrivilegeHeal}}
 	o.MorePrivileges = append(o.MorePrivileges, PrivilegeMemory)
 }

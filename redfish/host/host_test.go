@@ -158,6 +158,9 @@ func (a *fakeAgent) PowerControl(_ context.Context, op, caller string) error {
 	switch op {
 	case "on", heal.OrderReset, heal.OrderPowerCycle, heal.OrderRestart:
 		a.power = "on"
+		if a.controller != nil {
+			a.controller.booted()
+		}
 	case "off", "shutdown", heal.OrderButton:
 		a.power = "off"
 	}
@@ -295,6 +298,15 @@ func (c *fakeController) SetBoot(_ context.Context, to schema.Boot) error {
 		}
 	}
 	return nil
+}
+
+// booted ends an override that was for one boot.
+func (c *fakeController) booted() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.boot.BootSourceOverrideEnabled == "Once" {
+		c.boot.BootSourceOverrideEnabled, c.boot.BootSourceOverrideTarget = "Disabled", "None"
+	}
 }
 
 func (c *fakeController) InsertMedia(_ context.Context, id string, m Insertion) error {

@@ -38,7 +38,12 @@ func (h *host) machine(ctx context.Context) Machine {
 func (h *host) describe(ctx context.Context, out *schema.ComputerSystem) {
 	m := h.machine(ctx)
 	out.Manufacturer, out.Model, out.SerialNumber, out.SKU, out.PartNumber = m.Manufacturer, m.Model, m.SerialNumber, m.SKU, m.PartNumber
-	out.BIOSVersion, out.Boot = m.BIOSVersion, m.Boot
+	out.BIOSVersion = m.BIOSVersion
+	if m.Boot != nil {
+		boot := *m.Boot
+		boot.WriteableProperties = schema.BootSettings
+		out.Boot = &boot
+	}
 	if len(m.Media) > 0 {
 		out.VirtualMedia = schema.LinkTo(mediaURI)
 	}

@@ -51,6 +51,7 @@ type EventDestination struct {
 	Severities               []Health   `json:"Severities"`
 	OriginResources          []Link     `json:"OriginResources"`
 	SubordinateResources     bool       `json:"SubordinateResources"`
+	MetricReportDefinitions  []Link     `json:"MetricReportDefinitions,omitempty"`
 	IncludeOriginOfCondition bool       `json:"IncludeOriginOfCondition"`
 	SendHeartbeat            *bool      `json:"SendHeartbeat,omitempty"`
 	HeartbeatIntervalMinutes int        `json:"HeartbeatIntervalMinutes,omitempty"`

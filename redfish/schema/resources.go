@@ -19,6 +19,7 @@ type ServiceRoot struct {
 	UpdateService             *Link                      `json:"UpdateService,omitempty"`
 	CertificateService        *Link                      `json:"CertificateService,omitempty"`
 	ServiceConditions         *Link                      `json:"ServiceConditions,omitempty"`
+	TelemetryService          *Link                      `json:"TelemetryService,omitempty"`
 	Registries                *Link                      `json:"Registries,omitempty"`
 	JSONSchemas               *Link                      `json:"JsonSchemas,omitempty"`
 	Links                     ServiceRootLinks           `json:"Links"`
@@ -89,6 +90,7 @@ type SystemLinks struct {
 
 // Boot is ComputerSystem.v1_27_0.Boot, without what concerns boot options.
 type Boot struct {
+	WriteableProperties                []string `json:"@Redfish.WriteableProperties,omitempty"`
 	BootSourceOverrideEnabled          string   `json:"BootSourceOverrideEnabled,omitempty"` // Disabled, Once, Continuous
 	BootSourceOverrideEnabledAllowable []string `json:"BootSourceOverrideEnabled@Redfish.AllowableValues,omitempty"`
 	BootSourceOverrideTarget           string   `json:"BootSourceOverrideTarget,omitempty"` // None, Pxe, Hdd, Cd, …
@@ -96,6 +98,9 @@ type Boot struct {
 	BootSourceOverrideMode             string   `json:"BootSourceOverrideMode,omitempty"` // Legacy, UEFI
 	BootSourceOverrideModeAllowable    []string `json:"BootSourceOverrideMode@Redfish.AllowableValues,omitempty"`
 }
+
+// BootSettings are the members of Boot that a client may set.
+var BootSettings = []string{"BootSourceOverrideEnabled", "BootSourceOverrideTarget", "BootSourceOverrideMode"}
 
 // BootProgress is ComputerSystem.v1_27_0.BootProgress.
 type BootProgress struct {

@@ -39,7 +39,8 @@ type eventRecord struct {
 	resourceType string
 	origin       string
 	severity     schema.Health
-	json         []byte // schema.EventRecord
+	report       bool   // it is a metric report, and origin is its definition
+	json         []byte // schema.EventRecord or, of a report, schema.MetricReport
 }
 
 // eventBus keeps the last events in one ring for all subscribers. Each reads at its own pace by a cursor; so a subscriber that is slow
@@ -61,6 +62,20 @@ const (
 
 func newEventBus() *eventBus {
 	return &eventBus{epoch: randomText(6), next: 1, wake: make(chan struct{})}
+}
+
+// The values of EventFormatType.
+const (
+	formatEvent  = "Event"
+	formatReport = "MetricReport"
+)
+
+// busOf is where a subscriber reads: metric reports have a ring of their own, so that they do not push events out of theirs.
+func (s *Service) busOf(w *interest) *eventBus {
+	if w.Reports {
+		return s.reports
+	}
+	return s.bus
 }
 
 // Publish tells all subscribers of an event. It never blocks on them.
@@ -130,20 +145,27 @@ const (
 )
 
 // eventFiles are the registries that eventMessages is taken from.
-var eventFiles = []string{"HeartbeatEvent.1.1.1", "ResourceEvent.1.4.3", "TaskEvent.1.0.5"}
+var eventFiles = []string{"HeartbeatEvent.1.1.1", "ResourceEvent.1.4.3", "TaskEvent.1.0.5", "Telemetry.1.1.1"}
 
 // eventMessages are their texts (DSP8011 2025.4).
 var eventMessages = map[string]registryMessage{
-	"ResourceEvent.ResourceCreated":           {schema.HealthOK, "The resource was created successfully.", "None."},
-	"ResourceEvent.ResourceRemoved":           {schema.HealthOK, "The resource was removed successfully.", "None."},
-	"ResourceEvent.ResourceChanged":           {schema.HealthOK, "One or more resource properties have changed.", "None."},
-	"ResourceEvent.TestMessage":               {schema.HealthOK, "Test message.", "None."},
-	"TaskEvent.TaskStarted":                   {schema.HealthOK, "The task with Id '%1' has started.", "None."},
-	"TaskEvent.TaskCompletedOK":               {schema.HealthOK, "The task with Id '%1' has completed.", "None."},
-	"TaskEvent.TaskAborted":                   {schema.HealthCritical, "The task with Id '%1' has completed with errors.", "None."},
-	"TaskEvent.TaskCancelled":                 {schema.HealthWarning, "Work on the task with Id '%1' was halted prior to completion due to an explicit request.", "None."},
-	"TaskEvent.TaskRemoved":                   {schema.HealthWarning, "The task with Id '%1' was removed.", "None."},
-	"HeartbeatEvent.RedfishServiceFunctional": {schema.HealthOK, "Redfish service is functional.", "None."},
+	"ResourceEvent.ResourceCreated":              {schema.HealthOK, "The resource was created successfully.", "None."},
+	"ResourceEvent.ResourceRemoved":              {schema.HealthOK, "The resource was removed successfully.", "None."},
+	"ResourceEvent.ResourceChanged":              {schema.HealthOK, "One or more resource properties have changed.", "None."},
+	"ResourceEvent.TestMessage":                  {schema.HealthOK, "Test message.", "None."},
+	"TaskEvent.TaskStarted":                      {schema.HealthOK, "The task with Id '%1' has started.", "None."},
+	"TaskEvent.TaskCompletedOK":                  {schema.HealthOK, "The task with Id '%1' has completed.", "None."},
+	"TaskEvent.TaskAborted":                      {schema.HealthCritical, "The task with Id '%1' has completed with errors.", "None."},
+	"TaskEvent.TaskCancelled":                    {schema.HealthWarning, "Work on the task with Id '%1' was halted prior to completion due to an explicit request.", "None."},
+	"TaskEvent.TaskRemoved":                      {schema.HealthWarning, "The task with Id '%1' was removed.", "None."},
+	"Telemetry.TriggerNumericAboveUpperWarning":  {schema.HealthWarning, "Metric '%1' value of %2 is above the %3 upper warning threshold of trigger '%4'", "Check the condition of the metric that reported the trigger."},
+	"Telemetry.TriggerNumericAboveUpperCritical": {schema.HealthCritical, "Metric '%1' value of %2 is above the %3 upper critical threshold of trigger '%4'", "Check the condition of the metric that reported the trigger."},
+	"Telemetry.TriggerNumericBelowLowerWarning":  {schema.HealthWarning, "Metric '%1' value of %2 is below the %3 lower warning threshold of trigger '%4'", "Check the condition of the metric that reported the trigger."},
+	"Telemetry.TriggerNumericBelowLowerCritical": {schema.HealthCritical, "Metric '%1' value of %2 is below the %3 lower critical threshold of trigger '%4'", "Check the condition of the metric that reported the trigger."},
+	"Telemetry.TriggerNumericAboveLowerCritical": {schema.HealthWarning, "Metric '%1' value of %2 is now above the %3 lower critical threshold of trigger '%4' but remains outside of normal range", "Check the condition of the metric that reported the trigger."},
+	"Telemetry.TriggerNumericBelowUpperCritical": {schema.HealthWarning, "Metric '%1' value of %2 is now below the %3 upper critical threshold of trigger '%4' but remains outside of normal range", "Check the condition of the metric that reported the trigger."},
+	"Telemetry.TriggerNumericReadingNormal":      {schema.HealthOK, "Metric '%1' value of %2 is within normal operating range of trigger '%3'", "None."},
+	"HeartbeatEvent.RedfishServiceFunctional":    {schema.HealthOK, "Redfish service is functional.", "None."},
 }
 
 // add numbers an event and puts it into the ring.
@@ -203,9 +225,18 @@ func (b *eventBus) after(id string) uint64 {
 	return min(seq, b.next-1) + 1
 }
 
-// payload is the body that a subscriber gets.
+// payload is the body that a subscriber gets: an event with all records, or one metric report.
 func (b *eventBus) payload(context string, recs []*eventRecord) []byte {
 	var out bytes.Buffer
+	if recs[0].report {
+		out.WriteByte('{')
+		if context != "" {
+			quoted, _ := json.Marshal(context)
+			fmt.Fprintf(&out, `"Context":%s,`, quoted)
+		}
+		out.Write(recs[0].json[1:])
+		return out.Bytes()
+	}
 	id := b.name(recs[len(recs)-1].seq)
 	fmt.Fprintf(&out, `{"@odata.type":"#%s","Id":%q,"Name":"Event",`, schema.TypeEvent, id)
 	if context != "" {
@@ -235,12 +266,18 @@ type interest struct {
 	Severities        []schema.Health `json:"severities,omitempty"`
 	Origins           []string        `json:"origins,omitempty"` // URIs
 	Subordinate       bool            `json:"subordinate,omitempty"`
+	// Reports wants metric reports instead of events: those of Definitions (URIs) or, if there are none, all.
+	Reports     bool     `json:"reports,omitempty"`
+	Definitions []string `json:"definitions,omitempty"`
 
 	filter *filter // of a stream
 }
 
 // wants reports whether an event is of interest.
 func (w *interest) wants(rec *eventRecord) bool {
+	if rec.report {
+		return (len(w.Definitions) == 0 || slices.Contains(w.Definitions, rec.origin)) && (w.filter == nil || w.filter.match(rec.properties(false)))
+	}
 	same := func(id string) bool { return sameMessage(id, rec.messageID) }
 	switch {
 	case len(w.Registries) > 0 && !slices.Contains(w.Registries, rec.prefix),
@@ -270,6 +307,9 @@ func about(origin, uri string, below bool) bool {
 
 // properties are what the $filter of a stream can look at (SSEFilterPropertiesSupported).
 func (rec *eventRecord) properties(below bool) map[string]any {
+	if rec.report {
+		return map[string]any{"EventFormatType": formatReport, "MetricReportDefinition": []any{rec.origin, rec.origin[strings.LastIndexByte(rec.origin, '/')+1:]}}
+	}
 	parts := strings.Split(rec.messageID, ".")
 	origins := []any{rec.origin}
 	for uri := rec.origin; below && uri != ""; {
@@ -277,14 +317,14 @@ func (rec *eventRecord) properties(below bool) map[string]any {
 		origins = append(origins, uri)
 	}
 	return map[string]any{
-		"EventFormatType": "Event", "EventType": "Other", "MessageId": []any{rec.messageID, parts[0] + "." + parts[len(parts)-1]},
+		"EventFormatType": formatEvent, "EventType": "Other", "MessageId": []any{rec.messageID, parts[0] + "." + parts[len(parts)-1]},
 		"OriginResource": origins, "RegistryPrefix": rec.prefix, "ResourceType": rec.resourceType, "SubordinateResources": below,
 		"Severity": string(rec.severity),
 	}
 }
 
 // streamFilters are the properties that a stream's $filter may name.
-var streamFilters = []string{"EventFormatType", "EventType", "MessageId", "OriginResource", "RegistryPrefix", "ResourceType", "SubordinateResources", "Severity"}
+var streamFilters = []string{"EventFormatType", "EventType", "MessageId", "MetricReportDefinition", "OriginResource", "RegistryPrefix", "ResourceType", "SubordinateResources", "Severity"}
 
 // comparisons calls do for each comparison of the expression.
 func (f *filter) comparisons(do func(*filter)) {

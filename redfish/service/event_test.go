@@ -31,6 +31,32 @@ type streamed struct {
 // openStream opens a stream of events and returns a function that returns the next.
 func openStream(t *testing.T, p *peer, query, last string) (next func() (streamed, bool), end func()) {
 	t.Helper()
+	lines, end := openLines(t, p, query, last)
+	next = func() (s streamed, ok bool) {
+		for {
+			line, ok := lines()
+			if !ok {
+				return s, false
+			}
+			if id, ok := strings.CutPrefix(line, "id: "); ok {
+				s.id = id
+			}
+			if data, ok := strings.CutPrefix(line, "data: "); ok {
+				if err := json.Unmarshal([]byte(data), &s.event); err != nil {
+					t.Errorf("event %s: %v", data, err)
+				}
+			}
+			if line == "" && s.id != "" {
+				return s, true
+			}
+		}
+	}
+	return next, end
+}
+
+// openLines opens a stream and returns a function that returns its next line.
+func openLines(t *testing.T, p *peer, query, last string) (next func() (string, bool), end func()) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	req, err := http.NewRequestWithContext(ctx, "GET", p.url+streamURI+query, nil)
 	if err != nil {
@@ -50,26 +76,9 @@ func openStream(t *testing.T, p *peer, query, last string) (next func() (streame
 		t.Fatalf("open stream: %s %s", resp.Status, b)
 	}
 	lines := bufio.NewScanner(resp.Body)
-	next = func() (s streamed, ok bool) {
-		for lines.Scan() {
-			line := lines.Text()
-			if id, ok := strings.CutPrefix(line, "id: "); ok {
-				s.id = id
-			}
-			if data, ok := strings.CutPrefix(line, "data: "); ok {
-				if err := json.Unmarshal([]byte(data), &s.event); err != nil {
-					t.Errorf("event %s: %v", data, err)
-				}
-			}
-			if line == "" && s.id != "" {
-				return s, true
-			}
-		}
-		return s, false
-	}
 	end = func() { cancel(); resp.Body.Close() }
 	t.Cleanup(end)
-	return next, end
+	return func() (string, bool) { ok := lines.Scan(); return lines.Text(), ok }, end
 }
 
 // until returns the first event of a stream with a message.

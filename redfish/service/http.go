@@ -348,11 +348,34 @@ func (r *Request) marshal(o schema.Object) (body []byte, etag string, err error)
 		return body, m.ODataETag, nil
 	}
 	etag = r.svc.etag(body)
-	out := make([]byte, 0, len(body)+len(etag)+24)
+	out := make([]byte, 0, len(body)+len(etag)+len(route.writable)+24)
 	out = append(out, `{"@odata.etag":`...)
 	out = strconv.AppendQuote(out, etag)
 	out = append(out, ',')
+	out = append(out, route.writable...)
 	return append(out, body[1:]...), etag, nil
+}
+
+// annotation is "@Redfish.WriteableProperties" with the properties at the top of the resource; a resource with others, in objects,
+// annotates those objects itself.
+func (p *Patch) annotation() []byte {
+	if p == nil {
+		return nil
+	}
+	var names []string
+	for _, w := range p.Properties {
+		if !strings.Contains(w.Name, "/") {
+			names = append(names, w.Name)
+		}
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	b, err := json.Marshal(names)
+	if err != nil {
+		panic(err) // strings only
+	}
+	return fmt.Appendf(nil, `"@Redfish.WriteableProperties":%s,`, b)
 }
 
 func (r *Request) action(a *Action) schema.Action {

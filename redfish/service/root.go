@@ -86,6 +86,7 @@ func (s *Service) standardRoutes() []Route {
 	routes = append(routes, s.conditionRoutes()...)
 	routes = append(routes, s.updateRoutes()...)
 	routes = append(routes, s.eventRoutes()...)
+	routes = append(routes, s.telemetryRoutes()...)
 	return append(routes, s.taskRoutes()...)
 }
 
@@ -142,7 +143,7 @@ func (s *Service) root(r *Request) (schema.Object, error) {
 	for uri, link := range map[string]**schema.Link{
 		"Systems": &out.Systems, "Managers": &out.Managers, "Chassis": &out.Chassis, "TaskService": &out.Tasks, "SessionService": &out.SessionService,
 		"AccountService": &out.AccountService, "EventService": &out.EventService, "UpdateService": &out.UpdateService,
-		"CertificateService": &out.CertificateService, "ServiceConditions": &out.ServiceConditions, "Registries": &out.Registries, "JsonSchemas": &out.JSONSchemas, "Managers/bmc": &out.Links.ManagerProvidingService,
+		"CertificateService": &out.CertificateService, "TelemetryService": &out.TelemetryService, "ServiceConditions": &out.ServiceConditions, "Registries": &out.Registries, "JsonSchemas": &out.JSONSchemas, "Managers/bmc": &out.Links.ManagerProvidingService,
 	} {
 		uri = "/redfish/v1/" + uri
 		if n, _ := s.tree.find(uri); n != nil && n.route != nil {

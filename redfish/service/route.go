@@ -57,6 +57,7 @@ type Route struct {
 	Upload func(*Request, http.ResponseWriter) (*Reply, error)
 
 	schemaURI string // of the schema, if it is our own
+	writable  []byte // the annotation that names the properties that PATCH takes, as a member of the resource
 }
 
 // File is what a Download sends. The service closes Content.

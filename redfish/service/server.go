@@ -48,6 +48,9 @@ func (s *Service) Serve(ctx context.Context, l net.Listener) error {
 	delivering, endDeliveries := context.WithCancel(ctx)
 	wait := s.subs.serve(delivering)
 	defer wait()
+	var reporting sync.WaitGroup
+	defer reporting.Wait()
+	reporting.Go(func() { s.freeze.Do(s.finish); s.telemetry.run(delivering) })
 	defer endDeliveries()
 	server.RegisterOnShutdown(s.subs.endStreams)
 	served := make(chan error, 1)

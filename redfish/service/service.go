@@ -60,6 +60,8 @@ type Options struct {
 	Audit func(AuditRecord) error
 	// Conditions are the faults that are open now; nil leaves the resource out.
 	Conditions func(*Request) []schema.Condition
+	// Telemetry is what the service reports regularly; without metrics it has no TelemetryService.
+	Telemetry Telemetry
 	// Updater installs software; nil leaves the UpdateService out.
 	Updater Updater
 	// Limits bound what clients can make the service spend.
@@ -150,23 +152,25 @@ func set[T comparable](v *T, to T) {
 
 // Service is a Redfish service. It is an http.Handler; Serve adds TLS and the limits on connections.
 type Service struct {
-	log      *slog.Logger
-	o        Options
-	limits   Limits
-	uuid     string
-	certs    *certificates
-	started  time.Time
-	now      func() time.Time
-	seed     maphash.Seed // of entity tags
-	tree     node
-	accounts *accounts
-	sessions *sessions
-	logins   *logins
-	tasks    *tasks
-	bus      *eventBus
-	subs     *subscriptions
-	auditing sync.Mutex // held while Options.Audit runs
-	requests chan struct{}
+	log       *slog.Logger
+	o         Options
+	limits    Limits
+	uuid      string
+	certs     *certificates
+	started   time.Time
+	now       func() time.Time
+	seed      maphash.Seed // of entity tags
+	tree      node
+	accounts  *accounts
+	sessions  *sessions
+	logins    *logins
+	tasks     *tasks
+	bus       *eventBus
+	reports   *eventBus // of metric reports
+	telemetry *telemetry
+	subs      *subscriptions
+	auditing  sync.Mutex // held while Options.Audit runs
+	requests  chan struct{}
 
 	freeze   sync.Once // ends Handle, works out privileges and metadata
 	frozen   bool
@@ -201,7 +205,10 @@ func New(o Options) (*Service, error) {
 	s.sessions = newSessions(s)
 	s.logins = newLogins(s)
 	s.tasks = newTasks(s)
-	s.bus = newEventBus()
+	s.bus, s.reports = newEventBus(), newEventBus()
+	if s.telemetry, err = openTelemetry(s); err != nil {
+		return nil, err
+	}
 	if s.subs, err = openSubscriptions(s); err != nil {
 		return nil, err
 	}
@@ -231,6 +238,7 @@ func (s *Service) Handle(routes ...Route) {
 			panic(fmt.Sprintf("route %s: is taken", r.URI))
 		}
 		n.route = &r
+		r.writable = r.Patch.annotation()
 		for i := range r.Actions {
 			s.addAction(n, r.URI, &r.Actions[i])
 		}

@@ -30,9 +30,10 @@ func (s *Service) stream(r *Request, w http.ResponseWriter) error {
 	ctx, end := context.WithCancel(r.http.Context())
 	defer end()
 	c.end = end
-	cursor := s.bus.end()
+	bus := s.busOf(&c.Interest)
+	cursor := bus.end()
 	if id := r.http.Header.Get("Last-Event-ID"); id != "" {
-		cursor = s.bus.after(id)
+		cursor = bus.after(id)
 	}
 	if err := s.subs.add(c); err != nil {
 		return err
@@ -64,9 +65,9 @@ func (s *Service) stream(r *Request, w http.ResponseWriter) error {
 	alive := time.NewTicker(streamAlive)
 	defer alive.Stop()
 	for {
-		recs, next, lost, wake := s.bus.since(cursor, maxBatch)
+		recs, next, lost, wake := bus.since(cursor, maxBatch)
 		cursor = next
-		if lost && len(recs) > 0 {
+		if lost && len(recs) > 0 && !c.Interest.Reports {
 			missing := s.eventRecord(Event{MessageID: baseRegistry + "EventBufferExceeded", Origin: eventsURI, Time: s.now()})
 			missing.seq = recs[0].seq - 1
 			recs = append([]*eventRecord{missing}, recs...)
@@ -75,7 +76,7 @@ func (s *Service) stream(r *Request, w http.ResponseWriter) error {
 			if !c.Interest.wants(rec) && !sameMessage(rec.messageID, baseRegistry+"EventBufferExceeded") {
 				continue
 			}
-			if !write(fmt.Sprintf("id: %s\ndata: %s\n\n", s.bus.name(rec.seq), s.bus.payload(c.Context, []*eventRecord{rec}))) {
+			if !write(fmt.Sprintf("id: %s\ndata: %s\n\n", bus.name(rec.seq), bus.payload(c.Context, []*eventRecord{rec}))) {
 				return nil
 			}
 		}
@@ -116,6 +117,9 @@ func streamQuery(raw string, w *interest) error {
 	w.filter.comparisons(func(f *filter) {
 		if len(f.path) != 1 || !slices.Contains(streamFilters, f.path[0]) {
 			unknown = strings.Join(f.path, "/")
+		}
+		if f.path[0] == "EventFormatType" && f.literal == formatReport || f.path[0] == "MetricReportDefinition" {
+			w.Reports = true
 		}
 		if f.path[0] == "SubordinateResources" && f.literal == true {
 			w.Subordinate = true

@@ -101,7 +101,7 @@ func openSubscriptions(s *Service) (*subscriptions, error) {
 	}
 	t.file.Subscriptions = slices.DeleteFunc(t.file.Subscriptions, func(c *subscription) bool { return c == nil })
 	for _, c := range t.file.Subscriptions {
-		c.cursor = s.bus.end()
+		c.cursor = s.busOf(&c.Interest).end()
 	}
 	return t, nil
 }
@@ -267,14 +267,20 @@ func (t *subscriptions) push(ctx context.Context, c *subscription) {
 		beat.Stop()
 	}
 	var lost bool
+	t.mu.Lock()
+	bus, batch := s.busOf(&c.Interest), maxBatch
+	if c.Interest.Reports {
+		batch = 1
+	}
+	t.mu.Unlock()
 	for ctx.Err() == nil {
-		recs, next, gap, wake := s.bus.since(cursor, maxBatch)
+		recs, next, gap, wake := bus.since(cursor, batch)
 		lost = lost || gap
 		t.mu.Lock()
 		now := *c
 		t.mu.Unlock()
 		wanted := slices.DeleteFunc(recs, func(rec *eventRecord) bool { return !now.Interest.wants(rec) })
-		if lost && len(wanted) > 0 {
+		if lost && len(wanted) > 0 && !now.Interest.Reports {
 			missing := s.eventRecord(Event{MessageID: baseRegistry + "EventBufferExceeded", Origin: eventsURI, Time: s.now()})
 			missing.seq = wanted[0].seq - 1
 			wanted = append([]*eventRecord{missing}, wanted...)
@@ -301,7 +307,7 @@ func (t *subscriptions) push(ctx context.Context, c *subscription) {
 		if !now.Verify {
 			via = insecure
 		}
-		err := s.send(ctx, via, &now, s.bus.payload(now.Context, wanted))
+		err := s.send(ctx, via, &now, bus.payload(now.Context, wanted))
 		if err == nil {
 			cursor, lost = next, false
 			t.moved(c, cursor)
@@ -424,13 +430,13 @@ func (s *Service) eventRoutes() []Route {
 				s.subs.mu.Unlock()
 				return &schema.EventService{
 					Resource: schema.Resource{Name: "Event Service"}, ServiceEnabled: true,
-					DeliveryRetryAttempts: attempts, DeliveryRetryIntervalSeconds: seconds, EventFormatTypes: []string{"Event"},
+					DeliveryRetryAttempts: attempts, DeliveryRetryIntervalSeconds: seconds, EventFormatTypes: s.eventFormats(),
 					RegistryPrefixes: s.registryPrefixes(), ResourceTypes: s.resourceTypes(),
 					Severities:       []schema.Health{schema.HealthOK, schema.HealthWarning, schema.HealthCritical},
 					ExcludeMessageID: true, ExcludeRegistryPrefix: true, OriginResourcesSupported: true, SubordinateResourcesSupported: true,
 					ServerSentEventURI: streamURI,
 					SSEFilterPropertiesSupported: &schema.SSEFilterPropertiesSupported{
-						EventFormatType: true, MessageID: true, OriginResource: true, RegistryPrefix: true, ResourceType: true, SubordinateResources: true,
+						EventFormatType: true, MessageID: true, MetricReportDefinition: len(s.o.Telemetry.Metrics) > 0, OriginResource: true, RegistryPrefix: true, ResourceType: true, SubordinateResources: true,
 					},
 					Status:        &schema.Status{State: schema.StateEnabled, Health: schema.HealthOK},
 					Subscriptions: schema.LinkTo(subscriptionsURI),
@@ -554,7 +560,7 @@ func (s *Service) resume(r *Request, v Values) (*Reply, error) {
 			return nil
 		}
 		if age >= 0 {
-			recs, next, _, _ := s.bus.since(c.cursor, maxEvents)
+			recs, next, _, _ := s.busOf(&c.Interest).since(c.cursor, maxEvents)
 			i := slices.IndexFunc(recs, func(rec *eventRecord) bool { return s.now().Sub(rec.at) <= age })
 			if age == 0 || i < 0 {
 				c.cursor = next
@@ -612,11 +618,11 @@ func parseDuration(text string) (time.Duration, bool) {
 // subscriptionProperties are what a client can ask for. Those of other protocols and formats have one value each.
 func (s *Service) subscriptionProperties() []Property {
 	health := []string{"OK", "Warning", "Critical"}
-	one := func(name, value string) Property { return Property{Name: name, Kind: String, Values: []string{value}} }
 	return []Property{
 		{Name: "Destination", Kind: String, Required: true, Max: 1024},
 		{Name: "Protocol", Kind: String, Required: true, Values: []string{"Redfish"}},
-		one("SubscriptionType", "RedfishEvent"), one("EventFormatType", "Event"),
+		{Name: "SubscriptionType", Kind: String, Values: []string{"RedfishEvent"}}, {Name: "EventFormatType", Kind: String, Values: s.eventFormats()},
+		{Name: "MetricReportDefinitions", Kind: ObjectArray},
 		{Name: "Name", Kind: String, Max: 256},
 		{Name: "Context", Kind: String, Null: true, Max: 256}, {Name: "DeliveryRetryPolicy", Kind: String, Values: retryPolicies},
 		{Name: "VerifyCertificate", Kind: Boolean}, {Name: "HttpHeaders", Kind: ObjectArray, Null: true},
@@ -648,6 +654,15 @@ func (s *Service) subscribe(r *Request, v Values) (string, *Reply, error) {
 		},
 	}
 	set(&c.Policy, retryBackoff)
+	c.Interest.Reports = v.String("EventFormatType") == formatReport
+	definitions, _ := v["MetricReportDefinitions"].([]map[string]any)
+	for _, d := range definitions {
+		uri, _ := d["@odata.id"].(string)
+		if id, ok := strings.CutPrefix(uri, reportDefURI+"/"); !ok || !c.Interest.Reports || s.telemetry.definition(id) == nil {
+			return "", nil, checker{}.bad("NotInList", show(d), "MetricReportDefinitions")
+		}
+		c.Interest.Definitions = append(c.Interest.Definitions, uri)
+	}
 	for _, h := range v.Strings("Severities") {
 		c.Interest.Severities = append(c.Interest.Severities, schema.Health(h))
 	}
@@ -683,7 +698,7 @@ func (s *Service) subscribe(r *Request, v Values) (string, *Reply, error) {
 	if c.Headers, e = parseHeaders(headers); e != nil {
 		return "", nil, e
 	}
-	c.cursor = s.bus.end()
+	c.cursor = s.busOf(&c.Interest).end()
 	if err := s.subs.add(c); err != nil {
 		return "", nil, err
 	}
@@ -719,7 +734,7 @@ func (s *Service) changeSubscription(r *Request, v Values) error {
 // view is the subscription as a resource, without the headers, which hold secrets.
 func (c *subscription) view() *schema.EventDestination {
 	out := &schema.EventDestination{
-		Resource: schema.Resource{ID: c.ID, Name: "Event Subscription " + c.ID}, Protocol: "Redfish", EventFormatType: "Event", Context: &c.Context,
+		Resource: schema.Resource{ID: c.ID, Name: "Event Subscription " + c.ID}, Protocol: "Redfish", EventFormatType: formatEvent, Context: &c.Context,
 		HTTPHeaders: []struct{}{}, Status: &schema.Status{State: schema.StateEnabled, Health: schema.HealthOK},
 		RegistryPrefixes: c.Interest.Registries, ExcludeRegistryPrefixes: c.Interest.ExcludeRegistries,
 		MessageIDs: c.Interest.Messages, ExcludeMessageIDs: c.Interest.ExcludeMessages, ResourceTypes: c.Interest.Types,
@@ -732,6 +747,13 @@ func (c *subscription) view() *schema.EventDestination {
 	}
 	if out.Severities == nil {
 		out.Severities = []schema.Health{}
+	}
+	if c.Interest.Reports {
+		out.EventFormatType = formatReport
+		out.MetricReportDefinitions = []schema.Link{}
+		for _, uri := range c.Interest.Definitions {
+			out.MetricReportDefinitions = append(out.MetricReportDefinitions, schema.Link{ID: uri})
+		}
 	}
 	for _, uri := range c.Interest.Origins {
 		out.OriginResources = append(out.OriginResources, schema.Link{ID: uri})
@@ -753,6 +775,14 @@ func (c *subscription) view() *schema.EventDestination {
 		out.Status.Health = schema.HealthWarning
 	}
 	return out
+}
+
+// eventFormats are the formats that a subscriber can have.
+func (s *Service) eventFormats() []string {
+	if len(s.o.Telemetry.Metrics) > 0 {
+		return []string{formatEvent, formatReport}
+	}
+	return []string{formatEvent}
 }
 
 // registryPrefixes are the registries that events can be of.
