@@ -54,9 +54,9 @@ bench: setup images ## run the benchmarks that match BENCH (all), then measure t
 	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
 	@go run ./tests/bench
 
-conformance: setup ## run DMTF's Redfish validators, from the checkouts in VALIDATORS, against a fake host
+conformance: setup ## run DMTF's Redfish validators, from the checkouts in VALIDATORS, against a fake host, or TARGET=lab
 	@test -n "$(VALIDATORS)" || { echo "say where the checkouts are: make conformance VALIDATORS=dir"; exit 2; }
-	@redfish/conformance.sh "$(VALIDATORS)"
+	@redfish/conformance.sh "$(VALIDATORS)" $(TARGET)
 
 clean: ## remove what the other targets made here; downloads stay in the user's cache directory
 	rm -rf build
