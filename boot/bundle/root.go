@@ -230,6 +230,22 @@ func ReadRoots(chain []Envelope) (Root, error) {
 	return verifyChain(chain, first)
 }
 
+// ParseRoots reads a file of key sets, a JSON list from the first on, and returns them beside the newest, which the caller trusts because the file
+// is its own.
+func ParseRoots(text []byte) ([]Envelope, Root, error) {
+	if len(text) > MaxHead {
+		return nil, Root{}, fmt.Errorf("key sets: %d bytes are more than %d", len(text), MaxHead)
+	}
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.DisallowUnknownFields()
+	var chain []Envelope
+	if err := d.Decode(&chain); err != nil {
+		return nil, Root{}, fmt.Errorf("key sets: %w", err)
+	}
+	root, err := ReadRoots(chain)
+	return chain, root, err
+}
+
 // Sign adds a signature by a signer with an Ed25519 key.
 func (e *Envelope) Sign(s crypto.Signer) error {
 	public, ok := s.Public().(ed25519.PublicKey)

@@ -25,8 +25,9 @@ type Disk struct {
 	next int   // the copy that is written next; guarded by mu
 }
 
-// Open reads the state. golden may be nil, where there is no room for a recovery image. A disk whose state was lost (both copies are
-// gone or damaged) opens as well: what is in its slots is a trial then, for each image says itself whether it is whole and whose.
+// Open reads the state. golden may be nil, where there is no room for a recovery image. A disk whose state was lost (both copies
+// are damaged, or one is and the other was never written) opens as well: what is in its slots is a trial then, for each image says itself
+// whether it is whole and whose. A disk whose state was never written is empty.
 func Open(state, a, b, golden Device) (*Disk, error) {
 	if state == nil || a == nil || b == nil {
 		return nil, errors.New("a disk needs partitions for the state and for both slots")
@@ -56,13 +57,10 @@ func Open(state, a, b, golden Device) (*Disk, error) {
 			best, found, d.next = s, true, 1-i
 		}
 	}
-	if !found {
-		best = State{A: Slot{Status: Trial}, B: Slot{Status: Trial}, Golden: Slot{Status: Good}}
-		if blank < 2 {
-			best.Fallback = "the state was lost"
-		}
-		if golden == nil {
-			best.Golden = Slot{}
+	if !found && blank < 2 {
+		best = State{A: Slot{Status: Trial}, B: Slot{Status: Trial}, Fallback: "the state was lost"}
+		if golden != nil {
+			best.Golden.Status = Good
 		}
 	}
 	d.now = best

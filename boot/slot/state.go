@@ -128,7 +128,7 @@ func (s *State) Slot(n Name) *Slot {
 // active one, the other if it is good, the recovery image, and last what is known to be bad, if it is an image at all: a machine
 // that starts badly is better than one that does not start. What is staged or half written is not there. minEpoch leaves out what
 // is below the security epoch, whatever else it is.
-func (s *State) Order(minEpoch uint32) []Name {
+func (s State) Order(minEpoch uint32) []Name {
 	var order []Name
 	add := func(n Name, want func(*Slot) bool) {
 		at := s.Slot(n)
