@@ -20,7 +20,8 @@
 //	}
 //
 // host.uuid is the SMBIOS system UUID, in lower case. Each of rights' actions needs write, power, or both besides, by what it
-// does; power alone lets operators switch the host. No action touches the tasks of protected users; init and kernel threads are
+// does; power alone lets operators switch the host. rights may have "memory", a list of {"start", "size", "read", "write", "atomic"}:
+// what monitors may reach of the host's memory by themselves, byte for byte; without it they may read all RAM and store nothing. No action touches the tasks of protected users; init and kernel threads are
 // protected always. signatures has one element for the owner and one for each monitor: {"key": …, "signature": …} in base64,
 // Ed25519 over Canonical's bytes. The agent takes the document only with the key of the owner that its configuration names.
 package access
@@ -81,6 +82,19 @@ type Rights struct {
 	Write   bool     `json:"write"`
 	Actions []string `json:"actions"` // IDs of healing actions
 	Power   bool     `json:"power"`
+	// Memory bounds what monitors may reach of the host's memory by themselves, by RDMA. Without it they may read all RAM if Read
+	// is given, and store nothing.
+	Memory []Memory `json:"memory,omitempty"`
+}
+
+// Memory is a range of the host's physical memory that monitors may reach by themselves, and how. Storing and swapping need
+// Rights.Write besides.
+type Memory struct {
+	Start  uint64 `json:"start"`
+	Size   uint64 `json:"size"`
+	Read   bool   `json:"read,omitempty"`
+	Write  bool   `json:"write,omitempty"`
+	Atomic bool   `json:"atomic,omitempty"` // compare-and-swap, fetch-and-add
 }
 
 // Protected names tasks that no action may touch. UID is required: a process can choose its own name, not its user.

@@ -102,6 +102,9 @@ func TestLoadRefuses(t *testing.T) {
 		{"a nested field twice", strings.Replace(doc, `"write": true`, `"write": true, "write": true`, 1), ErrInvalid, "rights.write is there twice"},
 		{"more behind it", doc + "{}", ErrInvalid, "something follows"},
 		{"another version", strings.Replace(doc, `"version": 1`, `"version": 2`, 1), ErrInvalid, "this agent reads version 1"},
+		{"an empty list of memory", strings.Replace(doc, `"power": false`, `"power": false, "memory": []`, 1), ErrInvalid, "is signed like none"},
+		{"memory without end", strings.Replace(doc, `"power": false`, `"power": false, "memory": [{"start": 16, "size": 18446744073709551615}]`, 1), ErrInvalid, "are no range"},
+		{"more memory", strings.Replace(doc, `"power": false`, `"power": false, "memory": [{"start": 0, "size": 4096, "write": true}]`, 1), ErrUnsigned, "was changed after signing"},
 		{"more rights", strings.Replace(doc, `"power": false`, `"power": true`, 1), ErrUnsigned, "was changed after signing"},
 		{"another host", strings.Replace(doc, "6f1e5c1e", "7f1e5c1e", 1), ErrUnsigned, "was changed after signing"},
 		{"no host", strings.Replace(doc, uuid, "00000000-0000-0000-0000-000000000000", 1), ErrInvalid, "names no host"},
@@ -193,6 +196,48 @@ func TestGrant(t *testing.T) {
 	}
 	if (Grant{}).PermitTask(412, false, 1000, "x") == nil {
 		t.Error("the zero grant permits a task")
+	}
+}
+
+func TestPermitMemory(t *testing.T) {
+	in := func() time.Time { return time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC) }
+	const top = ^uint64(0)
+	whole := sample()
+	ranges := sample()
+	ranges.Rights.Memory = []Memory{{Start: 0x1000, Size: 0x1000, Read: true}, {Start: 0x4000, Size: 16, Read: true, Write: true}, {Start: 0x5000, Size: 8, Atomic: true}, {Start: top - 7, Size: 8, Read: true}}
+	watch := sample()
+	watch.Rights.Write, watch.Rights.Memory = false, ranges.Rights.Memory
+	blind := sample()
+	blind.Rights.Read = false
+	for _, tt := range []struct {
+		name                string
+		a                   *Agreement
+		start, size         uint64
+		read, write, atomic bool
+		ok                  bool
+	}{
+		{"all RAM", whole, 0, top, true, false, false, true},
+		{"a store without ranges", whole, 0, 8, false, true, false, false},
+		{"a swap without ranges", whole, 0, 8, false, false, true, false},
+		{"within a range", ranges, 0x1ff8, 8, true, false, false, true},
+		{"across its end", ranges, 0x1ff8, 9, true, false, false, false},
+		{"before it", ranges, 0xfff, 8, true, false, false, false},
+		{"a store into a range to read", ranges, 0x1000, 8, true, true, false, false},
+		{"a store", ranges, 0x4008, 8, true, true, false, true},
+		{"a swap where stores are given", ranges, 0x4008, 8, false, false, true, false},
+		{"a swap", ranges, 0x5000, 8, false, false, true, true},
+		{"a range that overflows", ranges, 0x4000, top, true, false, false, false},
+		{"the end of the address space", ranges, top - 7, 8, true, false, false, true},
+		{"a store without the right to write", watch, 0x4000, 8, false, true, false, false},
+		{"without the right to read", blind, 0, 8, true, false, false, false},
+	} {
+		err := tt.a.Grant(uuid, in).PermitMemory(tt.start, tt.size, tt.read, tt.write, tt.atomic)
+		if (err == nil) != tt.ok || err != nil && !errors.Is(err, ErrDenied) {
+			t.Errorf("%s: %v; want permitted %v", tt.name, err, tt.ok)
+		}
+	}
+	if (Grant{}).PermitMemory(0, 8, true, false, false) == nil {
+		t.Error("the zero grant permits reading")
 	}
 }
 

@@ -195,6 +195,14 @@ func (a *Agreement) check() error {
 			return bad(fmt.Sprintf("protected[%d].comm", i), "%q is longer than the 15 bytes that a kernel keeps", p.Comm)
 		}
 	}
+	if m := a.Rights.Memory; m != nil && len(m) == 0 {
+		return bad("rights.memory", "is empty, which is signed like none at all; leave it out, or name ranges")
+	}
+	for i, m := range a.Rights.Memory {
+		if m.Size == 0 || m.Start+m.Size-1 < m.Start {
+			return bad(fmt.Sprintf("rights.memory[%d]", i), "%#x bytes at %#x are no range", m.Size, m.Start)
+		}
+	}
 	for i, s := range a.Signatures {
 		if len(s.Signature) != ed25519.SignatureSize || len(s.Key) != ed25519.PublicKeySize {
 			return bad(fmt.Sprintf("signatures[%d]", i), "has the wrong length")

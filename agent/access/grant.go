@@ -81,6 +81,37 @@ func (g Grant) Permit(what string) error {
 	return nil
 }
 
+// PermitMemory returns nil if a monitor may reach the size bytes at start by itself now, in all the ways asked for.
+func (g Grant) PermitMemory(start, size uint64, read, write, atomic bool) error {
+	if err := g.Permit(Read); err != nil {
+		return err
+	}
+	if write || atomic {
+		if err := g.Permit(Write); err != nil {
+			return err
+		}
+	}
+	given := g.agreement.Rights.Memory
+	if given == nil && !write && !atomic {
+		return nil
+	}
+	for _, m := range given {
+		inside := start >= m.Start && start-m.Start <= m.Size && size <= m.Size-(start-m.Start)
+		if inside && (m.Read || !read) && (m.Write || !write) && (m.Atomic || !atomic) {
+			return nil
+		}
+	}
+	return fmt.Errorf("agreement %s does not give monitors such access to the %#x bytes at %#x: %w", g.agreement.ID, size, start, ErrDenied)
+}
+
+// Until returns when the agreement ends; the zero time if there is none.
+func (g Grant) Until() time.Time {
+	if g.agreement == nil {
+		return time.Time{}
+	}
+	return g.agreement.ValidUntil
+}
+
 // PermitTask returns nil if actions may touch a task of that user and name. Init and kernel threads are never touched;
 // that rule stands above every agreement.
 func (g Grant) PermitTask(tgid int, kthread bool, uid uint32, comm string) error {

@@ -62,6 +62,8 @@ type Engine struct {
 	subscribers map[chan Event]bool
 	eventSeq    uint64
 	faults      []FaultNote
+	shown       shown
+	beat        kernel.Heartbeat // the latest of the attached kernel
 }
 
 // New returns an engine that does nothing until Run.

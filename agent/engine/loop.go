@@ -209,7 +209,7 @@ func (w *watcher) closeMemory() {
 	w.detach()
 	e := w.e
 	e.mu.Lock()
-	e.mem = nil
+	e.mem, e.shown = nil, shown{}
 	e.mu.Unlock()
 	if err := w.mem.Close(); err != nil {
 		e.log.Warn("close host memory", "err", err)
@@ -309,7 +309,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.target, e.dead, e.uuid, e.attachTook, e.moved = t, false, uuid, took, time.Time{}
+	e.target, e.dead, e.uuid, e.attachTook, e.moved, e.beat = t, false, uuid, took, time.Time{}, kernel.Heartbeat{}
 	e.attaches++
 	if e.phase != Attached {
 		e.since = now
@@ -479,6 +479,9 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	}
 	e.mu.Lock()
 	e.dead, e.moved = dead, w.lived
+	if berr == nil {
+		e.beat = beat
+	}
 	if uuid != "" {
 		e.uuid = uuid
 	}

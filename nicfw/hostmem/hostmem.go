@@ -7,6 +7,7 @@
 //	OpenPCI      if asked for        if asked for, and the BAR is shared memory (ivshmem)
 //	OpenRAMFile  if asked for        if asked for
 //	OpenImage    no                  no                   raw, ELF64 core, LiME version 1, recording
+//	remote.Open  as its lease        as its lease         an agent's memory by RDMA (package remote)
 //	NewEngine    as what it wraps    no                   bursts of 4 KiB, 20 to 200 µs each, which may fail
 //	NewRecorder  no                  no                   notes each page read, for a .hostmem file
 //	Narrow       as what it wraps    as what it wraps     within a smaller map

@@ -104,3 +104,7 @@ func mappedWord(m []Range, pa PhysAddr) *FaultError {
 	}
 	return nil
 }
+
+// Mapped returns how many of the n bytes at off are RAM in m, which is normalised, from off on without a hole, and the fault of
+// the first one that is not, or nil if all are. op is the operation that the fault names. It is for backends of other packages.
+func Mapped(m []Range, op string, off int64, n int) (int, *FaultError) { return mapped(m, op, off, n) }
