@@ -74,7 +74,8 @@ type Right string
 // The rights.
 const (
 	RightWatch  Right = "watch"  // the health page, state, findings, the journal
-	RightMemory Right = "memory" // raw access to the host's memory
+	RightMemory Right = "memory" // read the host's memory
+	RightStore  Right = "store"  // store to it
 	RightHeal   Right = "heal"   // repairs
 	RightPower  Right = "power"  // the host's power
 )

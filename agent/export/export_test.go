@@ -166,7 +166,7 @@ func newRig(t *testing.T, change func(*Options, *fakeHost)) *rig {
 	owner := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32)).Public().(ed25519.PublicKey)
 	r := &rig{
 		t: t, audit: make(chan Audit, 1000), alarms: make(chan Event, 100), jdev: &memDevice{b: make([]byte, 1<<20)},
-		rights: map[string][]Right{"ops": {RightWatch, RightMemory, RightHeal, RightPower}, "guest": {RightWatch}},
+		rights: map[string][]Right{"ops": {RightWatch, RightMemory, RightStore, RightHeal, RightPower}, "reader": {RightWatch, RightMemory}, "guest": {RightWatch}},
 		host: &fakeHost{
 			mem: mem, path: path, healed: make(chan engine.HealRequest, 10), block: make(chan struct{}),
 			findings: []detect.Finding{{ID: "runaway-process-1", Title: "spin eats a CPU", Severity: detect.Critical, Confidence: 0.9, FirstSeen: time.Unix(1700000001, 0)}},
@@ -322,6 +322,7 @@ func TestStoresNeedTheAgreement(t *testing.T) {
 		{"RAM not known", func(r *rig) { r.host.agree(give); r.host.known.Store(false) }, ask, "ops"},
 		{"agreement over", func(r *rig) { r.host.agree(func(a *access.Agreement) { a.ValidUntil = time.Now().Add(-time.Second) }) }, Request{Kind: KindMemory}, "ops"},
 		{"user without the right", func(*rig) {}, Request{Kind: KindMemory}, "guest"},
+		{"user without the right to store", func(r *rig) { r.host.agree(give) }, ask, "reader"},
 		{"nobody", func(*rig) {}, Request{Kind: KindMemory}, ""},
 		{"no such kind", func(*rig) {}, Request{Kind: 9}, "ops"},
 		{"behind RAM", func(*rig) {}, Request{Kind: KindMemory, Start: 1 << 40}, "ops"},

@@ -89,9 +89,12 @@ type lease struct {
 	stored uint64 // bytes; the device calls one at a time
 }
 
-// right is what the kind needs.
-func (k Kind) right() Right {
-	if k == KindMemory {
+// right is what a lease needs.
+func right(k Kind, stores bool) Right {
+	switch {
+	case k == KindMemory && stores:
+		return RightStore
+	case k == KindMemory:
 		return RightMemory
 	}
 	return RightWatch
@@ -144,7 +147,7 @@ func (x *Exporter) lease(r Request, connect connector) (_ *lease, err error) {
 	if r.User == "" {
 		return nil, fmt.Errorf("nobody asks for it: %w", ErrDenied)
 	}
-	if err := x.o.Authorize(r.User, r.Kind.right()); err != nil {
+	if err := x.o.Authorize(r.User, right(r.Kind, r.Write || r.Atomic)); err != nil {
 		return nil, err
 	}
 	r.Lifetime = min(cmp.Or(r.Lifetime, defaultLifetime), x.o.MaxLifetime)
@@ -333,7 +336,7 @@ func (x *Exporter) sweep(now time.Time) {
 		case now.After(l.Expires):
 			why = errors.New("it has expired")
 		default:
-			why = x.o.Authorize(l.User, l.Kind.right())
+			why = x.o.Authorize(l.User, right(l.Kind, l.Write || l.Atomic))
 			if why == nil && l.Kind == KindMemory {
 				why = x.o.Host.Grant().PermitMemory(l.Addr, l.Length, true, l.Write, l.Atomic)
 			}
