@@ -52,6 +52,7 @@ type guest struct {
 	t     *testing.T
 	mem   *hostmem.RAMFile
 	dir   string
+	ram   string // file
 	began time.Time
 	ctl   net.Conn
 	in    *bufio.Reader
@@ -142,7 +143,7 @@ func startGuest(t *testing.T, kernel string, o guestOptions) *guest {
 		t.Fatal(err)
 	}
 	ram.Close()
-	g := &guest{t: t, dir: dir, began: time.Now()}
+	g := &guest{t: t, dir: dir, ram: ram.Name(), began: time.Now()}
 	c := exec.Command("qemu-system-x86_64", append([]string{"-M", "q35,memory-backend=ram0",
 		"-object", fmt.Sprintf("memory-backend-file,id=ram0,size=%dM,mem-path=%s,share=on", o.mib, ram.Name()),
 		"-m", fmt.Sprint(o.mib), "-smp", "2", "-cpu", o.cpu, "-kernel", k.Vmlinuz, "-initrd", initrd,
@@ -227,10 +228,10 @@ func (g *guest) ask(into any, command string) {
 	}
 }
 
-// execute runs a QMP command.
-func (g *guest) execute(command string) {
+// execute runs a QMP command with arguments, the members of a JSON object.
+func (g *guest) execute(command string, arguments ...string) {
 	g.t.Helper()
-	fmt.Fprintf(g.qmp, "{\"execute\":%q}\n", command)
+	fmt.Fprintf(g.qmp, "{\"execute\":%q,\"arguments\":{%s}}\n", command, strings.Join(arguments, ","))
 	g.qmp.SetReadDeadline(time.Now().Add(time.Minute))
 	for {
 		line, err := g.qmpIn.ReadBytes('\n')

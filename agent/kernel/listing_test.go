@@ -6,6 +6,8 @@ import (
 	"iter"
 	"maps"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -132,6 +134,9 @@ func TestListings(t *testing.T) {
 			{"load", testLoad},
 			{"stacks", testStacks},
 			{"print", testPrint},
+			{"cgroups", testCgroups},
+			{"containers", testContainers},
+			{"locks", testLocks},
 		} {
 			t.Run(l.name, func(t *testing.T) {
 				g.t = t
@@ -144,14 +149,25 @@ func TestListings(t *testing.T) {
 // startListed starts a guest that has something of everything to list.
 func startListed(t *testing.T, kernel string, o guestOptions) *guest {
 	t.Helper()
-	o.modules = []string{"virtio_pci", "virtio_net", "dummy"}
-	o.args = []string{"-netdev", "user,id=n0,restrict=on", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56"}
+	o.modules = []string{"virtio_pci", "virtio_net", "dummy", "virtio_blk"}
+	disk := filepath.Join(t.TempDir(), "swap")
+	if err := errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, 16<<20)); err != nil {
+		t.Fatal(err)
+	}
+	o.args = []string{"-netdev", "user,id=n0,restrict=on", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56",
+		"-drive", "if=none,id=d0,driver=null-co,size=64M,read-zeroes=on", "-device", "virtio-blk-pci,drive=d0,id=vda",
+		"-drive", "if=none,id=d1,format=raw,file=" + disk, "-device", "virtio-blk-pci,drive=d1,id=vdb"}
 	g := startGuest(t, kernel, o)
 	var result string
 	if g.ask(&result, "world"); result != "ok" {
 		t.Fatal(result)
 	}
 	time.Sleep(2 * time.Second) // until IPv6 addresses are no longer tentative
+	// From now on the first disk serves one request a second.
+	g.execute("block_set_io_throttle", `"device":"d0","bps":0,"bps_rd":0,"bps_wr":0,"iops":1,"iops_rd":0,"iops_wr":0`)
+	if g.ask(&result, "readers 20"); result != "ok" {
+		t.Fatal(result)
+	}
 	return g
 }
 

@@ -124,6 +124,11 @@ func (t *thing) corrupt(format string, args ...any) error {
 	return &CorruptError{t.typ, t.o.addr, fmt.Sprintf(format, args...)}
 }
 
+// lowerName makes an enumerator readable: REQ_OP_WRITE_ZEROES is write-zeroes.
+func lowerName(name, prefix string) string {
+	return strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(name, prefix)), "_", "-")
+}
+
 // cstring reads a string of at most limit bytes.
 func (v *View) cstring(kind string, va VirtAddr, limit int) (string, error) {
 	if !v.img.space.valid(va, 1) {

@@ -104,36 +104,7 @@ func (v *View) nodes() (int, error) {
 
 // allocated returns how many bytes kmalloc set aside for the object at va, as the slab that it is in tells.
 func (v *View) allocated(va VirtAddr) (uint64, error) {
-	r := resolver{img: v.img}
-	base := r.symbol("vmemmap_base")
-	size := r.size("page")
-	page := r.shape("page", "compound_head")
-	slab := r.shape("slab", "slab_cache") // its own type since v5.17
-	cache := r.shape("kmem_cache", "name", "object_size")
-	if r.err != nil {
-		return 0, r.err
-	}
-	pa, err := v.Phys(va)
-	if err != nil {
-		return 0, err
-	}
-	vmemmap, err := v.pointer("vmemmap_base", base)
-	if err != nil {
-		return 0, err
-	}
-	at := vmemmap + VirtAddr(uint64(pa/hostmem.PageSize)*size)
-	p, err := v.thing(page, at)
-	if err != nil {
-		return 0, err
-	}
-	if head := p.ptr("compound_head"); head&1 != 0 {
-		at = head - 1
-	}
-	s, err := v.thing(slab, at)
-	if err != nil {
-		return 0, err
-	}
-	c, err := v.thing(cache, s.ptr("slab_cache"))
+	c, _, err := v.slabOf(va)
 	if err != nil {
 		return 0, err
 	}
@@ -145,4 +116,60 @@ func (v *View) allocated(va VirtAddr) (uint64, error) {
 		return 0, fmt.Errorf("object at %v is in slab cache %q: %w", va, name, ErrNotFound)
 	}
 	return c.num("object_size"), nil
+}
+
+// slabOf returns the slab cache that the object at va is of, and where its slab begins; it is ErrNotFound if it is in none.
+func (v *View) slabOf(va VirtAddr) (cache thing, start VirtAddr, err error) {
+	r := resolver{img: v.img}
+	base := r.symbol("vmemmap_base")
+	size := r.size("page")
+	page := r.shape("page", "compound_head|compound_info", "page_type?")
+	slab := r.shape("slab", "slab_cache") // its own type since v5.17
+	of := r.shape("kmem_cache", "name", "object_size", "size")
+	direct := r.symbol("page_offset_base")
+	if r.err != nil {
+		return thing{}, 0, r.err
+	}
+	pa, err := v.Phys(va)
+	if err != nil {
+		return thing{}, 0, err
+	}
+	vmemmap, err := v.pointer("vmemmap_base", base)
+	if err != nil {
+		return thing{}, 0, err
+	}
+	at := vmemmap + VirtAddr(uint64(pa/hostmem.PageSize)*size)
+	p, err := v.thing(page, at)
+	if err != nil {
+		return thing{}, 0, err
+	}
+	if head := p.ptr("compound_head"); head&1 != 0 {
+		at = head - 1
+	}
+	s, err := v.thing(slab, at)
+	if err != nil {
+		return thing{}, 0, err
+	}
+	if c := s.ptr("slab_cache"); !v.img.space.valid(c, 8) {
+		return thing{}, 0, fmt.Errorf("object at %v is in no slab: %w", va, ErrNotFound)
+	}
+	if cache, err = v.thing(of, s.ptr("slab_cache")); err != nil {
+		return thing{}, 0, err
+	}
+	linear, err := v.pointer("page_offset_base", direct)
+	return cache, linear + VirtAddr(uint64(at-vmemmap)/size*hostmem.PageSize), err
+}
+
+// slabObject returns what slab cache va is in, and where in its object.
+func (v *View) slabObject(va VirtAddr) (name string, offset uint64, err error) {
+	cache, start, err := v.slabOf(va)
+	if err != nil {
+		return "", 0, err
+	}
+	n := cache.num("size")
+	if n == 0 || va < start {
+		return "", 0, cache.corrupt("objects of %d bytes at %v", n, start)
+	}
+	name, err = v.cstring("kmem_cache", cache.ptr("name"), 64)
+	return name, uint64(va-start) % n, err
 }

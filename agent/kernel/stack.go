@@ -108,7 +108,7 @@ func (v *View) frame(ip VirtAddr) (Frame, error) {
 	}
 	m, err := v.moduleAt(ip)
 	if err != nil {
-		if tolerable(err) {
+		if tolerable(err) || errors.Is(err, ErrNotFound) { // code that was generated, or no code
 			return f, nil
 		}
 		return f, err
@@ -116,7 +116,7 @@ func (v *View) frame(ip VirtAddr) (Frame, error) {
 	f.Module = m.Name
 	if name, at, err := v.moduleSymbol(m, ip); err == nil {
 		f.Symbol, f.Offset = name, uint64(ip-at)
-	} else if !tolerable(err) {
+	} else if !tolerable(err) && !errors.Is(err, ErrNotFound) {
 		return f, err
 	}
 	return f, nil

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -22,7 +23,9 @@ type Interface struct {
 
 // listing answers the commands whose answer is what the kernel says of one of its subsystems: "world" makes something to
 // say, "read FILE" is a file of /proc or /sys, "links DIR" where its links lead, "interfaces" the network interfaces, "stacks" the kernel
-// stacks of all threads, "modulesyms" the lines of /proc/kallsyms that are of modules.
+// stacks of all threads, "modulesyms" the lines of /proc/kallsyms that are of modules, "tree DIR:NAMES" small files below a
+// directory, "status" what /proc says of each thread, "pagemap PID" and "memory PID:ADDRESS:LENGTH" the memory of a process, "bpf KIND" what
+// bpf(2) says; "readers N" starts reads of the first disk.
 func listing(command, arg string) any {
 	switch command {
 	case "world":
@@ -51,6 +54,19 @@ func listing(command, arg string) any {
 		return stacks()
 	case "interfaces":
 		return interfaces()
+	case "bpf":
+		return bpfInfo(arg)
+	case "readers":
+		n, _ := strconv.Atoi(arg)
+		return readers(n)
+	case "tree":
+		return tree(arg)
+	case "status":
+		return status()
+	case "pagemap":
+		return pagemap(arg)
+	case "memory":
+		return memory(arg)
 	}
 	return "unknown command"
 }
@@ -107,7 +123,10 @@ func world() error {
 	if err := addresses(); err != nil {
 		return err
 	}
-	return open()
+	if err := open(); err != nil {
+		return err
+	}
+	return objects()
 }
 
 // addresses brings up lo, and eth0 if there is one.

@@ -43,7 +43,8 @@ type Record struct {
 }
 
 func main() {
-	if len(os.Args) > 1 && os.Getpid() != 1 { // the kernel gives parameters that it does not know to its init
+	// The kernel gives parameters that it does not know to its init; "boxed" is process 1 of its own namespace.
+	if len(os.Args) > 1 && (os.Getpid() != 1 || os.Args[1] == "boxed") {
 		child(os.Args[1])
 	}
 	for _, m := range [][3]string{{"proc", "/proc", "proc"}, {"sysfs", "/sys", "sysfs"}, {"dev", "/dev", "devtmpfs"}} {
@@ -103,6 +104,12 @@ func child(kind string) {
 	switch kind {
 	case "zombie":
 		os.Exit(0)
+	case "boxed":
+		boxed()
+	case "confined":
+		confined()
+	case "locks":
+		locks()
 	case "spin":
 		for {
 		}
