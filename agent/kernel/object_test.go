@@ -174,7 +174,7 @@ func TestContainerNames(t *testing.T) {
 		"/lxc.monitor.web":                             {},
 		"/lxc/web":                                     {Runtime: "lxc", ID: "web"},
 		"/machine.slice/machine-debian.scope":          {Runtime: "machine", ID: "debian"},
-		"/machine.slice/systemd-nspawn@debian.service": {Runtime: "systemd-nspawn", ID: "debian"},
+		"/machine.slice/systemd-nspawn@debian.service": {Runtime: "machine", ID: "debian"},
 		"/system.slice/ssh.service":                    {},
 		"/":                                            {},
 	} {
