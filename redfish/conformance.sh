@@ -52,8 +52,8 @@ lab)
 	lab=conformance-$$
 	trap 'build/bin/backdoor lab down -name "$lab" >/dev/null' EXIT
 	build/bin/backdoor lab up -name "$lab" -json >"$out/lab.json"
-	field() { "$python" -c 'import json, sys; d = json.load(open(sys.argv[1])); print(d[sys.argv[2]])' "$out/lab.json" "$1"; }
-	url=$(field url) user=$(field user) password=$(field password)
+	field() { "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["dpu"][sys.argv[2]])' "$out/lab.json" "$1"; }
+	url=$(field url) user=$(field user) password=$(cat "$(field passwordFile)")
 	;;
 https://*)
 	url=$target user=${REDFISH_USER:?} password=${REDFISH_PASSWORD:?}
