@@ -10,7 +10,7 @@
 # VALIDATORS is a folder with checkouts of DMTF's repositories under their own names: Redfish-Service-Validator (with DSP8010's CSDL
 # files in SchemaFiles), Redfish-Protocol-Validator, Redfish-Interop-Validator, Redfish-Usecase-Checkers. What is not there is left out. Profiles
 # for the Interop Validator are VALIDATORS/profiles/*.json. Python modules that the system lacks may lie in VALIDATORS/pylib; PYTHON is the
-# interpreter (python3). ONLY="service protocol interop usecases" says which to run. Reports go to build/conformance. The exit status
+# interpreter (python3). ONLY="service protocol interop usecases" says which to run. Reports go to build/conformance/TARGET. The exit status
 # is 1 if anything has failed.
 #
 # As root, the fake host is served in a network namespace of its own with an Ethernet interface: some validators send multicasts, and
@@ -24,7 +24,7 @@ if [ "$target" = fake ] && [ "$(id -u)" = 0 ] && [ -z "${CONFORMANCE_NAMESPACE:-
 fi
 cd "$(dirname "$0")/.."
 top=$PWD
-out=$top/build/conformance
+out=$top/build/conformance/${target%%:*}
 mkdir -p "$out"
 only=" ${ONLY:-service protocol interop usecases} "
 python=${PYTHON:-python3}
@@ -50,7 +50,7 @@ fake)
 lab)
 	go build -trimpath -o build/bin/ ./cmd/backdoor
 	lab=conformance-$$
-	trap 'build/bin/backdoor lab down -name "$lab" >/dev/null' EXIT
+	trap '"$top/build/bin/backdoor" lab down -name "$lab" >/dev/null' EXIT
 	build/bin/backdoor lab up -name "$lab" -json >"$out/lab.json"
 	field() { "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["dpu"][sys.argv[2]])' "$out/lab.json" "$1"; }
 	url=$(field url) user=$(field user) password=$(cat "$(field passwordFile)")

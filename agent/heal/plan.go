@@ -193,6 +193,10 @@ func (p Plan) String() string {
 	return string(b)
 }
 
+// StoreAction is what an agreement lists among its actions to let operators store to the host's memory by address. It is no
+// repair of anything, and none of Actions.
+const StoreAction = "store-memory"
+
 // Actions returns all actions.
 func Actions() []Action { return []Action{killProcess(), powerCycle()} }
 

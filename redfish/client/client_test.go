@@ -9,6 +9,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -357,6 +359,83 @@ func TestDownload(t *testing.T) {
 		t.Error("Download of nothing succeeded")
 	}
 }
+
+// flaky serves data whose connections break after some bytes each.
+func flaky(t *testing.T, data []byte, each int, made *atomic.Int64) (*Client, *atomic.Int32) {
+	var requests atomic.Int32
+	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		requests.Add(1)
+		http.ServeContent(&shortWriter{w, each}, r, "", time.Unix(made.Load(), 0), bytes.NewReader(data))
+	}))
+	t.Cleanup(server.Close)
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	return newClient(t, Config{URL: server.URL, Insecure: true}), &requests
+}
+
+// shortWriter ends the connection after some bytes.
+type shortWriter struct {
+	http.ResponseWriter
+	left int
+}
+
+func (w *shortWriter) Write(b []byte) (int, error) {
+	if len(b) > w.left {
+		_, _ = w.ResponseWriter.Write(b[:w.left])
+		w.ResponseWriter.(http.Flusher).Flush()
+		panic(http.ErrAbortHandler)
+	}
+	w.left -= len(b)
+	return w.ResponseWriter.Write(b)
+}
+
+func TestDownloadResumes(t *testing.T) {
+	data := make([]byte, 300_000)
+	for i := range data {
+		data[i] = byte(i >> 8)
+	}
+	var made atomic.Int64 // when, as UNIX time
+	made.Store(1e9)
+	c, requests := flaky(t, data, 70_000, &made)
+	var b bytes.Buffer
+	if n, err := c.Download(t.Context(), "/data", &b); err != nil || n != int64(len(data)) || !bytes.Equal(b.Bytes(), data) || requests.Load() != 5 {
+		t.Errorf("Download = %d bytes in %d requests, %v; want %d in 5", n, requests.Load(), err, len(data))
+	}
+	b.Reset()
+	if n, err := c.Resume(t.Context(), "/data", 290_000, &b); err != nil || n != 10_000 || !bytes.Equal(b.Bytes(), data[290_000:]) {
+		t.Errorf("Resume = %d, %v", n, err)
+	}
+	if n, err := c.Resume(t.Context(), "/data", int64(len(data)), &b); err != nil || n != 0 {
+		t.Errorf("Resume of all = %d, %v", n, err)
+	}
+	// What the caller cannot take is not sent again, and what has changed meanwhile is not patched together.
+	requests.Store(0)
+	if _, err := c.Download(t.Context(), "/data", &limited{left: 100}); !errors.Is(err, io.ErrShortWrite) || requests.Load() != 1 {
+		t.Errorf("a writer that is full: %v after %d requests", err, requests.Load())
+	}
+	if _, err := c.Download(t.Context(), "/data", writerFunc(func(p []byte) (int, error) { made.Add(60); return len(p), nil })); err == nil || !strings.Contains(err.Error(), "changed") {
+		t.Errorf("data that changes: %v", err)
+	}
+	// A connection that brings nothing is not tried for ever.
+	c, requests = flaky(t, data, 0, &made)
+	if n, err := c.Download(t.Context(), "/data", &b); err == nil || n != 0 || requests.Load() > 10 {
+		t.Errorf("nothing comes: %d, %v after %d requests", n, err, requests.Load())
+	}
+}
+
+type limited struct{ left int }
+
+func (l *limited) Write(b []byte) (int, error) {
+	n := min(len(b), l.left)
+	l.left -= n
+	if n < len(b) {
+		return n, io.ErrShortWrite
+	}
+	return n, nil
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
 
 // TestStrangeServers wants errors, not crashes, from servers that are no Redfish services.
 func TestStrangeServers(t *testing.T) {

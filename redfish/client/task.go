@@ -106,22 +106,100 @@ func percent(t schema.Task) int {
 	return *t.PercentComplete
 }
 
-// Download streams what is at uri, an AdditionalDataURI for example, and returns the bytes written.
+// Download copies what is at uri, an AdditionalDataURI for example, and returns the bytes written. When the connection breaks it goes on
+// where it was, as long as something comes.
 func (c *Client) Download(ctx context.Context, uri string, w io.Writer) (int64, error) {
-	header, _, err := c.authenticate(ctx)
-	if err != nil {
-		return 0, err
+	return c.download(ctx, uri, 0, -1, w)
+}
+
+// Resume is Download for a client that has the first bytes already: it writes those from offset from on.
+func (c *Client) Resume(ctx context.Context, uri string, from int64, w io.Writer) (int64, error) {
+	n, err := c.download(ctx, uri, from, -1, w)
+	var e *Error
+	if n == 0 && from > 0 && errors.As(err, &e) && e.Status == http.StatusRequestedRangeNotSatisfiable {
+		return 0, nil // there is no more
 	}
-	resp, err := c.open(ctx, http.MethodGet, uri, nil, header)
+	return n, err
+}
+
+// download copies the bytes from first to last, or to the end if last is negative.
+func (c *Client) download(ctx context.Context, uri string, first, last int64, w io.Writer) (done int64, err error) {
+	const patience = 5 // attempts in a row that bring nothing
+	d := download{c: c, uri: uri, last: last, w: w}
+	for idle := 0; ; {
+		n, final, err := d.part(ctx, first+done)
+		done += n
+		if n > 0 {
+			idle = 0
+		}
+		if idle++; final || idle > patience || ctx.Err() != nil {
+			if err != nil && done > 0 {
+				err = fmt.Errorf("after %d bytes: %w", done, err)
+			}
+			return done, err
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Duration(idle) * 200 * time.Millisecond):
+		}
+	}
+}
+
+// download is a download that may take several requests.
+type download struct {
+	c       *Client
+	uri     string
+	last    int64 // offset of the last byte wanted; negative for all
+	w       io.Writer
+	version string // of what is downloaded, once known
+	broken  error  // of w
+}
+
+func (d *download) Write(b []byte) (int, error) {
+	n, err := d.w.Write(b)
+	d.broken = err
+	return n, err
+}
+
+// part makes one request for what is from first on. final says that another would not help, or is not needed.
+func (d *download) part(ctx context.Context, first int64) (n int64, final bool, err error) {
+	header, token, err := d.c.authenticate(ctx)
 	if err != nil {
-		return 0, err
+		return 0, true, err
+	}
+	ranged := first > 0 || d.last >= 0
+	if ranged {
+		end := ""
+		if d.last >= 0 {
+			end = strconv.FormatInt(d.last, 10)
+		}
+		header.Set("Range", fmt.Sprintf("bytes=%d-%s", first, end))
+	}
+	resp, err := d.c.open(ctx, http.MethodGet, d.uri, nil, header)
+	var refused *Error
+	switch {
+	case errors.As(err, &refused) && refused.Status == http.StatusUnauthorized && token != "" && d.version != "":
+		d.c.forget(token) // the session has run out meanwhile
+		return 0, false, err
+	case errors.As(err, &refused):
+		return 0, refused.Status < 500, err
+	case err != nil:
+		return 0, d.version == "", err
 	}
 	defer resp.Body.Close()
-	n, err := io.Copy(w, resp.Body)
-	if err != nil {
-		return n, fmt.Errorf("GET %s: after %d bytes: %w", uri, n, err)
+	if ranged && resp.StatusCode != http.StatusPartialContent {
+		return 0, true, fmt.Errorf("GET %s: the service does not send parts of it", d.uri)
 	}
-	return n, nil
+	is := resp.Header.Get("ETag") + " " + resp.Header.Get("Last-Modified")
+	if d.version != "" && d.version != is {
+		return 0, true, fmt.Errorf("GET %s: it has changed while it was downloaded", d.uri)
+	}
+	d.version = is
+	n, err = io.Copy(d, resp.Body)
+	if err != nil {
+		err = fmt.Errorf("GET %s: %w", d.uri, err)
+	}
+	return n, err == nil || d.broken != nil, err
 }
 
 // System reads the one system of the service: the host.

@@ -192,13 +192,12 @@ func (h *host) writeDmesg(ctx context.Context, w io.Writer, _ func(int)) error {
 }
 
 func (h *host) collectMemory(r *service.Request, v service.Values) (*service.Reply, error) {
-	start, err := strconv.ParseUint(v.String("Start"), 0, 64)
+	start, err := address(v, "Start", "BackdoorLogService.CollectMemoryRange")
 	if err != nil {
-		return nil, service.Because(400, "ActionParameterValueFormatError", fmt.Sprintf("Start %q is no physical address: write it like \"0x100000\".", v.String("Start")),
-			v.String("Start"), "Start", "BackdoorLogService.CollectMemoryRange")
+		return nil, err
 	}
-	want := hostmem.Range{Start: hostmem.PhysAddr(start), Size: uint64(v.Int("Length"))}
-	d := dump{oemType: dumpMemory, what: fmt.Sprintf("%d bytes of the host's memory from %#x on", want.Size, start), name: fmt.Sprintf("memory-%#x.bin", start)}
+	want := hostmem.Range{Start: start, Size: uint64(v.Int("Length"))}
+	d := dump{oemType: dumpMemory, what: fmt.Sprintf("%d bytes of the host's memory from %#x on", want.Size, uint64(start)), name: fmt.Sprintf("memory-%#x.bin", uint64(start))}
 	return h.collect(r, d, func(ctx context.Context, w io.Writer, progress func(int)) error {
 		return h.writeMemory(ctx, w, want, progress)
 	})
@@ -211,11 +210,8 @@ func (h *host) writeMemory(ctx context.Context, w io.Writer, want hostmem.Range,
 	if err != nil {
 		return err
 	}
-	if !slices.ContainsFunc(ram, func(r hostmem.Range) bool {
-		return want.Start >= r.Start && want.Size <= r.Size && uint64(want.Start-r.Start) <= r.Size-want.Size
-	}) {
-		return service.Because(400, "ActionParameterValueConflict", fmt.Sprintf("The %d bytes from %#x on are not all within one range of the host's RAM.", want.Size, uint64(want.Start)),
-			"Start", fmt.Sprintf("%#x", uint64(want.Start)))
+	if !within(ram, want) {
+		return notRAM(want)
 	}
 	buf := make([]byte, 256<<10)
 	for done := uint64(0); done < want.Size; {

@@ -43,6 +43,9 @@ type Agent interface {
 	Control(ctx context.Context, what, detail, caller string, do func(context.Context) error) error
 	// MayRead returns nil if the access agreement permits looking at the host's memory.
 	MayRead() error
+	// MayStore returns nil if settings and agreement permit stores to the host's memory by address, and Store does one.
+	MayStore() error
+	Store(context.Context, engine.StoreRequest) (heal.Outcome, error)
 }
 
 // Journal is the agent's journal. *journal.Journal has it.
@@ -94,6 +97,7 @@ type host struct {
 	hardware  asked[Hardware]
 	dmesg     cached[query.Log]
 	dumps     dumps
+	leases    leases
 }
 
 // Configure adds to a service's options what the resources need: our schemas, our message registry, the names.
@@ -145,6 +149,7 @@ func Routes(svc *service.Service, o Options) []service.Route {
 	routes = append(routes, h.media()...)
 	routes = append(routes, h.managerParts()...)
 	routes = append(routes, h.listingResources()...)
+	routes = append(routes, h.leaseRoutes()...)
 	return append(routes, h.oemResources()...)
 }
 

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -49,7 +51,8 @@ type fakeAgent struct {
 	verified bool
 
 	controller *fakeController // nil if there is none
-	image      *kernel.Image   // what listings are made of; nil if the agent is not attached
+	stores     []engine.StoreRequest
+	image      *kernel.Image // what listings are made of; nil if the agent is not attached
 }
 
 func newFakeAgent() *fakeAgent {
@@ -182,6 +185,27 @@ func (a *fakeAgent) MayRead() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.denied
+}
+
+func (a *fakeAgent) MayStore() error { return a.MayRead() }
+
+// Store takes what is expected to be there for granted only where nothing was stored before.
+func (a *fakeAgent) Store(_ context.Context, r engine.StoreRequest) (heal.Outcome, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.denied != nil {
+		return heal.Outcome{}, a.denied
+	}
+	for _, s := range slices.Backward(a.stores) {
+		if s.Addr == r.Addr && !bytes.Equal(s.Put, r.Expect) {
+			return heal.Outcome{}, heal.ErrMismatch
+		}
+		if s.Addr == r.Addr {
+			break
+		}
+	}
+	a.stores = append(a.stores, r)
+	return heal.Outcome{Plan: heal.Plan{ID: "plan-9"}, Finished: bootTime, Steps: []heal.StepOutcome{{How: "compare-and-swap"}}}, nil
 }
 
 // fakePower tells the state; orders go through PowerControl.

@@ -25,7 +25,7 @@ var (
 	systemSchema = oem.Schema{
 		Name: "BackdoorComputerSystem", Version: "v1_0_0", Purpose: "How the agent stands with the host that it watches.",
 		Objects: map[string]any{"ComputerSystem": systemOEM{}},
-		Actions: []oem.Action{{
+		Actions: append([]oem.Action{{
 			Name: "Heal", Bound: "ComputerSystem.v1_0_0.OemActions",
 			Description: "Plans a repair of a finding and, unless DryRun is true, carries it out. It runs as a task whose Oem object holds the plan and the outcome.",
 			Parameters: []oem.Parameter{
@@ -33,7 +33,7 @@ var (
 				{Name: "Action", Type: "Edm.String", Description: "The repair. If absent, the one that policy proposes."},
 				{Name: "DryRun", Type: "Edm.Boolean", Description: "Plan only; nothing is written to the host."},
 			},
-		}},
+		}}, leaseActions...),
 	}
 	stateSchema = oem.Schema{
 		Name: "BackdoorState", Version: "v1_0_0", Purpose: "The state of the agent's engine.", Resource: stateResource{},
@@ -64,11 +64,22 @@ var (
 )
 
 func schemas() (out []service.Schema) {
-	for _, s := range []oem.Schema{systemSchema, stateSchema, processesSchema, logSchema, logServiceSchema, taskSchema} {
-		out = append(out, service.Schema{Namespace: s.Name, Versions: []string{s.Version}, CSDL: s.CSDL()})
+	for _, s := range []oem.Schema{systemSchema, stateSchema, processesSchema, logSchema, logServiceSchema, taskSchema, leasesSchema, leaseSchema} {
+		out = append(out, served(s))
 	}
 	for _, l := range listings() {
-		out = append(out, service.Schema{Namespace: l.schema.Name, Versions: []string{l.schema.Version}, CSDL: l.schema.CSDL()})
+		out = append(out, served(l.schema))
+	}
+	return out
+}
+
+// served is a schema in all its forms.
+func served(s oem.Schema) service.Schema {
+	out := service.Schema{Namespace: s.Name, Versions: []string{s.Version}, CSDL: s.CSDL(), JSON: map[string][]byte{}}
+	versioned, unversioned := s.JSON()
+	out.JSON[s.Name+"."+s.Version] = versioned
+	if unversioned != nil {
+		out.JSON[s.Name] = unversioned
 	}
 	return out
 }
@@ -92,6 +103,7 @@ type systemOEM struct {
 	SlabCaches      *schema.Link `json:"slabCaches" doc:"The link to what the host's kernel uses its own memory for."`
 	Memory          *schema.Link `json:"memory" doc:"The link to what the host's memory is used for."`
 	Load            *schema.Link `json:"load" doc:"The link to the load averages and run queues of the host."`
+	MemoryLeases    *schema.Link `json:"memoryLeases" doc:"The link to the leases of the host's memory."`
 }
 
 // stateResource is the resource …/Oem/dev_backdoor/State.

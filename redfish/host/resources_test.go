@@ -7,6 +7,8 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -32,6 +34,13 @@ import (
 // connect serves a fake agent's host and returns a client of it.
 func connect(t *testing.T, a *fakeAgent) *client.Client {
 	t.Helper()
+	c, _ := connectAt(t, a)
+	return c
+}
+
+// connectAt is connect for tests that need more clients: it returns the service's address, too.
+func connectAt(t *testing.T, a *fakeAgent) (*client.Client, string) {
+	t.Helper()
 	s := newTestService(t, a, service.Options{})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -53,7 +62,7 @@ func connect(t *testing.T, a *fakeAgent) *client.Client {
 			t.Errorf("Serve: %v", err)
 		}
 	})
-	return c
+	return c, l.Addr().String()
 }
 
 func TestSystem(t *testing.T) {
@@ -392,6 +401,73 @@ func TestResourcesFitDMTFsSchemas(t *testing.T) {
 	}
 }
 
+// TestResourcesFitOurSchemas reads every resource of ours, and every object of ours in others, and checks it against the JSON schema
+// that the service itself serves for its type.
+func TestResourcesFitOurSchemas(t *testing.T) {
+	a := newFakeAgent()
+	a.image = recordedKernel(t)
+	c := connect(t, a)
+	if _, err := c.Heal(t.Context(), client.HealRequest{Finding: "runaway-process-2"}, nil); err != nil {
+		t.Fatal(err) // so that there is a task
+	}
+	checker := schemaChecker{dir: t.TempDir(), files: map[string]map[string]any{}}
+	checked := map[string]bool{}
+	var look func(where string, v any)
+	look = func(where string, v any) {
+		switch v := v.(type) {
+		case map[string]any:
+			if typ, _ := v["@odata.type"].(string); strings.HasPrefix(typ, "#Backdoor") {
+				parts := strings.Split(strings.TrimPrefix(typ, "#"), ".")
+				id := parts[0] + "." + parts[1]
+				if checker.files[id+".json"] == nil {
+					var file schema.JSONSchemaFile
+					var doc map[string]any
+					if err := c.Get(t.Context(), "/redfish/v1/JsonSchemas/"+id, &file); err != nil {
+						t.Fatalf("%s: %v", where, err)
+					}
+					if err := c.Get(t.Context(), file.Location[0].URI, &doc); err != nil {
+						t.Fatalf("%s: %v", where, err)
+					}
+					checker.files[id+".json"] = doc
+				}
+				checker.ref(t, where, v, id+".json", "#/definitions/"+parts[2])
+				checked[typ] = true
+			}
+			for name, item := range v {
+				look(where+"/"+name, item)
+			}
+		case []any:
+			for i, item := range v {
+				look(fmt.Sprintf("%s/%d", where, i), item)
+			}
+		}
+	}
+	todo, seen := []string{"/redfish/v1/"}, map[string]bool{}
+	for len(todo) > 0 {
+		uri := todo[0]
+		todo = todo[1:]
+		if seen[uri] {
+			continue
+		}
+		seen[uri] = true
+		var v map[string]any
+		if err := c.Get(t.Context(), uri, &v); err != nil {
+			t.Errorf("GET %s: %v", uri, err)
+			continue
+		}
+		todo = append(todo, links(v)...)
+		look(uri, v)
+	}
+	for _, s := range schemas() {
+		if s.Namespace == "BackdoorLogService" || s.Namespace == "BackdoorMemoryLease" {
+			continue // actions only; and there is no lease
+		}
+		if !slices.ContainsFunc(slices.Collect(maps.Keys(checked)), func(typ string) bool { return strings.HasPrefix(typ, "#"+s.Namespace+".") }) {
+			t.Errorf("nothing of %s was checked", s.Namespace)
+		}
+	}
+}
+
 // links returns all resources that a value points to, except for most entries of long logs.
 func links(v any) (out []string) {
 	switch v := v.(type) {
@@ -478,6 +554,9 @@ func (c *schemaChecker) check(t *testing.T, where string, v any, file string, de
 			return
 		}
 	}
+	if want, ok := def["type"].(string); ok && !ofType(v, want) {
+		t.Errorf("%s: %v is no %s", where, v, want)
+	}
 	if enum, ok := def["enum"].([]any); ok && !slices.Contains(enum, v) {
 		t.Errorf("%s: %v is not one of %v", where, v, enum)
 	}
@@ -518,4 +597,21 @@ func (c *schemaChecker) check(t *testing.T, where string, v any, file string, de
 			}
 		}
 	}
+}
+
+// ofType reports whether a value is of a type of JSON schema.
+func ofType(v any, want string) bool {
+	switch v := v.(type) {
+	case map[string]any:
+		return want == "object"
+	case []any:
+		return want == "array"
+	case string:
+		return want == "string"
+	case bool:
+		return want == "boolean"
+	case float64:
+		return want == "number" || want == "integer" && v == math.Trunc(v)
+	}
+	return want == "null"
 }

@@ -59,6 +59,7 @@ func (h *host) system() service.Route {
 				State: schema.LinkTo(stateURI), Tasks: schema.LinkTo(tasksURI),
 				Modules: listingLink("Modules"), Interfaces: listingLink("Interfaces"), OpenFiles: listingLink("OpenFiles"), Mounts: listingLink("Mounts"),
 				Sockets: listingLink("Sockets"), SlabCaches: listingLink("SlabCaches"), Memory: listingLink("Memory"), Load: listingLink("Load"),
+				MemoryLeases: schema.LinkTo(leasesURI),
 			})
 			return out, err
 		},
@@ -74,6 +75,7 @@ func (h *host) system() service.Route {
 			return a.Name != "ComputerSystem.Reset" || h.o.Agent.Power() != nil
 		},
 	}
+	route.Actions = append(route.Actions, h.memoryActions()...)
 	if h.o.Controller != nil {
 		route.Patch = h.bootOverride()
 	}

@@ -166,6 +166,8 @@ type Schema struct {
 	// Resource is a resource of our own: a struct that embeds schema.Resource. Its entity type has the name of the schema.
 	Resource any
 	URIs     []string
+	// Deletable says that clients may delete the resource.
+	Deletable bool
 	// Objects stand under Oem in DMTF's resources: structs by the name of their complex type.
 	Objects map[string]any
 	// Actions of DMTF's resources.
@@ -216,7 +218,7 @@ func (s Schema) CSDL() []byte {
 		g.describe(4, s.Purpose)
 		for _, c := range [][2]string{{"Insert", "Insertable"}, {"Update", "Updatable"}, {"Delete", "Deletable"}} {
 			g.line(4, `<Annotation Term="Capabilities.%sRestrictions">`, c[0])
-			g.line(5, `<Record><PropertyValue Property=%q Bool="false"/></Record>`, c[1])
+			g.line(5, `<Record><PropertyValue Property=%q Bool="%t"/></Record>`, c[1], c[1] == "Deletable" && s.Deletable)
 			g.line(4, `</Annotation>`)
 		}
 		g.line(4, `<Annotation Term="Redfish.Uris"><Collection>`)

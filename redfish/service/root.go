@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -54,6 +55,10 @@ func (s *Service) standardRoutes() []Route {
 						ids = append(ids, n.file())
 					}
 				}
+				for _, own := range s.o.Schemas {
+					ids = slices.AppendSeq(ids, maps.Keys(own.JSON))
+				}
+				slices.Sort(ids)
 				return ids, nil
 			},
 		},
@@ -68,11 +73,24 @@ func (s *Service) standardRoutes() []Route {
 						}, nil
 					}
 				}
+				for _, own := range s.o.Schemas {
+					id := r.Param("schema")
+					if own.JSON[id] == nil {
+						continue
+					}
+					return &schema.JSONSchemaFile{
+						Resource: schema.Resource{Name: id + " Schema File"}, Languages: []string{"en"}, Schema: "#" + id + "." + own.Namespace,
+						Location: []schema.Location{{Language: "en", URI: schemaFilesURI + id + ".json"}},
+					}, nil
+				}
 				return nil, ErrNotFound
 			},
 		},
 	}
 	for _, own := range s.o.Schemas {
+		for id, text := range own.JSON {
+			routes = append(routes, Route{URI: schemaFilesURI + id + ".json", Document: func() (string, []byte) { return "application/json;charset=utf-8", text }})
+		}
 		routes = append(routes, Route{URI: own.uri(), Document: func() (string, []byte) { return "application/xml;charset=utf-8", own.CSDL }})
 	}
 	for i := range s.o.Registries {
@@ -128,7 +146,10 @@ func (s *Service) registryFile(r *Request) (schema.Object, error) {
 	return nil, ErrNotFound
 }
 
-func (o *Schema) uri() string { return "/redfish/v1/schema/" + o.Namespace + "_v1.xml" }
+// schemaFilesURI is where schemas of our own are served.
+const schemaFilesURI = "/redfish/v1/schema/"
+
+func (o *Schema) uri() string { return schemaFilesURI + o.Namespace + "_v1.xml" }
 
 func (s *Service) root(r *Request) (schema.Object, error) {
 	yes := schema.ProtocolFeaturesSupported{
@@ -229,6 +250,9 @@ func (s *Service) finish() {
 			if own := &s.o.Schemas[i]; own.Namespace == ns.name {
 				ns.own = own
 				n.route.schemaURI = own.uri()
+				if file := ns.file(); own.JSON[file] != nil {
+					n.route.schemaURI = schemaFilesURI + file + ".json"
+				}
 			}
 		}
 		used[ns.file()] = ns

@@ -76,6 +76,8 @@ type Schema struct {
 	Namespace string   // "BackdoorComputerSystem"
 	Versions  []string // "v1_0_0"
 	CSDL      []byte
+	// JSON are the same as JSON schemas by the Ids of their files, "BackdoorState.v1_0_0" and, of a resource, "BackdoorState".
+	JSON map[string][]byte
 }
 
 // Registry is a message registry (MessageRegistry.v1_7_0) that DMTF does not publish.

@@ -1,6 +1,7 @@
 package interop
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"net/http"
@@ -17,6 +18,7 @@ import (
 	"github.com/stmcginnis/gofish"
 
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
+	"github.com/backdoor-rhs/backdoor/redfish/client"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/tests/lab"
 	"github.com/backdoor-rhs/backdoor/tests/native"
@@ -74,6 +76,7 @@ func TestFleet(t *testing.T) {
 	defer files.Close()
 	f := &fleet{lab: l, agent: a, image: files.URL + "/x.iso"}
 	t.Run("truth", f.testTruth)
+	t.Run("memory", f.testMemory)
 	t.Run("bmclib", f.testBMClib)
 	t.Run("gofish", f.testGofish)
 	t.Run("redfishtool", f.testRedfishtool)
@@ -146,6 +149,97 @@ func (f *fleet) testTruth(t *testing.T) {
 	}
 	if s.Manufacturer != "QEMU" || s.UUID != f.lab.Host.UUID {
 		t.Errorf("manufacturer %q, UUID %q", s.Manufacturer, s.UUID)
+	}
+}
+
+// testMemory changes the host's name in its kernel's memory, by a store under a lease, and takes it back; the host itself is asked
+// what it is called.
+func (f *fleet) testMemory(t *testing.T) {
+	ctx := t.Context()
+	name := func() string {
+		t.Helper()
+		r, err := f.lab.Host.Exec(ctx, "uname -n")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(r.Stdout)
+	}
+	const password = "a long password 1"
+	if _, err := f.agent.Post(ctx, "/redfish/v1/AccountService/Roles", map[string]any{
+		"RoleId": "Memory", "AssignedPrivileges": []string{"Login", "ConfigureComponents", "ConfigureSelf"}, "OemPrivileges": []string{"BackdoorMemory"},
+	}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.agent.Post(ctx, "/redfish/v1/AccountService/Accounts", map[string]any{"UserName": "memory", "Password": password, "RoleId": "Memory"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	config := f.agent.Config
+	config.User, config.Password = "memory", password
+	c, err := client.New(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close(ctx)
+	path, size := f.lab.Host.RAM()
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	ram := make([]byte, size)
+	if _, err := file.ReadAt(ram, 0); err != nil {
+		t.Fatal(err)
+	}
+	// struct new_utsname, include/uapi/linux/utsname.h: six strings of 65 bytes, the first the system's and the second the node's name.
+	const field = 65
+	was := name()
+	pattern := make([]byte, 2*field)
+	copy(pattern, "Linux")
+	copy(pattern[field:], was)
+	renamed := 0
+	for at := 0; ; {
+		i := bytes.Index(ram[at:], pattern)
+		if i < 0 {
+			break
+		}
+		at += i
+		node := uint64(at + field)
+		at += len(pattern)
+		l, err := c.LeaseMemory(ctx, client.LeaseRequest{Start: node &^ 0xfff, Length: 8192, Seconds: 60, Write: true})
+		if err != nil {
+			t.Errorf("lease at %#x: %v", node, err)
+			continue
+		}
+		var read bytes.Buffer
+		if err := c.ReadMemory(ctx, l, node, int64(len(was)), &read); err != nil || read.String() != was {
+			t.Errorf("read at %#x = %q, %v; the RAM file has %q", node, read.String(), err, was)
+		}
+		if err := c.StoreMemory(ctx, l, node, []byte("#"), []byte("X")); err == nil {
+			t.Errorf("a store at %#x went through though something else was expected", node)
+		}
+		if got := name(); got != was {
+			t.Fatalf("after a store that was refused the host is called %q", got)
+		}
+		if err := c.StoreMemory(ctx, l, node, []byte(was[:1]), []byte("X")); err != nil {
+			t.Errorf("store at %#x: %v", node, err)
+		} else if name() == "X"+was[1:] {
+			renamed++
+		}
+		if err := c.UndoStores(ctx, l); err != nil {
+			t.Errorf("undo at %#x: %v", node, err)
+		}
+		if got := name(); got != was {
+			t.Fatalf("after the store at %#x was taken back the host is called %q", node, got)
+		}
+		if err := c.EndLease(ctx, l); err != nil {
+			t.Error(err)
+		}
+	}
+	if renamed != 1 {
+		t.Errorf("%d stores have changed the host's name; want one", renamed)
+	}
+	if _, err := f.agent.LeaseMemory(ctx, client.LeaseRequest{Start: 0x100000, Length: 4096}); err == nil {
+		t.Error("an administrator without the privilege for raw memory has got a lease")
 	}
 }
 

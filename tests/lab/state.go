@@ -52,7 +52,7 @@ func writeState(dir string, cfg Config, h *Host, b *bmc.BMC) (parties, error) {
 
 	actions := cfg.Actions
 	if actions == nil {
-		actions = heal.IDs()
+		actions = append(heal.IDs(), heal.StoreAction)
 	}
 	agreement := access.Agreement{
 		Version:   access.Version,

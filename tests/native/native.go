@@ -179,7 +179,7 @@ func (o *Options) agree(path string) (ed25519.PublicKey, error) {
 	}
 	actions, until := o.Agreement.Actions, o.Agreement.Until
 	if actions == nil {
-		actions = heal.IDs()
+		actions = append(heal.IDs(), heal.StoreAction)
 	}
 	if until.IsZero() {
 		until = time.Now().Add(time.Hour)
