@@ -15,6 +15,7 @@ import (
 
 	"github.com/u-root/u-root/pkg/dhclient"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // DHCP timing: the patience with one request and with the link, the pause after a failure, and the bounds of a renewal's (RFC 2131, 4.4.5: T1 is
@@ -139,6 +140,39 @@ func setStatic(p ifPlan) error {
 		}
 	}
 	return nil
+}
+
+// Reconfigure makes an interface of that name what now says, after it was what old says; a change of DHCP waits for the next start of
+// the machine, and so does an MTU that is not given any more.
+func Reconfigure(name string, old, now Interface) error {
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("interface %s: %w", name, err)
+	}
+	if err := setStatic(ifPlan{link, now}); err != nil {
+		return fmt.Errorf("interface %s: %w", name, err)
+	}
+	var errs []error
+	for _, a := range old.Addresses {
+		if slices.Contains(now.Addresses, a) {
+			continue
+		}
+		ip := &net.IPNet{IP: a.Addr().AsSlice(), Mask: net.CIDRMask(a.Bits(), a.Addr().BitLen())}
+		if err := netlink.AddrDel(link, &netlink.Addr{IPNet: ip}); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			errs = append(errs, fmt.Errorf("interface %s: remove address %s: %w", name, a, err))
+		}
+	}
+	if gw := old.Gateway; gw.IsValid() && !now.Gateway.IsValid() {
+		if err := netlink.RouteDel(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: gw.AsSlice()}); err != nil && !errors.Is(err, unix.ESRCH) {
+			errs = append(errs, fmt.Errorf("interface %s: remove gateway %s: %w", name, gw, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// NameServers writes the machine's resolver configuration, in which those of a DHCP lease come back when it is renewed.
+func NameServers(servers []netip.Addr) error {
+	return (&resolver{file: dhclient.ResolvConfPath, static: servers}).write(nil)
 }
 
 // leased is the outcome of an interface's first DHCP exchange.

@@ -74,6 +74,8 @@ type Options struct {
 	DumpDir string
 	// Root is where the agent's own machine is looked into; empty means "/". Tests give a directory.
 	Root string
+	// Network configures the network of the agent's machine; nil if that is not the agent's business.
+	Network Network
 	// ResetAgent restarts the agent's machine; nil leaves the action out.
 	ResetAgent func(ctx context.Context, graceful bool) error
 	// View opens a view of the host; nil means Agent.View. Tests give a host of their own.

@@ -44,7 +44,7 @@ func (h *host) managerParts() []service.Route {
 			Get: func(*service.Request) (schema.Object, error) { return h.diagnostics(&usage), nil },
 		},
 		{URI: managerURI + "/EthernetInterfaces", Type: schema.TypeEthernetInterfaceCollection, Name: "Ethernet interfaces of the agent", Members: ids(ownInterfaces)},
-		{URI: managerURI + "/EthernetInterfaces/{interface}", Type: schema.TypeEthernetInterface, Get: h.ownInterface},
+		h.configurable(service.Route{URI: managerURI + "/EthernetInterfaces/{interface}", Type: schema.TypeEthernetInterface, Get: h.ownInterface}),
 		{URI: cardURI + "/NetworkAdapters", Type: schema.TypeNetworkAdapterCollection, Name: "Network adapters", Members: service.Fixed("nic0")},
 		{
 			URI: adapterURI, Type: schema.TypeNetworkAdapter,
@@ -229,7 +229,11 @@ func (h *host) ownInterface(r *service.Request) (schema.Object, error) {
 	}
 	if name, err := os.Hostname(); err == nil {
 		out.HostName = name
+		if short, _, ok := strings.Cut(name, "."); ok {
+			out.HostName, out.FQDN = short, &name
+		}
 	}
+	out.NameServers = []string{}
 	for line := range strings.Lines(h.read("etc/resolv.conf")) {
 		if f := strings.Fields(line); len(f) == 2 && f[0] == "nameserver" {
 			out.NameServers = append(out.NameServers, f[1])
@@ -246,6 +250,7 @@ func (h *host) ownInterface(r *service.Request) (schema.Object, error) {
 		}
 	}
 	out.IPv4Addresses, out.IPv6Addresses = addresses(prefixes)
+	h.settings(i.Name, out)
 	return out, nil
 }
 

@@ -71,10 +71,19 @@ type EthernetInterface struct {
 	LinkStatus       string        `json:"LinkStatus,omitempty"` // LinkUp, LinkDown
 	HostName         string        `json:"HostName,omitempty"`
 	FQDN             *string       `json:"FQDN"` // null where there is none
-	NameServers      []string      `json:"NameServers,omitempty"`
+	NameServers      []string      `json:"NameServers,omitzero"`
+	// What is configured, as opposed to what is in use.
+	StaticNameServers   []string      `json:"StaticNameServers,omitzero"`
+	IPv4StaticAddresses []IPv4Address `json:"IPv4StaticAddresses,omitzero"`
+	DHCPv4              *DHCPv4       `json:"DHCPv4,omitempty"`
 	IPv4Addresses    []IPv4Address `json:"IPv4Addresses,omitzero"`
 	IPv6Addresses    []IPv6Address `json:"IPv6Addresses,omitzero"`
 	Status           *Status       `json:"Status,omitempty"`
+}
+
+// DHCPv4 is EthernetInterface.v1_12_4.DHCPv4Configuration.
+type DHCPv4 struct {
+	DHCPEnabled bool `json:"DHCPEnabled"`
 }
 
 // IPv4Address is IPAddresses.v1_1_5.IPv4Address.
