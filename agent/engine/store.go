@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
@@ -19,27 +18,20 @@ type StoreRequest struct {
 	Caller string
 }
 
-// MayStore returns nil if settings and agreement let operators store to the host's memory by address.
-func (e *Engine) MayStore() error {
-	if !e.o.Writes {
+// MayLease returns nil if an operator may read a range of the host's memory byte for byte and, if write is set, store there: the
+// agreement's rights.memory say where.
+func (e *Engine) MayLease(r hostmem.Range, write bool) error {
+	if write && !e.o.Writes {
 		return ErrWritesOff
 	}
-	e.mu.Lock()
-	grant := e.grant()
-	e.mu.Unlock()
-	for _, what := range []string{access.Write, heal.StoreAction} {
-		if err := grant.Permit(what); err != nil {
-			return err
-		}
-	}
-	return nil
+	return e.Grant().PermitMemory(uint64(r.Start), r.Size, true, write, false)
 }
 
 // Store puts bytes into the host's RAM if the expected ones are there. It is a plan like a repair's, of one step: with the
-// agreement's rights to write and to heal.StoreAction, the intent in the journal before, only within what the host's kernel itself
+// agreement's right to write there, the intent in the journal before, only within what the host's kernel itself
 // calls RAM, compared before and read back behind. 8 aligned bytes are swapped atomically where the path to the host can.
 func (e *Engine) Store(ctx context.Context, r StoreRequest) (heal.Outcome, error) {
-	if err := e.MayStore(); err != nil {
+	if err := e.MayLease(hostmem.Range{Start: r.Addr, Size: uint64(len(r.Put))}, true); err != nil {
 		return heal.Outcome{}, fmt.Errorf("store to the host's memory: %w", err)
 	}
 	select {

@@ -225,7 +225,13 @@ func (r *run) permitted() error {
 	if x.o.Journal == nil {
 		return fmt.Errorf("there is no journal, and nothing is done without one: %w", access.ErrDenied)
 	}
-	if err := x.o.Grant.Permit(r.p.Action); err != nil {
+	if r.p.Action == StoreAction {
+		for _, m := range r.p.Ranges() {
+			if err := x.o.Grant.PermitMemory(uint64(m.Start), m.Size, true, true, false); err != nil {
+				return err
+			}
+		}
+	} else if err := x.o.Grant.Permit(r.p.Action); err != nil {
 		return err
 	}
 	memory := false

@@ -523,6 +523,44 @@ func TestPowerCycle(t *testing.T) {
 	}
 }
 
+// TestStoreByAddress stores where the agreement's ranges permit it, and nowhere else.
+func TestStoreByAddress(t *testing.T) {
+	const at = 0x3000
+	for _, test := range []struct {
+		name   string
+		memory []access.Memory
+		write  bool
+		want   error
+	}{
+		{"permitted", []access.Memory{{Start: at, Size: 16, Read: true, Write: true}}, true, nil},
+		{"no ranges", nil, true, access.ErrDenied},
+		{"to read", []access.Memory{{Start: at, Size: 16, Read: true}}, true, access.ErrDenied},
+		{"next to it", []access.Memory{{Start: at + 1, Size: 16, Read: true, Write: true}}, true, access.ErrDenied},
+		{"no right to write", []access.Memory{{Start: at, Size: 16, Read: true, Write: true}}, false, access.ErrDenied},
+	} {
+		for _, op := range []Op{OpWrite, OpArm} {
+			h := newFakeHost(t)
+			o := options(t, h, &memJournal{})
+			o.Cured = nil
+			o.Grant = grant(t, func(a *access.Agreement) { a.Rights.Memory, a.Rights.Write, a.Rights.Actions = test.memory, test.write, nil })
+			expect := make(Bytes, 8)
+			if _, err := o.Memory.ReadAt(expect, at); err != nil {
+				t.Fatal(err)
+			}
+			before := h.snapshot()
+			id := Identify(h.info)
+			p := Plan{ID: "plan-1", Action: StoreAction, Kernel: &id, Undo: true, Steps: []Step{{Op: op, Why: "test", Addr: at, Expect: expect, Put: Bytes("a store!"), Undo: true}}}
+			out, err := NewExecutor(o).Apply(t.Context(), p, "test")
+			if !errors.Is(err, test.want) || (err == nil) != (test.want == nil) {
+				t.Errorf("%s, %s: %v; want %v", test.name, op, err, test.want)
+			}
+			if changed := h.diff(before); (len(changed) > 0) != (test.want == nil) || out.Stores != len(changed)/8 {
+				t.Errorf("%s, %s: %d stores have changed %v", test.name, op, out.Stores, changed)
+			}
+		}
+	}
+}
+
 func TestFaultStillThere(t *testing.T) {
 	h := newFakeHost(t)
 	h.run()

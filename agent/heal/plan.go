@@ -193,8 +193,8 @@ func (p Plan) String() string {
 	return string(b)
 }
 
-// StoreAction is what an agreement lists among its actions to let operators store to the host's memory by address. It is no
-// repair of anything, and none of Actions.
+// StoreAction is the action of a plan that stores what an operator wants where the operator wants it. It is no repair of anything, and
+// none of Actions; it takes no right of its own, but ranges of the agreement's rights.memory that permit storing.
 const StoreAction = "store-memory"
 
 // Actions returns all actions.

@@ -26,6 +26,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/journal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/query"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 	"github.com/backdoor-rhs/backdoor/redfish/host"
 	"github.com/backdoor-rhs/backdoor/redfish/service"
 )
@@ -41,6 +42,7 @@ var boot = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 // fakeAgent is an agent whose host is a set of variables.
 type fakeAgent struct {
+	stores   []engine.StoreRequest
 	mu       sync.Mutex // guards what follows
 	state    engine.State
 	findings []detect.Finding
@@ -154,8 +156,13 @@ func (a *fakeAgent) View(context.Context) (*kernel.View, error) { return nil, en
 
 func (a *fakeAgent) Power() heal.Power { return fakePower{a} }
 
-func (a *fakeAgent) Outcomes(string) []heal.Outcome { return nil }
-func (a *fakeAgent) MayRead() error                 { return nil }
+func (a *fakeAgent) Outcomes(string) []heal.Outcome     { return nil }
+func (a *fakeAgent) MayRead() error                     { return nil }
+func (a *fakeAgent) MayLease(hostmem.Range, bool) error { return nil }
+func (a *fakeAgent) Store(_ context.Context, r engine.StoreRequest) (heal.Outcome, error) {
+	a.stores = append(a.stores, r)
+	return heal.Outcome{Plan: heal.Plan{ID: "plan-7"}}, nil
+}
 func (a *fakeAgent) Control(ctx context.Context, _, _, _ string, do func(context.Context) error) error {
 	return do(ctx)
 }

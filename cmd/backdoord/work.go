@@ -19,6 +19,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/journal"
+	"github.com/backdoor-rhs/backdoor/boot"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
 	"github.com/backdoor-rhs/backdoor/cmd/internal/version"
 	"github.com/backdoor-rhs/backdoor/redfish/host"
@@ -43,7 +44,7 @@ func work(ctx context.Context, path string, level *slog.LevelVar, log *slog.Logg
 	}
 	log.Info("backdoord", "version", version.String(), "memory", cfg.Memory.Backend, "writes", cfg.Writes)
 
-	w := &worker{cfg: cfg, log: log, console: console, resets: make(chan struct{}, 1)}
+	w := &worker{cfg: cfg, path: path, log: log, console: console, resets: make(chan struct{}, 1)}
 	p := newParts(cfg, log)
 	for _, err := range p.problems {
 		log.Error("configuration", "err", err)
@@ -68,6 +69,7 @@ func configure(path string) (config.Config, error) {
 
 type worker struct {
 	cfg     config.Config
+	path    string // of the configuration
 	log     *slog.Logger
 	console io.Writer
 	engine  *engine.Engine
@@ -140,6 +142,9 @@ func (w *worker) newService() (*service.Service, error) {
 	}
 	if w.journal != nil {
 		ho.Journal = w.journal
+	}
+	if boot.InImage() { // elsewhere the machine is somebody else's
+		ho.Network = newNetwork(w.path, w.log)
 	}
 	svc.Handle(host.Routes(svc, ho)...)
 	sum := sha256.Sum256(svc.Certificate().Raw)

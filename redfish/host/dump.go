@@ -206,6 +206,9 @@ func (h *host) collectMemory(r *service.Request, v service.Values) (*service.Rep
 // writeMemory copies a range of the host's RAM. What the host's kernel does not call RAM is not touched: reading a device's
 // registers may do something.
 func (h *host) writeMemory(ctx context.Context, w io.Writer, want hostmem.Range, progress func(int)) error {
+	if err := h.o.Agent.MayLease(want, false); err != nil {
+		return err
+	}
 	mem, ram, err := h.memory(ctx)
 	if err != nil {
 		return err

@@ -43,8 +43,9 @@ type Agent interface {
 	Control(ctx context.Context, what, detail, caller string, do func(context.Context) error) error
 	// MayRead returns nil if the access agreement permits looking at the host's memory.
 	MayRead() error
-	// MayStore returns nil if settings and agreement permit stores to the host's memory by address, and Store does one.
-	MayStore() error
+	// MayLease returns nil if settings and agreement permit operators to reach a range of the host's memory byte for byte.
+	MayLease(r hostmem.Range, write bool) error
+	// Store stores to the host's memory by address.
 	Store(context.Context, engine.StoreRequest) (heal.Outcome, error)
 }
 

@@ -52,6 +52,7 @@ type fakeAgent struct {
 
 	controller *fakeController // nil if there is none
 	stores     []engine.StoreRequest
+	network    *fakeNetwork  // nil if there is nothing to configure
 	image      *kernel.Image // what listings are made of; nil if the agent is not attached
 }
 
@@ -187,7 +188,7 @@ func (a *fakeAgent) MayRead() error {
 	return a.denied
 }
 
-func (a *fakeAgent) MayStore() error { return a.MayRead() }
+func (a *fakeAgent) MayLease(hostmem.Range, bool) error { return a.MayRead() }
 
 // Store takes what is expected to be there for granted only where nothing was stored before.
 func (a *fakeAgent) Store(_ context.Context, r engine.StoreRequest) (heal.Outcome, error) {
@@ -393,8 +394,12 @@ func newTestService(t testing.TB, a *fakeAgent, o service.Options) *service.Serv
 	if a.controller != nil {
 		controller = a.controller
 	}
+	var network Network
+	if a.network != nil {
+		network = a.network
+	}
 	s.Handle(Routes(s, Options{
-		Agent: a, Controller: controller, Journal: fakeJournal{}, DumpDir: filepath.Join(t.TempDir(), "dumps"),
+		Agent: a, Network: network, Controller: controller, Journal: fakeJournal{}, DumpDir: filepath.Join(t.TempDir(), "dumps"),
 		Hardware: func(context.Context) (Hardware, error) { return testHardware, nil },
 		Memory: func(context.Context) (io.ReaderAt, []hostmem.Range, error) {
 			return testMemory{}, testHardware.RAM, nil
@@ -413,6 +418,7 @@ func TestServe(t *testing.T) {
 	}
 	a := newFakeAgent()
 	a.image = recordedKernel(t)
+	a.network = &fakeNetwork{s: NetworkSettings{HostName: "dpu.example.com", Addresses: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/24")}}}
 	s := newTestService(t, a, service.Options{
 		StateDir: os.Getenv("SERVE_STATE"), Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Updater: fakeUpdater{}, Conditions: Conditions(a.Findings), Names: []string{"dpu.example.com"},

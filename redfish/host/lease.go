@@ -195,16 +195,11 @@ func (h *host) leaseMemory(r *service.Request, v service.Values) (*service.Reply
 	if err != nil {
 		return nil, err
 	}
-	if err := h.o.Agent.MayRead(); err != nil {
+	write := v.Bool("Write")
+	want := hostmem.Range{Start: start, Size: uint64(v.Int("Length"))}
+	if err := h.o.Agent.MayLease(want, write); err != nil {
 		return nil, refusal(err)
 	}
-	write := v.Bool("Write")
-	if write {
-		if err := h.o.Agent.MayStore(); err != nil {
-			return nil, refusal(err)
-		}
-	}
-	want := hostmem.Range{Start: start, Size: uint64(v.Int("Length"))}
 	_, ram, err := h.memory(r.Context())
 	if err != nil {
 		return nil, refusal(err)
@@ -419,7 +414,7 @@ func (h *host) leaseRoutes() []service.Route {
 				if err != nil {
 					return nil, err
 				}
-				if err := h.o.Agent.MayRead(); err != nil {
+				if err := h.o.Agent.MayLease(l.at, false); err != nil {
 					return nil, refusal(err)
 				}
 				mem, ram, err := h.memory(r.Context())
@@ -456,7 +451,7 @@ func (w *window) Read(b []byte) (int, error) {
 	if _, err := w.h.held(w.l.id, w.caller); err != nil {
 		return 0, fmt.Errorf("read under lease %s: %w", w.l.id, err)
 	}
-	if err := w.h.o.Agent.MayRead(); err != nil {
+	if err := w.h.o.Agent.MayLease(w.l.at, false); err != nil {
 		return 0, err
 	}
 	n := min(int64(len(b)), int64(w.l.at.Size)-w.at)

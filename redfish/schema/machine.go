@@ -63,22 +63,22 @@ type ProcessorID struct {
 // EthernetInterface is EthernetInterface.v1_12_4.EthernetInterface.
 type EthernetInterface struct {
 	Resource
-	MACAddress       string        `json:"MACAddress,omitempty"`
-	MTUSize          int           `json:"MTUSize,omitempty"`
-	SpeedMbps        *int          `json:"SpeedMbps"` // null where it is not known
-	FullDuplex       *bool         `json:"FullDuplex,omitempty"`
-	InterfaceEnabled *bool         `json:"InterfaceEnabled,omitempty"`
-	LinkStatus       string        `json:"LinkStatus,omitempty"` // LinkUp, LinkDown
-	HostName         string        `json:"HostName,omitempty"`
-	FQDN             *string       `json:"FQDN"` // null where there is none
-	NameServers      []string      `json:"NameServers,omitzero"`
+	MACAddress       string   `json:"MACAddress,omitempty"`
+	MTUSize          int      `json:"MTUSize,omitempty"`
+	SpeedMbps        *int     `json:"SpeedMbps"` // null where it is not known
+	FullDuplex       *bool    `json:"FullDuplex,omitempty"`
+	InterfaceEnabled *bool    `json:"InterfaceEnabled,omitempty"`
+	LinkStatus       string   `json:"LinkStatus,omitempty"` // LinkUp, LinkDown
+	HostName         string   `json:"HostName,omitempty"`
+	FQDN             *string  `json:"FQDN"` // null where there is none
+	NameServers      []string `json:"NameServers,omitzero"`
 	// What is configured, as opposed to what is in use.
 	StaticNameServers   []string      `json:"StaticNameServers,omitzero"`
 	IPv4StaticAddresses []IPv4Address `json:"IPv4StaticAddresses,omitzero"`
 	DHCPv4              *DHCPv4       `json:"DHCPv4,omitempty"`
-	IPv4Addresses    []IPv4Address `json:"IPv4Addresses,omitzero"`
-	IPv6Addresses    []IPv6Address `json:"IPv6Addresses,omitzero"`
-	Status           *Status       `json:"Status,omitempty"`
+	IPv4Addresses       []IPv4Address `json:"IPv4Addresses,omitzero"`
+	IPv6Addresses       []IPv6Address `json:"IPv6Addresses,omitzero"`
+	Status              *Status       `json:"Status,omitempty"`
 }
 
 // DHCPv4 is EthernetInterface.v1_12_4.DHCPv4Configuration.

@@ -52,7 +52,7 @@ func writeState(dir string, cfg Config, h *Host, b *bmc.BMC) (parties, error) {
 
 	actions := cfg.Actions
 	if actions == nil {
-		actions = append(heal.IDs(), heal.StoreAction)
+		actions = heal.IDs()
 	}
 	agreement := access.Agreement{
 		Version:   access.Version,
@@ -60,7 +60,7 @@ func writeState(dir string, cfg Config, h *Host, b *bmc.BMC) (parties, error) {
 		Host:      access.Host{UUID: h.UUID, Name: "host"},
 		Owner:     access.Party{Name: "owner", Key: public(p.owner)},
 		Monitors:  []access.Party{{Name: "monitor", Key: public(p.monitor)}},
-		Rights:    access.Rights{Read: true, Write: true, Actions: actions, Power: true},
+		Rights:    access.Rights{Read: true, Write: true, Actions: actions, Power: true, Memory: []access.Memory{{Size: 1 << 40, Read: true, Write: true, Atomic: true}}},
 		Protected: []access.Protected{},
 		ValidFrom: time.Now().Add(-time.Hour).UTC().Truncate(time.Second), ValidUntil: time.Now().AddDate(0, 0, 7).UTC().Truncate(time.Second),
 	}

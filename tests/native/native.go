@@ -179,7 +179,7 @@ func (o *Options) agree(path string) (ed25519.PublicKey, error) {
 	}
 	actions, until := o.Agreement.Actions, o.Agreement.Until
 	if actions == nil {
-		actions = append(heal.IDs(), heal.StoreAction)
+		actions = heal.IDs()
 	}
 	if until.IsZero() {
 		until = time.Now().Add(time.Hour)
@@ -191,7 +191,7 @@ func (o *Options) agree(path string) (ed25519.PublicKey, error) {
 	a := access.Agreement{
 		Version: access.Version, ID: "test", Host: access.Host{UUID: o.Host.UUID, Name: "host"},
 		Owner: access.Party{Name: "owner", Key: access.Key(signer)}, Monitors: []access.Party{{Name: "monitor", Key: access.Key(monitor)}},
-		Rights:    access.Rights{Read: true, Write: true, Power: true, Actions: actions},
+		Rights:    access.Rights{Read: true, Write: true, Power: true, Actions: actions, Memory: []access.Memory{{Size: 1 << 40, Read: true, Write: true}}},
 		Protected: []access.Protected{},
 		ValidFrom: until.Add(-48 * time.Hour).UTC().Truncate(time.Second), ValidUntil: until.UTC().Truncate(time.Second),
 	}
