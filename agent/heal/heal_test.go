@@ -542,7 +542,9 @@ func TestStoreByAddress(t *testing.T) {
 			h := newFakeHost(t)
 			o := options(t, h, &memJournal{})
 			o.Cured = nil
-			o.Grant = grant(t, func(a *access.Agreement) { a.Rights.Memory, a.Rights.Write, a.Rights.Actions = test.memory, test.write, nil })
+			o.Grant = grant(t, func(a *access.Agreement) {
+				a.Rights.Memory, a.Rights.Write, a.Rights.Actions = test.memory, test.write, nil
+			})
 			expect := make(Bytes, 8)
 			if _, err := o.Memory.ReadAt(expect, at); err != nil {
 				t.Fatal(err)
