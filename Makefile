@@ -13,10 +13,10 @@ export PATH := $(CURDIR)/build/go/bin:$(PATH)
 FUZZTIME ?= 20s
 BENCH ?= .
 
-.PHONY: conformance help setup build images demo lab test fuzz bench lint clean
+.PHONY: bench-rdma conformance help setup build images demo lab test fuzz bench lint clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '%-12s %s\n' "$$t" "$$d"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '%-12s %s\n' "$$t" "$$d"; done
 
 setup: ## install what is needed: Debian packages, Go, modules, kernels (fast when nothing is missing)
 	@images/setup.sh
@@ -53,6 +53,9 @@ fuzz: setup ## run every fuzz target for FUZZTIME (20s)
 bench: setup images ## run the benchmarks that match BENCH (all), then measure the healing in the lab
 	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
 	@go run ./tests/bench
+
+bench-rdma: setup ## measure RDMA against iperf3, TCP, rxe and rdma-core, in turn (guests take root); ROUNDS (5)
+	@go run ./tests/rxe/bench -n $${ROUNDS:-5}
 
 conformance: setup ## run DMTF's Redfish validators, from the checkouts in VALIDATORS, against a fake host, or TARGET=lab
 	@test -n "$(VALIDATORS)" || { echo "say where the checkouts are: make conformance VALIDATORS=dir"; exit 2; }

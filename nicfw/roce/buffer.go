@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"sync/atomic"
+	"unsafe"
 )
 
 // Buffer is memory of our own as a Region: a health page, a journal, a test's target. Aligned 8-byte words are loaded
@@ -18,6 +19,12 @@ func NewBuffer(size int) *Buffer { return &Buffer{make([]uint64, (size+7)/8)} }
 
 // Len returns the size in bytes.
 func (b *Buffer) Len() int { return len(b.words) * 8 }
+
+// Bytes returns the memory itself, for a device that is to reach it; its words have the machine's byte order, which is that
+// of a Buffer on little-endian machines alone.
+func (b *Buffer) Bytes() []byte {
+	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(b.words))), b.Len())
+}
 
 // ReadAt copies out len(p) bytes.
 func (b *Buffer) ReadAt(p []byte, off int64) (int, error) {

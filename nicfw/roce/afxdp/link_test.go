@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"runtime"
 	"testing"
 	"time"
 
@@ -19,62 +18,39 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/nicfw/roce"
 	"github.com/backdoor-rhs/backdoor/nicfw/roce/linktest"
+	"github.com/backdoor-rhs/backdoor/tests/netns"
 )
 
 // wire is a pair of virtual Ethernet interfaces in network namespaces of their own.
 type wire struct{ ends [2]*end }
 
-// end is a thread that stays in the namespace of one interface.
+// end is the namespace of one interface.
 type end struct {
-	do   chan func()
+	*netns.Namespace
 	v4   netip.Addr
 	v6   netip.Addr
 	name string
-}
-
-// in runs f in the namespace.
-func (e *end) in(f func() error) error {
-	done := make(chan error)
-	e.do <- func() { done <- f() }
-	return <-done
 }
 
 // newWire makes the interfaces with an MTU. It needs privileges and says so where there are none.
 func newWire(t *testing.T, mtu int) *wire {
 	t.Helper()
 	w := &wire{}
-	var handles [2]int
 	for i := range w.ends {
-		e := &end{do: make(chan func()), name: fmt.Sprintf("roce%d", i),
-			v4: netip.AddrFrom4([4]byte{10, 99, 0, byte(i + 1)}), v6: netip.MustParseAddr(fmt.Sprintf("fd99::%d", i+1))}
-		w.ends[i] = e
-		ready := make(chan error)
-		go func() {
-			runtime.LockOSThread() // and never unlock: the thread ends with the namespace
-			err := unix.Unshare(unix.CLONE_NEWNET)
-			if err == nil {
-				handles[i], err = unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-			}
-			ready <- err
-			if err != nil {
-				return
-			}
-			for f := range e.do {
-				f()
-			}
-		}()
-		if err := <-ready; errors.Is(err, unix.EPERM) {
+		ns, err := netns.New()
+		if errors.Is(err, unix.EPERM) {
 			t.Skip("making network namespaces and AF_XDP sockets takes root")
 		} else if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { close(e.do) })
+		t.Cleanup(func() { ns.Close() })
+		w.ends[i] = &end{ns, netip.AddrFrom4([4]byte{10, 99, 0, byte(i + 1)}), netip.MustParseAddr(fmt.Sprintf("fd99::%d", i+1)), fmt.Sprintf("roce%d", i)}
 	}
-	err := w.ends[0].in(func() error {
-		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "roce0", MTU: mtu}, PeerName: "roce1", PeerNamespace: netlink.NsFd(handles[1])})
+	err := w.ends[0].Do(func() error {
+		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "roce0", MTU: mtu}, PeerName: "roce1", PeerNamespace: netlink.NsFd(w.ends[1].FD())})
 	})
 	for _, e := range w.ends {
-		err = errors.Join(err, e.in(func() error {
+		err = errors.Join(err, e.Do(func() error {
 			l, err := netlink.LinkByName(e.name)
 			if err != nil {
 				return err
@@ -87,8 +63,6 @@ func newWire(t *testing.T, mtu int) *wire {
 				netlink.LinkSetUp(l))
 		}))
 	}
-	unix.Close(handles[0])
-	unix.Close(handles[1])
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +80,7 @@ func (w *wire) addr(i int, v6 bool) netip.AddrPort {
 func (w *wire) xdp(t *testing.T, i int, v6 bool, mtu int, m Mode) *Link {
 	t.Helper()
 	var l *Link
-	if err := w.ends[i].in(func() (err error) {
+	if err := w.ends[i].Do(func() (err error) {
 		l, err = Listen(Config{Addr: w.addr(i, v6), PathMTU: mtu, Mode: m})
 		return err
 	}); err != nil {
@@ -121,7 +95,7 @@ func (w *wire) xdp(t *testing.T, i int, v6 bool, mtu int, m Mode) *Link {
 func (w *wire) udp(t *testing.T, i int, v6 bool, mtu int) roce.Link {
 	t.Helper()
 	var l roce.Link
-	if err := w.ends[i].in(func() (err error) {
+	if err := w.ends[i].Do(func() (err error) {
 		l, err = roce.ListenUDP(roce.UDPConfig{Addr: w.addr(i, v6), PathMTU: mtu, NoOffload: true})
 		return err
 	}); err != nil {
@@ -195,7 +169,7 @@ func TestWholeICRC(t *testing.T) {
 	w := newWire(t, 1300)
 	a := w.xdp(t, 0, false, 1024, Generic)
 	var sock net.PacketConn
-	if err := w.ends[1].in(func() (err error) {
+	if err := w.ends[1].Do(func() (err error) {
 		sock, err = net.ListenPacket("udp4", netip.AddrPortFrom(w.ends[1].v4, roce.Port).String())
 		if err != nil {
 			return err

@@ -21,6 +21,7 @@ import (
 	"strings"
 
 	"github.com/backdoor-rhs/backdoor/nicfw/roce"
+	"github.com/backdoor-rhs/backdoor/nicfw/roce/uverbs"
 )
 
 // Server gives clients access to one region.
@@ -31,6 +32,8 @@ type Server struct {
 	Access roce.Access
 	QP     roce.QPConfig
 	Log    *slog.Logger
+	// Verbs, if not nil, serves perftest instead of Device; Region must then be a *roce.Buffer.
+	Verbs *uverbs.Device
 }
 
 // recordLen is the length of perftest's key record with a GID (KEY_MSG_SIZE_GID in perftest_communication.h).
@@ -98,7 +101,7 @@ func (s *Server) ServePerftest(ctx context.Context, l net.Listener) error {
 // but the key records can be echoed: versions, page and cache line size, path MTU, bandwidth reports, and "done".
 func (s *Server) perftest(ctx context.Context, c net.Conn) error {
 	defer context.AfterFunc(ctx, func() { c.Close() })()
-	var q *roce.QP
+	var q io.Closer
 	var mine record
 	defer func() {
 		if q != nil {
@@ -123,7 +126,11 @@ func (s *Server) perftest(ctx context.Context, c net.Conn) error {
 			if err != nil {
 				return err
 			}
-			if q, mine, err = s.connect(r, cfg); err != nil {
+			connect := s.connect
+			if s.Verbs != nil {
+				connect = s.connectVerbs
+			}
+			if q, mine, err = connect(r, cfg); err != nil {
 				return err
 			}
 			s.Log.Info("perftest client", "peer", r.gid, "qpn", mine.qpn, "rkey", mine.rkey, "mtu", cfg.PathMTU)
@@ -137,8 +144,56 @@ func (s *Server) perftest(ctx context.Context, c net.Conn) error {
 	}
 }
 
+// DialPerftest plays the client of the exchange over c and returns a queue pair that is connected to the server's window,
+// which is at va under key. cfg.PathMTU must be set.
+func DialPerftest(c net.Conn, d *roce.Device, cfg roce.QPConfig) (q *roce.QP, va uint64, key roce.RKey, err error) {
+	say := func(b []byte) []byte {
+		if err != nil {
+			return nil
+		}
+		if _, err = c.Write(b); err != nil {
+			return nil
+		}
+		answer := make([]byte, len(b))
+		_, err = io.ReadFull(c, answer)
+		return answer
+	}
+	version := append([]byte("6.06"), make([]byte, 12)...)
+	mtu := byte('0')
+	for code, m := range roce.PathMTUs() {
+		if m == cfg.PathMTU {
+			mtu += code
+		}
+	}
+	for _, m := range [][]byte{version, {0, 0, 16, 0}, {0, 0, 0, 64}, {mtu, 0}} { // version, page size, cache line size, path MTU
+		if got := say(m); err == nil && !bytes.Equal(got, m) {
+			err = fmt.Errorf("%w: %q is answered by %q", errRecord, m, got)
+		}
+	}
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	if q, err = d.NewQP(d.NewPD(), nil, cfg); err != nil {
+		return nil, 0, 0, err
+	}
+	defer func() {
+		if err != nil {
+			q.Close()
+		}
+	}()
+	mine := record{max(cfg.Resources, 1), q.QPN(), q.PSN(), 0, 0, d.Link().LocalAddr().Addr()}
+	theirs, perr := parseRecord(say(mine.bytes()))
+	if err == nil {
+		err = perr
+	}
+	if err == nil {
+		err = q.Connect(roce.Remote{Addr: theirs.gid, QPN: theirs.qpn, PSN: theirs.psn})
+	}
+	return q, theirs.va, theirs.rkey, err
+}
+
 // connect makes the queue pair and the window for a client.
-func (s *Server) connect(r record, cfg roce.QPConfig) (*roce.QP, record, error) {
+func (s *Server) connect(r record, cfg roce.QPConfig) (io.Closer, record, error) {
 	pd := s.Device.NewPD()
 	mr, err := pd.Register(s.Region, roce.MRConfig{Addr: windowVA, Length: s.Length, Access: s.Access})
 	if err != nil {
@@ -155,6 +210,48 @@ func (s *Server) connect(r record, cfg roce.QPConfig) (*roce.QP, record, error) 
 	local := s.Device.Link().LocalAddr().Addr()
 	return q, record{max(s.QP.Resources, 1), q.QPN(), q.PSN(), mr.RKey(), windowVA, local}, nil
 }
+
+// connectVerbs is connect with a verbs device of the kernel.
+func (s *Server) connectVerbs(r record, cfg roce.QPConfig) (_ io.Closer, _ record, err error) {
+	pd, err := s.Verbs.NewPD()
+	if err != nil {
+		return nil, record{}, err
+	}
+	all := closers{pd}
+	defer func() {
+		if err != nil {
+			all.Close()
+		}
+	}()
+	mr, err := pd.Register(s.Region.(*roce.Buffer), roce.MRConfig{Addr: windowVA, Length: s.Length, Access: s.Access})
+	if err != nil {
+		return nil, record{}, err
+	}
+	all = append(all, closer(mr.Revoke))
+	q, err := s.Verbs.NewQP(pd, cfg)
+	if err != nil {
+		return nil, record{}, err
+	}
+	all = append(all, q)
+	if err := q.Connect(roce.Remote{Addr: r.gid, QPN: r.qpn, PSN: r.psn}); err != nil {
+		return nil, record{}, err
+	}
+	return all, record{max(s.QP.Resources, 1), q.QPN(), q.PSN(), mr.RKey(), mr.Addr(), s.Verbs.Addr()}, nil
+}
+
+// closers are closed from the last to the first.
+type closers []io.Closer
+
+func (c closers) Close() (err error) {
+	for i := len(c) - 1; i >= 0; i-- {
+		err = errors.Join(err, c[i].Close())
+	}
+	return err
+}
+
+type closer func() error
+
+func (c closer) Close() error { return c() }
 
 // windowVA is where clients see the region.
 const windowVA = 0x7f00_0000_0000

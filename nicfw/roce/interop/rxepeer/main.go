@@ -2,13 +2,13 @@
 //
 // Synopsis:
 //
-//	rxepeer [-addr ADDR] [-size BYTES] [-access rwa] [-mtu BYTES] [-resources N] [-spin DURATION] [-loss P] [-rping ADDR:PORT]
+//	rxepeer [-addr ADDR] [-size BYTES] [-access rwa] [-mtu BYTES] [-resources N] [-spin DURATION] [-loss P] [-rping ADDR:PORT] [-uverbs]
 //
 // Description:
 //
 // It listens on UDP port 4791 of ADDR, for perftest on TCP port 18515, for perftest -R and rping by connection manager
 // on ports 18515 and 7174, and for testdata/verify.c on port 7175, until it gets SIGINT. With -rping it connects to an rping server instead, plays ten rounds and
-// ends.
+// ends. With -uverbs the kernel's verbs device at ADDR serves the memory, to perftest with keys over TCP alone.
 //
 // Example:
 //
@@ -30,6 +30,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/nicfw/roce"
 	"github.com/backdoor-rhs/backdoor/nicfw/roce/interop"
+	"github.com/backdoor-rhs/backdoor/nicfw/roce/uverbs"
 )
 
 func main() {
@@ -52,6 +53,8 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	spin := f.Duration("spin", 0, "busy polling before sleeping")
 	offload := f.Bool("offload", true, "use UDP_SEGMENT and UDP_GRO")
 	loss := f.Float64("loss", 0, "probability that a packet gets lost, each way; likewise duplicated and reordered")
+	port := f.Uint("port", 18515, "TCP port of perftest")
+	verbs := f.Bool("uverbs", false, "serve by the kernel's verbs device")
 	rping := f.String("rping", "", "rping server to connect to")
 	if err := f.Parse(args); err != nil {
 		return err
@@ -61,6 +64,9 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(w, nil))
+	if *verbs {
+		return runVerbs(ctx, ip, uint16(*port), *size, log)
+	}
 	link, err := roce.ListenUDP(roce.UDPConfig{Addr: netip.AddrPortFrom(ip, 0), PathMTU: *mtu, Spin: *spin, NoOffload: !*offload})
 	if err != nil {
 		return err
@@ -101,7 +107,7 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 			return fmt.Errorf("no such right: %q", c)
 		}
 	}
-	tcp, err := net.Listen("tcp", netip.AddrPortFrom(ip, 18515).String())
+	tcp, err := net.Listen("tcp", netip.AddrPortFrom(ip, uint16(*port)).String())
 	if err != nil {
 		return err
 	}
@@ -136,4 +142,29 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 			log.Info("counters", "device", dev.Counters().String(), "link", fmt.Sprintf("%+v", link.(interface{ Counters() roce.LinkCounters }).Counters()))
 		}
 	}
+}
+
+// runVerbs serves perftest by a verbs device of the kernel.
+func runVerbs(ctx context.Context, ip netip.Addr, port uint16, size int, log *slog.Logger) error {
+	dev, err := uverbs.Open(ip)
+	if err != nil {
+		return err
+	}
+	defer dev.Close()
+	mem := roce.NewBuffer(size)
+	if err := interop.Fill(mem, int64(mem.Len())); err != nil {
+		return err
+	}
+	s := &interop.Server{Verbs: dev, Region: mem, Length: uint64(mem.Len()), Log: log,
+		Access: roce.AccessRead | roce.AccessWrite | roce.AccessAtomic, QP: roce.QPConfig{Resources: 16}}
+	l, err := net.Listen("tcp", netip.AddrPortFrom(ip, port).String())
+	if err != nil {
+		return err
+	}
+	defer context.AfterFunc(ctx, func() { l.Close() })()
+	log.Info("serve by verbs device", "device", dev.Name(), "addr", l.Addr())
+	if err := s.ServePerftest(ctx, l); ctx.Err() == nil {
+		return err
+	}
+	return nil
 }
