@@ -5,8 +5,8 @@
 // outcomes (done; not done, because there is nothing to do it with; could not tell or do), is logged, and the next one
 // goes on. Only Linux is supported, only what an initramfs offers is used (no udev, no modprobe, no shell).
 //
-// The order: pseudo-filesystems, kernel modules for the devices that are there, the state disk, the clock, the
-// configuration (which lies on the state disk), host name, watchdog, random numbers, network.
+// The order: pseudo-filesystems, kernel modules for the devices that are there, the watchdog, the state disk, the clock, the
+// configuration (which lies on the state disk), host name, the watchdog's time-out, random numbers, network.
 package boot
 
 import (
@@ -23,6 +23,8 @@ import (
 
 	"github.com/u-root/u-root/pkg/mount"
 	"golang.org/x/sys/unix"
+
+	"github.com/backdoor-rhs/backdoor/boot/early"
 )
 
 // StateLabel is the label of the ext4 file system that keeps the agent's state.
@@ -99,15 +101,13 @@ func (c Config) Validate() error {
 }
 
 // Outcome is how a step ended.
-type Outcome string
+type Outcome = early.Outcome
 
+// The outcomes.
 const (
-	// Done: the step did what it is for.
-	Done Outcome = "done"
-	// Absent: there was nothing to do it with (no disk, no watchdog), which was found out for certain.
-	Absent Outcome = "absent"
-	// Unclear: it was not done, or not all of it, or it cannot be told; Err says why.
-	Unclear Outcome = "unclear"
+	Done    = early.Done
+	Absent  = early.Absent
+	Unclear = early.Unclear
 )
 
 // A Step is one thing that Up did, or tried to.
@@ -145,7 +145,7 @@ type Machine struct {
 	persistent bool         // StateDir is on a disk
 	stateDev   string       // the mounted disk
 	alive      func() error // asked before the watchdog is fed
-	dog        *watchdog
+	dog        *early.Watchdog
 }
 
 // InImage reports whether this process runs as the first program of an initramfs: as process 1 or started by it, on a
@@ -175,12 +175,13 @@ func Up(ctx context.Context, o Options) (*Machine, error) {
 	background, cancel := context.WithCancel(ctx)
 	m := &Machine{log: o.Logger, boot: time.Now(), cancel: cancel}
 	var cfg Config
-	m.step("mounts", mountPseudo)
+	m.step("mounts", early.Mount)
 	seeded := seedRandom() // takes a second on some machines; meanwhile the rest goes on
 	if os.Getpid() == 1 {
 		m.background(background, reapOrphans)
 	}
-	m.step("modules", func() (Outcome, string, error) { return loadModules(ctx) })
+	m.step("modules", func() (Outcome, string, error) { return early.LoadModules(ctx) })
+	dog, noDog := early.Arm(defaultWatchdog) // the time that the loader gave us runs
 	m.step("state", func() (Outcome, string, error) { return m.mountState(ctx, o.StateWait) })
 	m.step("clock", func() (Outcome, string, error) { return setClock(clockFile) })
 	m.background(background, func(ctx context.Context) { keepClock(ctx, clockFile) })
@@ -198,7 +199,7 @@ func Up(ctx context.Context, o Options) (*Machine, error) {
 		})
 	}
 	m.step("hostname", func() (Outcome, string, error) { return setHostname(cfg.Hostname) })
-	m.step("watchdog", func() (Outcome, string, error) { return m.armWatchdog(background, cfg.WatchdogSeconds) })
+	m.step("watchdog", func() (Outcome, string, error) { return m.keepWatchdog(background, dog, noDog, cfg.WatchdogSeconds) })
 	m.step("random", func() (Outcome, string, error) { return waitRandom(ctx, seeded, entropyWait) })
 	m.step("network", func() (Outcome, string, error) { return m.network(background, cfg, o.NetworkWait) })
 	if err := ctx.Err(); err != nil {
@@ -257,7 +258,7 @@ func (m *Machine) Close() error {
 	if m.dog == nil {
 		return nil
 	}
-	err := m.dog.disarm()
+	err := m.dog.Disarm()
 	m.dog = nil
 	return err
 }

@@ -1,4 +1,4 @@
-package boot
+package early
 
 import (
 	"bufio"
@@ -82,9 +82,9 @@ func modaliases(sys string) ([]string, error) {
 	return all, nil
 }
 
-// loadModules loads what the devices need that are there, as udev would, over again as long as that brings up new
+// LoadModules loads what the devices need that are there, as udev would, over again as long as that brings up new
 // devices (a PCI driver brings a virtio bus with devices of its own).
-func loadModules(ctx context.Context) (Outcome, string, error) {
+func LoadModules(ctx context.Context) (Outcome, string, error) {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
 		return Unclear, "", fmt.Errorf("find the kernel's release: %w", err)

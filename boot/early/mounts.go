@@ -1,4 +1,4 @@
-package boot
+package early
 
 import (
 	"errors"
@@ -24,7 +24,8 @@ var pseudo = []struct {
 	{dir: "/sys/fs/bpf", fstype: "bpf", data: "mode=0700", flags: unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, optional: true},
 }
 
-func mountPseudo() (Outcome, string, error) {
+// Mount mounts proc, sysfs, devtmpfs and memory for /tmp and /run where they are not mounted yet.
+func Mount() (Outcome, string, error) {
 	var did []string
 	var errs []error
 	for _, p := range pseudo {
