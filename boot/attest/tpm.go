@@ -46,6 +46,13 @@ func (t *TPM) Close() error {
 	return t.t.Close()
 }
 
+// Send sends one command as it is and returns the response, so that a TPM can stand where go-tpm wants a transport.
+func (t *TPM) Send(command []byte) ([]byte, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.t.Send(command)
+}
+
 // Properties are what a TPM says of itself.
 type Properties struct {
 	Manufacturer string // the TCG's vendor ID, such as "IBM " or "IFX "

@@ -153,8 +153,12 @@ func build(ctx context.Context, img Image, o Options) (*Manifest, error) {
 		return nil, err
 	}
 	var a initramfs.Archive
-	a.File("bbin/backdoord", agent, 0o755)
-	a.Symlink("bbin/uinit", "backdoord") // what u-root's init starts
+	if img.Loader {
+		loader(&a, img, agent)
+	} else {
+		a.File("bbin/backdoord", agent, 0o755)
+		a.Symlink("bbin/uinit", "backdoord") // what u-root's init starts
+	}
 	second, err := a.Bytes()
 	if err != nil {
 		return nil, err
@@ -206,6 +210,18 @@ func build(ctx context.Context, img Image, o Options) (*Manifest, error) {
 	)
 }
 
+// loader fills the second archive of a first stage: its program as the kernel's init, and what it is for. Which key sets it trusts
+// (root.json) is the owner's to say, in an archive that follows.
+func loader(a *initramfs.Archive, img Image, program []byte) {
+	a.Directory("dev", 0o755)
+	a.CharDevice("dev/console", 0o600, 5, 1)
+	a.Directory("etc", 0o755)
+	a.Directory("etc/backdoor", 0o755)
+	settings := fmt.Sprintf("{\"product\":\"backdoor\",\"machine\":%q}\n", strings.Replace(img.Name, "loader-", "dpu-", 1))
+	a.File("etc/backdoor/loader.json", []byte(settings), 0o644)
+	a.File("init", program, 0o755)
+}
+
 func within(img Image, what string, size, most int64) error {
 	if size <= most {
 		return nil
@@ -233,7 +249,11 @@ func buildAgent(ctx context.Context, img Image, o Options) ([]byte, File, error)
 	}
 	defer os.RemoveAll(dir)
 	out := filepath.Join(dir, "agent")
-	if _, err := goCommand(ctx, o.Module, environment(img.GOARCH), "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", out, o.Agent); err != nil {
+	program, place := o.Agent, "bbin/backdoord"
+	if img.Loader {
+		program, place = "./cmd/backdoor-loader", "init"
+	}
+	if _, err := goCommand(ctx, o.Module, environment(img.GOARCH), "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", out, program); err != nil {
 		return nil, File{}, err
 	}
 	data, err := os.ReadFile(out)
@@ -241,9 +261,9 @@ func buildAgent(ctx context.Context, img Image, o Options) ([]byte, File, error)
 		return nil, File{}, err
 	}
 	if !bytes.HasPrefix(data, []byte("\x7fELF")) { // go build makes something of a library, too
-		return nil, File{}, fmt.Errorf("%s is not a command", o.Agent)
+		return nil, File{}, fmt.Errorf("%s is not a command", program)
 	}
-	f := describe("bbin/backdoord", data)
+	f := describe(place, data)
 	o.Logger.Info("agent built", "image", img.Name, "bytes", f.Size, "took", time.Since(start).Round(time.Millisecond))
 	return data, f, nil
 }
@@ -304,15 +324,19 @@ func makeBase(ctx context.Context, img Image, k kernels.Kernel, goVersion string
 		return stored{}, err
 	}
 	s.Modules = pack.Names()
-	newc, err := u.busybox(ctx, img, o)
-	if err != nil {
-		return stored{}, err
-	}
 	var a initramfs.Archive
-	if err := a.Append(newc); err != nil {
-		return stored{}, err
+	dirs := []string{"lib", "lib/modules"}
+	if !img.Loader {
+		newc, err := u.busybox(ctx, img, o)
+		if err != nil {
+			return stored{}, err
+		}
+		if err := a.Append(newc); err != nil {
+			return stored{}, err
+		}
+		dirs = []string{"lib/modules", "run", "var/lib/backdoor"}
 	}
-	for _, d := range []string{"lib/modules", "run", "var/lib/backdoor"} {
+	for _, d := range dirs {
 		a.Directory(d, 0o755)
 	}
 	for _, f := range pack.Files() {

@@ -6,7 +6,7 @@ import (
 )
 
 // An Image is what the agent's machine boots: a kernel, and an initramfs made of u-root's init and a few of its commands,
-// kernel modules, and the agent.
+// kernel modules, and the agent. The first stage is one, too.
 type Image struct {
 	Name    string
 	About   string
@@ -19,6 +19,8 @@ type Image struct {
 	// Commands are u-root's commands, built into one program. The agent needs init only; the others are for a person
 	// who boots with rdinit=/bbin/gosh.
 	Commands []string
+	// Loader says that the image is a first stage: cmd/backdoor-loader as its only program, and no u-root init.
+	Loader bool
 	// Budget bounds the sizes; a build that exceeds it fails.
 	Budget Budget
 }
@@ -36,6 +38,9 @@ var commands = []string{"init", "gosh", "cat", "dmesg", "ip", "ls", "mount", "ps
 
 // virtual are the devices of the lab's machines: disk and network, entropy.
 var virtual = []string{"virtio_pci", "virtio_blk", "virtio_net", "virtio_rng"}
+
+// first is what a loader reaches slots and TPM by.
+var first = []string{"virtio_pci", "virtio_blk"}
 
 // state is what mounting an ext4 state disk takes; its checksums come from a module of their own.
 var state = []string{"ext4", "crc32c_generic"}
@@ -64,6 +69,18 @@ func Images() []Image {
 				"sdhci_of_aspeed", "mmc_block"),
 			Commands: commands,
 			Budget:   Budget{Initramfs: 16 * mb, Unpacked: 48 * mb},
+		},
+		{
+			Name: "loader-arm64", About: "first stage of dpu-arm64",
+			GOARCH: "arm64", Kernel: "6.1-cloud-arm64", Console: "ttyAMA0",
+			Modules: join(first, nil, "tpm_tis"), Loader: true,
+			Budget: Budget{Initramfs: 2.5 * mb, Unpacked: 6 * mb},
+		},
+		{
+			Name: "loader-amd64", About: "first stage of dpu-amd64",
+			GOARCH: "amd64", Kernel: "6.1-generic", Console: "ttyS0",
+			Modules: join(first, nil, "i6300esb"), Loader: true,
+			Budget: Budget{Initramfs: 2.5 * mb, Unpacked: 6 * mb},
 		},
 	}
 }

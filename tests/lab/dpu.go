@@ -44,6 +44,8 @@ type DPU struct {
 	StateDir string
 	// BootTook is the time from QEMU's start to the first answer of the Redfish service.
 	BootTook time.Duration
+	// Slots is the disk that the DPU is started from; nil without Config.Slots.
+	Slots *Slots
 
 	machine *machine
 	disk    string // image of the state disk
@@ -84,6 +86,12 @@ func newDPU(dir string, cfg Config, h *Host, b *bmc.BMC, sw *wire.Switch) (*DPU,
 	if err := makeDisk(disk, d.StateDir); err != nil {
 		return nil, err
 	}
+	if cfg.Slots {
+		if d.Slots, err = makeSlots(dir, cfg); err != nil {
+			return nil, err
+		}
+		d.Slots.dpu = d
+	}
 	if d.log, err = logFile(filepath.Join(dir, "dpu-console.log")); err != nil {
 		return nil, err
 	}
@@ -113,7 +121,11 @@ func newDPU(dir string, cfg Config, h *Host, b *bmc.BMC, sw *wire.Switch) (*DPU,
 			d.mu.Lock()
 			d.port = p
 			d.mu.Unlock()
-			return []string{
+			start := []string{"-kernel", cfg.DPUKernel, "-initrd", cfg.DPUImage, "-append", "console=ttyAMA0 panic=-1 quiet"}
+			if d.Slots != nil {
+				start = d.Slots.args(cfg)
+			}
+			return append([]string{
 				"-machine", "virt", "-accel", "tcg,thread=multi", "-cpu", "cortex-a57", "-m", fmt.Sprintf("%dM", dpuMemory),
 				// With one possible CPU, QEMU's atomic instructions would not be atomic against the host's.
 				"-smp", "1,maxcpus=2",
@@ -124,8 +136,7 @@ func newDPU(dir string, cfg Config, h *Host, b *bmc.BMC, sw *wire.Switch) (*DPU,
 				"-netdev", fmt.Sprintf("user,id=net0,hostfwd=tcp:%v-:443", d.redfish), "-device", "virtio-net-pci,netdev=net0,romfile=,mac=" + dpuMAC,
 				"-netdev", fmt.Sprintf("dgram,id=wire,local.type=fd,local.str=%d", wireFD),
 				"-device", fmt.Sprintf("virtio-net-pci,netdev=wire,romfile=,host_mtu=%d,mac=%s", wire.MTU, dpuWireMAC),
-				"-kernel", cfg.DPUKernel, "-initrd", cfg.DPUImage, "-append", "console=ttyAMA0 panic=-1 quiet",
-			}, nil
+			}, start...), nil
 		},
 	}
 	return d, nil
@@ -188,6 +199,9 @@ func (d *DPU) boot(ctx context.Context) error {
 		return err
 	}
 	go func() {
+		if d.Slots != nil {
+			return // after a panic the other slot is started
+		}
 		if l, err := console.Wait(ctx, mark, dpuTrouble); err == nil {
 			fail(errors.New(l.Text))
 		}

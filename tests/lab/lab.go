@@ -46,6 +46,11 @@ type Config struct {
 	NoDPU bool
 	// DPUImage and DPUKernel are the DPU's initramfs and kernel; empty means build/images of this checkout.
 	DPUImage, DPUKernel string
+	// Slots starts the DPU as a real one is: the loader, which stands for its ROM, verifies and measures the image in one of the slots of
+	// a disk (DPU.Slots), which is made of DPUImage and DPUKernel. Without it QEMU starts the image itself.
+	Slots bool
+	// DPULoader is the loader's initramfs; empty means build/images of this checkout.
+	DPULoader string
 	// NoWrites keeps the agent from changing HOST, by stores or through its BMC: the lab's own control experiment.
 	NoWrites bool
 	// Engine is the agent's path to HOST's memory: "window" (default) or "dma", the model of a DMA engine over it.
@@ -263,7 +268,14 @@ func (c *Config) findImage(root string) error {
 	if c.DPUKernel == "" {
 		c.DPUKernel = built + ".vmlinuz"
 	}
-	for _, p := range []string{c.DPUImage, c.DPUKernel} {
+	files := []string{c.DPUImage, c.DPUKernel}
+	if c.Slots {
+		if c.DPULoader == "" {
+			c.DPULoader = filepath.Join(root, "build", "images", "loader-arm64.cpio.zst")
+		}
+		files = append(files, c.DPULoader)
+	}
+	for _, p := range files {
 		if _, err := os.Stat(p); err != nil {
 			return &InfraError{Op: "find the DPU's image", Err: err, Next: "build it: make images"}
 		}

@@ -1,0 +1,322 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/backdoor-rhs/backdoor/boot/attest"
+	"github.com/backdoor-rhs/backdoor/boot/bundle"
+	"github.com/backdoor-rhs/backdoor/boot/early"
+	"github.com/backdoor-rhs/backdoor/boot/handover"
+	"github.com/backdoor-rhs/backdoor/boot/slot"
+)
+
+// loaderVersion is what a manifest's minLoader is compared with. It rises when an image can rely on something new.
+const loaderVersion = 1
+
+const (
+	// watchdogTime is how long the machine may stand still. It goes on counting through the jump, so the next kernel and its agent have as
+	// long to take it over.
+	watchdogTime = 45 * time.Second
+	// patience is how long the loader feeds the watchdog at most.
+	patience = 2 * time.Minute
+	// diskWait is how long it waits for a disk to appear.
+	diskWait = 5 * time.Second
+)
+
+// A settings is /etc/backdoor/loader.json.
+type settings struct {
+	Product string `json:"product"`
+	Machine string `json:"machine"`
+}
+
+// A loader is one run of the loader.
+type loader struct {
+	console io.Writer
+	began   time.Time
+
+	settings settings
+	roots    []byte // as found
+	root     bundle.Root
+	dog      *early.Watchdog
+	tpm      *attest.TPM
+	epoch    uint64 // the TPM's
+	disk     *slot.Disk
+	facts    handover.Facts
+	feeding  atomic.Bool
+
+	// load and jump are kexec; tests have others.
+	load func(kernel, initrd *os.File, commandLine string) error
+	jump func() error
+}
+
+// say tells the console and, if it is worth remembering, the image that is started.
+func (l *loader) say(note bool, format string, a ...any) {
+	text := fmt.Sprintf(format, a...)
+	fmt.Fprintf(l.console, "backdoor-loader: %6.3f %s\n", time.Since(l.began).Seconds(), text)
+	if note && len(l.facts.Notes) < handover.MaxNotes {
+		l.facts.Notes = append(l.facts.Notes, text)
+	}
+}
+
+// run returns only if nothing could be started.
+func run(console io.Writer) error {
+	l := &loader{console: console, began: time.Now(), load: load, jump: jump}
+
+	if _, _, err := early.Mount(); err != nil {
+		l.say(true, "mount: %v", err)
+	}
+	if _, detail, err := early.LoadModules(context.Background()); err != nil {
+		l.say(true, "load drivers (%s): %v", detail, err)
+	}
+	l.armWatchdog()
+	if err := l.readSettings("/etc/backdoor"); err != nil {
+		return err
+	}
+	if tpm, err := attest.Open(); errors.Is(err, attest.ErrNoTPM) {
+		l.say(false, "no TPM: nothing is measured")
+	} else if err != nil {
+		l.say(true, "%v", err)
+	} else {
+		l.tpm = tpm
+	}
+	for deadline := time.Now().Add(diskWait); ; time.Sleep(20 * time.Millisecond) { // disks appear on their own time
+		disk, err := slot.Find("/sys", "/dev")
+		if err == nil {
+			l.disk = disk
+			break
+		}
+		if !errors.Is(err, slot.ErrNone) || time.Now().After(deadline) {
+			return err
+		}
+	}
+	return l.boot()
+}
+
+// armWatchdog arms the watchdog, if there is one, and feeds it while the loader works, but not for ever.
+func (l *loader) armWatchdog() {
+	dog, err := early.Arm(watchdogTime)
+	if errors.Is(err, early.ErrNoWatchdog) {
+		l.say(false, "no watchdog: a hang will not end by itself")
+		return
+	}
+	if err != nil {
+		l.say(true, "%v", err)
+		return
+	}
+	l.dog = dog
+	l.facts.Watchdog = dog.Name
+	l.say(false, "watchdog %s, %v", dog.Name, dog.Timeout)
+	if dog.Bit {
+		l.facts.WatchdogReset = true
+		l.say(true, "the watchdog has reset the machine: what ran before hung")
+	}
+	l.feeding.Store(true)
+	go func() {
+		for end := time.Now().Add(patience); time.Now().Before(end) && l.feeding.Load(); time.Sleep(time.Second) {
+			if err := dog.Feed(); err != nil {
+				l.say(true, "feed the watchdog: %v", err)
+			}
+		}
+	}()
+}
+
+func (l *loader) readSettings(dir string) error {
+	b, err := os.ReadFile(dir + "/loader.json")
+	if err != nil {
+		return fmt.Errorf("read the loader's settings: %w", err)
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&l.settings); err != nil {
+		return fmt.Errorf("read the loader's settings: %w", err)
+	}
+	if l.settings.Product == "" || l.settings.Machine == "" {
+		return errors.New("the loader's settings name no product or no machine class")
+	}
+	if l.roots, err = os.ReadFile(dir + "/root.json"); err != nil {
+		return fmt.Errorf("read the trusted key sets: %w", err)
+	}
+	var chain []bundle.Envelope
+	if err := json.Unmarshal(l.roots, &chain); err != nil {
+		return fmt.Errorf("read the trusted key sets: %w", err)
+	}
+	if l.root, err = bundle.ReadRoots(chain); err != nil {
+		return fmt.Errorf("read the trusted key sets: %w", err)
+	}
+	return nil
+}
+
+// boot starts the first slot that can be started. It returns only if none can.
+func (l *loader) boot() error {
+	if err := l.disk.Damage(); err != nil {
+		l.say(true, "the slots' state: %v", err)
+	}
+	if l.tpm != nil {
+		epoch, err := l.tpm.Epoch()
+		if err != nil {
+			l.say(true, "%v: the epoch is the disk's word alone", err)
+		}
+		l.epoch = epoch
+	}
+	state := l.disk.State()
+	order := state.Order(uint32(min(l.epoch, math.MaxUint32)))
+	l.say(false, "epoch %d, slots to start: %v", max(l.epoch, uint64(state.Epoch)), order)
+	var errs []error
+	for _, name := range order {
+		err := l.start(name)
+		l.say(true, "slot %s: %v", name, err)
+		errs = append(errs, fmt.Errorf("slot %s: %w", name, err))
+		var fatal *dirtyError
+		if errors.As(err, &fatal) {
+			return err
+		}
+		if err := l.disk.Refuse(name, err); err != nil {
+			l.say(true, "%v", err)
+		}
+	}
+	if len(errs) == 0 {
+		return errors.New("no slot holds an image")
+	}
+	return errors.Join(errs...)
+}
+
+// A dirtyError is a failure after measuring began: the PCR says that an image was started which was not, so only a reset helps.
+type dirtyError struct{ err error }
+
+func (e *dirtyError) Error() string { return e.err.Error() }
+func (e *dirtyError) Unwrap() error { return e.err }
+
+// start starts what is in a slot. It returns only if that fails.
+func (l *loader) start(name slot.Name) error {
+	dev := l.disk.Slot(name)
+	if dev == nil {
+		return errors.New("the disk has no such slot")
+	}
+	state := l.disk.State()
+	policy := bundle.Policy{
+		Root: l.root, MinRoot: state.Root, MinEpoch: max(uint32(min(l.epoch, math.MaxUint32)), state.Epoch),
+		Product: l.settings.Product, Machine: l.settings.Machine, Loader: loaderVersion,
+	}
+	img, err := bundle.OpenAt(dev, policy)
+	if err != nil {
+		return err
+	}
+	m := img.Manifest
+	l.say(false, "slot %s: %s %s, epoch %d", name, m.Product, m.Version, m.Epoch)
+	if at := state.Slot(name); at.Version == "" {
+		if err := l.disk.Adopt(name, &img.Head); err != nil {
+			return err
+		}
+	}
+	measured, err := handover.Measured(dev, &img.Head)
+	if err != nil {
+		return err
+	}
+	kernel, err := memory("kernel", func(w io.Writer) error { return img.CopyPart(w, bundle.PartKernel) })
+	if err != nil {
+		return err
+	}
+	defer kernel.Close()
+	log := measured.Events()
+	l.facts.Loader, l.facts.Slot, l.facts.Version, l.facts.Epoch = loaderVersion, string(name), m.Version, m.Epoch
+	l.facts.Fallback = state.Fallback
+	l.facts.Measured = l.tpm != nil
+	initrd, err := memory("initrd", func(w io.Writer) error {
+		n := &counter{w: w}
+		if err := img.CopyPart(n, bundle.PartInitramfs); err != nil {
+			return err
+		}
+		facts := l.facts
+		if !facts.Measured {
+			log = nil
+		}
+		archive, err := facts.Archive(log, l.roots)
+		if err != nil {
+			return err
+		}
+		// An archive begins at a multiple of four bytes (Documentation/driver-api/early-userspace/buffer-format.rst).
+		_, err = w.Write(append(make([]byte, -n.n&3), archive...))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer initrd.Close()
+	l.say(false, "slot %s: verified", name)
+	commandLine := strings.TrimSpace(m.CommandLine + " " + name.Argument())
+	if err := l.load(kernel, initrd, commandLine); err != nil {
+		return fmt.Errorf("load it: %w", err)
+	}
+	l.say(false, "slot %s: loaded", name)
+
+	if l.tpm != nil && state.Slot(name).Status == slot.Good && uint64(m.Epoch) > l.epoch && state.Epoch >= m.Epoch {
+		if err := l.tpm.RaiseEpoch(uint64(m.Epoch)); err != nil {
+			l.say(false, "%v", err)
+		}
+	}
+	if err := l.disk.Try(name); err != nil {
+		l.say(false, "%v", err) // a disk that cannot be written can still be started from
+	}
+	if l.tpm != nil {
+		for _, e := range measured.Events() {
+			if err := l.tpm.Extend(e); err != nil {
+				// The machine is started all the same, and cannot prove what it runs.
+				l.say(false, "measure it: %v", err)
+				break
+			}
+		}
+		if err := l.tpm.LockEpoch(); err != nil {
+			l.say(false, "%v", err)
+		}
+		l.tpm.Close()
+	}
+	l.say(false, "slot %s: jump", name)
+	if l.dog != nil {
+		l.feeding.Store(false)
+		if err := l.dog.Feed(); err != nil {
+			l.say(false, "feed the watchdog: %v", err)
+		}
+	}
+	return &dirtyError{fmt.Errorf("jump: %w", l.jump())}
+}
+
+type counter struct {
+	w io.Writer
+	n int64
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// memory makes a file in memory and has it filled.
+func memory(name string, fill func(io.Writer) error) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("make room for the %s: %w", name, err)
+	}
+	f := os.NewFile(uintptr(fd), name)
+	if err := fill(f); err != nil {
+		f.Close()
+		return nil, err
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
