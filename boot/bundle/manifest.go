@@ -100,7 +100,7 @@ func (m *Manifest) Validate() error {
 		}
 		seen[p.Name] = true
 		if p.Size < 1 || p.Size > maxPart {
-			bad("parts[%d]: size %d: want 1 to %d", i, p.Size, maxPart)
+			bad("parts[%d]: size %d: want 1 to %d", i, p.Size, int64(maxPart))
 		}
 		if len(p.digest()) != 32 || strings.ToLower(p.SHA256) != p.SHA256 {
 			bad("parts[%d]: sha256 is not 64 lower-case hexadecimal digits", i)
