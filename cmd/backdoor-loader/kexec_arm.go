@@ -67,7 +67,9 @@ func load(kernel, initrd *os.File, commandLine string) error {
 	for _, p := range []string{"linux,elfcorehdr", "linux,usable-memory-range", "kaslr-seed", "rng-seed", "linux,initrd-start", "linux,initrd-end"} {
 		chosen.RemoveProperty(p)
 	}
-	put := func(name string, v uintptr) { chosen.UpdateProperty(name, binary.BigEndian.AppendUint32(nil, uint32(v))) }
+	put := func(name string, v uintptr) {
+		chosen.UpdateProperty(name, binary.BigEndian.AppendUint32(nil, uint32(v)))
+	}
 	put("linux,initrd-start", ramfsAt.Start)
 	put("linux,initrd-end", ramfsAt.Start+uintptr(len(ramfs)))
 	chosen.UpdateProperty("bootargs", append([]byte(commandLine), 0))
