@@ -30,6 +30,12 @@ type Config struct {
 	// RunawayExempt are users whose processes may use all the CPU they get. Names of processes are no ground for an
 	// exemption: anybody can choose his own.
 	RunawayExempt []UIDRange
+	// BombGrowth is how many tasks more within two seconds are a fork bomb on a host of up to four CPUs.
+	BombGrowth int
+	// HogETA is how soon memory must come to its end at the present rate, and HogFloor the share of it (0 to 1) below which it
+	// is low, for a process to be a hog.
+	HogETA   time.Duration
+	HogFloor float64
 }
 
 // DefaultConfig returns the settings that suit a server.
@@ -43,6 +49,9 @@ func DefaultConfig() Config {
 		Silent:       5 * time.Second,
 		RunawayShare: 0.9,
 		RunawayFor:   60 * time.Second,
+		BombGrowth:   128,
+		HogETA:       3 * time.Second,
+		HogFloor:     0.05,
 	}
 }
 
@@ -60,6 +69,7 @@ func (c Config) Check() error {
 		{"idleVerdict", c.IdleVerdict, c.StallVerdict},
 		{"silent", c.Silent, c.StallVerdict},
 		{"runawayFor", c.RunawayFor, c.Tasks},
+		{"hogETA", c.HogETA, 100 * time.Millisecond},
 	} {
 		if d.d < d.min || d.d > 24*time.Hour {
 			return fmt.Errorf("detector setting %s is %v; it must be between %v and 24h", d.name, d.d, d.min)
@@ -67,6 +77,12 @@ func (c Config) Check() error {
 	}
 	if !(c.RunawayShare > 0 && c.RunawayShare <= 1) {
 		return fmt.Errorf("detector setting runawayShare is %v; it is a share of one CPU, above 0 and at most 1", c.RunawayShare)
+	}
+	if c.BombGrowth < 16 || c.BombGrowth > 1<<20 {
+		return fmt.Errorf("detector setting bombGrowth is %d; it is a number of tasks, 16 to %d", c.BombGrowth, 1<<20)
+	}
+	if !(c.HogFloor >= 0 && c.HogFloor < 1) {
+		return fmt.Errorf("detector setting hogFloor is %v; it is a share of the memory, from 0 to below 1", c.HogFloor)
 	}
 	for _, r := range c.RunawayExempt {
 		if r.First > r.Last {
@@ -83,5 +99,5 @@ func (c Config) Keep() (beats, tasks time.Duration) {
 
 // Detectors returns all detectors with these settings.
 func Detectors(c Config) []Detector {
-	return []Detector{panicDetector(c), hostSilent(c), cpuStall(c), runawayProcess(c)}
+	return []Detector{panicDetector(c), hostSilent(c), cpuStall(c), runawayProcess(c), forkBomb(c), memoryHog(c), exhaustion(c)}
 }

@@ -30,11 +30,14 @@ const (
 	KindCPUStall       Kind = "cpu-stall"       // a CPU makes no progress
 	KindRunawayProcess Kind = "runaway-process" // a task eats a CPU beyond policy
 	KindHostSilent     Kind = "host-silent"     // nothing on the host progresses
+	KindForkBomb       Kind = "fork-bomb"       // a tree of tasks grows without end
+	KindMemoryHog      Kind = "memory-hog"      // memory runs out within moments
+	KindExhaustion     Kind = "exhaustion"      // something else runs out
 )
 
 // Kinds returns the whole vocabulary.
 func Kinds() []Kind {
-	return []Kind{KindPanic, KindCPUStall, KindRunawayProcess, KindHostSilent}
+	return []Kind{KindPanic, KindCPUStall, KindRunawayProcess, KindHostSilent, KindForkBomb, KindMemoryHog, KindExhaustion}
 }
 
 // Evidence is one observed fact that supports a finding.
@@ -51,6 +54,10 @@ type Culprit struct {
 	Comm  string        `json:"comm,omitempty"`
 	UID   *uint32       `json:"uid,omitempty"`
 	Start time.Duration `json:"start,omitempty"` // task_struct.start_time: tells reused PIDs apart
+	// Tree is how many tasks are meant: those that the user of the process has started since Since, on the host's clock, as
+	// Offspring finds them. Zero if only the process is meant.
+	Tree  int           `json:"tree,omitempty"`
+	Since time.Duration `json:"since,omitempty"`
 }
 
 // Finding is one fault of the host, as one detector sees it.
@@ -89,6 +96,7 @@ const (
 	NeedPanic      Need = "panic"      // Pass.Panic
 	NeedHeartbeats Need = "heartbeats" // Pass.Beats, one of them from this pass
 	NeedTasks      Need = "tasks"      // Pass.Tasks, one of them from this pass
+	NeedUsage      Need = "usage"      // Pass.Usage, one of them from this pass
 )
 
 // TaskSample is the whole task list as it was once.
@@ -110,7 +118,9 @@ type Pass struct {
 	Panic    *kernel.PanicState `json:"panic,omitempty"`
 	Beats    []kernel.Heartbeat `json:"beats"` // oldest first
 	Tasks    []TaskSample       `json:"tasks"` // oldest first
-	View     *kernel.View       `json:"-"`     // the fresh view; nil in a replayed series
+	// Usage is what may run out, oldest first: close together lately, ten seconds apart before.
+	Usage []kernel.Usage `json:"usage,omitempty"`
+	View  *kernel.View   `json:"-"` // the fresh view; nil in a replayed series
 	// Tickless says that CPUs of this host may run a task without timer ticks (nohz_full): the scheduler then looks after
 	// them from another CPU once a second.
 	Tickless bool `json:"tickless,omitempty"`

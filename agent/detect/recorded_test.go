@@ -44,7 +44,15 @@ func TestRecorded(t *testing.T) {
 						p.Tasks = append(p.Tasks, s)
 					}
 				}
+				for _, u := range whole.Usage {
+					if !u.At.After(at) {
+						p.Usage = append(p.Usage, u)
+					}
+				}
 				for _, d := range Detectors(c) {
+					if slices.Contains(d.Needs, NeedUsage) && len(p.Usage) == 0 {
+						continue
+					}
 					if slices.Contains(d.Needs, NeedTasks) && len(p.Tasks) == 0 {
 						continue
 					}

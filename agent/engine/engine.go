@@ -59,6 +59,8 @@ type Engine struct {
 	plans       int
 	outcomes    []heal.Outcome // oldest first
 	past        []policy.Past
+	left        []leftover
+	nextTidy    time.Time
 	subscribers map[chan Event]bool
 	eventSeq    uint64
 	faults      []FaultNote

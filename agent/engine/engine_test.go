@@ -119,6 +119,10 @@ func (k *madeKernel) look(context.Context) look { return k }
 func (k *madeKernel) image() *kernel.Image      { return nil }
 func (k *madeKernel) Cost() kernel.Cost         { return kernel.Cost{Reads: 3, Bytes: 640} }
 
+func (k *madeKernel) Usage() (kernel.Usage, error) {
+	return kernel.Usage{At: time.Now(), Forks: 100, Threads: 60, MaxThreads: 4000, PIDs: 60, MaxPIDs: 32768, Total: 1 << 30, Free: 1 << 29, Available: 1 << 29}, nil
+}
+
 func (k *madeKernel) Panic() (kernel.PanicState, error) {
 	k.m.mu.Lock()
 	defer k.m.mu.Unlock()

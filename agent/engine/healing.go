@@ -24,6 +24,9 @@ const (
 	restartTimeout = 6 * time.Minute  // until a restarted host is attached and healthy again
 	confirmTimeout = 5 * time.Second
 	keepPast       = 1000 // actions begun by policy that are remembered
+	liftTimeout    = 15 * time.Second
+	tidyEvery      = 2 * time.Second
+	keepLeft       = 200
 )
 
 // callerPolicy asks for what policy allows; Heal sees to it that no operator goes by that name.
@@ -296,19 +299,154 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller st
 	e.publish(findingEvent(EventPlanned, f, fmt.Sprintf("%s: %s (for %s)", p.ID, p.Title, caller)))
 	e.mu.Unlock()
 	x := e.executor(mem, img, grant, f, boot)
+	e.sweep(ctx, x, boot)
 	o, err := x.Apply(ctx, p, caller)
+	e.keep(o, boot)
+	if p.More {
+		o, err = e.carryOn(ctx, a, f, img, x, o, err, boot, caller)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if err != nil {
+		return p, &o, err
+	}
+	if p.More && a.Next == nil {
+		e.publish(outcomeEvent(EventDone, f, o, fmt.Sprintf("%s: %s: done in %v", f.ID, p.Title, o.Finished.Sub(o.Started).Round(time.Millisecond))))
+		return p, &o, nil
+	}
+	e.resolveID(f.ID, fmt.Sprintf("healed by %s (%s)", p.ID, action))
+	e.publish(outcomeEvent(EventHealed, f, o, fmt.Sprintf("%s: %s: healed in %v", f.ID, p.Title, o.Finished.Sub(o.Started).Round(time.Millisecond))))
+	return p, &o, nil
+}
+
+// keep keeps an outcome for those who ask, and what it has left behind to be swept.
+func (e *Engine) keep(o heal.Outcome, boot string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.outcomes = append(e.outcomes, o)
 	if len(e.outcomes) > keepOutcomes {
 		e.outcomes = e.outcomes[1:]
 	}
-	if err != nil {
-		return p, &o, err
+	if len(o.Left) > 0 {
+		e.left = append(e.left, leftover{o.Plan, boot})
 	}
-	e.resolveID(f.ID, fmt.Sprintf("healed by %s (%s)", p.ID, action))
-	e.publish(outcomeEvent(EventHealed, f, o, fmt.Sprintf("%s: %s: healed in %v", f.ID, p.Title, o.Finished.Sub(o.Started).Round(time.Millisecond))))
-	return p, &o, nil
+}
+
+// carryOn makes and carries out the further plans of a repair in several, and at the end, however it comes, the one that
+// takes back what was held meanwhile. It returns the outcome of the last plan.
+func (e *Engine) carryOn(ctx context.Context, a heal.Action, f detect.Finding, img *kernel.Image, x *heal.Executor, first heal.Outcome, err error, boot, caller string) (heal.Outcome, error) {
+	done := []heal.Outcome{first}
+	number := func(p *heal.Plan) {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.plans++
+		p.ID, p.Made = fmt.Sprintf("plan-%d", e.plans), time.Now()
+		if t := e.open(f.ID); t != nil {
+			t.Repairs = append(slices.Clip(t.Repairs), p.ID)
+		}
+		e.current = p.ID
+	}
+	again := 0
+	for err == nil && a.Next != nil {
+		e.sweep(ctx, x, boot)
+		var p heal.Plan
+		var more bool
+		p, more, err = a.Next(ctx, img.View(ctx), f)
+		if errors.Is(err, heal.ErrNotYet) || errors.Is(err, kernel.ErrTorn) || errors.Is(err, kernel.ErrNotFound) {
+			if again++; again < 500 && ctx.Err() == nil {
+				sleep(ctx, 10*time.Millisecond)
+				err = nil
+				continue
+			}
+		}
+		if err != nil || !more {
+			break
+		}
+		number(&p)
+		// That the fault is there was confirmed for the first plan; what it did may hide it now.
+		var o heal.Outcome
+		o, err = x.ApplyNext(ctx, p, caller)
+		e.keep(o, boot)
+		done = append(done, o)
+		if errors.Is(err, heal.ErrMismatch) || errors.Is(err, heal.ErrStale) {
+			if again++; again < 50 { // somebody has died meanwhile, or the CPU's list was taken
+				err = nil
+			}
+		}
+	}
+	last := done[len(done)-1]
+	if lift, held := heal.Lift(done); held {
+		number(&lift)
+		lctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), liftTimeout)
+		defer cancel()
+		lift.More = err != nil // nobody asks whether it has helped
+		o, lerr := x.ApplyNext(lctx, lift, caller)
+		e.keep(o, boot)
+		err, last = errors.Join(err, lerr), o
+		for _, d := range done {
+			last.HostFunctions = append(last.HostFunctions, d.HostFunctions...)
+			last.Stores += d.Stores
+			last.BytesWritten += d.BytesWritten
+		}
+		last.Started = first.Started
+	}
+	return last, err
+}
+
+// leftover is a plan that was carried out and has left something in the host's memory.
+type leftover struct {
+	plan heal.Plan
+	boot string // of the kernel that it was for
+}
+
+// sweep tidies up what earlier repairs have left behind, as far as the host has let go of it by now.
+func (e *Engine) sweep(ctx context.Context, x *heal.Executor, boot string) {
+	e.mu.Lock()
+	all := e.left
+	e.left = nil
+	e.mu.Unlock()
+	var still []leftover
+	for _, l := range all {
+		if l.boot != boot {
+			continue // gone with its kernel
+		}
+		left, err := x.Sweep(ctx, l.plan)
+		if err != nil {
+			e.log.Warn("cannot tidy up", "plan", l.plan.ID, "err", err)
+		}
+		if err != nil && !errors.Is(err, heal.ErrStale) || len(left) > 0 {
+			still = append(still, l)
+		}
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.left = append(still, e.left...)
+	if len(e.left) > keepLeft {
+		e.left = e.left[len(e.left)-keepLeft:]
+	}
+}
+
+// tidy sweeps now and then while nothing else is done.
+func (e *Engine) tidy(ctx context.Context, now time.Time) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if len(e.left) == 0 || now.Before(e.nextTidy) || e.target == nil || e.target.image() == nil || !e.o.Writes {
+		return
+	}
+	select {
+	case e.healing <- struct{}{}:
+	default:
+		return
+	}
+	e.nextTidy = now.Add(tidyEvery)
+	img, mem, grant, boot := e.target.image(), e.mem, e.grant(), e.bootID()
+	go func() {
+		defer func() { <-e.healing }()
+		ctx, cancel := context.WithTimeout(ctx, healTimeout)
+		defer cancel()
+		defer context.AfterFunc(e.running, cancel)()
+		e.sweep(ctx, e.executor(mem, img, grant, detect.Finding{}, boot), boot)
+	}()
 }
 
 // Outcomes returns what has become of the repairs of a finding, the oldest first. Only the latest repairs of all are kept;

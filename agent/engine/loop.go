@@ -85,6 +85,7 @@ type watcher struct {
 	tickless   bool
 	beats      []kernel.Heartbeat
 	tasks      []detect.TaskSample
+	usage      []kernel.Usage
 	nextTasks  time.Time
 	nextProve  time.Time
 	moved      time.Time // when the host last showed life, or was attached
@@ -288,7 +289,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	info := t.Info()
 	w.t, w.boot, w.note = t, info.BootID, info.Note
 	w.wait, w.down, w.was = 0, time.Time{}, true
-	w.beats, w.tasks, w.nextRun = nil, nil, make(map[string]time.Time)
+	w.beats, w.tasks, w.usage, w.nextRun = nil, nil, nil, make(map[string]time.Time)
 	now := time.Now()
 	w.nextTasks, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now, time.Time{}, now, now.Add(searchEvery), now
 	w.nextUUID, w.lived = time.Time{}, time.Time{}
@@ -364,6 +365,7 @@ func (w *watcher) watch(ctx context.Context) error {
 	cancel()
 	if err == nil {
 		w.e.decide(ctx, began) // what it begins outlives the pass
+		w.e.tidy(ctx, began)
 	}
 	took := time.Since(began)
 	interval := began.Add(e.config.Heartbeat)
@@ -435,8 +437,15 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		w.addBeat(beat)
 		p.Beats = w.beats
 	}
+	usage, uerr := l.Usage()
+	if uerr == nil {
+		w.addUsage(usage)
+		p.Usage = w.usage
+	} else if errors.Is(uerr, kernel.ErrNotSupported) {
+		uerr = nil // its detectors will say that they lack it
+	}
 	var terr error
-	if e.tasksDue(w.nextTasks, now) {
+	if e.tasksDue(w.nextTasks, now) || e.config.Hurry(w.usage, w.tasks) {
 		w.nextTasks = now.Add(e.config.Tasks)
 		var s detect.TaskSample
 		if s, terr = taskSample(l); terr == nil {
@@ -453,7 +462,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		p.Tasks = w.tasks
 	}
 	p.Took = time.Since(now)
-	failed := errors.Join(perr, berr, terr)
+	failed := errors.Join(perr, berr, uerr, terr)
 	dead := panicState.Panicked || time.Since(w.moved) > quietAfter
 	if errors.Is(failed, hostmem.ErrLinkDown) {
 		return l.Cost(), failed
@@ -532,6 +541,30 @@ func (w *watcher) addBeat(b kernel.Heartbeat) {
 	keep, _ := w.e.config.Keep()
 	for len(w.beats) > 2 && (b.At.Sub(w.beats[1].At) > keep || len(w.beats)*len(b.CPUs) > keptCPUs) {
 		w.beats = slices.Delete(w.beats, 0, 1)
+	}
+}
+
+const (
+	usageDense  = 15 * time.Second // in which every sample is kept
+	usageSparse = 10 * time.Second // between two samples before that
+	usageKept   = time.Hour
+)
+
+// addUsage keeps what is needed of the samples: all lately, few of before.
+func (w *watcher) addUsage(u kernel.Usage) {
+	w.usage = append(w.usage, u)
+	// The oldest of the dense ones becomes a sparse one, or goes.
+	for i := 1; i < len(w.usage)-1; i++ {
+		if u.At.Sub(w.usage[i].At) <= usageDense {
+			break
+		}
+		if w.usage[i+1].At.Sub(w.usage[i-1].At) <= usageSparse {
+			w.usage = slices.Delete(w.usage, i, i+1)
+			i--
+		}
+	}
+	for len(w.usage) > 1 && u.At.Sub(w.usage[0].At) > usageKept {
+		w.usage = slices.Delete(w.usage, 0, 1)
 	}
 }
 
@@ -656,6 +689,8 @@ func lacking(d *detect.Detector, p *detect.Pass) detect.Need {
 			has = len(p.Beats) > 0
 		case detect.NeedTasks:
 			has = len(p.Tasks) > 0
+		case detect.NeedUsage:
+			has = len(p.Usage) > 0
 		}
 		if !has {
 			return n

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -51,6 +52,25 @@ func TestLiveRecord(t *testing.T) {
 	})
 }
 
+// Records what takes the host with it, if nobody stops it.
+func TestLiveRecordExhaustion(t *testing.T) {
+	if *recordFlag == "" {
+		t.Skip("makes test data: ask for it with -record=DIR and -guests")
+	}
+	for _, fault := range [][2]string{{"hog", "memory-hog"}, {"bomb", "fork-bomb"}} {
+		forEachGuest(t, func(t *testing.T, k string) {
+			g := startGuest(t, k)
+			img, err := kernel.Open(t.Context(), g.memory(false), kernel.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(3 * time.Second)
+			fmt.Fprintln(g.ctl, "spawn "+fault[0])
+			record(t, img, "fire-"+fault[1]+"-"+k, 4*time.Second)
+		})
+	}
+}
+
 // record takes samples as the engine does and stores them as one Pass.
 func record(t *testing.T, img *kernel.Image, name string, d time.Duration) {
 	t.Helper()
@@ -64,7 +84,10 @@ func record(t *testing.T, img *kernel.Image, name string, d time.Duration) {
 		if s, err := v.Panic(); err == nil {
 			p.Panic = &s
 		}
-		if now := time.Now(); !now.Before(next) {
+		if u, err := v.Usage(); err == nil {
+			p.Usage = append(p.Usage, u)
+		}
+		if now := time.Now(); !now.Before(next) || detect.DefaultConfig().Hurry(p.Usage, p.Tasks) {
 			next = now.Add(500 * time.Millisecond)
 			if s, err := taskSample(v); err == nil {
 				p.Tasks = append(p.Tasks, s)

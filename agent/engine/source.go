@@ -31,6 +31,7 @@ type look interface {
 	Heartbeat() (kernel.Heartbeat, error)
 	Panic() (kernel.PanicState, error)
 	Tasks() iter.Seq2[kernel.Task, error]
+	Usage() (kernel.Usage, error)
 	Cost() kernel.Cost
 }
 

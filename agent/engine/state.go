@@ -151,6 +151,7 @@ const (
 	EventResolved  EventType = "resolved"
 	EventPlanned   EventType = "planned" // a repair begins
 	EventHealed    EventType = "healed"  // a repair has worked
+	EventDone      EventType = "done"    // what was asked for beside a repair is done; the finding stands
 	EventFailed    EventType = "failed"  // a repair has not worked
 	EventWaiting   EventType = "waiting" // a finding waits for an operator
 	EventEscalated EventType = "escalated"

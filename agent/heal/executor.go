@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
@@ -17,7 +18,7 @@ import (
 const (
 	undoTimeout = 10 * time.Second
 	maxStep     = hostmem.PageSize // bytes that one step may store
-	maxSteps    = 256
+	maxSteps    = 1024
 
 	casStore   = "compare-and-swap"
 	plainStore = "read-compare-write"
@@ -121,13 +122,23 @@ type store struct {
 // holds what every step expects; then it journals the intent. The outcome is returned with an error, too: it says how far
 // it went. A context that ends breaks the plan off and has it undone; an order to the power controller is seen through.
 func (x *Executor) Apply(ctx context.Context, p Plan, caller string) (Outcome, error) {
+	return x.carryOut(ctx, p, caller, false)
+}
+
+// ApplyNext is Apply for a further plan of a repair whose first one has been carried out: the fault need not be confirmed
+// again, for what was done already may hide it.
+func (x *Executor) ApplyNext(ctx context.Context, p Plan, caller string) (Outcome, error) {
+	return x.carryOut(ctx, p, caller, true)
+}
+
+func (x *Executor) carryOut(ctx context.Context, p Plan, caller string, next bool) (Outcome, error) {
 	select {
 	case x.busy <- struct{}{}:
 		defer func() { <-x.busy }()
 	case <-ctx.Done():
 		return Outcome{}, ctx.Err()
 	}
-	r := run{x: x, ctx: ctx, p: p, out: Outcome{Plan: p, Caller: caller, Started: time.Now()}}
+	r := run{x: x, ctx: ctx, p: p, next: next, out: Outcome{Plan: p, Caller: caller, Started: time.Now()}}
 	x.allowed = p.Ranges()
 	err := r.apply()
 	x.allowed = nil
@@ -148,12 +159,68 @@ func (x *Executor) Apply(ctx context.Context, p Plan, caller string) (Outcome, e
 	return r.out, err
 }
 
+// Sweep does once more what a plan that was carried out has not been able to tidy up, or has left for later, without waiting
+// for the host. It returns what is still left. The plan must be for the kernel that is there; of any other nothing is left.
+func (x *Executor) Sweep(ctx context.Context, p Plan) ([]hostmem.Range, error) {
+	select {
+	case x.busy <- struct{}{}:
+		defer func() { <-x.busy }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	r := run{x: x, ctx: ctx, p: p, armed: -1}
+	x.allowed = p.Ranges()
+	defer func() { x.allowed = nil }()
+	if err := r.permitted(); err != nil {
+		return nil, err
+	}
+	if err := r.sameKernel(); err != nil {
+		return nil, err
+	}
+	var left []hostmem.Range
+	free := true // of what the steps before waited for
+	for i := range p.Steps {
+		s := &p.Steps[i]
+		if !s.Cleanup || s.Op != OpAwait && s.Op != OpWrite || s.IfFailed {
+			continue
+		}
+		if s.Op == OpAwait {
+			met, err := r.holds(s.Until)
+			if err == nil && met == "" && len(s.Each) > 0 {
+				met, err = r.all(s.Each)
+			}
+			if err != nil {
+				return nil, err
+			}
+			free = met != ""
+			continue
+		}
+		now := make(Bytes, len(s.Put))
+		if _, err := x.guard.ReadAt(now, int64(s.Addr)); err != nil {
+			return nil, err
+		}
+		if bytes.Equal(now, s.Put) {
+			continue
+		}
+		if !free {
+			left = append(left, hostmem.Range{Start: s.Addr, Size: uint64(len(s.Put))})
+			continue
+		}
+		if err := r.write(i, s, &StepOutcome{}); err != nil {
+			x.log.Warn("cannot tidy up", "plan", p.ID, "step", i, "err", err)
+			left = append(left, hostmem.Range{Start: s.Addr, Size: uint64(len(s.Put))})
+		}
+	}
+	return left, nil
+}
+
 // run is one plan being carried out.
 type run struct {
 	x     *Executor
 	ctx   context.Context
 	p     Plan
 	out   Outcome
+	next  bool // it carries a repair on that has been begun
 	begun bool // the intent is in the journal
 	done  []int
 	armed int // index of an arming store of which it is not known yet that the host has taken it, or -1
@@ -184,6 +251,12 @@ func (r *run) apply() error {
 		if s.IfFailed && prev == nil {
 			continue
 		}
+		if s.Later {
+			if s.Op == OpWrite {
+				r.out.Left = append(r.out.Left, hostmem.Range{Start: s.Addr, Size: uint64(len(s.Put))})
+			}
+			continue
+		}
 		began := time.Now()
 		r.out.Steps = append(r.out.Steps, StepOutcome{Step: i, Started: began})
 		o := &r.out.Steps[len(r.out.Steps)-1]
@@ -207,7 +280,7 @@ func (r *run) apply() error {
 		r.undo()
 		return failed
 	}
-	if r.x.o.Cured != nil {
+	if r.x.o.Cured != nil && !r.p.More {
 		if err := r.x.o.Cured(r.ctx, r.p); err != nil {
 			return fmt.Errorf("every step is done, but the fault is still there: %w", err)
 		}
@@ -260,6 +333,11 @@ func (r *run) permitted() error {
 			return fmt.Errorf("the path to the host cannot store: %w", hostmem.ErrReadOnly)
 		}
 	}
+	for _, t := range r.p.Targets {
+		if err := x.o.Grant.PermitTask(t.TGID, t.KThread, t.UID, t.Comm); err != nil {
+			return err
+		}
+	}
 	if t := r.p.Target; t != nil {
 		if err := x.o.Grant.PermitTask(t.TGID, t.KThread, t.UID, t.Comm); err != nil {
 			return err
@@ -270,6 +348,23 @@ func (r *run) permitted() error {
 
 // fresh checks that kernel and fault are those of the plan.
 func (r *run) fresh() error {
+	if err := r.sameKernel(); err != nil {
+		return err
+	}
+	if r.next {
+		return nil
+	}
+	if r.x.o.Confirm == nil {
+		return fmt.Errorf("nobody can confirm the fault: %w", ErrStale)
+	}
+	if err := r.x.o.Confirm(r.ctx, r.p); err != nil {
+		return fmt.Errorf("the fault is not seen again: %w: %w", err, ErrStale)
+	}
+	return nil
+}
+
+// sameKernel checks that the kernel is that of the plan.
+func (r *run) sameKernel() error {
 	if want := r.p.Kernel; want != nil {
 		if err := r.x.o.Kernel.Prove(r.ctx); err != nil {
 			return fmt.Errorf("the kernel is no longer the one that was attached: %w: %w", err, ErrStale)
@@ -278,12 +373,6 @@ func (r *run) fresh() error {
 		if got != *want {
 			return fmt.Errorf("the plan is for kernel %s of boot %s, and %s of boot %s runs: %w", want.Release, want.BootID, got.Release, got.BootID, ErrStale)
 		}
-	}
-	if r.x.o.Confirm == nil {
-		return fmt.Errorf("nobody can confirm the fault: %w", ErrStale)
-	}
-	if err := r.x.o.Confirm(r.ctx, r.p); err != nil {
-		return fmt.Errorf("the fault is not seen again: %w: %w", err, ErrStale)
 	}
 	return nil
 }
@@ -323,10 +412,10 @@ func checkForm(p Plan) error {
 				return bad(i, "an arming store is 8 aligned bytes")
 			}
 		case OpAwait:
-			if s.Timeout <= 0 || s.Timeout > 10*time.Minute || len(s.Until) == 0 {
+			if s.Timeout <= 0 || s.Timeout > 10*time.Minute || len(s.Until)+len(s.Each) == 0 {
 				return bad(i, "waits for nothing, or without an end")
 			}
-			for _, c := range append(append([]Cond(nil), s.Until...), s.Unless...) {
+			for _, c := range slices.Concat(s.Until, s.Unless, s.Each) {
 				if !word(c) {
 					return bad(i, "a condition is about 4 or 8 aligned bytes")
 				}
@@ -507,6 +596,9 @@ func (r *run) poll(ctx context.Context, s *Step, unless []Cond) (string, error) 
 		// What would break it off is read first: if both hold, it has happened.
 		broken, err1 := r.holds(unless)
 		met, err2 := r.holds(s.Until)
+		if err2 == nil && met == "" && len(s.Each) > 0 {
+			met, err2 = r.all(s.Each)
+		}
 		switch err := errors.Join(err1, err2); {
 		case err != nil:
 			if faults++; faults > 100 {
@@ -544,6 +636,17 @@ func (r *run) holds(cs []Cond) (string, error) {
 		}
 	}
 	return "", nil
+}
+
+// all returns the last of conditions if all of them hold.
+func (r *run) all(cs []Cond) (string, error) {
+	for i := range cs {
+		met, err := r.holds(cs[i : i+1])
+		if err != nil || met == "" {
+			return "", err
+		}
+	}
+	return cs[len(cs)-1].What, nil
 }
 
 // withdraw takes an armed work back, and reports whether that is certain.

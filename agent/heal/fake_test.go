@@ -219,7 +219,7 @@ func (h *fakeHost) posixTimerFn(timer hostmem.PhysAddr) {
 		h.wrong("sigqueue is not preallocated")
 	case int32(h.get(sq+32, 4)) != siTimer:
 		h.wrong("si_code is not SI_TIMER")
-	case h.get(sq+24, 4) != sigkill:
+	case h.get(sq+24, 4) != uint64(sigKill.no):
 		h.wrong("signal %d", h.get(sq+24, 4))
 	}
 	h.mu.Lock()

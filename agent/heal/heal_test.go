@@ -45,7 +45,7 @@ func runaway() detect.Finding {
 
 func mustPlan(t *testing.T, h *fakeHost) Plan {
 	t.Helper()
-	p, err := planKill(h, runaway())
+	p, err := planSignal(h, runaway(), sigKill)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -436,7 +436,7 @@ func TestPlanRefuses(t *testing.T) {
 			h := newFakeHost(t)
 			f := runaway()
 			tt.change(h, &f)
-			_, err := planKill(h, f)
+			_, err := planSignal(h, f, sigKill)
 			if !errors.Is(err, tt.is) || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("planKill = %v; want %v with %q", err, tt.is, tt.want)
 			}
@@ -444,7 +444,7 @@ func TestPlanRefuses(t *testing.T) {
 	}
 	h := newFakeHost(t)
 	h.write(paFn, fentryNop)
-	if _, err := planKill(h, runaway()); err != nil {
+	if _, err := planSignal(h, runaway(), sigKill); err != nil {
 		t.Errorf("planKill on a kernel without IBT = %v", err)
 	}
 }

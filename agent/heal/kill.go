@@ -11,8 +11,12 @@ import (
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
-// KillProcess is the ID of the action that ends a process.
-const KillProcess = "kill-process"
+// IDs of the actions that send a signal to a process.
+const (
+	KillProcess     = "kill-process"
+	StopProcess     = "stop-process"
+	ContinueProcess = "continue-process"
+)
 
 // ErrGone means that the culprit of a finding is no longer there, or no longer the one who was meant.
 var ErrGone = errors.New("the process is gone")
@@ -21,7 +25,6 @@ var ErrGone = errors.New("the process is gone")
 var ErrProtected = errors.New("the task is never touched")
 
 const (
-	sigkill            = 9
 	siTimer            = -2   // SI_TIMER, include/uapi/asm-generic/siginfo.h
 	sigqueuePrealloc   = 1    // SIGQUEUE_PREALLOC, include/linux/signal_types.h
 	signalUnkillable   = 0x40 // SIGNAL_UNKILLABLE, include/linux/sched/signal.h
@@ -33,15 +36,41 @@ const (
 	maxSiginfoDistance = 64
 )
 
+// signal is a signal that is sent, with what is seen when it has had its effect.
+type signal struct {
+	no     uint32
+	name   string
+	action string
+	verb   string // what the plan is to do to the process
+	effect string
+}
+
+var (
+	sigKill = signal{9, "SIGKILL", KillProcess, "end", "the process has died"}
+	sigCont = signal{18, "SIGCONT", ContinueProcess, "continue", "the process goes on"}
+	sigStop = signal{19, "SIGSTOP", StopProcess, "stop", "the process is stopped"}
+)
+
 func killProcess() Action {
+	return signalled(sigKill, "End the process with SIGKILL, sent by the host's own kernel", detect.KindRunawayProcess, detect.KindMemoryHog)
+}
+
+func stopProcess() Action {
+	return signalled(sigStop, "Stop the process with SIGSTOP, sent by the host's own kernel; it can be continued", detect.KindRunawayProcess, detect.KindMemoryHog)
+}
+
+func continueProcess() Action {
+	return signalled(sigCont, "Continue a stopped process with SIGCONT, sent by the host's own kernel", detect.KindRunawayProcess, detect.KindMemoryHog)
+}
+
+func signalled(s signal, title string, kinds ...detect.Kind) Action {
 	return Action{
-		ID: KillProcess, Title: "End the process with SIGKILL, sent by the host's own kernel", Risk: RiskTask,
-		For: []detect.Kind{detect.KindRunawayProcess},
+		ID: s.action, Title: title, Risk: RiskTask, For: kinds,
 		Plan: func(_ context.Context, v *kernel.View, f detect.Finding) (Plan, error) {
 			if v == nil {
-				return Plan{}, fmt.Errorf("plan to end PID %d: no kernel is attached: %w", f.Culprit.TGID, kernel.ErrNotFound)
+				return Plan{}, fmt.Errorf("plan to %s PID %d: no kernel is attached: %w", s.verb, f.Culprit.TGID, kernel.ErrNotFound)
 			}
-			return planKill(newModel(v), f)
+			return planSignal(newModel(v), f, s)
 		},
 	}
 }
@@ -56,60 +85,26 @@ type victim struct {
 	changed []Cond   // any of them: it is no longer the one who was meant
 }
 
-// planKill plans as posix_timer_fn does it: that function takes the k_itimer around the hrtimer that it is given, and sends
+// planSignal plans as posix_timer_fn does it: that function takes the k_itimer around the hrtimer that it is given, and sends
 // the timer's sigqueue to the timer's pid, under siglock, as the kernel does for any expired timer. The hrtimer's own bytes
 // are not used by it, so they can at the same time be the irq_work that has it called with its own address.
 //
 // What lies in the mailbox afterwards belongs to the victim's list of pending signals until its parent has taken note of
 // its death; so the mailbox is cleaned only when the kernel has unlinked it there.
-func planKill(m model, f detect.Finding) (Plan, error) {
+func planSignal(m model, f detect.Finding, what signal) (Plan, error) {
 	id := Identify(m.Info())
 	fail := func(err error) (Plan, error) {
-		return Plan{}, fmt.Errorf("plan to end PID %d: %w", f.Culprit.TGID, err)
+		return Plan{}, fmt.Errorf("plan to %s PID %d: %w", what.verb, f.Culprit.TGID, err)
 	}
 
 	vic, err := findVictim(m, f.Culprit)
 	if err != nil {
 		return fail(err)
 	}
-	work, err := provenIRQWork(m)
+	sig, err := newSignaller(m)
 	if err != nil {
 		return fail(err)
 	}
-	fn, head, err := callable(m, "posix_timer_fn")
-	if err != nil {
-		return fail(err)
-	}
-	fnPA, err := m.Phys(fn)
-	if err != nil {
-		return fail(err)
-	}
-
-	l := layout{m: m}
-	var (
-		itSize   = l.sizeof("k_itimer")
-		itNotify = l.field("k_itimer", "it_sigev_notify", 4)
-		itPID    = l.field("k_itimer", "it_pid", 8)
-		itSigq   = l.field("k_itimer", "sigq", 8) // a structure since v6.13: refused here
-		itTimer  = l.field("k_itimer", "it.real.timer", l.sizeof("hrtimer"))
-		sqSize   = l.sizeof("sigqueue")
-		sqNext   = l.field("sigqueue", "list.next", 8)
-		sqPrev   = l.field("sigqueue", "list.prev", 8)
-		sqFlags  = l.field("sigqueue", "flags", 4)
-		sqSigno  = l.field("sigqueue", "info.si_signo", 4)
-		sqCode   = l.field("sigqueue", "info.si_code", 4)
-	)
-	if l.err != nil {
-		return fail(fmt.Errorf("layout of posix timers: %w", l.err))
-	}
-	overlaps := func(off, n uint64) bool { return off < itTimer+work.size && itTimer < off+n }
-	switch {
-	case work.size > l.sizeof("hrtimer"), overlaps(itNotify, 4), overlaps(itPID, 8), overlaps(itSigq, 8):
-		return fail(fmt.Errorf("irq_work does not fit over the hrtimer of a k_itimer: %w", kernel.ErrNotSupported))
-	case itimerAt+itSize > sigqueueAt, sqNext != 0, sqSigno >= sqCode, sqCode-sqSigno > maxSiginfoDistance:
-		return fail(fmt.Errorf("layout of posix timers is not the one known (k_itimer %d bytes, sigqueue.list at %d): %w", itSize, sqNext, kernel.ErrNotSupported))
-	}
-
 	box, err := findMailbox(m)
 	if err != nil {
 		return fail(err)
@@ -128,54 +123,42 @@ func planKill(m model, f detect.Finding) (Plan, error) {
 	}
 
 	timerVA, queueVA := uint64(box.va)+itimerAt, uint64(box.va)+sigqueueAt
-	workVA := timerVA + itTimer
-	queue := make(Bytes, sqSize)
-	put64(queue, sqNext, queueVA)
-	put64(queue, sqPrev, queueVA)
-	put32(queue, sqFlags, sigqueuePrealloc)
-	put32(queue, sqSigno, sigkill)
-	code := int32(siTimer)
-	put32(queue, sqCode, uint32(code))
-	timer := make(Bytes, itSize)
-	put64(timer, itPID, vic.pidVA)
-	put64(timer, itSigq, queueVA)
-	put32(timer, itTimer+work.flags, irqWorkType|irqWorkLazy|irqWorkClaimed)
-	put64(timer, itTimer+work.fn, uint64(fn))
-	// What the kernel makes of it: the claim is gone, everything else is as it was.
-	spent := append(Bytes(nil), timer...)
-	put32(spent, itTimer+work.flags, irqWorkType|irqWorkLazy)
+	workVA := timerVA + sig.itTimer
+	timer, queue := sig.make(timerVA, queueVA, vic.pidVA, what.no, 0)
+	spent := sig.spent(timer)
 
-	flagsPA := box.pa + itimerAt + hostmem.PhysAddr(itTimer+work.flags)
+	work := sig.work
+	flagsPA := box.pa + itimerAt + hostmem.PhysAddr(sig.itTimer+work.flags)
 	idle := "which is busy and ticks every few milliseconds"
 	if cpu.Idle {
 		idle = "the idle CPU with the nearest timer event"
 	}
 	p := Plan{
-		Action: KillProcess, Finding: f.ID, Risk: RiskTask,
-		Title: fmt.Sprintf("end %q (PID %d) with SIGKILL", vic.leader.Comm, vic.leader.TGID),
+		Action: what.action, Finding: f.ID, Risk: RiskTask,
+		Title: fmt.Sprintf("%s %q (PID %d) with %s", what.verb, vic.leader.Comm, vic.leader.TGID, what.name),
 		Target: &Target{
 			TGID: vic.leader.TGID, PID: vic.thread.PID, Comm: vic.leader.Comm, UID: vic.leader.UID, Start: vic.leader.Start, KThread: vic.leader.KThread,
 		},
 		CPU: &cpu.ID, Kernel: &id,
 		Calls: []Call{{
-			Function: "posix_timer_fn", Addr: fn, Context: fmt.Sprintf("hard interrupt of CPU %d's timer tick (irq_work_tick)", cpu.ID),
-			Purpose: "sends SIGKILL to the process as for an expired POSIX timer",
+			Function: "posix_timer_fn", Addr: sig.fn, Context: fmt.Sprintf("hard interrupt of CPU %d's timer tick (irq_work_tick)", cpu.ID),
+			Purpose: "sends " + what.name + " to the process as for an expired POSIX timer",
 		}},
 	}
 	p.Steps = append(p.Steps, Step{
 		Op: OpExpect, Why: "the function is there, and may be called through a pointer", Object: "posix_timer_fn",
-		Addr: fnPA, Virt: fn, Expect: head,
+		Addr: sig.fnPA, Virt: sig.fn, Expect: sig.head,
 	}, Step{
 		Op: OpExpect, Why: "the mailbox page is reserved, so the kernel gives it to nobody", Object: "struct page.flags",
 		Addr: box.flagsPA, Virt: box.flagsVA, Expect: le(box.flags, 8),
 	})
 	p.Steps = append(p.Steps, vic.checks...)
 	p.Steps = append(p.Steps, Step{
-		Op: OpWrite, Why: "lay down the signal: SIGKILL, preallocated, so the kernel does not free it", Object: "struct sigqueue",
-		Addr: box.pa + sigqueueAt, Virt: kernel.VirtAddr(queueVA), Expect: make(Bytes, sqSize), Put: queue, Undo: true,
+		Op: OpWrite, Why: "lay down the signal: " + what.name + ", preallocated, so the kernel does not free it", Object: "struct sigqueue",
+		Addr: box.pa + sigqueueAt, Virt: kernel.VirtAddr(queueVA), Expect: make(Bytes, sig.sqSize), Put: queue, Undo: true,
 	}, Step{
 		Op: OpWrite, Why: "lay down the timer that carries it, and in its unused part the work that runs it", Object: "struct k_itimer with struct irq_work",
-		Addr: box.pa + itimerAt, Virt: kernel.VirtAddr(timerVA), Expect: make(Bytes, itSize), Put: timer, Undo: true,
+		Addr: box.pa + itimerAt, Virt: kernel.VirtAddr(timerVA), Expect: make(Bytes, sig.itSize), Put: timer, Undo: true,
 	}, Step{
 		Op: OpArm, Why: fmt.Sprintf("hand the work to CPU %d, %s; only while its list is empty", cpu.ID, idle), Object: fmt.Sprintf("lazy_list of CPU %d", cpu.ID),
 		Addr: listPA, Virt: listVA, Expect: le(0, 8), Put: le(workVA, 8), Undo: true,
@@ -186,10 +169,15 @@ func planKill(m model, f detect.Finding) (Plan, error) {
 		Unless:  vic.changed,
 		Timeout: armTimeout, Poll: 200 * time.Microsecond,
 	})
-	for i := range vic.gone {
+	effects := vic.gone
+	if what != sigKill {
+		if effects, err = vic.stopped(m, what == sigStop); err != nil {
+			return fail(err)
+		}
+	}
+	for i := range effects {
 		p.Steps = append(p.Steps, Step{
-			Op: OpAwait, Why: "the process has died", Object: "task_struct.exit_state",
-			Until: vic.gone[i], Timeout: deathTimeout, Poll: 500 * time.Microsecond,
+			Op: OpAwait, Why: what.effect, Object: "task_struct", Until: effects[i], Timeout: deathTimeout, Poll: 500 * time.Microsecond,
 		})
 	}
 	rescue, err := klogdSteps(m, work, cpu.ID, listVA, listPA)
@@ -197,18 +185,18 @@ func planKill(m model, f detect.Finding) (Plan, error) {
 		return fail(err)
 	}
 	p.Steps = append(p.Steps, rescue...)
-	queuePA := box.pa + sigqueueAt + hostmem.PhysAddr(sqNext)
+	queuePA := box.pa + sigqueueAt + hostmem.PhysAddr(sig.sqNext)
 	p.Steps = append(p.Steps, Step{
 		Op: OpAwait, Why: "the kernel has let go of the signal: the parent has taken note of the death", Object: "sigqueue.list", Cleanup: true,
-		Addr: queuePA, Virt: kernel.VirtAddr(queueVA + sqNext),
+		Addr: queuePA, Virt: kernel.VirtAddr(queueVA + sig.sqNext),
 		Until:   []Cond{{Addr: queuePA, Size: 8, Mask: ^uint64(0), Equal: true, Value: queueVA, What: "the signal is unlinked"}},
 		Timeout: queueTimeout, Poll: 2 * time.Millisecond,
 	}, Step{
 		Op: OpWrite, Why: "clean the mailbox", Object: "struct sigqueue", Cleanup: true,
-		Addr: box.pa + sigqueueAt, Virt: kernel.VirtAddr(queueVA), Expect: queue, Put: make(Bytes, sqSize),
+		Addr: box.pa + sigqueueAt, Virt: kernel.VirtAddr(queueVA), Expect: queue, Put: make(Bytes, sig.sqSize),
 	}, Step{
 		Op: OpWrite, Why: "clean the mailbox", Object: "struct k_itimer", Cleanup: true,
-		Addr: box.pa + itimerAt, Virt: kernel.VirtAddr(timerVA), Expect: spent, Put: make(Bytes, itSize),
+		Addr: box.pa + itimerAt, Virt: kernel.VirtAddr(timerVA), Expect: spent, Put: make(Bytes, sig.itSize),
 	})
 	return p, nil
 }
@@ -349,6 +337,24 @@ func findVictim(m model, c detect.Culprit) (victim, error) {
 		v.gone = append(v.gone, conds)
 	}
 	return v, nil
+}
+
+// taskStopped is __TASK_STOPPED of task_struct.__state, include/linux/sched.h.
+const taskStopped = 4
+
+// stopped are the conditions for the culprit to be stopped, or not to be; a process that ends meanwhile will do.
+func (v *victim) stopped(m model, yes bool) ([][]Cond, error) {
+	l := layout{m: m}
+	off := l.field("task_struct", "__state", 4)
+	if l.err != nil {
+		return nil, l.err
+	}
+	pa, err := m.Phys(v.thread.Addr + kernel.VirtAddr(off))
+	if err != nil {
+		return nil, err
+	}
+	c := Cond{Addr: pa, Size: 4, Mask: taskStopped, Equal: !yes, What: "__state says so"}
+	return [][]Cond{append([]Cond{c}, v.changed...)}, nil
 }
 
 // klogdSteps make sure that a store which was no compare-and-swap has not cut off the kernel's own wake_up_klogd_work, the

@@ -27,36 +27,46 @@ const (
 	realModeSize = 32 << 10
 )
 
-// findMailbox returns the first page below 1 MiB that is RAM for the kernel, that its struct page calls reserved, that is
-// all zero, and that is not part of the real-mode trampoline.
+// findMailbox returns one mailbox.
 func findMailbox(m model) (mailbox, error) {
+	boxes, err := findMailboxes(m, 1)
+	if err != nil {
+		return mailbox{}, err
+	}
+	return boxes[0], nil
+}
+
+// findMailboxes returns the first pages below 1 MiB that are RAM for the kernel, that their struct pages call reserved, that
+// are all zero, and that are not part of the real-mode trampoline: most of them at most, and at least one.
+func findMailboxes(m model, most int) ([]mailbox, error) {
 	l := layout{m: m}
 	pageSize := l.sizeof("page")
 	flagsOff := l.field("page", "flags", 8)
 	if l.err != nil {
-		return mailbox{}, fmt.Errorf("find a mailbox: %w", l.err)
+		return nil, fmt.Errorf("find a mailbox: %w", l.err)
 	}
 	reserved, err := m.Enum("pageflags", "PG_reserved")
 	if err != nil {
-		return mailbox{}, fmt.Errorf("find a mailbox: %w", err)
+		return nil, fmt.Errorf("find a mailbox: %w", err)
 	}
 	if reserved < 0 || reserved > 63 {
-		return mailbox{}, fmt.Errorf("find a mailbox: PG_reserved is %d: %w", reserved, kernel.ErrNotSupported)
+		return nil, fmt.Errorf("find a mailbox: PG_reserved is %d: %w", reserved, kernel.ErrNotSupported)
 	}
 	direct, err := symbolValue(m, "page_offset_base")
 	if err != nil {
-		return mailbox{}, fmt.Errorf("find a mailbox: %w", err)
+		return nil, fmt.Errorf("find a mailbox: %w", err)
 	}
 	vmemmap, err := symbolValue(m, "vmemmap_base")
 	if err != nil {
-		return mailbox{}, fmt.Errorf("find a mailbox: %w", err)
+		return nil, fmt.Errorf("find a mailbox: %w", err)
 	}
 	realMode, err := symbolValue(m, "real_mode_header")
 	if err != nil {
-		return mailbox{}, fmt.Errorf("find a mailbox: %w", err)
+		return nil, fmt.Errorf("find a mailbox: %w", err)
 	}
 	trampoline := hostmem.Range{Start: hostmem.PhysAddr(realMode - direct), Size: realModeSize}
 	ram := m.RAM()
+	var boxes []mailbox
 	page := make([]byte, hostmem.PageSize)
 	for pa := mailboxFirst; pa < mailboxEnd; pa += hostmem.PageSize {
 		if !inRanges(ram, pa, hostmem.PageSize) || pa+hostmem.PageSize > trampoline.Start && pa < trampoline.End() {
@@ -76,9 +86,14 @@ func findMailbox(m model) (mailbox, error) {
 		if err := m.ReadVirt(box.va, page); err != nil || !zero(page) {
 			continue
 		}
-		return box, nil
+		if boxes = append(boxes, box); len(boxes) == most {
+			return boxes, nil
+		}
 	}
-	return mailbox{}, fmt.Errorf("no free reserved page below 1 MiB: %w", kernel.ErrNotFound)
+	if len(boxes) > 0 {
+		return boxes, nil
+	}
+	return nil, fmt.Errorf("no free reserved page below 1 MiB: %w", kernel.ErrNotFound)
 }
 
 func inRanges(rs []hostmem.Range, pa hostmem.PhysAddr, n uint64) bool {

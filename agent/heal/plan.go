@@ -7,10 +7,12 @@
 package heal
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
@@ -52,21 +54,59 @@ func (r *Risk) UnmarshalText(b []byte) error {
 	return fmt.Errorf("unknown risk %q", b)
 }
 
-// Bytes is memory content; in JSON it is hexadecimal.
+// Bytes is memory content; in JSON it is hexadecimal, in which a long run of zeros is written as "(00*4096)".
 type Bytes []byte
 
+const zeroRun = 16 // from which on a run is long
+
 // MarshalText implements encoding.TextMarshaler.
-func (b Bytes) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString(b)), nil }
+func (b Bytes) MarshalText() ([]byte, error) {
+	var t []byte
+	for len(b) > 0 {
+		n := 0
+		for n < len(b) && b[n] == 0 {
+			n++
+		}
+		if n >= zeroRun {
+			t = fmt.Appendf(t, "(00*%d)", n)
+			b = b[n:]
+			continue
+		}
+		n = max(n, 1)
+		t = hex.AppendEncode(t, b[:n])
+		b = b[n:]
+	}
+	return t, nil
+}
 
 // UnmarshalText implements encoding.TextUnmarshaler.
 func (b *Bytes) UnmarshalText(t []byte) error {
-	v, err := hex.DecodeString(string(t))
-	if err != nil {
-		return fmt.Errorf("memory bytes: %w", err)
+	var v []byte
+	for len(t) > 0 {
+		if rest, ok := bytes.CutPrefix(t, []byte("(00*")); ok {
+			count, after, ok := bytes.Cut(rest, []byte(")"))
+			n, err := strconv.Atoi(string(count))
+			if !ok || err != nil || n < 0 || n > maxBytes-len(v) {
+				return fmt.Errorf("memory bytes: a run of %q zeros", count)
+			}
+			v, t = append(v, make([]byte, n)...), after
+			continue
+		}
+		n := bytes.IndexByte(t, '(')
+		if n < 0 {
+			n = len(t)
+		}
+		var err error
+		if v, err = hex.AppendDecode(v, t[:n]); err != nil {
+			return fmt.Errorf("memory bytes: %w", err)
+		}
+		t = t[n:]
 	}
 	*b = v
 	return nil
 }
+
+const maxBytes = 1 << 20 // of one Bytes that is read
 
 // Op is what a step does.
 type Op string
@@ -107,6 +147,11 @@ type Step struct {
 	Put    Bytes  `json:"put,omitempty"`
 	// Undo says that on a later failure Expect is put back, if Put is still there.
 	Undo bool `json:"undo,omitempty"`
+	// Hold says that what is put stays in force until the end of the whole repair, of which this plan is a part, and is taken
+	// back then, however that ends. See Lift.
+	Hold bool `json:"hold,omitempty"`
+	// Each has an await go on until all of these hold at once.
+	Each []Cond `json:"each,omitempty"`
 	// Until ends an await as soon as one of the conditions holds. If Unless is given, an await is broken off as failed as soon
 	// as one of those holds.
 	Until   []Cond        `json:"until,omitempty"`
@@ -116,6 +161,8 @@ type Step struct {
 	// Cleanup marks steps that tidy up after the repair. Their failure does not fail the plan; what they could not tidy up is
 	// reported as left behind.
 	Cleanup bool `json:"cleanup,omitempty"`
+	// Later marks a Cleanup step that is left to Executor.Sweep: there is no need to wait for it now.
+	Later bool `json:"later,omitempty"`
 	// IfFailed has the step run only if the one before it has failed.
 	IfFailed bool `json:"ifFailed,omitempty"`
 	// Runs marks the await by which the host confirms that it has run Plan.Calls. It ends the danger of the arming store: until
@@ -166,11 +213,18 @@ type Plan struct {
 	Made    time.Time `json:"made"`
 	Kernel  *KernelID `json:"kernel,omitempty"` // nil if the plan touches no memory
 	Target  *Target   `json:"target,omitempty"`
-	CPU     *int      `json:"cpu,omitempty"` // the CPU that is to do the work, if one is chosen
-	Calls   []Call    `json:"calls,omitempty"`
-	Steps   []Step    `json:"steps"`
+	// Targets are the tasks of a plan that is about several.
+	Targets []Target `json:"targets,omitempty"`
+	CPU     *int     `json:"cpu,omitempty"` // the CPU that is to do the work, if one is chosen
+	Calls   []Call   `json:"calls,omitempty"`
+	Steps   []Step   `json:"steps"`
 	// Undo says whether the repair as a whole can be taken back once it has worked.
 	Undo bool `json:"undo"`
+	// More says that the plan is one part of a repair, and whether the fault is gone is asked at the end only; or that it is no
+	// repair at all, but something that is done beside one.
+	More bool `json:"more,omitempty"`
+	// Lifts are the plans whose held steps this one takes back.
+	Lifts []string `json:"lifts,omitempty"`
 }
 
 // Ranges returns the host memory that the plan stores to.
@@ -198,7 +252,17 @@ func (p Plan) String() string {
 const StoreAction = "store-memory"
 
 // Actions returns all actions.
-func Actions() []Action { return []Action{killProcess(), powerCycle()} }
+func Actions() []Action {
+	return []Action{
+		killProcess(), stopProcess(), continueProcess(), stopForkBomb(), restartHost(), powerCycle(),
+		called(SyncDisks, "Write to disks what is dirty", RiskKernel, emergencySync, everyKind()...),
+		called(RemountDisks, "Remount all file systems read-only", RiskKernel, emergencyRemount, everyKind()...),
+		called(RebootHost, "Have the host reboot in an orderly way", RiskRestart, orderlyReboot, everyKind()...),
+	}
+}
+
+// everyKind are the kinds that what concerns the host as a whole can be an answer to.
+func everyKind() []detect.Kind { return detect.Kinds() }
 
 // IDs returns the IDs of all actions.
 func IDs() []string {
@@ -227,6 +291,9 @@ type Action struct {
 	// For lists the kinds of findings that the action can be a repair of.
 	For  []detect.Kind
 	Plan func(context.Context, *kernel.View, detect.Finding) (Plan, error)
+	// Next is not nil for a repair in several plans. It makes the next one from a fresh view after one was carried out; more is
+	// false when there is nothing left to do. ErrNotYet means that it should be asked again in a moment.
+	Next func(context.Context, *kernel.View, detect.Finding) (p Plan, more bool, err error)
 }
 
 // Power is the host's power controller.

@@ -589,6 +589,7 @@ func (img *Image) findLayout(src source) (string, error) {
 	if err := errors.Join(img.lay.task.err, img.lay.keeper.err); err != nil {
 		return "", err
 	}
+	img.usage = img.usagePlan(src)
 	img.beat = img.beatPlan(src)
 	if img.beat.err != nil {
 		return "", img.beat.err

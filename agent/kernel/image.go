@@ -26,6 +26,7 @@ type Image struct {
 	perCPUStart, perCPUEnd VirtAddr   // where the addresses of per-CPU symbols are
 	identity               identity
 	beat                   *beatPlan
+	usage                  *usagePlan
 
 	// lastMono is the latest CLOCK_MONOTONIC that Prove saw: it starts again at zero when the host does.
 	lastMono atomic.Int64

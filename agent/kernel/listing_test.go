@@ -132,6 +132,7 @@ func TestListings(t *testing.T) {
 			{"slabs", testSlabs},
 			{"memory", testMemory},
 			{"load", testLoad},
+			{"usage", testUsage},
 			{"stacks", testStacks},
 			{"print", testPrint},
 			{"cgroups", testCgroups},
@@ -571,6 +572,60 @@ func testLoad(t *testing.T, g *guest, img *Image) {
 	}
 	if len(l.Queues) != 2 || l.Queues[0].Switches == 0 || l.Queues[0].Running > 100 || l.Queues[1].CPU != 1 {
 		t.Errorf("run queues %+v", l.Queues)
+	}
+}
+
+// testUsage compares the sample of what may run out with what the guest says of itself.
+func testUsage(t *testing.T, g *guest, img *Image) {
+	loadavg := g.read("/proc/loadavg")
+	stat, files, pidMax, maxThreads := g.read("/proc/stat"), g.read("/proc/sys/fs/file-nr"), g.read("/proc/sys/kernel/pid_max"), g.read("/proc/sys/kernel/threads-max")
+	v := g.frozenView(img)
+	u, err := v.Usage()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := v.MemoryUse()
+	if err != nil {
+		t.Fatal(err)
+	}
+	number := func(s string) uint64 {
+		n, err := strconv.ParseUint(strings.Fields(s)[0], 10, 64)
+		if err != nil {
+			t.Errorf("the guest says %q: %v", s, err)
+		}
+		return n
+	}
+	_, forks, _ := strings.Cut(stat, "\nprocesses ")
+	_, threads, _ := strings.Cut(strings.Fields(loadavg)[3], "/")
+	kills, _ := m.Counters.Get("oom_kill")
+	var stalls uint64
+	for _, c := range m.Counters {
+		if strings.HasPrefix(c.Name, "allocstall_") {
+			stalls += c.Value
+		}
+	}
+	for _, x := range []struct {
+		what             string
+		got, want, slack uint64
+	}{
+		{"forks", u.Forks, number(forks), 2},
+		{"threads", uint64(u.Threads), number(threads), 2},
+		{"max threads", uint64(u.MaxThreads), number(maxThreads), 0},
+		{"max PIDs", uint64(u.MaxPIDs), number(pidMax), 0},
+		{"open files", u.Files, number(files), 128},
+		{"max files", u.MaxFiles, number(strings.Fields(files)[2]), 0},
+		{"total", u.Total, m.Total, 0},
+		{"free", u.Free, m.Free, 1 << 20},
+		{"available", u.Available, m.Available, m.Total / 20},
+		{"stalls", u.Stalls, stalls, 0},
+		{"kills", u.OOMKills, kills, 0},
+	} {
+		if !about(x.got, x.want, x.slack) {
+			t.Errorf("%s: %d; want %d ± %d", x.what, x.got, x.want, x.slack)
+		}
+	}
+	if u.PIDs < u.Threads/2 || u.PIDs > 2*u.Threads || u.Slab == 0 || u.Slab > u.Total/4 {
+		t.Errorf("usage %+v", u)
 	}
 }
 

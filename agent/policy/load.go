@@ -98,6 +98,7 @@ func (p Policy) DetectConfig() detect.Config {
 	}{
 		{&c.Heartbeat, s.Heartbeat}, {&c.Tasks, s.Tasks}, {&c.StallSuspect, s.StallSuspect}, {&c.StallVerdict, s.StallVerdict},
 		{&c.IdleVerdict, s.IdleVerdict}, {&c.Silent, s.Silent}, {&c.RunawayFor, s.RunawayFor},
+		{&c.HogETA, s.HogETA},
 	} {
 		if f.from != 0 {
 			*f.to = time.Duration(f.from)
@@ -105,6 +106,12 @@ func (p Policy) DetectConfig() detect.Config {
 	}
 	if s.RunawayShare != 0 {
 		c.RunawayShare = s.RunawayShare
+	}
+	if s.BombGrowth != 0 {
+		c.BombGrowth = s.BombGrowth
+	}
+	if s.HogFloor != 0 {
+		c.HogFloor = s.HogFloor
 	}
 	for _, u := range s.RunawayExempt {
 		c.RunawayExempt = append(c.RunawayExempt, detect.UIDRange(u))

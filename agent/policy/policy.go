@@ -16,20 +16,25 @@
 //	    "silent": "5s",
 //	    "runawayShare": 0.9,
 //	    "runawayFor": "60s",
-//	    "runawayExempt": [{"first": 990, "last": 999}]
+//	    "runawayExempt": [{"first": 990, "last": 999}],
+//	    "bombGrowth": 128,
+//	    "hogETA": "3s",
+//	    "hogFloor": 0.05
 //	  },
 //	  "rules": [
 //	    {"finding": "runaway-process", "action": "kill-process", "mode": "automatic", "minConfidence": 0.9,
 //	     "maxPerHour": 6, "coolDown": "30s"},
 //	    {"finding": "panic", "action": "power-cycle", "mode": "automatic", "maxPerHour": 2, "coolDown": "10m"},
 //	    {"finding": "cpu-stall", "action": "power-cycle", "mode": "wait"},
-//	    {"finding": "host-silent", "action": "power-cycle", "mode": "wait"}
+//	    {"finding": "host-silent", "action": "power-cycle", "mode": "wait"},
+//	    {"finding": "fork-bomb", "action": "stop-fork-bomb", "mode": "automatic", "minConfidence": 0.9, "maxPerHour": 6},
+//	    {"finding": "memory-hog", "action": "kill-process", "mode": "automatic", "minConfidence": 0.9, "maxPerHour": 6}
 //	  ]
 //	}
 //
 // Only version is required. The detectors above have their defaults but for runawayExempt, which is empty; detect.Config says
-// what they mean. A rule's fields are those of Rule; kill-process is a remedy for a runaway-process, power-cycle for every
-// kind of finding. backdoord -check says whether a document is right.
+// what they mean. A rule's fields are those of Rule; kill-process is a remedy for a runaway-process and a memory-hog,
+// stop-fork-bomb for a fork-bomb, power-cycle for every kind of finding. backdoord -check says whether a document is right.
 package policy
 
 import (
@@ -104,6 +109,9 @@ type Detectors struct {
 	RunawayShare  float64  `json:"runawayShare,omitempty"`
 	RunawayFor    Duration `json:"runawayFor,omitempty"`
 	RunawayExempt []Users  `json:"runawayExempt,omitempty"`
+	BombGrowth    int      `json:"bombGrowth,omitempty"`
+	HogETA        Duration `json:"hogETA,omitempty"`
+	HogFloor      float64  `json:"hogFloor,omitempty"`
 }
 
 // Policy is the document.
@@ -120,5 +128,7 @@ func Default() Policy {
 		{Finding: "panic", Action: "power-cycle", Mode: Wait},
 		{Finding: "cpu-stall", Action: "power-cycle", Mode: Wait},
 		{Finding: "host-silent", Action: "power-cycle", Mode: Wait},
+		{Finding: "fork-bomb", Action: "stop-fork-bomb", Mode: Wait},
+		{Finding: "memory-hog", Action: "kill-process", Mode: Wait},
 	}}
 }

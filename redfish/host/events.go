@@ -38,6 +38,7 @@ var eventNames = map[engine.EventType]struct {
 	engine.EventResolved:  {"Resolved", schema.HealthOK},
 	engine.EventPlanned:   {"RepairStarted", schema.HealthOK},
 	engine.EventHealed:    {"Repaired", schema.HealthOK},
+	engine.EventDone:      {"Done", schema.HealthOK},
 	engine.EventFailed:    {"RepairFailed", schema.HealthCritical},
 	engine.EventWaiting:   {"OperatorWanted", schema.HealthWarning},
 	engine.EventEscalated: {"Escalated", schema.HealthCritical},

@@ -26,6 +26,9 @@ var registry = service.Registry{
 		"CPUStall":       fault("A CPU of the host makes no progress.", schema.HealthCritical, "Read the kernel log; heal the finding or restart the host."),
 		"RunawayProcess": fault("A process of the host uses a CPU beyond what policy allows.", schema.HealthWarning, "Heal the finding, which ends the process."),
 		"HostSilent":     fault("Nothing on the host progresses.", schema.HealthCritical, "Check the host's power, then restart the host."),
+		"ForkBomb":       fault("A tree of tasks of the host grows without end.", schema.HealthCritical, "Heal the finding, which ends the tree."),
+		"MemoryHog":      fault("The host's memory runs out within moments.", schema.HealthCritical, "Heal the finding, which ends the process."),
+		"Exhaustion":     fault("Something of the host's runs out.", schema.HealthWarning, "Find out what uses it up, and end that or raise the limit."),
 		"KernelRecord":   note("A record of the host's kernel log.", "%1", "string"),
 		"JournalRecord":  note("The agent has decided or done something.", "%1", "string"),
 		"DiagnosticData": note("Diagnostic data was collected from the host.", "The %1.", "string"),
@@ -35,6 +38,7 @@ var registry = service.Registry{
 		"Resolved":       happened("A fault of the host is gone.", schema.HealthOK, "None."),
 		"RepairStarted":  happened("A repair has begun.", schema.HealthOK, "None."),
 		"Repaired":       happened("A repair has worked.", schema.HealthOK, "None."),
+		"Done":           happened("What was asked for beside a repair is done.", schema.HealthOK, "None."),
 		"RepairFailed":   happened("A repair has not worked.", schema.HealthCritical, "Read the journal; heal the finding another way or restart the host."),
 		"OperatorWanted": happened("A fault waits for an operator's decision.", schema.HealthWarning, "Look at the finding and heal it."),
 		"Escalated":      happened("A fault goes on in spite of its repair.", schema.HealthCritical, "Read the journal; heal the finding another way or restart the host."),
@@ -61,6 +65,7 @@ func note(description, text string, params ...string) service.RegistryMessage {
 // messageNames are the messages by kind of finding; others are a Finding.
 var messageNames = map[detect.Kind]string{
 	detect.KindPanic: "Panic", detect.KindCPUStall: "CPUStall", detect.KindRunawayProcess: "RunawayProcess", detect.KindHostSilent: "HostSilent",
+	detect.KindForkBomb: "ForkBomb", detect.KindMemoryHog: "MemoryHog", detect.KindExhaustion: "Exhaustion",
 }
 
 func findingMessage(f detect.Finding) (id string, args []string, text string) {

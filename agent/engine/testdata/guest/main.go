@@ -2,7 +2,8 @@
 // kernel. It takes commands on the second serial line, one a line, and answers with one line of JSON. It tells of each child
 // that ends with a line {"exit": pid, "signal": n}.
 //
-//	spawn KIND   start a child: spin, sleep, nanosleep, blocked, blockedspin, threads, forks, stopped, zombie
+//	spawn KIND   start a child: spin, sleep, nanosleep, blocked, blockedspin, threads, forks, stopped, zombie, bomb, rootbomb,
+//	             hog, roothog (of which the OOM killer keeps off)
 //	dmesg        all records of /dev/kmsg with level 4 (warning) or worse
 //	sysrq X      press the key
 //	uptime       CLOCK_MONOTONIC in ns
@@ -19,6 +20,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -49,6 +51,9 @@ func main() {
 		unix.IoctlSetTermios(int(tty.Fd()), unix.TCSETS, t)
 	}
 	var mu sync.Mutex
+	// What a bomb leaves behind is too much to tell of each.
+	var quiet atomic.Bool
+	var own sync.Map
 	say := func(v any) {
 		b, err := json.Marshal(v)
 		if err != nil {
@@ -68,7 +73,9 @@ func main() {
 				if err != nil || pid <= 0 {
 					break
 				}
-				say(map[string]int{"exit": pid, "signal": int(ws.Signal())})
+				if _, ok := own.Load(pid); ok || !quiet.Load() {
+					say(map[string]int{"exit": pid, "signal": int(ws.Signal())})
+				}
 			}
 		}
 	}()
@@ -85,7 +92,9 @@ func main() {
 		}
 		switch f[0] {
 		case "spawn":
+			quiet.Store(quiet.Load() || strings.HasSuffix(arg, "bomb"))
 			pid, err := start(arg)
+			own.Store(pid, true)
 			if err != nil {
 				say(map[string]string{"error": err.Error()})
 				continue
@@ -110,7 +119,9 @@ func main() {
 
 func start(kind string) (int, error) {
 	c := exec.Command("/proc/self/exe", kind)
-	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1000, Gid: 1000}}
+	if !strings.HasPrefix(kind, "root") {
+		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1000, Gid: 1000}}
+	}
 	out, err := c.StdoutPipe()
 	if err != nil {
 		return 0, err
@@ -150,6 +161,8 @@ func child(kind string) {
 				unix.Pause()
 			}()
 		}
+	case "roothog":
+		os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 	case "zombie": // a child whose parent never takes note of its death
 		c := exec.Command("/proc/self/exe", "sleep")
 		if err := c.Start(); err != nil {
@@ -175,6 +188,20 @@ func child(kind string) {
 			if c.Start() == nil {
 				var ws unix.WaitStatus
 				unix.Wait4(c.Process.Pid, &ws, 0, nil)
+			}
+		}
+	case "bomb", "rootbomb":
+		for {
+			if _, _, e := unix.RawSyscall(unix.SYS_FORK, 0, 0, 0); e != 0 {
+				unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+			}
+		}
+	case "hog", "roothog":
+		const size = 8 << 20
+		for {
+			b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+			for i := 0; err == nil && i < size; i += 4096 {
+				b[i] = 1
 			}
 		}
 	case "exit":

@@ -1,0 +1,112 @@
+package engine
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
+	"github.com/backdoor-rhs/backdoor/agent/policy"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// The host restarted by its own kernel: while it lives, when it has panicked, and with all CPUs locked; and what else its
+// functions are asked for.
+func TestLiveRestart(t *testing.T) {
+	forEachGuest(t, func(t *testing.T, k string) {
+		g := startGuest(t, k)
+		o := Options{
+			Memory: func(context.Context) (hostmem.Memory, error) {
+				return hostmem.OpenRAMFile(g.ram, hostmem.Q35Layout(uint64(g.mib)<<20), true)
+			},
+			Writes: true, Agreement: agreement(t, guestUUID, heal.IDs()...), Journal: openJournal(t), Power: qmpPower{g},
+			Policy: policy.Policy{Version: policy.Version, Detectors: policy.Detectors{RunawayFor: policy.Duration(time.Second)}},
+		}
+		if testing.Verbose() {
+			o.Logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
+		}
+		w := watch(t, o)
+		w.wait(time.Minute, "attach", ofType(EventAttached))
+		ask := func(f *detect.Finding, action string, want EventType) Event {
+			t.Helper()
+			began := time.Now()
+			_, out, err := w.e.Heal(t.Context(), HealRequest{Finding: f.ID, Action: action, Caller: "test"})
+			if err != nil {
+				t.Fatalf("%s: %v\n%+v", action, err, out)
+			}
+			ev := w.wait(time.Minute, action, func(ev Event) bool { return ev.Type == want && ev.Outcome != nil && ev.Outcome.Plan.Action == action })
+			t.Logf("%s: %v; %+v", action, time.Since(began), ev.Outcome.HostFunctions)
+			return ev
+		}
+		runaway := func() (int, *detect.Finding) {
+			t.Helper()
+			pid := g.spawn("spin")
+			ev := w.wait(20*time.Second, "runaway", func(e Event) bool {
+				return ofKind(EventFinding, detect.KindRunawayProcess)(e) && e.Finding.Culprit.TGID == pid
+			})
+			return pid, ev.Finding
+		}
+		state := func(pid int) string {
+			t.Helper()
+			v, err := w.e.View(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			for task, err := range v.Tasks() {
+				if err == nil && task.PID == pid {
+					return task.State
+				}
+			}
+			return ""
+		}
+		pid, f := runaway()
+		ask(f, heal.SyncDisks, EventDone)
+		ask(f, heal.RemountDisks, EventDone)
+		ask(f, heal.StopProcess, EventHealed)
+		if s := state(pid); s != "T" {
+			t.Errorf("state %q of a stopped process", s)
+		}
+		if bad := g.complaints(); len(bad) > 0 {
+			t.Errorf("the guest's kernel complains: %q", bad)
+		}
+
+		pid, f = runaway()
+		restart := func(what string, f *detect.Finding) {
+			t.Helper()
+			began := time.Now()
+			ask(f, heal.RestartHost, EventHealed)
+			g.waitReady()
+			t.Logf("%s: restarted, attached and alive after %v", what, time.Since(began))
+		}
+		restart("live", f)
+		if state(pid) == "R" {
+			t.Errorf("process %d still runs", pid)
+		}
+
+		var ok string
+		g.ask("sysrq c", "ok", &ok)
+		ev := w.wait(10*time.Second, "panic", ofKind(EventFinding, detect.KindPanic))
+		time.Sleep(200 * time.Millisecond) // the kernel comes to its last loop
+		restart("panicked", ev.Finding)
+
+		// All CPUs spin with their interrupts off.
+		g.spawn("forks")
+		g.spawn("forks")
+		time.Sleep(12 * time.Second) // a host that boots is not judged
+		v, err := w.e.View(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		busy := func(cpu int) bool {
+			hb, err := v.Heartbeat()
+			return err == nil && !hb.CPUs[cpu].Idle
+		}
+		first := g.lock(gadget(t, v), busy)
+		g.lock(gadget(t, v), func(cpu int) bool { return cpu != first && busy(cpu) })
+		ev = w.wait(20*time.Second, "verdict", ofKind(EventFinding, detect.KindCPUStall))
+		restart("locked", ev.Finding)
+	})
+}
