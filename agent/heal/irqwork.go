@@ -117,6 +117,7 @@ func callable(m model, name string) (kernel.VirtAddr, Bytes, error) {
 	_, ibtErr := m.Symbol("ibt_restore") // only where the kernel is built with CONFIG_X86_KERNEL_IBT
 	switch {
 	case bytes.HasPrefix(head, endbr64):
+	case bytes.HasPrefix(head, sealed) && ibtOff(m): // nothing but a nop there
 	case bytes.HasPrefix(head, sealed):
 		err = fmt.Errorf("%s is sealed against calls by pointer: %w", name, kernel.ErrNotSupported)
 	case bytes.HasPrefix(head, fentryNop) && errors.Is(ibtErr, kernel.ErrNotFound):
@@ -124,6 +125,22 @@ func callable(m model, name string) (kernel.VirtAddr, Bytes, error) {
 		err = fmt.Errorf("%s begins with %x, which is neither endbr64 nor the untraced entry of a kernel without IBT: %w", name, []byte(head), kernel.ErrNotSupported)
 	}
 	return va, head, err
+}
+
+// ibtOff reports whether the host's CPUs surely do not enforce indirect branch tracking: the kernel has found, or was told,
+// that they cannot. X86_FEATURE_IBT is bit 20 of word 18, arch/x86/include/asm/cpufeatures.h since v5.18.
+func ibtOff(m model) bool {
+	const word, bit = 18, 20
+	va, err := m.Symbol("boot_cpu_data")
+	if err != nil {
+		return false
+	}
+	f, err := m.Field("cpuinfo_x86", "x86_capability")
+	if err != nil || f.Size < 4*(word+1) {
+		return false
+	}
+	caps, err := read32(m, va+kernel.VirtAddr(f.Offset+4*word))
+	return err == nil && caps>>bit&1 == 0
 }
 
 // pickCPU chooses the CPU that will tick soonest: the one on which the victim runs, for that one is surely busy; else any
