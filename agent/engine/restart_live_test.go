@@ -23,7 +23,7 @@ func TestLiveRestart(t *testing.T) {
 				return hostmem.OpenRAMFile(g.ram, hostmem.Q35Layout(uint64(g.mib)<<20), true)
 			},
 			Writes: true, Agreement: agreement(t, guestUUID, heal.IDs()...), Journal: openJournal(t), Power: qmpPower{g},
-			Policy: policy.Policy{Version: policy.Version, Detectors: policy.Detectors{RunawayFor: policy.Duration(time.Second)}},
+			Policy: policy.Policy{Version: policy.Version, Detectors: policy.Detectors{RunawayFor: policy.Duration(time.Second), RunawayShare: 0.3}},
 		}
 		if testing.Verbose() {
 			o.Logger = slog.New(slog.NewTextHandler(os.Stderr, nil))

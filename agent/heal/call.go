@@ -183,10 +183,6 @@ func planBlink(m model, f detect.Finding) (Plan, error) {
 	if err != nil {
 		return fail(err)
 	}
-	none, err := m.Symbol("no_blink")
-	if err != nil {
-		return fail(err)
-	}
 	va, err := m.Symbol("panic_blink")
 	if err != nil {
 		return fail(err)
@@ -199,8 +195,13 @@ func planBlink(m model, f detect.Finding) (Plan, error) {
 	if err != nil {
 		return fail(err)
 	}
-	if kernel.VirtAddr(now) != none {
-		return fail(fmt.Errorf("panic_blink is %#x, not no_blink: the kernel has not come to its last loop, or a driver uses it: %w", now, kernel.ErrNotSupported))
+	known := false
+	for _, name := range []string{"no_blink", "i8042_panic_blink"} { // kernel/panic.c, drivers/input/serio/i8042.c
+		fn, err := m.Symbol(name)
+		known = known || err == nil && fn == kernel.VirtAddr(now)
+	}
+	if !known {
+		return fail(fmt.Errorf("panic_blink is %#x, which is none of the functions known: the kernel has not come to its last loop yet, or another driver uses it: %w", now, ErrNotYet))
 	}
 	id := Identify(m.Info())
 	return Plan{

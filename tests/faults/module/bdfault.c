@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * bdfault: faults on demand, for a virtual machine of the fault suite and for nothing else.
+ *
+ * It refuses to load without the suite's marker, a file of QEMU's fw_cfg device (docs/specs/fw_cfg of QEMU).
+ * Write the name of a fault to /proc/bdfault; reading it lists them. Each fault does one thing that goes wrong in real
+ * drivers, or that rootkits do. Some can be taken back by writing "NAME off".
+ */
+#include <linux/completion.h>
+#include <linux/cred.h>
+#include <linux/delay.h>
+#include <linux/fs.h>
+#include <linux/init.h>
+#include <linux/io.h>
+#include <linux/irqflags.h>
+#include <linux/irq_work.h>
+#include <linux/kthread.h>
+#include <linux/list.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/proc_fs.h>
+#include <linux/rcupdate.h>
+#include <linux/rculist.h>
+#include <linux/rtnetlink.h>
+#include <linux/sched.h>
+#include <linux/sched/signal.h>
+#include <linux/sched/task.h>
+#include <linux/slab.h>
+#include <linux/smp.h>
+#include <linux/spinlock.h>
+#include <linux/string.h>
+#include <linux/timer.h>
+#include <linux/uaccess.h>
+#include <linux/workqueue.h>
+
+#define MARKER "opt/backdoor/faults"
+
+static DEFINE_SPINLOCK(lock_a);
+static DEFINE_MUTEX(mutex_a);
+static DEFINE_MUTEX(mutex_b);
+static DECLARE_COMPLETION(never);
+static struct workqueue_struct *wq;
+static struct kmem_cache *leaks;
+
+static noinline void forever(void)
+{
+	for (;;)
+		cpu_relax();
+}
+
+/* Interrupts off on the CPU that writes. */
+static void irqs_off(void)
+{
+	local_irq_disable();
+	forever();
+}
+
+static void irqs_off_ipi(void *unused)
+{
+	forever(); /* in the interrupt of the call: on that CPU nothing comes through any more */
+}
+
+static void irqs_off_all(void)
+{
+	smp_call_function(irqs_off_ipi, NULL, 0);
+	irqs_off();
+}
+
+/* A lock that is taken twice by its own holder. */
+static void spin_deadlock(void)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(&lock_a, flags);
+	spin_lock(&lock_a);
+}
+
+static void soft_lockup(void)
+{
+	preempt_disable();
+	forever();
+}
+
+static int take_b_then_a(void *unused)
+{
+	mutex_lock(&mutex_b);
+	msleep(200);
+	mutex_lock(&mutex_a);
+	return 0;
+}
+
+static int take_a_then_b(void *unused)
+{
+	mutex_lock(&mutex_a);
+	msleep(200);
+	mutex_lock(&mutex_b);
+	return 0;
+}
+
+/* Two threads, two mutexes, the wrong way round. */
+static void mutex_deadlock(void)
+{
+	kthread_run(take_a_then_b, NULL, "bdfault-ab");
+	kthread_run(take_b_then_a, NULL, "bdfault-ba");
+}
+
+static int leave_rtnl(void *unused)
+{
+	rtnl_lock();
+	return 0; /* and never gives it back */
+}
+
+static void leaked_rtnl(void)
+{
+	kthread_run(leave_rtnl, NULL, "bdfault-rtnl");
+}
+
+/* A wait for what never comes, with nobody to blame. */
+static void d_state(void)
+{
+	wait_for_completion(&never);
+}
+
+static void null_write(void)
+{
+	*(volatile int *)8 = 1;
+}
+
+static void null_jump(void)
+{
+	void (*volatile f)(void) = NULL;
+
+	f();
+}
+
+static int oops_thread(void *unused)
+{
+	null_write();
+	return 0;
+}
+
+/* In a thread of its own, which dies of it; the machine goes on. */
+static void oops(void)
+{
+	kthread_run(oops_thread, NULL, "bdfault-oops");
+}
+
+static int jump_thread(void *unused)
+{
+	null_jump();
+	return 0;
+}
+
+static void oops_jump(void)
+{
+	kthread_run(jump_thread, NULL, "bdfault-jump");
+}
+
+static void oops_in_irq(struct irq_work *work)
+{
+	null_write();
+}
+
+static struct irq_work irq_oops_work;
+
+static void irq_oops(void)
+{
+	init_irq_work(&irq_oops_work, oops_in_irq);
+	irq_work_queue(&irq_oops_work);
+}
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Winfinite-recursion"
+static noinline int eat_stack(volatile int depth)
+{
+	volatile char room[512];
+
+	room[0] = depth;
+	return room[0] + eat_stack(depth + 1) + room[0];
+}
+#pragma GCC diagnostic pop
+
+static int overflow_thread(void *unused)
+{
+	return eat_stack(0);
+}
+
+static void stack_overflow(void)
+{
+	kthread_run(overflow_thread, NULL, "bdfault-stack");
+}
+
+/* CONFIG_DEBUG_LIST, where the kernel has it, speaks of it. */
+static void list_corruption(void)
+{
+	LIST_HEAD(head);
+	struct list_head one;
+
+	list_add(&one, &head);
+	one.prev = NULL;
+	list_del(&one);
+}
+
+static int rcu_thread(void *unused)
+{
+	rcu_read_lock();
+	preempt_disable();
+	while (!kthread_should_stop())
+		cpu_relax();
+	return 0;
+}
+
+static void rcu_stall(void)
+{
+	kthread_run(rcu_thread, NULL, "bdfault-rcu");
+}
+
+static void stuck(struct work_struct *work)
+{
+	msleep(3600 * 1000);
+}
+
+static DECLARE_WORK(stuck_work, stuck);
+static DECLARE_WORK(waiting_work, stuck);
+
+static void wq_stall(void)
+{
+	queue_work(wq, &stuck_work);
+	queue_work(wq, &waiting_work);
+}
+
+static struct timer_list leak_timer;
+
+static void leak(struct timer_list *t)
+{
+	int i;
+
+	for (i = 0; i < 256; i++)
+		(void)kmem_cache_alloc(leaks, GFP_ATOMIC);
+	mod_timer(&leak_timer, jiffies + HZ / 10);
+}
+
+static void slab_leak(void)
+{
+	timer_setup(&leak_timer, leak, 0);
+	mod_timer(&leak_timer, jiffies + 1);
+}
+
+static void slab_leak_off(void)
+{
+	del_timer_sync(&leak_timer);
+}
+
+/* A stray pointer into something that nobody needs at the moment, and everybody would believe. */
+static char victim[64] = "what was here before";
+
+static void wild_write(void)
+{
+	memset(victim, 0x5a, sizeof(victim));
+}
+
+/* The writer gets uid 0 without any of the ways there are to it: its credentials are overwritten in place. */
+static void root_cred(void)
+{
+	struct cred *c = (struct cred *)current->cred;
+
+	c->uid = c->euid = c->suid = c->fsuid = GLOBAL_ROOT_UID;
+}
+
+/* The demonstration rootkit: hides its module from lsmod, and the writer from ps. */
+static struct list_head *module_prev;
+
+static void hide_module(void)
+{
+	module_prev = THIS_MODULE->list.prev;
+	list_del_rcu(&THIS_MODULE->list);
+}
+
+static void hide_module_off(void)
+{
+	if (module_prev)
+		list_add_rcu(&THIS_MODULE->list, module_prev);
+	module_prev = NULL;
+}
+
+static struct task_struct *hidden;
+
+static void hide_task(void)
+{
+	hidden = current->group_leader;
+	list_del_rcu(&hidden->tasks); /* /proc, which goes by PIDs, still shows it */
+}
+
+static void hide_task_off(void)
+{
+	if (hidden)
+		list_add_tail_rcu(&hidden->tasks, &init_task.tasks);
+	hidden = NULL;
+}
+
+static struct fault {
+	const char *name;
+	void (*on)(void);
+	void (*off)(void);
+} faults[] = {
+	{ "irqs-off", irqs_off },
+	{ "irqs-off-all", irqs_off_all },
+	{ "spin-deadlock", spin_deadlock },
+	{ "soft-lockup", soft_lockup },
+	{ "mutex-deadlock", mutex_deadlock },
+	{ "leaked-rtnl", leaked_rtnl },
+	{ "d-state", d_state },
+	{ "oops", oops },
+	{ "oops-jump", oops_jump },
+	{ "oops-irq", irq_oops },
+	{ "stack-overflow", stack_overflow },
+	{ "list-corruption", list_corruption },
+	{ "rcu-stall", rcu_stall },
+	{ "wq-stall", wq_stall },
+	{ "slab-leak", slab_leak, slab_leak_off },
+	{ "wild-write", wild_write },
+	{ "root-cred", root_cred },
+	{ "hide-module", hide_module, hide_module_off },
+	{ "hide-task", hide_task, hide_task_off },
+};
+
+static ssize_t fault_write(struct file *file, const char __user *from, size_t n, loff_t *pos)
+{
+	char name[32];
+	bool off;
+	char *space;
+	int i;
+
+	if (n == 0 || n >= sizeof(name))
+		return -EINVAL;
+	if (copy_from_user(name, from, n))
+		return -EFAULT;
+	name[n] = 0;
+	strim(name);
+	space = strchr(name, ' ');
+	off = space && !strcmp(space, " off");
+	if (off)
+		*space = 0;
+	for (i = 0; i < ARRAY_SIZE(faults); i++) {
+		if (strcmp(name, faults[i].name))
+			continue;
+		if (!off)
+			faults[i].on();
+		else if (faults[i].off)
+			faults[i].off();
+		else
+			return -EOPNOTSUPP;
+		return n;
+	}
+	return -ENOENT;
+}
+
+static ssize_t fault_read(struct file *file, char __user *to, size_t n, loff_t *pos)
+{
+	char text[1024];
+	int i, len = 0;
+
+	for (i = 0; i < ARRAY_SIZE(faults); i++)
+		len += scnprintf(text + len, sizeof(text) - len, "%s\n", faults[i].name);
+	return simple_read_from_buffer(to, n, pos, text, len);
+}
+
+static const struct proc_ops fault_ops = {
+	.proc_read = fault_read,
+	.proc_write = fault_write,
+	.proc_lseek = default_llseek,
+};
+
+/* fw_cfg: a key goes to port 0x510, bytes come from port 0x511. */
+static void __init fw_read(void *to, int n)
+{
+	u8 *b = to;
+
+	while (n--)
+		*b++ = inb(0x511);
+}
+
+static bool __init marked(void)
+{
+	struct {
+		__be32 size;
+		__be16 select, reserved;
+		char name[56];
+	} __packed file;
+	__be32 count;
+	char sign[4];
+	u32 n;
+
+	outw(0, 0x510);
+	fw_read(sign, sizeof(sign));
+	if (memcmp(sign, "QEMU", 4))
+		return false;
+	outw(0x19, 0x510); /* the directory */
+	fw_read(&count, sizeof(count));
+	for (n = min_t(u32, be32_to_cpu(count), 1024); n; n--) {
+		fw_read(&file, sizeof(file));
+		if (!strncmp(file.name, MARKER, sizeof(file.name)))
+			return true;
+	}
+	return false;
+}
+
+static int __init fault_init(void)
+{
+	if (!marked()) {
+		pr_err("bdfault: this is not the fault suite's machine: it has no %s\n", MARKER);
+		return -EPERM;
+	}
+	wq = alloc_ordered_workqueue("bdfault", 0);
+	leaks = kmem_cache_create("bdfault-leak", 1024, 0, SLAB_ACCOUNT, NULL);
+	if (!wq || !leaks || !proc_create("bdfault", 0666, NULL, &fault_ops))
+		return -ENOMEM;
+	return 0;
+}
+
+module_init(fault_init);
+MODULE_LICENSE("GPL");
+MODULE_DESCRIPTION("faults on demand for the fault suite of Backdoor");
