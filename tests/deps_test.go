@@ -31,6 +31,7 @@ var layers = map[string]int{
 	"agent/session":    2,
 	"agent/engine":     3,
 	"redfish/host":     4,
+	"redfish/firmware": 4,
 	"redfish/client":   4,
 	"agent/export":     4,
 	"cmd":              5,

@@ -158,6 +158,15 @@ func (d *Disk) Good(running Name) error {
 	return d.change(set)
 }
 
+// Doubt notes why the image that runs does not say that it is good, for those who ask when another one runs.
+func (d *Disk) Doubt(running Name, reason error) error {
+	before := d.State()
+	if at := before.Slot(running); at.Status == Empty || at.Reason == clip(reason.Error()) {
+		return nil
+	}
+	return d.change(func(s *State) error { s.Slot(running).Reason = clip(reason.Error()); return nil })
+}
+
 // Adopt notes what an image is that the state does not know: one that was written without this package, or whose state was lost.
 func (d *Disk) Adopt(n Name, h *bundle.Head) error {
 	return d.change(func(s *State) error {

@@ -90,7 +90,8 @@ type Slot struct {
 	// Boots counts how often it was started since it last said that it is good.
 	Boots     int       `json:"boots,omitempty"`
 	Installed time.Time `json:"installed,omitzero"`
-	Reason    string    `json:"reason,omitempty"` // why it is bad
+	// Reason says why it is bad, or, of an image on trial, what it could not do when it was last tried.
+	Reason string `json:"reason,omitempty"`
 }
 
 // A State is what the machine remembers about its slots.
@@ -105,6 +106,8 @@ type State struct {
 	// Epoch is the highest security epoch of an image that was good, as far as this disk knows. A TPM's counter is the authority
 	// where there is one.
 	Epoch uint32 `json:"epoch,omitempty"`
+	// Lowest is the version of the image that raised the epoch to what it is.
+	Lowest string `json:"lowest,omitempty"`
 	// Root is the highest version of the key set that an image that was good was signed under.
 	Root uint32 `json:"root,omitempty"`
 	// Fallback says why what runs is not what was to run; it stays until the next update.
@@ -165,7 +168,11 @@ func (s *State) try(n Name) {
 		at := s.Slot(o)
 		limit := map[Status]int{Trial: TrialBoots, Good: GoodBoots}[at.Status]
 		if o != n && limit > 0 && at.Boots >= limit {
-			s.refuse(o, fmt.Sprintf("it was started %d times and never said that it is good", at.Boots))
+			why := fmt.Sprintf("it was started %d times and never said that it is good", at.Boots)
+			if at.Reason != "" {
+				why += ": " + at.Reason
+			}
+			s.refuse(o, why)
 		}
 	}
 	if n == A || n == B {

@@ -235,6 +235,9 @@ func (d *Disk) Settle(running Name, p bundle.Policy) error {
 		return nil
 	}
 	return d.change(func(s *State) error {
+		if at.Epoch > s.Epoch {
+			s.Lowest = at.Version
+		}
 		s.Epoch, s.Root = max(s.Epoch, at.Epoch), max(s.Root, at.Root)
 		return nil
 	})

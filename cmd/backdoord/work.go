@@ -13,6 +13,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -50,6 +51,7 @@ func work(ctx context.Context, path string, level *slog.LevelVar, log *slog.Logg
 		log.Error("configuration", "err", err)
 	}
 	w.openEngine(p, why)
+	w.openImages()
 	return w.run(ctx)
 }
 
@@ -75,6 +77,9 @@ type worker struct {
 	engine  *engine.Engine
 	journal *journal.Journal
 	resets  chan struct{} // a reset of the agent's machine was asked for
+	images  *images       // nil if the machine was not started from a slot
+	proved  bool          // the journal has written; of prove alone
+	service atomic.Pointer[service.Service]
 }
 
 // reset is how Redfish restarts the agent's machine: this process ends, and its keeper does it.
@@ -132,6 +137,7 @@ func (w *worker) newService() (*service.Service, error) {
 	if w.journal != nil {
 		so.Audit = host.Audit(w.journal)
 	}
+	w.configureUpdates(&so)
 	svc, err := service.New(so)
 	if err != nil {
 		return nil, fmt.Errorf("make Redfish service: %w", err)
@@ -170,11 +176,13 @@ func (w *worker) run(ctx context.Context) int {
 				if svc, err = w.newService(); err != nil {
 					return err
 				}
+				w.service.Store(svc)
 				go host.Relay(ctx, svc, w.engine.Subscribe(ctx)) // once, however often the service starts
 			}
 			return svc.ListenAndServe(ctx, w.cfg.Redfish.Listen)
 		})
 	})
+	wg.Go(func() { w.prove(ctx) })
 	wg.Go(func() { beat(ctx, w.answers, w.log) })
 	code := 0
 	select {

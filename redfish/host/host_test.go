@@ -451,7 +451,7 @@ func (fakeUpdater) Inventory(context.Context) ([]*schema.SoftwareInventory, erro
 	}}, nil
 }
 
-func (fakeUpdater) Install(_ context.Context, image io.Reader, _ service.UpdateOptions, _ func(int, string)) error {
+func (fakeUpdater) Install(_ context.Context, image io.Reader, _ service.UpdateOptions, _ func(int, string, ...string)) error {
 	_, err := io.Copy(io.Discard, image)
 	return err
 }

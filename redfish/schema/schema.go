@@ -157,6 +157,7 @@ const (
 	StateUnavailableOffline State = "UnavailableOffline"
 	StateInTest             State = "InTest"
 	StateAbsent             State = "Absent"
+	StateUpdating           State = "Updating"
 )
 
 // Health is Resource.Health. The zero value, which is absent from JSON, means that it could not be told.

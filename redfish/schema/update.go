@@ -3,11 +3,20 @@ package schema
 // UpdateService is UpdateService.v1_17_0.UpdateService.
 type UpdateService struct {
 	Resource
-	ServiceEnabled       bool    `json:"ServiceEnabled"`
-	MultipartHTTPPushURI string  `json:"MultipartHttpPushUri,omitempty"`
-	MaxImageSizeBytes    int64   `json:"MaxImageSizeBytes,omitempty"`
-	FirmwareInventory    *Link   `json:"FirmwareInventory,omitempty"`
-	Status               *Status `json:"Status,omitempty"`
+	ServiceEnabled       bool   `json:"ServiceEnabled"`
+	MultipartHTTPPushURI string `json:"MultipartHttpPushUri,omitempty"`
+	// ApplyTimeSupport says when what is pushed can be applied.
+	ApplyTimeSupport  *ApplyTimeSupport `json:"MultipartHttpPushUri@Redfish.OperationApplyTimeSupport,omitempty"`
+	MaxImageSizeBytes int64             `json:"MaxImageSizeBytes,omitempty"`
+	FirmwareInventory *Link             `json:"FirmwareInventory,omitempty"`
+	Status            *Status           `json:"Status,omitempty"`
+	OEM               OEM               `json:"Oem,omitempty"`
+}
+
+// ApplyTimeSupport is Settings.v1_4_0.OperationApplyTimeSupport.
+type ApplyTimeSupport struct {
+	ODataType       string   `json:"@odata.type"`
+	SupportedValues []string `json:"SupportedValues"`
 }
 
 // SoftwareInventory is SoftwareInventory.v1_13_0.SoftwareInventory: one image that is installed.
@@ -18,6 +27,8 @@ type SoftwareInventory struct {
 	SoftwareID             string  `json:"SoftwareId,omitempty"`
 	Manufacturer           string  `json:"Manufacturer,omitempty"`
 	ReleaseDate            string  `json:"ReleaseDate,omitempty"`
+	SizeBytes              int64   `json:"SizeBytes,omitempty"`
+	ResetRequired          *bool   `json:"ResetRequiredOnUpdate,omitempty"`
 	Updateable             bool    `json:"Updateable"`
 	Active                 *bool   `json:"Active,omitempty"` // it is what runs, or what is activated
 	Staged                 *bool   `json:"Staged,omitempty"`

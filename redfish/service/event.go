@@ -142,10 +142,11 @@ const (
 	resourceEvent  = "ResourceEvent.1.4."
 	taskEvent      = "TaskEvent.1.0."
 	heartbeatEvent = "HeartbeatEvent.1.1."
+	updateEvent    = "Update.1.3."
 )
 
 // eventFiles are the registries that eventMessages is taken from.
-var eventFiles = []string{"HeartbeatEvent.1.1.1", "ResourceEvent.1.4.3", "TaskEvent.1.0.5", "Telemetry.1.1.1"}
+var eventFiles = []string{"HeartbeatEvent.1.1.1", "ResourceEvent.1.4.3", "TaskEvent.1.0.5", "Telemetry.1.1.1", "Update.1.3.0"}
 
 // eventMessages are their texts (DSP8011 2025.4).
 var eventMessages = map[string]registryMessage{
@@ -165,6 +166,20 @@ var eventMessages = map[string]registryMessage{
 	"Telemetry.TriggerNumericAboveLowerCritical": {schema.HealthWarning, "Metric '%1' value of %2 is now above the %3 lower critical threshold of trigger '%4' but remains outside of normal range", "Check the condition of the metric that reported the trigger."},
 	"Telemetry.TriggerNumericBelowUpperCritical": {schema.HealthWarning, "Metric '%1' value of %2 is now below the %3 upper critical threshold of trigger '%4' but remains outside of normal range", "Check the condition of the metric that reported the trigger."},
 	"Telemetry.TriggerNumericReadingNormal":      {schema.HealthOK, "Metric '%1' value of %2 is within normal operating range of trigger '%3'", "None."},
+	"Update.TargetDetermined":                    {schema.HealthOK, "The target device '%1' will be updated with image '%2'.", "None."},
+	"Update.TransferringToComponent":             {schema.HealthOK, "Image '%1' is being transferred to '%2'.", "None."},
+	"Update.VerifyingAtComponent":                {schema.HealthOK, "Image '%1' is being verified at '%2'.", "None."},
+	"Update.InstallingOnComponent":               {schema.HealthOK, "Image '%1' is being installed on '%2'.", "None."},
+	"Update.TransferFailed":                      {schema.HealthCritical, "Transfer of image '%1' to '%2' failed.", "None."},
+	"Update.VerificationFailed":                  {schema.HealthCritical, "Verification of image '%1' at '%2' failed.", "None."},
+	"Update.ApplyFailed":                         {schema.HealthCritical, "Installation of image '%1' to '%2' failed.", "None."},
+	"Update.ActivateFailed":                      {schema.HealthCritical, "Activation of image '%1' on '%2' failed.", "None."},
+	"Update.AwaitToUpdate":                       {schema.HealthOK, "Awaiting for an action to proceed with installing image '%1' on '%2'.", "Perform the requested action to advance the update operation."},
+	"Update.AwaitToActivate":                     {schema.HealthOK, "Awaiting for an action to proceed with activating image '%1' on '%2'.", "Perform the requested action to advance the update operation."},
+	"Update.UpdateSuccessful":                    {schema.HealthOK, "Device '%1' successfully updated with image '%2'.", "None."},
+	"Update.UpdateSkippedSameVersion":            {schema.HealthOK, "Device '%1' skipped the update with image '%2' because the same version is already installed.", "None."},
+	"Update.UpdateSkippedVersionTooLow":          {schema.HealthOK, "Device '%1' skipped the update with image '%2' due to the minimum version requirement.", "None."},
+	"Update.UpdateNotApplicable":                 {schema.HealthWarning, "Image '%1' was not applicable to device '%2'.", "None."},
 	"HeartbeatEvent.RedfishServiceFunctional":    {schema.HealthOK, "Redfish service is functional.", "None."},
 }
 

@@ -81,6 +81,28 @@ func message(id string, args ...string) schema.Message {
 	}
 }
 
+// updateMessage fills in a message of the Update registry.
+func updateMessage(id string, args ...string) schema.Message {
+	t, ok := eventMessages["Update."+id]
+	if !ok || strings.Count(t.text, "%") != len(args) {
+		panic(fmt.Sprintf("message %s with %d arguments is not in the table", id, len(args)))
+	}
+	m := schema.Message{ODataType: "#" + schema.TypeMessage, MessageID: updateEvent + id, Message: t.text, MessageArgs: []string{}, MessageSeverity: t.severity, Resolution: t.resolution}
+	for i, arg := range args {
+		m.Message = strings.ReplaceAll(m.Message, "%"+strconv.Itoa(i+1), clip(arg))
+		m.MessageArgs = append(m.MessageArgs, clip(arg))
+	}
+	return m
+}
+
+// UpdateRefused returns a refusal with a message of the Update registry, such as "VerificationFailed", and an explanation in words behind
+// the registry's text.
+func UpdateRefused(status int, id, explanation string, args ...string) *Error {
+	m := updateMessage(id, args...)
+	m.Message = strings.TrimSpace(m.Message + " " + explanation)
+	return &Error{Status: status, Messages: []schema.Message{m}}
+}
+
 // clip bounds what an answer repeats of a request.
 func clip(s string) string {
 	const limit = 200

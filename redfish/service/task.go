@@ -190,6 +190,23 @@ func (t *Task) Progress(percent int, doing string) {
 	})
 }
 
+// Report tells the client how far the work is, in percent, and, unless id is empty, what is being done, by a message of DMTF's Update
+// registry, which is also sent as an event.
+func (t *Task) Report(percent int, id string, args ...string) {
+	t.Progress(percent, "")
+	if id == "" {
+		return
+	}
+	m := updateMessage(id, args...)
+	t.set(func(v *schema.Task) {
+		const enough = 50
+		if len(v.Messages) < enough {
+			v.Messages = append(v.Messages, m)
+		}
+	})
+	t.all.svc.Publish(Event{MessageID: m.MessageID, Args: m.MessageArgs, Origin: t.uri()})
+}
+
 // SetOEM puts an object under Oem in the task, for results that have no other home.
 func (t *Task) SetOEM(identifier string, v any) error {
 	raw, err := json.Marshal(v)

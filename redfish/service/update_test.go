@@ -43,7 +43,7 @@ func (u *fakeUpdater) Activate(_ context.Context, ids []string) error {
 	return nil
 }
 
-func (u *fakeUpdater) Install(ctx context.Context, image io.Reader, o UpdateOptions, progress func(int, string)) error {
+func (u *fakeUpdater) Install(ctx context.Context, image io.Reader, o UpdateOptions, report func(int, string, ...string)) error {
 	head := make([]byte, 3)
 	if _, err := io.ReadFull(image, head); err != nil {
 		return fmt.Errorf("read image: %w", err)
@@ -57,7 +57,7 @@ func (u *fakeUpdater) Install(ctx context.Context, image io.Reader, o UpdateOpti
 	if err != nil {
 		return fmt.Errorf("read image: %w", err)
 	}
-	progress(50, "installing")
+	report(50, "InstallingOnComponent", "image", "a")
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.size, u.options = n+3, o
