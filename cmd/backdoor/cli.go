@@ -58,7 +58,7 @@ type options struct {
 	all, threads, follow, dryRun, yes, verify, savePassword, names bool
 	rows                                                           int
 	interval                                                       time.Duration
-	level, action, file                                            string
+	level, action, file, filter, after, output                     string
 	agreement                                                      agreementFlags
 }
 
@@ -105,7 +105,7 @@ func (e *codeError) Unwrap() error { return e.err }
 
 func verbs() []verb {
 	return slices.Concat([]verb{statusVerb, findingsVerb, psVerb, topVerb, dmesgVerb}, listingVerbs(), []verb{
-		healVerb, powerVerb, journalVerb, loginVerb, configVerb, agreementVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
+		healVerb, powerVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, loginVerb, configVerb, agreementVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
 	})
 }
 

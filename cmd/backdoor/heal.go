@@ -10,7 +10,6 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/agent/query"
-	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
 
 var healVerb = verb{
@@ -70,11 +69,7 @@ func runHeal(ctx context.Context, e *env, args []string) (int, error) {
 			return 0, fmt.Errorf("nothing was done")
 		}
 	}
-	h, err := a.Heal(ctx, id, e.o.action, false, func(t schema.Task) {
-		if f := file(e.stderr); f != nil && isTerminal(f) && t.PercentComplete != nil {
-			fmt.Fprintf(e.stderr, "backdoor: task %s: %s, %d %%\n", query.Clean(t.ID), t.TaskState, *t.PercentComplete)
-		}
-	})
+	h, err := a.Heal(ctx, id, e.o.action, false, e.progress)
 	if h.Outcome != nil {
 		if aerr := e.answer(h, func(w io.Writer) error { return outcomeText(w, *h.Outcome) }); aerr != nil {
 			return 0, aerr

@@ -33,6 +33,12 @@
 //	print        an object of the kernel, by its type: print task_struct init_task
 //	heal         repair a finding: heal FINDING [-dry-run] [-action A] [-y]
 //	power        the host's power: status, on, off, cycle, reset, nmi, soft
+//	events       what happened to the host and to the agent; -f goes on with what comes
+//	metrics      what the agent measures of the host and of itself
+//	collect      diagnostic data of the host as files: dmesg, memory; downloads resume
+//	memory       the host's memory byte for byte: read, write, leases
+//	tasks        what the agent works on; tasks ID -f waits, tasks cancel ID ends one
+//	redfish      any resource or action of the service: get, post, patch, delete
 //	journal      what the agent decided and wrote; -verify checks the chain of hashes
 //	login        log in to an agent and keep it as a context
 //	config       contexts: get-contexts, use-context, set-context, delete-context, view

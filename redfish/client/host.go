@@ -33,6 +33,7 @@ const (
 	TasksURI    = "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/Tasks"
 	FindingsURI = "/redfish/v1/Systems/system/LogServices/Findings/Entries"
 	DmesgURI    = "/redfish/v1/Systems/system/LogServices/Dmesg/Entries"
+	LeasesURI   = "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/MemoryLeases"
 	JournalURI  = "/redfish/v1/Managers/bmc/LogServices/Journal/Entries"
 )
 

@@ -165,6 +165,11 @@ func (h *host) settings(name string, out *schema.EthernetInterface) {
 		servers = append(servers, a.String())
 	}
 	static, _ := addresses(s.Addresses)
+	for _, list := range [][]schema.IPv4Address{static, out.IPv4Addresses} {
+		for i := range list {
+			list[i].WriteableProperties = []string{"Address", "SubnetMask", "Gateway"}
+		}
+	}
 	for i := range static {
 		if s.Gateway.IsValid() && s.Addresses[i].Contains(s.Gateway) {
 			gateway := s.Gateway.String()

@@ -88,10 +88,11 @@ type DHCPv4 struct {
 
 // IPv4Address is IPAddresses.v1_1_5.IPv4Address.
 type IPv4Address struct {
-	Address       string  `json:"Address,omitempty"`
-	SubnetMask    string  `json:"SubnetMask,omitempty"`
-	AddressOrigin *string `json:"AddressOrigin"` // Static, DHCP; null where it is not known
-	Gateway       *string `json:"Gateway"`       // null where there is none
+	WriteableProperties []string `json:"@Redfish.WriteableProperties,omitempty"`
+	Address             string   `json:"Address,omitempty"`
+	SubnetMask          string   `json:"SubnetMask,omitempty"`
+	AddressOrigin       *string  `json:"AddressOrigin"` // Static, DHCP; null where it is not known
+	Gateway             *string  `json:"Gateway"`       // null where there is none
 }
 
 // IPv6Address is IPAddresses.v1_1_5.IPv6Address.
