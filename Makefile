@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/build/go/bin:$(PATH)
 FUZZTIME ?= 20s
 BENCH ?= .
 
-.PHONY: bench-rdma conformance help setup build images demo lab test fuzz bench lint clean
+.PHONY: bench-rdma conformance help setup build images demo lab test kernels fuzz bench lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '%-12s %s\n' "$$t" "$$d"; done
@@ -38,6 +38,9 @@ test: setup images ## all tests: unit with the race detector, short fuzzing, ima
 	go test -race -short ./...
 	$(MAKE) fuzz FUZZTIME=3s
 	go test -count=1 -p 1 -timeout 60m ./agent/kernel ./agent/engine ./redfish/service ./images/... ./tests/...
+
+kernels: setup ## hold the kernel model against every kernel of the table in QEMU (fetches some 900 MB, takes half an hour)
+	go test -count=1 -timeout 120m ./agent/kernel -run 'TestGuest$$|TestListings$$' -guests all
 
 lint: setup ## formatting, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "not formatted by gofmt:"; echo "$$out"; exit 1; fi

@@ -3,15 +3,15 @@
 // Synopsis:
 //
 //	go run ./images build [-json] [-agent PACKAGE] [-out DIR] IMAGE...|all
-//	go run ./images kernels [-json] [-refresh] [NAME...]
+//	go run ./images kernels [-json] [-refresh] [-all] [NAME...]
 //	go run ./images list [-json]
 //
 // Description:
 //
 //	build    makes images in build/images: NAME.cpio.zst, NAME.vmlinuz, NAME.dtb where the board needs one, and NAME.json,
 //	         which says what they are made of. It prints each size beside its budget, and fails if one is exceeded.
-//	kernels  fetches kernels into the user's cache directory (all of them by default) and prints which they are.
-//	         -refresh looks for newer ones than those in the cache.
+//	kernels  fetches kernels into the user's cache directory and prints which they are: by default those that "make setup"
+//	         needs, with -all also those of the long tests. -refresh looks for newer ones than those in the cache.
 //	list     lists the images and the kernels.
 //
 // Exit status: 0 done, 1 not done, 2 wrong usage.
@@ -27,6 +27,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -43,7 +44,7 @@ func main() {
 }
 
 const usage = `usage: go run ./images build [-json] [-agent PACKAGE] [-out DIR] IMAGE...|all
-       go run ./images kernels [-json] [-refresh] [NAME...]
+       go run ./images kernels [-json] [-refresh] [-all] [NAME...]
        go run ./images list [-json]
 `
 
@@ -150,6 +151,7 @@ func mb(n int64) string { return fmt.Sprintf("%.2f", float64(n)/1e6) }
 func fetch(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	f, asJSON := flags("kernels", stderr)
 	refresh := f.Bool("refresh", false, "look for newer kernels than those in the cache")
+	all := f.Bool("all", false, "also those that only the long tests boot, some 900 MB")
 	if err := parse(f, args); err != nil {
 		return err
 	}
@@ -162,10 +164,10 @@ func fetch(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		targets = append(targets, t)
 	}
 	if len(targets) == 0 {
-		targets = kernels.Targets()
+		targets = slices.DeleteFunc(kernels.Targets(), func(t kernels.Target) bool { return t.OnDemand && !*all })
 	}
 	cache := kernels.Cache{Log: logger(stderr)}
-	var all []kernels.Kernel
+	var have []kernels.Kernel
 	var errs []error
 	for _, t := range targets {
 		get := cache.Fetch
@@ -177,13 +179,13 @@ func fetch(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			errs = append(errs, err)
 			continue
 		}
-		all = append(all, k)
+		have = append(have, k)
 	}
 	if *asJSON {
-		return errors.Join(append(errs, printJSON(stdout, all))...)
+		return errors.Join(append(errs, printJSON(stdout, have))...)
 	}
 	tw := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
-	for _, k := range all {
+	for _, k := range have {
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\n", k.Target, k.Release, k.Version, k.Vmlinuz)
 	}
 	return errors.Join(append(errs, tw.Flush())...)

@@ -32,6 +32,7 @@ type Engine struct {
 	healing   chan struct{}   // holds one token: one repair at a time
 	running   context.Context // ends with Run; every repair is broken off then
 	end       context.CancelFunc
+	builds    kernel.Cache // of the kernels that were attached
 
 	mu          sync.Mutex
 	phase       Phase               // guarded by mu, like everything below

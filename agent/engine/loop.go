@@ -73,10 +73,10 @@ type watcher struct {
 	e    *Engine
 	root context.Context // ends with the loop; a pass has a shorter one
 	mem  hostmem.Memory
-	note hostmem.PhysAddr // where the kernel was last
-	down time.Time        // since when the path has been dead; zero while it works
-	was  bool             // a kernel was attached before
-	wait time.Duration    // back-off
+	hint kernel.Hint   // where the kernel was last
+	down time.Time     // since when the path has been dead; zero while it works
+	was  bool          // a kernel was attached before
+	wait time.Duration // back-off
 
 	t          target
 	boot       string
@@ -88,6 +88,7 @@ type watcher struct {
 	usage      []kernel.Usage
 	nextTasks  time.Time
 	nextProve  time.Time
+	nextHint   time.Time // when the hint is kept anew
 	moved      time.Time // when the host last showed life, or was attached
 	lived      time.Time // when it last showed life; zero if not since the attach
 	badSince   time.Time
@@ -228,8 +229,8 @@ func (w *watcher) detach() {
 // attach looks for a kernel once.
 func (w *watcher) attach(ctx context.Context) error {
 	e := w.e
-	if w.note == 0 {
-		w.note = e.loadHint()
+	if !w.was && w.hint.Note == 0 {
+		w.hint = e.loadHint()
 	}
 	if w.was {
 		w.setPhase(Lost, "looking for the kernel that comes next")
@@ -239,13 +240,13 @@ func (w *watcher) attach(ctx context.Context) error {
 	began := time.Now()
 	octx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
-	t, err := e.src.open(octx, w.mem, kernel.Options{Logger: e.log, Note: w.note, Progress: func(stage string, done, total uint64) {
+	t, err := e.src.open(octx, w.mem, kernel.Options{Logger: e.log, Hint: w.hint, Cache: &e.builds, Progress: func(stage string, done, total uint64) {
 		e.mu.Lock()
 		e.progress = &Progress{stage, done, total}
 		e.mu.Unlock()
 	}})
 	if err != nil {
-		w.note = 0
+		w.hint = kernel.Hint{}
 		if w.pathLost(ctx, err) {
 			return nil
 		}
@@ -286,11 +287,11 @@ func (w *watcher) pathLost(ctx context.Context, err error) bool {
 // take makes t the kernel that is watched.
 func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	e := w.e
-	info := t.Info()
-	w.t, w.boot, w.note = t, info.BootID, info.Note
+	info, now := t.Info(), time.Now()
+	// What was known of a clock may speak for a kernel when the agent comes back, not when the kernel was lost.
+	w.t, w.boot, w.hint, w.nextHint = t, info.BootID, kernel.Hint{Note: info.Note}, now.Add(hintEvery)
 	w.wait, w.down, w.was = 0, time.Time{}, true
 	w.beats, w.tasks, w.usage, w.nextRun = nil, nil, nil, make(map[string]time.Time)
-	now := time.Now()
 	w.nextTasks, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now, time.Time{}, now, now.Add(searchEvery), now
 	w.nextUUID, w.lived = time.Time{}, time.Time{}
 	// A kernel that goes on after what looked like a reset shows that this host's firmware writes there while it runs.
@@ -306,7 +307,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	if err != nil {
 		w.nextUUID = now.Add(uuidEvery)
 	}
-	e.saveHint(info.Note)
+	e.saveHint(t)
 
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -478,6 +479,10 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 			return l.Cost(), fmt.Errorf("its firmware has run: the host was reset: %w", kernel.ErrGone)
 		}
 		w.nextProve = now.Add(proveEvery)
+		if now.After(w.nextHint) {
+			w.nextHint = now.Add(hintEvery)
+			w.e.saveHint(w.t)
+		}
 	}
 	var uuid string
 	if now.After(w.nextUUID) && w.nextUUID.After(time.Time{}) {
@@ -713,12 +718,12 @@ func (w *watcher) searchAgain(ctx context.Context) {
 	ctx, w.stopSearch = context.WithTimeout(context.WithoutCancel(ctx), openTimeout)
 	found := make(chan search, 1)
 	w.found = found
-	mem, src, log := w.mem, w.e.src, w.e.log
+	mem, src, log, builds := w.mem, w.e.src, w.e.log, &w.e.builds
 	w.searches.Go(func() {
 		began := time.Now()
 		var t target
 		err := w.guarded("search", func() (err error) {
-			t, err = src.open(ctx, mem, kernel.Options{Logger: log})
+			t, err = src.open(ctx, mem, kernel.Options{Logger: log, Cache: builds})
 			return err
 		})
 		if err != nil {
@@ -753,33 +758,29 @@ func (w *watcher) consider(ctx context.Context, s search) {
 	w.take(ctx, s.t, s.took)
 }
 
-// The hint makes the first attach after a restart of the agent fast. It is only a hint: kernel.Open proves what it finds.
-type hint struct {
-	Note hostmem.PhysAddr `json:"note"`
-}
+// hintEvery is how often the hint is kept anew while a kernel is watched. The hint makes the first attach after a restart of
+// the agent fast. It is only a hint: kernel.Open proves what it finds.
+const hintEvery = 30 * time.Second
 
 func (e *Engine) hintPath() string { return filepath.Join(e.o.CacheDir, "kernel-note.json") }
 
-func (e *Engine) loadHint() hostmem.PhysAddr {
+func (e *Engine) loadHint() (h kernel.Hint) {
 	if e.o.CacheDir == "" {
-		return 0
+		return h
 	}
 	b, err := os.ReadFile(e.hintPath())
-	if err != nil {
-		return 0
+	if err != nil || json.Unmarshal(b, &h) != nil {
+		return kernel.Hint{}
 	}
-	var h hint
-	if json.Unmarshal(b, &h) != nil {
-		return 0
-	}
-	return h.Note
+	return h
 }
 
-func (e *Engine) saveHint(note hostmem.PhysAddr) {
-	if e.o.CacheDir == "" || note == 0 {
+func (e *Engine) saveHint(t target) {
+	img := t.image()
+	if e.o.CacheDir == "" || img == nil {
 		return
 	}
-	b, err := json.Marshal(hint{note})
+	b, err := json.Marshal(img.Hint())
 	if err == nil {
 		err = os.MkdirAll(e.o.CacheDir, 0o700)
 	}

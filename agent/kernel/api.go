@@ -1,6 +1,7 @@
 // Package kernel makes a validated, typed, read-only model of a Linux kernel, running or dead, from its memory alone.
 //
-// Open finds the kernel, learns its layout from what it carries about itself (VMCOREINFO, kallsyms, BTF) and proves what
+// Hosts are x86-64 and AArch64. Open finds the kernel, learns its layout from what it carries about itself (VMCOREINFO,
+// kallsyms, BTF) and proves what
 // it learned; the Image that it returns is immutable and safe for concurrent use. A View is one budgeted pass over the
 // memory: every question of a pass that is asked through the same View reads a page at most once.
 //
@@ -62,11 +63,13 @@ func (e *CorruptError) Error() string { return fmt.Sprintf("%s at %v: %s", e.Obj
 // Options tune Open. The zero value works.
 type Options struct {
 	Logger *slog.Logger
-	// Note is the physical address of the VMCOREINFO note found by an earlier attach; zero means search. It is a hint:
-	// what is found there is proven as anything else, and if it does not move, the rest of the memory is searched, too.
-	Note hostmem.PhysAddr
-	// NoteOnly rules out the search: the kernel of Note is the one, moving or not. For recordings and known images.
+	// Hint is what an earlier attach has learned; the zero value means search. If the kernel that it leads to is not seen to
+	// be alive, the rest of the memory is searched, too.
+	Hint Hint
+	// NoteOnly rules out the search: the kernel of Hint.Note is the one, moving or not. For recordings and known images.
 	NoteOnly bool
+	// Cache, if not nil, keeps what kernels carry about themselves for the next Open.
+	Cache *Cache
 	// Progress is called, if not nil, as the search advances (bytes).
 	Progress func(stage string, done, total uint64)
 }
@@ -92,7 +95,7 @@ func (e *AttachError) Unwrap() error { return e.Err }
 
 // Info is what is known of an attached kernel.
 type Info struct {
-	Arch     string           `json:"arch"`    // "x86_64"
+	Arch     string           `json:"arch"`    // "x86_64", "aarch64"
 	Release  string           `json:"release"` // uname -r
 	Banner   string           `json:"banner"`  // linux_banner
 	BuildID  string           `json:"buildID"`
@@ -140,8 +143,8 @@ type CPU struct {
 	CurrPID   int      `json:"currPID"`
 	CurrComm  string   `json:"currComm"`
 	Idle      bool     `json:"idle"`
-	TimerIRQs uint64   `json:"timerIRQs"` // irq_stat.apic_timer_irqs; wraps at 2^32
-	NMIs      uint64   `json:"nmis"`      // irq_stat.__nmi_count; wraps at 2^32
+	TimerIRQs uint64   `json:"timerIRQs"` // x86-64: irq_stat.apic_timer_irqs; aarch64: hrtimer_bases.nr_events; wraps at 2^32
+	NMIs      uint64   `json:"nmis"`      // x86-64: irq_stat.__nmi_count; wraps at 2^32; aarch64 has none: 0
 	IRQs      uint64   `json:"irqs"`      // kstat.irqs_sum
 	Preempt   uint32   `json:"preempt"`   // softirq depth in bits 8-15, hardirq 16-19, NMI 20-23
 	NextEvent int64    `json:"nextEvent"` // tick device, ns of CLOCK_MONOTONIC; KTIME_MAX when none

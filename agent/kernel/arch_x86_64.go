@@ -8,24 +8,34 @@ import (
 
 // x86-64, Documentation/arch/x86/x86_64/mm.rst: 4 KiB pages, 4 or 5 levels of tables (pgtable_l5_enabled), the kernel
 // image within 1 GiB from __START_KERNEL_map on, all physical memory mapped from page_offset_base on.
-var archX8664 = arch{
-	name: "x86_64",
-	matches: func(v *vmcoreinfo) bool {
-		// arch_crash_save_vmcoreinfo in arch/x86/kernel/{machine_kexec_64,vmcore_info_64}.c; init_top_pgt since v4.13.
-		_, base := v.number("phys_base")
-		_, root := v.symbol("init_top_pgt")
-		return base && root
-	},
-	space:     x8664Space,
-	directMap: x8664DirectMap,
-	timerIRQs: []perCPUField{{"irq_stat", "irq_cpustat_t", "apic_timer_irqs", 4}},
-	nmis:      []perCPUField{{"irq_stat", "irq_cpustat_t", "__nmi_count", 4}},
-	preempt: []perCPUField{
-		// Since Linux commit 64701838bf05 ("x86/percpu: Move preempt_count next to current_task") (in v6.2).
-		{"pcpu_hot", "pcpu_hot", "preempt_count", 4},
-		{"__preempt_count", "", "", 4},
-	},
-	preemptMask: 0x7fffffff, // without PREEMPT_NEED_RESCHED, which is inverted
+func archX8664() *arch {
+	return &arch{
+		name: "x86_64",
+		matches: func(v *vmcoreinfo) bool {
+			// arch_crash_save_vmcoreinfo in arch/x86/kernel/{machine_kexec_64,vmcore_info_64}.c; init_top_pgt since v4.13.
+			_, base := v.number("phys_base")
+			_, root := v.symbol("init_top_pgt")
+			return base && root
+		},
+		space:     x8664Space,
+		directMap: x8664DirectMap,
+		// Members of their own until v7.0, then an array.
+		timerIRQs: []perCPUField{
+			{symbol: "irq_stat", typ: "irq_cpustat_t", path: "apic_timer_irqs", size: 4},
+			{symbol: "irq_stat", typ: "irq_cpustat_t", path: "counts", size: 4, enumerator: "irq_stat_counts.IRQ_COUNT_APIC_TIMER"},
+		},
+		nmis: []perCPUField{
+			{symbol: "irq_stat", typ: "irq_cpustat_t", path: "__nmi_count", size: 4},
+			{symbol: "irq_stat", typ: "irq_cpustat_t", path: "counts", size: 4, enumerator: "irq_stat_counts.IRQ_COUNT_NMI"},
+		},
+		preempt: []perCPUField{
+			// From Linux commit 64701838bf05 ("x86/percpu: Move preempt_count next to current_task") (in v6.2) until v6.14.
+			{symbol: "pcpu_hot", typ: "pcpu_hot", path: "preempt_count", size: 4},
+			{symbol: "__preempt_count", size: 4},
+		},
+		preemptMask: 0x7fffffff, // without PREEMPT_NEED_RESCHED, which is inverted
+		unwind:      func(v *View, t Task) (stackWalk, error) { return v.unwinder(t) },
+	}
 }
 
 const (
@@ -39,6 +49,9 @@ const (
 
 func x8664Space(v *vmcoreinfo) (*addressSpace, imageMap, error) {
 	img := imageMap{base: x8664ImageBase, size: x8664ImageSize, levels: 4}
+	if size := v.values["PAGESIZE"]; size != "4096" {
+		return nil, img, fmt.Errorf("x86-64 pages of %q bytes: %w", size, ErrNotSupported)
+	}
 	if n, ok := v.number("KERNEL_IMAGE_SIZE"); ok && n > 0 && n <= 2<<30 {
 		img.size = uint64(n)
 	}
@@ -80,7 +93,7 @@ func x8664Levels(n int) []tableLevel {
 }
 
 // x8664DirectMap reads page_offset_base, a variable since KASLR of memory regions (in v4.8).
-func x8664DirectMap(read func(string) (uint64, error), top hostmem.PhysAddr) (linearRange, error) {
+func x8664DirectMap(_ *vmcoreinfo, read func(string) (uint64, error), _, top hostmem.PhysAddr) (linearRange, error) {
 	base, err := read("page_offset_base")
 	if err != nil {
 		return linearRange{}, err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
@@ -75,18 +76,24 @@ func (a *attacher) attach() (*Image, error) {
 		}
 		return a.choose(a.found[0], "a dump"), nil
 	}
-	if a.opt.Note != 0 {
+	if a.opt.Hint.Note != 0 {
 		began := time.Now()
-		v, err := readNote(a.mem, a.opt.Note)
+		v, err := readNote(a.mem, a.opt.Hint.Note)
 		if stale := errors.Is(err, errNoNote) || errors.Is(err, hostmem.ErrNotMapped); !stale || a.opt.NoteOnly {
-			a.tried[a.opt.Note] = true
-			a.try(v, err, Rung{Name: "note", Detail: fmt.Sprintf("%v, as known from before", a.opt.Note)}, began)
+			a.tried[a.opt.Hint.Note] = true
+			a.try(v, err, Rung{Name: "note", Detail: fmt.Sprintf("%v, as known from before", a.opt.Hint.Note)}, began)
 		}
 		if a.opt.NoteOnly {
 			if len(a.found) == 0 {
 				return nil, a.err
 			}
 			return a.choose(a.found[0], "not asked"), nil
+		}
+		for _, c := range a.found {
+			if now := time.Now(); a.opt.Hint.goesOn(c, now) {
+				c.moved = true
+				return a.choose(c, fmt.Sprintf("the boot that was known; its clock has gone on for the %v since", now.Sub(a.opt.Hint.At).Round(time.Millisecond))), nil
+			}
 		}
 		if c := a.moving(moveSoon); c != nil {
 			return a.choose(c, "moves"), nil
@@ -193,6 +200,7 @@ func (h Heartbeat) progressed(since Heartbeat) bool {
 
 func (a *attacher) choose(c *candidate, why string) *Image {
 	c.img.info.Rungs = append(c.img.info.Rungs, Rung{Name: "alive", OK: c.moved, Detail: why})
+	a.opt.Cache.put(c.img)
 	return c.img
 }
 
@@ -245,7 +253,7 @@ func (l *ladder) rung(name string, step func() (detail string, err error)) error
 func (l *ladder) climb(v *vmcoreinfo) (*Image, error) {
 	a := l.a
 	src := direct{a.ctx, a.mem}
-	img := &Image{mem: a.mem, note: v, ram: a.mem.Map()}
+	img := &Image{mem: a.mem, note: v, ram: a.mem.Map(), cached: a.opt.Cache.get(v)}
 	img.info = Info{Release: v.values["OSRELEASE"], BuildID: v.values["BUILD-ID"], Note: v.pa}
 	var syms *symbolReader
 	steps := []struct {
@@ -254,11 +262,12 @@ func (l *ladder) climb(v *vmcoreinfo) (*Image, error) {
 	}{
 		{"paging", func() (string, error) { return img.findPaging(src) }},
 		{"kallsyms", func() (detail string, err error) {
-			syms, detail, err = img.findSymbols(src)
+			syms, detail, err = img.findSymbols(a.ctx, src)
 			return detail, err
 		}},
-		{"memory map", func() (string, error) { return img.findMemoryMap(src, syms) }},
+		{"variables", func() (string, error) { return img.findData(a.ctx, src) }},
 		{"btf", func() (string, error) { return img.findTypes(a.ctx, src) }},
+		{"memory map", func() (string, error) { return img.findMemoryMap(src, syms) }},
 		{"layout", func() (string, error) { return img.findLayout(src) }},
 		{"proof", func() (string, error) { return img.proveFirst(a.ctx, src) }},
 	}
@@ -267,6 +276,7 @@ func (l *ladder) climb(v *vmcoreinfo) (*Image, error) {
 			return nil, err
 		}
 	}
+	img.syms.settle()
 	// The kernel is proven; without its RAM map the one of the memory stands.
 	_ = l.rung("ram", func() (string, error) {
 		ram, err := img.systemRAM(src)
@@ -287,7 +297,7 @@ func (l *ladder) climb(v *vmcoreinfo) (*Image, error) {
 func (img *Image) findPaging(src source) (string, error) {
 	v := img.note
 	size, err := parseUint(v.values["PAGESIZE"])
-	if err != nil || size != 4096 {
+	if err != nil || size != 4<<10 && size != 16<<10 && size != 64<<10 {
 		return "", fmt.Errorf("pages of %q bytes: %w", v.values["PAGESIZE"], ErrNotSupported)
 	}
 	img.pageSize = size
@@ -337,77 +347,62 @@ func (r *symbolReader) u64(name string) (uint64, error) {
 	return le64(b[:]), err
 }
 
-// findSymbols reads the symbol table whose places VMCOREINFO names since commit 5fd8fea935a1 ("vmcoreinfo: include kallsyms
-// symbols") (in v6.0).
-func (img *Image) findSymbols(src source) (*symbolReader, string, error) {
+// kallsymsPlaces is where the parts of the symbol table are.
+type kallsymsPlaces struct {
+	names, num, tokens, tokenIndex, offsets VirtAddr
+	base                                    VirtAddr // kallsyms_relative_base; zero if there is none
+}
+
+// findSymbols reads the symbol table. VMCOREINFO names its places since commit 5fd8fea935a1 ("vmcoreinfo: include kallsyms
+// symbols") (in v6.0); in kernels before, it is known by its shape.
+func (img *Image) findSymbols(ctx context.Context, src source) (*symbolReader, string, error) {
 	v := img.note
-	at := func(name string) (VirtAddr, error) {
-		va, ok := v.symbol(name)
-		if !ok {
-			return 0, fmt.Errorf("VMCOREINFO does not name %s (kernels before 6.0 do not): %w", name, ErrNotSupported)
-		}
-		return va, nil
-	}
-	var names, num, tokenTable, tokenIndex, offsets VirtAddr
+	var at kallsymsPlaces
+	missing := ""
 	for _, s := range []struct {
 		name string
 		to   *VirtAddr
-	}{{"kallsyms_names", &names}, {"kallsyms_num_syms", &num}, {"kallsyms_token_table", &tokenTable},
-		{"kallsyms_token_index", &tokenIndex}, {"kallsyms_offsets", &offsets}} {
-		va, err := at(s.name)
-		if err != nil {
-			return nil, "", err
+	}{{"kallsyms_names", &at.names}, {"kallsyms_num_syms", &at.num}, {"kallsyms_token_table", &at.tokens},
+		{"kallsyms_token_index", &at.tokenIndex}, {"kallsyms_offsets", &at.offsets}} {
+		va, ok := v.symbol(s.name)
+		if !ok {
+			missing = s.name
 		}
 		*s.to = va
 	}
+	at.base, _ = v.symbol("kallsyms_relative_base")
+	if missing != "" {
+		return img.searchSymbols(ctx, src, missing)
+	}
+	detail, err := img.readSymbols(src, at)
+	if err != nil {
+		return nil, "", err
+	}
+	return &symbolReader{img, src}, detail + ", named by VMCOREINFO", nil
+}
+
+// readSymbols reads the symbol table at the given places, and proves it.
+func (img *Image) readSymbols(src source, at kallsymsPlaces) (string, error) {
+	v := img.note
 	read := func(what string, va VirtAddr, n int) ([]byte, error) {
 		b := make([]byte, n)
 		return b, img.space.object(src, what, va, b)
 	}
 	var base VirtAddr
-	if va, ok := v.symbol("kallsyms_relative_base"); ok {
-		b, err := read("kallsyms_relative_base", va, 8)
+	if at.base != 0 {
+		b, err := read("kallsyms_relative_base", at.base, 8)
 		if err != nil {
-			return nil, "", err
+			return "", err
 		}
 		base = VirtAddr(le64(b))
 	}
-	b, err := read("kallsyms_num_syms", num, 4)
+	b, err := read("kallsyms_num_syms", at.num, 4)
 	if err != nil {
-		return nil, "", err
+		return "", err
 	}
 	n := int(le32(b))
 	if n < 1 || n > kallsymsMaxSyms {
-		return nil, "", &CorruptError{"kallsyms_num_syms", num, fmt.Sprintf("is %d", n)}
-	}
-	var t kallsymsTables
-	if t.tokenIndex, err = read("kallsyms_token_index", tokenIndex, 512); err != nil {
-		return nil, "", err
-	}
-	// The last token begins where the index says; no token is as long as 256 bytes.
-	if t.tokens, err = read("kallsyms_token_table", tokenTable, int(le16(t.tokenIndex[510:]))+256); err != nil {
-		return nil, "", err
-	}
-	if t.offsets, err = read("kallsyms_offsets", offsets, 4*n); err != nil {
-		return nil, "", err
-	}
-	var k *kallsyms
-	// How long the names are is told nowhere: most are of some 12 bytes.
-	for size := 13 * n; ; size += size/4 + 4096 {
-		if size > kallsymsMaxNames {
-			return nil, "", &CorruptError{"kallsyms_names", names, "names do not end"}
-		}
-		have := len(t.names)
-		t.names = append(t.names, make([]byte, size-have)...)
-		if err := img.space.object(src, "kallsyms_names", names+VirtAddr(have), t.names[have:]); err != nil {
-			return nil, "", err
-		}
-		if k, err = newKallsyms(t, n); !errors.Is(err, errShortNames) {
-			break
-		}
-	}
-	if err != nil {
-		return nil, "", &CorruptError{"kallsyms", names, err.Error()}
+		return "", &CorruptError{"kallsyms_num_syms", at.num, fmt.Sprintf("is %d", n)}
 	}
 	known := make(map[string]VirtAddr)
 	v.entries(func(e vmcoreEntry) {
@@ -417,23 +412,62 @@ func (img *Image) findSymbols(src source) (*symbolReader, string, error) {
 			known[e.name] = va
 		}
 	})
-	if err := k.infer(known, base, offsets); err != nil {
-		return nil, "", &CorruptError{"kallsyms", names, err.Error()}
+	take := func(k *kallsyms, from string) (string, error) {
+		matched, err := k.infer(known, base, at.offsets)
+		if err != nil {
+			return "", &CorruptError{"kallsyms", at.names, err.Error()}
+		}
+		k.places = at
+		img.syms, img.info.Symbols = k, n
+		return fmt.Sprintf("%d symbols%s, %s, %d addresses known otherwise agree", n, from, k.formula, matched), nil
 	}
-	img.syms = k
-	img.info.Symbols = n
-	return &symbolReader{img, src}, fmt.Sprintf("%d symbols, %s, %d addresses known otherwise agree", n, k.formula, len(known)), nil
+	if c := img.cached; c != nil && len(c.syms.offsets) == n {
+		if same, err := img.samples(src, "kallsyms_names", at.names, c.syms.names); err != nil {
+			return "", err
+		} else if same {
+			return take(c.syms.bare(), " of this build, known from before")
+		}
+	}
+	var t kallsymsTables
+	if t.tokenIndex, err = read("kallsyms_token_index", at.tokenIndex, 512); err != nil {
+		return "", err
+	}
+	// The last token begins where the index says; no token is as long as 256 bytes.
+	if t.tokens, err = read("kallsyms_token_table", at.tokens, int(le16(t.tokenIndex[510:]))+256); err != nil {
+		return "", err
+	}
+	if t.offsets, err = read("kallsyms_offsets", at.offsets, 4*n); err != nil {
+		return "", err
+	}
+	var k *kallsyms
+	// How long the names are is told nowhere: most are of some 12 bytes.
+	for size := 13 * n; ; size += size/4 + 4096 {
+		if size > kallsymsMaxNames {
+			return "", &CorruptError{"kallsyms_names", at.names, "names do not end"}
+		}
+		have := len(t.names)
+		t.names = append(t.names, make([]byte, size-have)...)
+		if err := img.space.object(src, "kallsyms_names", at.names+VirtAddr(have), t.names[have:]); err != nil {
+			return "", err
+		}
+		if k, err = newKallsyms(t, n); !errors.Is(err, errShortNames) {
+			break
+		}
+	}
+	if err != nil {
+		return "", &CorruptError{"kallsyms", at.names, err.Error()}
+	}
+	return take(k, "")
 }
 
 // findMemoryMap finds the bounds of the image, the direct map and the per-CPU areas.
 func (img *Image) findMemoryMap(src source, syms *symbolReader) (string, error) {
 	img.lay = new(layout)
 	r := resolver{img: img}
-	img.lay.text, img.lay.end = r.symbol("_text"), r.symbol("_end")
+	img.lay.text, img.lay.end = r.symbol("_text", "_stext"), r.symbol("_end")
 	img.perCPUStart, img.perCPUEnd = r.symbol("__per_cpu_start"), r.symbol("__per_cpu_end")
 	offsets := r.symbol("__per_cpu_offset")
 	possible := r.symbol("__cpu_possible_mask")
-	note := r.symbol("vmcoreinfo_note")
 	if r.err != nil {
 		return "", r.err
 	}
@@ -445,34 +479,41 @@ func (img *Image) findMemoryMap(src source, syms *symbolReader) (string, error) 
 	l.pa += hostmem.PhysAddr(img.lay.text - l.start)
 	l.start, l.end = img.lay.text, img.lay.end
 
-	var top hostmem.PhysAddr
+	bottom, top := ^hostmem.PhysAddr(0), hostmem.PhysAddr(0)
 	for _, m := range img.mem.Map() {
-		top = max(top, m.End())
+		bottom, top = min(bottom, m.Start), max(top, m.End())
 	}
-	direct, err := img.arch.directMap(syms.u64, top)
+	direct, err := img.arch.directMap(img.note, syms.u64, bottom, top)
 	if err != nil {
 		return "", err
 	}
 	img.space.linear = append(img.space.linear, direct)
 
-	// The note itself: the kernel's own pointer must lead to the page that was found.
+	// The note itself: the kernel's own pointer must lead to the page that was found, if the pointer is known.
 	var b [8]byte
-	if err := img.space.object(src, "vmcoreinfo_note", note, b[:]); err != nil {
-		return "", err
-	}
-	pa, _, err := img.space.translate(src, VirtAddr(le64(b[:])))
-	if err != nil {
-		return "", &CorruptError{"vmcoreinfo_note", note, err.Error()}
-	}
-	if img.note.pa == 0 {
-		img.note.pa, img.info.Note = pa, pa
-	}
-	if pa != img.note.pa {
-		return "", &CorruptError{"vmcoreinfo_note", note, fmt.Sprintf("points to %v, the note is at %v", pa, img.note.pa)}
+	pa := img.note.pa
+	if note, err := img.syms.symbol("vmcoreinfo_note"); err == nil {
+		if err := img.space.object(src, "vmcoreinfo_note", note, b[:]); err != nil {
+			return "", err
+		}
+		if pa, _, err = img.space.translate(src, VirtAddr(le64(b[:]))); err != nil {
+			return "", &CorruptError{"vmcoreinfo_note", note, err.Error()}
+		}
+		if img.note.pa == 0 {
+			img.note.pa, img.info.Note = pa, pa
+		}
+		if pa != img.note.pa {
+			return "", &CorruptError{"vmcoreinfo_note", note, fmt.Sprintf("points to %v, the note is at %v", pa, img.note.pa)}
+		}
 	}
 	// The direct map, too, must be what the page tables say.
-	if walked, _, err := img.space.walk(src, direct.start+VirtAddr(pa)); err != nil || walked != pa {
-		return "", &CorruptError{"page_offset_base", direct.start, fmt.Sprintf("%v is mapped to %v (%v)", pa, walked, err)}
+	if pa == 0 { // a dump of a kernel that does not name vmcoreinfo_note
+		if pa, _, err = img.space.translate(src, r.symbol("init_task")); err != nil || r.err != nil {
+			return "", errors.Join(err, r.err)
+		}
+	}
+	if walked, _, err := img.space.walk(src, direct.start+VirtAddr(pa-direct.pa)); err != nil || walked != pa {
+		return "", &CorruptError{"direct map", direct.start, fmt.Sprintf("%v is mapped to %v (%v)", pa, walked, err)}
 	}
 
 	if err := img.space.object(src, "nr_cpu_ids", r.symbol("nr_cpu_ids"), b[:4]); err != nil || r.err != nil {
@@ -522,6 +563,15 @@ func (img *Image) findTypes(ctx context.Context, src source) (string, error) {
 	if start >= stop || stop-start > btfMaxSize {
 		return "", &CorruptError{"__start_BTF", start, fmt.Sprintf("BTF of %d bytes", int64(stop-start))}
 	}
+	if c := img.cached; c != nil && uint64(c.types.size) == uint64(stop-start) {
+		if same, err := img.samples(src, "BTF", start, c.head); err != nil {
+			return "", err
+		} else if same {
+			img.types, img.btfHead, img.info.BTFBytes = c.types, c.head, c.types.size
+			agree, err := img.compareLayouts()
+			return fmt.Sprintf("%d bytes of this build, known from before, %d layouts known otherwise agree", c.types.size, agree), err
+		}
+	}
 	raw := make([]byte, stop-start)
 	const piece = 1 << 20 // between looks at the context
 	for at := 0; at < len(raw); at += piece {
@@ -532,17 +582,31 @@ func (img *Image) findTypes(ctx context.Context, src source) (string, error) {
 			return "", err
 		}
 	}
+	head := slices.Clone(raw[:min(len(raw), btfHeadLen)]) // before newTypes changes it
+	var vars map[string]uint32
+	if _, err := img.syms.symbol("__per_cpu_start"); err != nil {
+		vars = perCPUVars(raw)
+	}
 	t, err := newTypes(raw)
 	if err != nil {
 		return "", &CorruptError{"BTF", start, err.Error()}
 	}
 	img.types = t
+	img.btfHead = head
 	img.info.BTFBytes = len(raw)
 	agree, err := img.compareLayouts()
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("%d bytes, %d layouts known otherwise agree", len(raw), agree), nil
+	detail := fmt.Sprintf("%d bytes, %d layouts known otherwise agree", len(raw), agree)
+	if vars != nil {
+		known, err := img.perCPUNames(vars)
+		if err != nil {
+			return "", err
+		}
+		detail += fmt.Sprintf("; %d per-CPU variables, %d of them known otherwise agree; in code: %s", len(vars), known, strings.Join(img.findDecoded(src), ", "))
+	}
+	return detail, nil
 }
 
 // compareLayouts compares SIZE and OFFSET lines of VMCOREINFO with the BTF.
@@ -655,6 +719,7 @@ func (img *Image) proveFirst(ctx context.Context, src source) (string, error) {
 	}
 	img.info.BootTime = time.Unix(0, t.boot).UTC()
 	img.lastMono.Store(t.mono)
+	img.seen.Store(&seen{t.mono, time.Now()})
 
 	// The list of tasks comes back to where it begins; a very long one is believed from its first part.
 	const enough = 4096

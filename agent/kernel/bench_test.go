@@ -40,7 +40,7 @@ func benchmarked(b *testing.B, f func(b *testing.B, mem hostmem.Memory, note hos
 
 func BenchmarkAttach(b *testing.B) {
 	benchmarked(b, func(b *testing.B, mem hostmem.Memory, note hostmem.PhysAddr) {
-		for name, o := range map[string]Options{"cold": {}, "warm": {Note: note}, "note": {Note: note, NoteOnly: true}} {
+		for name, o := range map[string]Options{"cold": {}, "warm": {Hint: Hint{Note: note}}, "note": {Hint: Hint{Note: note}, NoteOnly: true}} {
 			b.Run(name, func(b *testing.B) {
 				b.ReportAllocs()
 				for b.Loop() {
@@ -56,7 +56,7 @@ func BenchmarkAttach(b *testing.B) {
 // benchmarkPass measures a pass of which n returns the number of things seen.
 func benchmarkPass(b *testing.B, what string, pass func(*View) (n int, err error)) {
 	benchmarked(b, func(b *testing.B, mem hostmem.Memory, note hostmem.PhysAddr) {
-		img, err := Open(context.Background(), mem, Options{Note: note, NoteOnly: true})
+		img, err := Open(context.Background(), mem, Options{Hint: Hint{Note: note}, NoteOnly: true})
 		if err != nil {
 			b.Fatal(err)
 		}

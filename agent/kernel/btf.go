@@ -15,6 +15,7 @@ const (
 	btfMaxDepth  = 64       // of types within types
 	btfMaxVisits = 1 << 16  // members looked at to find one
 	btfHeaderLen = 24
+	btfHeadLen   = 64 << 10 // of what is kept to know it again
 )
 
 // types answers questions about the kernel's types. It is safe for concurrent use.
@@ -144,6 +145,54 @@ func tameBTF(raw []byte) (anonymous []btf.TypeID, err error) {
 		}
 	}
 	return anonymous, btfDepth(b, offsets)
+}
+
+// perCPUVars returns where the variables of the section ".data..percpu" are in it, as raw BTF tells; none if it is damaged.
+func perCPUVars(raw []byte) map[string]uint32 {
+	if len(raw) < btfHeaderLen || len(raw) > btfMaxSize {
+		return nil
+	}
+	header, typeOff, typeLen := uint64(le32(raw[4:])), uint64(le32(raw[8:])), uint64(le32(raw[12:]))
+	strOff, strLen := uint64(le32(raw[16:])), uint64(le32(raw[20:]))
+	size := uint64(len(raw))
+	if header < btfHeaderLen || header+typeOff+typeLen > size || header+strOff+strLen > size {
+		return nil
+	}
+	b, text := raw[header+typeOff:][:typeLen], raw[header+strOff:][:strLen]
+	name := func(at uint32) string {
+		if uint64(at) >= uint64(len(text)) {
+			return ""
+		}
+		n := bytes.IndexByte(text[at:], 0)
+		if n < 0 {
+			return ""
+		}
+		return string(text[at:][:n])
+	}
+	names := make(map[uint32]uint32) // of variables, by their types
+	vars := make(map[string]uint32)
+	for at, id := 0, uint32(1); len(b)-at >= 12; id++ {
+		kind, n := btfKind(b[at:])
+		if kind == 0 || kind >= len(btfShape) {
+			return nil
+		}
+		end := at + 12 + btfShape[kind].once + n*btfShape[kind].item
+		if end > len(b) {
+			return nil
+		}
+		switch {
+		case kind == btfVar:
+			names[id] = le32(b[at:])
+		case kind == btfDatasec && name(le32(b[at:])) == ".data..percpu": // its variables come before it
+			for item := at + 12; item < end && len(vars) < maxPerCPU; item += 12 {
+				if s := name(names[le32(b[item:])]); s != "" {
+					vars[s] = le32(b[item+4:])
+				}
+			}
+		}
+		at = end
+	}
+	return vars
 }
 
 func btfKind(b []byte) (kind, n int) {

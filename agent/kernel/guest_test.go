@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,23 +24,38 @@ import (
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
-var guestsFlag = flag.String("guests", "", "comma-separated `kernels` to boot in QEMU and look into, of 6.1, 6.12, 6.1-generic and 6.12-generic; all if empty")
+var guestsFlag = flag.String("guests", "", "comma-separated `kernels` to boot in QEMU and look into, or all: those of the table guestKernels; if empty, those that make test boots")
 
-// guestKernels are the kernels that are tested: of each version the cloud flavour, then the generic ones.
-var guestKernels = []string{"6.1", "6.12", "6.1-generic", "6.12-generic"}
+// guestKernels are the kernels that are tested, by the names of images/kernels. often is what "make test" boots: one of each
+// series and architecture; "make kernels" boots all.
+var guestKernels = []struct {
+	name  string
+	often bool
+}{
+	{"6.1", true}, {"6.12", true}, {"5.10", true}, {"sid", true}, {"6.1-cloud-arm64", true},
+	{"6.1-generic", false}, {"6.12-generic", false}, {"5.10-generic", false}, {"sid-generic", false},
+	{"13-6.12", false}, {"13-6.12-generic", false},
+	{"6.1-rt", false}, {"6.12-rt", false}, {"13-6.12-rt", false}, {"sid-rt", false},
+	{"6.1-arm64", false}, {"13-6.12-arm64", false}, {"13-6.12-16k-arm64", false}, {"sid-cloud-arm64", false},
+}
 
-// forEachGuest runs f for the kernels that were asked for, by default for all.
+// forEachGuest runs f for the kernels that were asked for, by default for those that are often tested.
 func forEachGuest(t *testing.T, f func(t *testing.T, kernel string)) {
 	someGuests(t, len(guestKernels), f)
 }
 
-// someGuests runs f for the kernels that were asked for, by default for the first n.
+// someGuests runs f for the kernels that were asked for, by default for the first n of those that are often tested.
 func someGuests(t *testing.T, n int, f func(t *testing.T, kernel string)) {
 	t.Helper()
-	want := guestKernels[:n]
-	if *guestsFlag != "" {
+	var want []string
+	for _, k := range guestKernels {
+		if *guestsFlag == "all" || k.often && len(want) < n {
+			want = append(want, k.name)
+		}
+	}
+	if *guestsFlag != "" && *guestsFlag != "all" {
 		want = strings.Split(*guestsFlag, ",")
-	} else if testing.Short() {
+	} else if *guestsFlag == "" && testing.Short() {
 		t.Skip("boots kernels in QEMU, which takes a minute: not with -short")
 	}
 	for _, k := range want {
@@ -49,15 +65,16 @@ func someGuests(t *testing.T, n int, f func(t *testing.T, kernel string)) {
 
 // guest is a running virtual machine whose RAM is a file.
 type guest struct {
-	t     *testing.T
-	mem   *hostmem.RAMFile
-	dir   string
-	ram   string // file
-	began time.Time
-	ctl   net.Conn
-	in    *bufio.Reader
-	qmp   net.Conn
-	qmpIn *bufio.Reader
+	t      *testing.T
+	mem    *hostmem.RAMFile
+	dir    string
+	ram    string // the file
+	kernel kernels.Kernel
+	began  time.Time
+	ctl    net.Conn
+	in     *bufio.Reader
+	qmp    net.Conn
+	qmpIn  *bufio.Reader
 }
 
 type guestOptions struct {
@@ -68,16 +85,33 @@ type guestOptions struct {
 	args         []string // of QEMU
 }
 
-var guestInit = sync.OnceValues(func() ([]byte, error) {
-	out := filepath.Join(os.TempDir(), fmt.Sprintf("kernel-guest-%d", os.Getpid()))
-	defer os.Remove(out)
-	c := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "./testdata/guest")
-	c.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-	if b, err := c.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build guest: %w: %s", err, b)
-	}
-	return os.ReadFile(out)
-})
+// guestMachine is what a guest's machine is made of.
+type guestMachine struct {
+	arch                        string // as Info has it
+	qemu, machine, cpu, cmdline string
+	args                        []string // the second serial line, to the socket CTLPATH
+	init                        func() ([]byte, error)
+	layout                      func(ram uint64) []hostmem.Extent
+}
+
+var guestMachines = map[string]guestMachine{
+	"amd64": {"x86_64", "qemu-system-x86_64", "q35", "max", "console=ttyS0", []string{"-serial", "unix:CTLPATH,server=on,wait=off"}, guestInit("amd64"), hostmem.Q35Layout},
+	"arm64": {"aarch64", "qemu-system-aarch64", "virt", "max,pauth-impdef=on", "console=ttyAMA0",
+		[]string{"-chardev", "socket,id=ctl,path=CTLPATH,server=on,wait=off", "-device", "pci-serial,chardev=ctl"}, guestInit("arm64"), hostmem.VirtLayout},
+}
+
+func guestInit(goarch string) func() ([]byte, error) {
+	return sync.OnceValues(func() ([]byte, error) {
+		out := filepath.Join(os.TempDir(), fmt.Sprintf("kernel-guest-%s-%d", goarch, os.Getpid()))
+		defer os.Remove(out)
+		c := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "./testdata/guest")
+		c.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+goarch)
+		if b, err := c.CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("build guest: %w: %s", err, b)
+		}
+		return os.ReadFile(out)
+	})
+}
 
 // cpio makes an initramfs of a single program and modules, which are loaded in the order of their names.
 func cpio(init []byte, modules ...modpack.Module) []byte {
@@ -111,7 +145,8 @@ func startGuest(t *testing.T, kernel string, o guestOptions) *guest {
 	if err != nil {
 		t.Fatal(err)
 	}
-	init, err := guestInit()
+	m := guestMachines[k.Arch]
+	init, err := m.init()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,7 +164,7 @@ func startGuest(t *testing.T, kernel string, o guestOptions) *guest {
 		t.Fatal(err)
 	}
 	if o.cpu == "" {
-		o.cpu = "max"
+		o.cpu = m.cpu
 	}
 	if o.mib == 0 {
 		o.mib = 512
@@ -143,14 +178,17 @@ func startGuest(t *testing.T, kernel string, o guestOptions) *guest {
 		t.Fatal(err)
 	}
 	ram.Close()
-	g := &guest{t: t, dir: dir, ram: ram.Name(), began: time.Now()}
-	c := exec.Command("qemu-system-x86_64", append([]string{"-M", "q35,memory-backend=ram0",
+	g := &guest{t: t, dir: dir, ram: ram.Name(), kernel: k, began: time.Now()}
+	args := slices.Clone(m.args)
+	for i := range args {
+		args[i] = strings.ReplaceAll(args[i], "CTLPATH", filepath.Join(dir, "ctl"))
+	}
+	c := exec.Command(m.qemu, slices.Concat([]string{"-M", m.machine + ",memory-backend=ram0",
 		"-object", fmt.Sprintf("memory-backend-file,id=ram0,size=%dM,mem-path=%s,share=on", o.mib, ram.Name()),
 		"-m", fmt.Sprint(o.mib), "-smp", "2", "-cpu", o.cpu, "-kernel", k.Vmlinuz, "-initrd", initrd,
-		"-append", "console=ttyS0 loglevel=4 panic=0 " + o.cmdline, "-nodefaults", "-display", "none",
+		"-append", m.cmdline + " loglevel=4 panic=0 " + o.cmdline, "-nodefaults", "-display", "none",
 		"-serial", "file:" + filepath.Join(dir, "console"),
-		"-serial", "unix:" + filepath.Join(dir, "ctl") + ",server=on,wait=off",
-		"-qmp", "unix:" + filepath.Join(dir, "qmp") + ",server=on,wait=off"}, o.args...)...)
+		"-qmp", "unix:" + filepath.Join(dir, "qmp") + ",server=on,wait=off"}, args, o.args)...)
 	var stderr bytes.Buffer
 	c.Stderr = &stderr
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // even when a test times out
@@ -183,7 +221,7 @@ func startGuest(t *testing.T, kernel string, o guestOptions) *guest {
 		t.Fatal(err)
 	}
 	g.execute("qmp_capabilities")
-	if g.mem, err = hostmem.OpenRAMFile(ram.Name(), hostmem.Q35Layout(uint64(o.mib)<<20), false); err != nil {
+	if g.mem, err = hostmem.OpenRAMFile(ram.Name(), m.layout(uint64(o.mib)<<20), false); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { g.mem.Close() })

@@ -29,6 +29,8 @@ type beatPlan struct {
 
 	nextEvent     uint64 // in clock_event_device
 	pidIn, commIn uint64 // in task_struct
+	preemptIn     uint64 // in task_struct, where inTask
+	inTask        bool
 }
 
 // beatField is where in the buffer a field of 8 or fewer bytes is.
@@ -40,7 +42,10 @@ type beatCPU struct {
 }
 
 func (f beatField) in(b []byte) uint64 {
-	if f.size == 4 {
+	switch f.size {
+	case 0: // the architecture has no such counter
+		return 0
+	case 4:
 		return uint64(le32(b[f.at:]))
 	}
 	return le64(b[f.at:])
@@ -87,21 +92,22 @@ func (img *Image) beatPlan(src source) *beatPlan {
 		for i, f := range of {
 			try := resolver{img: img}
 			va := try.symbol(f.symbol)
-			if f.typ != "" {
-				va += VirtAddr(try.field(f.typ, f.size, f.path))
-			}
-			if try.err == nil {
-				add(field, va, int(f.size))
+			offset, err := f.offset(img)
+			if err == nil && try.err == nil {
+				add(field, va+VirtAddr(offset), int(f.size))
 				return
 			}
 			if i == len(of)-1 {
-				r.fail(try.err)
+				r.fail(cmp.Or(try.err, err))
 			}
 		}
 	}
 	arch(func(c *beatCPU) *beatField { return &c.timer }, img.arch.timerIRQs)
 	arch(func(c *beatCPU) *beatField { return &c.nmi }, img.arch.nmis)
 	arch(func(c *beatCPU) *beatField { return &c.preempt }, img.arch.preempt)
+	if img.arch.preemptInTask != "" {
+		p.inTask, p.preemptIn = true, r.field("task_struct", 4, img.arch.preemptInTask)
+	}
 	add(func(c *beatCPU) *beatField { return &c.irqs }, r.symbol("kstat")+VirtAddr(r.field("kernel_stat", 8, "irqs_sum")), 8)
 	add(func(c *beatCPU) *beatField { return &c.tick },
 		r.symbol("tick_cpu_device")+VirtAddr(r.field("tick_device", 8, "evtdev")), 8)
@@ -206,7 +212,7 @@ func (v *View) beat(p *beatPlan) (Heartbeat, error) {
 	}
 
 	// The second round: what each online CPU runs, and when its tick device fires next.
-	const each = 8 + 4 + commLen
+	const each = 8 + 4 + commLen + 4
 	more := make([]byte, len(p.cpus)*each)
 	segs = segs[:0]
 	space := v.img.space
@@ -243,6 +249,11 @@ func (v *View) beat(p *beatPlan) (Heartbeat, error) {
 		} else {
 			binary.LittleEndian.PutUint64(m, ktimeMax)
 		}
+		if p.inTask {
+			if err := follow("task_struct", c.Curr+VirtAddr(p.preemptIn), m[12+commLen:]); err != nil {
+				return h, err
+			}
+		}
 		if c.Idle {
 			c.CurrComm = fmt.Sprintf("swapper/%d", c.ID)
 			continue
@@ -250,7 +261,7 @@ func (v *View) beat(p *beatPlan) (Heartbeat, error) {
 		if err := follow("task_struct", c.Curr+VirtAddr(p.pidIn), m[8:12]); err != nil {
 			return h, err
 		}
-		if err := follow("task_struct", c.Curr+VirtAddr(p.commIn), m[12:]); err != nil {
+		if err := follow("task_struct", c.Curr+VirtAddr(p.commIn), m[12:12+commLen]); err != nil {
 			return h, err
 		}
 	}
@@ -267,12 +278,15 @@ func (v *View) beat(p *beatPlan) (Heartbeat, error) {
 		}
 		m := more[i*each : (i+1)*each]
 		c.NextEvent = int64(le64(m))
+		if p.inTask {
+			c.Preempt = le32(m[12+commLen:]) & v.img.arch.preemptMask
+		}
 		if !c.Idle {
 			// What overwrites a kernel that was reset need not spare its tasks.
 			if c.CurrPID = int(int32(le32(m[8:]))); c.CurrPID < 0 || c.CurrPID > maxPID {
 				return h, &CorruptError{"task_struct", c.Curr, fmt.Sprintf("CPU %d runs PID %d", c.ID, c.CurrPID)}
 			}
-			c.CurrComm, _ = cString(m[12:])
+			c.CurrComm, _ = cString(m[12 : 12+commLen])
 		}
 	}
 	return h, nil

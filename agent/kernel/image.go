@@ -28,6 +28,12 @@ type Image struct {
 	beat                   *beatPlan
 	usage                  *usagePlan
 
+	cached  *carried // what is known of this build; nil if nothing is
+	btfHead []byte   // the first part of the BTF
+	lacking bool     // kallsyms has no variables
+
+	// seen is the last reading of the clock.
+	seen atomic.Pointer[seen]
 	// lastMono is the latest CLOCK_MONOTONIC that Prove saw: it starts again at zero when the host does.
 	lastMono atomic.Int64
 }

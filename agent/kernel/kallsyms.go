@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -20,8 +21,10 @@ const (
 	kallsymsMarker   = 64 // names between two markers of ours
 )
 
-// kallsyms is a symbol table in its compressed form with two indexes: 13 to 17 bytes a symbol. It is immutable.
+// kallsyms is a symbol table in its compressed form with two indexes: 13 to 17 bytes a symbol. It is immutable once the kernel
+// is attached.
 type kallsyms struct {
+	places  kallsymsPlaces
 	names   []byte
 	tokens  [256]string
 	markers []uint32 // offset in names of every kallsymsMarker-th name
@@ -30,9 +33,19 @@ type kallsyms struct {
 	formula string
 	byHash  []uint32 // symbols in the order of the hashes of their names
 
+	// more are symbols that the table lacks and that were found otherwise.
+	more   map[string]VirtAddr
+	sorted []moreSymbol // the same, by address
+
 	hashes [256]tokenHash // of tokens
 	heads  [256]tokenHash // of tokens that stand first in a name, and so begin with the type
 	mul    uint64
+}
+
+// moreSymbol is a symbol that the table lacks.
+type moreSymbol struct {
+	va   VirtAddr
+	name string
 }
 
 // tokenHash continues the polynomial hash of a name by one token: h*pow + sum.
@@ -236,13 +249,13 @@ func (k *kallsyms) find(name string) []int {
 	return found
 }
 
-// infer chooses the formula by which every known symbol comes out right, and checks that the table is in order.
-func (k *kallsyms) infer(known map[string]VirtAddr, base, tables VirtAddr) error {
+// infer chooses the formula by which every known symbol comes out right, and checks that the table is in order. It returns
+// how many of the known symbols are in the table: without CONFIG_KALLSYMS_ALL only functions are.
+func (k *kallsyms) infer(known map[string]VirtAddr, base, tables VirtAddr) (matched int, err error) {
 	var why error
 	for _, f := range kallsymsFormulas {
 		address := f.address(base, tables)
-		matched := 0
-		err := error(nil)
+		matched, err = 0, nil
 		for name, want := range known {
 			found := k.find(name)
 			if len(found) == 0 {
@@ -255,8 +268,8 @@ func (k *kallsyms) infer(known map[string]VirtAddr, base, tables VirtAddr) error
 			}
 			matched++
 		}
-		if err == nil && matched < min(4, len(known)) {
-			err = fmt.Errorf("%s: only %d of %d known symbols are in the table", f.name, matched, len(known))
+		if err == nil && matched == 0 {
+			err = fmt.Errorf("%s: none of %d known symbols is in the table", f.name, len(known))
 		}
 		if err != nil {
 			why = errors.Join(why, err)
@@ -264,19 +277,22 @@ func (k *kallsyms) infer(known map[string]VirtAddr, base, tables VirtAddr) error
 		}
 		for i := 1; i < len(k.offsets); i++ {
 			if a, b := address(k.offsets[i-1], i-1), address(k.offsets[i], i); a > b {
-				return fmt.Errorf("symbol %d at %v follows one at %v", i, b, a)
+				return 0, fmt.Errorf("symbol %d at %v follows one at %v", i, b, a)
 			}
 		}
 		k.address, k.formula = address, f.name
-		return nil
+		return matched, nil
 	}
-	return fmt.Errorf("no known encoding gives the known addresses: %w", why)
+	return 0, fmt.Errorf("no known encoding gives the known addresses: %w", why)
 }
 
 // symbol returns the address of a name that only one address has.
 func (k *kallsyms) symbol(name string) (VirtAddr, error) {
 	found := k.find(name)
 	if len(found) == 0 {
+		if va, ok := k.more[name]; ok {
+			return va, nil
+		}
 		return 0, fmt.Errorf("symbol %q: %w", name, ErrNotFound)
 	}
 	va := k.address(k.offsets[found[0]], found[0])
@@ -286,6 +302,42 @@ func (k *kallsyms) symbol(name string) (VirtAddr, error) {
 		}
 	}
 	return va, nil
+}
+
+// add adds a symbol that the table may lack.
+func (k *kallsyms) add(name string, va VirtAddr) {
+	if len(k.find(name)) > 0 {
+		return
+	}
+	if k.more == nil {
+		k.more = make(map[string]VirtAddr)
+	}
+	k.more[name] = va
+	k.sorted = nil
+}
+
+// bare returns the table without what depends on where the kernel is. The copy shares what is never written again.
+func (k *kallsyms) bare() *kallsyms {
+	b := *k
+	b.address, b.formula, b.places, b.more, b.sorted = nil, "", kallsymsPlaces{}, nil, nil
+	return &b
+}
+
+// settle puts what was added in order; nothing is added afterwards.
+func (k *kallsyms) settle() {
+	for name, va := range k.more {
+		k.sorted = append(k.sorted, moreSymbol{va, name})
+	}
+	slices.SortFunc(k.sorted, func(a, b moreSymbol) int { return cmp.Or(cmp.Compare(a.va, b.va), cmp.Compare(a.name, b.name)) })
+}
+
+// sizeAt returns how far it is from the symbol at va to the next; zero if there is none at va.
+func (k *kallsyms) sizeAt(va VirtAddr) uint64 {
+	i := sort.Search(len(k.offsets), func(i int) bool { return k.address(k.offsets[i], i) > va })
+	if i == 0 || i == len(k.offsets) || k.address(k.offsets[i-1], i-1) != va {
+		return 0
+	}
+	return uint64(k.address(k.offsets[i], i) - va)
 }
 
 // at returns the last symbol at or below va, and how far above it va is.
@@ -300,5 +352,12 @@ func (k *kallsyms) at(va VirtAddr) (name string, offset uint64, err error) {
 		i-- // of aliases, the first
 	}
 	_, name = k.name(i)
+	if j := sort.Search(len(k.sorted), func(j int) bool { return k.sorted[j].va > va }); j > 0 && k.sorted[j-1].va > start {
+		start = k.sorted[j-1].va
+		for j > 1 && k.sorted[j-2].va == start {
+			j--
+		}
+		name = k.sorted[j-1].name
+	}
 	return name, uint64(va - start), nil
 }

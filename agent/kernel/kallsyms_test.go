@@ -76,7 +76,7 @@ func TestKallsyms(t *testing.T) {
 				t.Fatal(err)
 			}
 			known := map[string]VirtAddr{"_stext": base, "init_task": base + 0x100, "swapper": base + 0x400, "_etext": base + 0x300}
-			if err := k.infer(known, base, tables); err != nil {
+			if n, err := k.infer(known, base, tables); err != nil || n != len(known) {
 				t.Fatal(err)
 			}
 			if k.formula != formula {
@@ -103,7 +103,7 @@ func TestKallsyms(t *testing.T) {
 			}
 			// One known address that does not fit, and no encoding is believed.
 			known["init_task"]++
-			if err := k.infer(known, base, tables); err == nil {
+			if _, err := k.infer(known, base, tables); err == nil {
 				t.Error("infer believed a wrong address")
 			}
 		})
@@ -154,7 +154,7 @@ func FuzzKallsyms(f *testing.F) {
 				break
 			}
 		}
-		if k.infer(known, 0, 0) == nil {
+		if _, err := k.infer(known, 0, 0); err == nil {
 			_, _ = k.symbol("init_task")
 			for i, o := range k.offsets {
 				if _, _, err := k.at(k.address(o, i)); err != nil {

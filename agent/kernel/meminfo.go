@@ -95,6 +95,7 @@ type memoryWalk struct {
 	zoneStat, nodeStat           VirtAddr
 	eventStates                  VirtAddr
 	vmstatText                   VirtAddr
+	reserved                     uint64 // pages
 }
 
 // MemoryUse tells what the host's memory is used for.
@@ -131,7 +132,6 @@ func (w *memoryWalk) run() error {
 	w.zoneStat, w.nodeStat = r.symbol("vm_zone_stat"), r.symbol("vm_node_stat")
 	w.eventStates, w.vmstatText = r.symbol("vm_event_states"), r.symbol("vmstat_text")
 	total := r.symbol("_totalram_pages")
-	reserve := r.symbol("totalreserve_pages")
 	if r.err != nil {
 		return r.err
 	}
@@ -155,10 +155,6 @@ func (w *memoryWalk) run() error {
 		return err
 	}
 	u.Total = n * page
-	reserved, err := number(reserve)
-	if err != nil {
-		return err
-	}
 	c := make(map[string]uint64, len(u.Counters))
 	for _, x := range u.Counters {
 		c[x.Name] = x.Value
@@ -174,7 +170,7 @@ func (w *memoryWalk) run() error {
 	files := (c["nr_active_file"] + c["nr_inactive_file"]) * page
 	reclaimable := (c["nr_slab_reclaimable"] + c["nr_kernel_misc_reclaimable"]) * page
 	u.Available = u.Free + half(files) + half(reclaimable)
-	u.Available -= min(u.Available, reserved*page)
+	u.Available -= min(u.Available, w.reserved*page)
 
 	swap := resolver{img: w.v.img}
 	free, size := swap.symbol("nr_swap_pages"), swap.symbol("total_swap_pages")
@@ -272,6 +268,7 @@ func (w *memoryWalk) zones() error {
 	zone := r.shape("zone", "name", "managed_pages.counter", "present_pages", "_watermark[]", "free_area[]", "vm_stat[]", "watermark_boost?")
 	zoneSize, areaSize := r.size("zone"), r.size("free_area")
 	free := r.field("free_area", 8, "nr_free")
+	reserved := r.field("pglist_data", 8, "totalreserve_pages") // of which the sum is the variable of that name
 	if r.err != nil {
 		return r.err
 	}
@@ -303,9 +300,14 @@ func (w *memoryWalk) zones() error {
 		if err != nil {
 			return err
 		}
-		if count > 16 || node > maxNodes {
-			return &CorruptError{"pglist_data", at, fmt.Sprintf("node %d of %d zones", node, count)}
+		kept, err := v.Uint64(at + VirtAddr(reserved))
+		if err != nil {
+			return err
 		}
+		if count > 16 || node > maxNodes || kept > 1<<40 {
+			return &CorruptError{"pglist_data", at, fmt.Sprintf("node %d of %d zones, %d pages in reserve", node, count, kept)}
+		}
+		w.reserved += kept
 		for i := range count {
 			t, err := v.thing(zone, at+VirtAddr(first+uint64(i)*zoneSize))
 			if err != nil {
@@ -342,12 +344,16 @@ func (w *memoryWalk) pressure() (*Pressure, error) {
 	v := w.v
 	r := resolver{img: v.img}
 	at := r.symbol("psi_system")
-	disabled := r.symbol("psi_disabled") + VirtAddr(r.field("static_key", 4, "enabled.counter"))
-	s := r.shape("psi_group", "avg[]", "total[]")
+	s := r.shape("psi_group", "avg[]", "total[]", "enabled?")
+	disabled, err := v.img.syms.symbol("psi_disabled")
+	if err != nil && s.fields["enabled"].Size != 1 { // it is set where PSI is started; since v6.1
+		r.fail(err)
+	}
+	key := VirtAddr(r.field("static_key", 4, "enabled.counter"))
 	item := func(name string) int {
 		n, err := v.img.types.enum("psi_states", name)
 		if err != nil {
-			r.fail(err)
+			return -1
 		}
 		return int(n)
 	}
@@ -360,17 +366,21 @@ func (w *memoryWalk) pressure() (*Pressure, error) {
 	if r.err != nil {
 		return nil, nil
 	}
-	off, err := v.Uint32(disabled)
-	if err != nil || off != 0 {
-		return nil, err
+	if disabled != 0 {
+		if off, err := v.Uint32(disabled + key); err != nil || off != 0 {
+			return nil, err
+		}
 	}
 	t, err := v.thing(s, at)
-	if err != nil {
+	if err != nil || disabled == 0 && t.num("enabled") == 0 {
 		return nil, err
 	}
 	avg, total := t.bytes("avg"), t.bytes("total")
 	for _, x := range states {
-		if x.item < 0 || 24*x.item+24 > len(avg) || 8*x.item+8 > len(total) {
+		if x.item < 0 {
+			continue // PSI_CPU_FULL is since v5.13
+		}
+		if 24*x.item+24 > len(avg) || 8*x.item+8 > len(total) {
 			return nil, t.corrupt("has no state %d", x.item)
 		}
 		a := avg[24*x.item:]

@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"cmp"
+	"fmt"
 	"iter"
 	"slices"
 )
@@ -25,7 +26,11 @@ type Module struct {
 	Missing bool `json:"missing"` // it is live and yet not in all three views
 
 	Sections []Section `json:"sections,omitempty"`
+
+	ranges []virtRange // of its memory: of modules that share pages, those of one need not be together
 }
+
+type virtRange struct{ start, end VirtAddr }
 
 // Section is a part of a module in memory, as /sys/module/NAME/sections has it.
 type Section struct {
@@ -101,11 +106,16 @@ func (w *moduleWalk) resolve() error {
 	}
 	if _, ok := w.module.fields["sect_attrs"]; ok {
 		try := resolver{img: w.v.img}
-		w.attrs = try.shape("module_sect_attrs", "nsections", "attrs[]")
-		w.attr = try.shape("module_sect_attr", "battr.attr.name", "address")
-		w.attrSize = try.size("module_sect_attr")
+		if _, err := w.v.img.types.field("module_sect_attrs", "nsections"); err == nil {
+			w.attrs = try.shape("module_sect_attrs", "nsections", "attrs[]")
+			w.attr = try.shape("module_sect_attr", "battr.attr.name", "address")
+			w.attrSize = try.size("module_sect_attr")
+		} else { // since v6.14 there are the attributes alone, and pointers to them, which end with a null
+			w.attrs = try.shape("module_sect_attrs", "grp.bin_attrs")
+			w.attr = try.shape("bin_attribute", "attr.name", "private")
+		}
 		if try.err != nil {
-			w.attrs = nil // they moved in v6.14; a module is told without its sections
+			w.attrs = nil // a module is told without its sections
 		}
 	}
 	w.list = r.symbol("modules")
@@ -188,6 +198,7 @@ func (w *moduleWalk) read(at VirtAddr) (*Module, error) {
 	m.Refs = max(m.Refs, 0) // MODULE_REF_BASE is not counted; a module that leaves has less
 	if w.memory == nil {
 		m.Base, m.Size = t.ptr("core_layout.base"), t.num("core_layout.size")+t.num("init_layout.size")
+		m.ranges = []virtRange{{m.Base, m.Base + VirtAddr(t.num("core_layout.size"))}}
 	} else {
 		for offset := uint64(0); offset+w.memorySize <= t.fields["mem"].Size; offset += w.memorySize {
 			part, err := w.v.thing(w.memory, t.at("mem")+VirtAddr(offset))
@@ -198,6 +209,7 @@ func (w *moduleWalk) read(at VirtAddr) (*Module, error) {
 				m.Base = part.ptr("base")
 			}
 			m.Size += part.num("size")
+			m.ranges = append(m.ranges, virtRange{part.ptr("base"), part.ptr("base") + VirtAddr(part.num("size"))})
 		}
 	}
 	if m.Size > 1<<32 || !w.v.img.space.valid(m.Base, 1) {
@@ -237,6 +249,9 @@ func (w *moduleWalk) sections(m *Module, at VirtAddr) error {
 	if err != nil {
 		return err
 	}
+	if w.attrSize == 0 {
+		return w.sectionPointers(m, attrs.ptr("grp.bin_attrs"))
+	}
 	n := attrs.num("nsections")
 	if n > maxSections {
 		return attrs.corrupt("%d sections", n)
@@ -253,4 +268,24 @@ func (w *moduleWalk) sections(m *Module, at VirtAddr) error {
 		m.Sections = append(m.Sections, Section{name, a.ptr("address")})
 	}
 	return nil
+}
+
+func (w *moduleWalk) sectionPointers(m *Module, at VirtAddr) error {
+	for range maxSections {
+		p, err := w.v.pointer("bin_attrs", at)
+		if err != nil || p == 0 {
+			return err
+		}
+		a, err := w.v.thing(w.attr, p)
+		if err != nil {
+			return err
+		}
+		name, err := w.v.cstring("section name", a.ptr("attr.name"), 256)
+		if err != nil {
+			return err
+		}
+		m.Sections = append(m.Sections, Section{name, a.ptr("private")})
+		at += 8
+	}
+	return &CorruptError{"bin_attrs", at, fmt.Sprintf("more than %d sections", maxSections)}
 }

@@ -37,10 +37,11 @@ var (
 	}{{1 << 4, "sync"}, {1 << 7, "dirsync"}, {1 << 6, "mand"}, {1 << 25, "lazytime"}}
 )
 
-// Mounts lists the mounts of the namespace of a process; 1 is that of the host.
+// Mounts lists the mounts of the namespace of a process; 1 is that of the host. What the root of the process is mounted on
+// (since v7.0 an empty file system) is left out, as in /proc/PID/mountinfo.
 func (v *View) Mounts(pid int) iter.Seq2[Mount, error] {
 	return settled(v, "walk mounts", func() ([]Mount, error) {
-		ns, err := v.mountNamespace(pid)
+		ns, root, err := v.mountNamespace(pid)
 		if err != nil {
 			return nil, err
 		}
@@ -48,8 +49,15 @@ func (v *View) Mounts(pid int) iter.Seq2[Mount, error] {
 		if err != nil {
 			return nil, err
 		}
+		below, err := w.below(root)
+		if err != nil {
+			return nil, err
+		}
 		var all []Mount
 		add := func(at VirtAddr) error {
+			if below[at] {
+				return nil
+			}
 			m, ok, err := w.describe(at)
 			if ok {
 				all = append(all, m)
@@ -74,32 +82,54 @@ func (v *View) Mounts(pid int) iter.Seq2[Mount, error] {
 	})
 }
 
-func (v *View) mountNamespace(pid int) (VirtAddr, error) {
+// mountNamespace returns the mount namespace of a process, and the vfsmount that its root is in.
+func (v *View) mountNamespace(pid int) (ns, root VirtAddr, err error) {
 	r := resolver{img: v.img}
-	task := r.shape("task_struct", "nsproxy")
+	task := r.shape("task_struct", "nsproxy", "fs")
 	proxy := r.shape("nsproxy", "mnt_ns")
+	fs := r.shape("fs_struct", "root.mnt")
 	if r.err != nil {
-		return 0, r.err
+		return 0, 0, r.err
 	}
 	for t, err := range v.Tasks() {
 		if err != nil {
-			return 0, err
+			return 0, 0, err
 		}
 		if t.PID != pid {
 			continue
 		}
 		s, err := v.thing(task, t.Addr)
 		if err != nil {
-			return 0, err
+			return 0, 0, err
 		}
-		p := s.ptr("nsproxy")
-		if p == 0 {
-			return 0, fmt.Errorf("process %d has ended and has no namespaces: %w", pid, ErrNotFound)
+		p, f := s.ptr("nsproxy"), s.ptr("fs")
+		if p == 0 || f == 0 {
+			return 0, 0, fmt.Errorf("process %d has ended and has no namespaces: %w", pid, ErrNotFound)
 		}
 		n, err := v.thing(proxy, p)
-		return n.ptr("mnt_ns"), err
+		if err != nil {
+			return 0, 0, err
+		}
+		place, err := v.thing(fs, f)
+		return n.ptr("mnt_ns"), place.ptr("root.mnt"), err
 	}
-	return 0, fmt.Errorf("process %d: %w", pid, ErrNotFound)
+	return 0, 0, fmt.Errorf("process %d: %w", pid, ErrNotFound)
+}
+
+// below returns the mounts that a mount stands on, given by its vfsmount.
+func (w *pathWalk) below(vfsmount VirtAddr) (map[VirtAddr]bool, error) {
+	m, err := w.of(vfsmount)
+	if err != nil {
+		return nil, err
+	}
+	all := make(map[VirtAddr]bool)
+	for parent := m.ptr("mnt_parent"); parent != m.addr() && len(all) < maxDepth; parent = m.ptr("mnt_parent") {
+		all[parent] = true
+		if m, err = w.at(parent); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
 }
 
 // describe reads a mount; ok is false if it is none.

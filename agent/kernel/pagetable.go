@@ -52,6 +52,10 @@ func (s *addressSpace) translate(src source, va VirtAddr) (hostmem.PhysAddr, uin
 
 // walk is translate by the page tables alone.
 func (s *addressSpace) walk(src source, va VirtAddr) (hostmem.PhysAddr, uint64, error) {
+	if va < s.kernel {
+		// The tables do not tell: they do not look at the bits above their root's.
+		return 0, 0, fmt.Errorf("translate %v: %w", va, ErrNotMapped)
+	}
 	table := s.root
 	for i, level := range s.levels {
 		var b [8]byte

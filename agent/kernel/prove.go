@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
@@ -118,6 +119,7 @@ func (img *Image) prove(ctx context.Context) error {
 			return fmt.Errorf("the monotonic clock went back from %d to %d: %w", last, t.mono, ErrGone)
 		}
 		if img.lastMono.CompareAndSwap(last, t.mono) {
+			img.seen.Store(&seen{t.mono, time.Now()})
 			return nil
 		}
 	}

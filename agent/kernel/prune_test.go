@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -43,7 +44,8 @@ func prune(t *testing.T, img *Image) pruned {
 	}
 
 	typs := strings.Fields(`task_struct signal_struct cred mm_struct percpu_counter printk_ringbuffer prb_desc printk_info resource
-		timekeeper tk_data clocksource clock_event_device tick_device rq irq_cpustat_t kernel_stat pcpu_hot uts_namespace new_utsname`)
+		timekeeper tk_data clocksource clock_event_device tick_device rq irq_cpustat_t irq_stat_counts kernel_stat pcpu_hot
+		uts_namespace new_utsname seqcount_raw_spinlock hrtimer_cpu_base`)
 	names := strings.Fields(`_text _end __per_cpu_start __per_cpu_end __per_cpu_offset __cpu_possible_mask vmcoreinfo_note
 		nr_cpu_ids page_offset_base vmalloc_base vmemmap_base phys_base __start_BTF init_task tk_core prb iomem_resource
 		jiffies_64 __cpu_online_mask runqueues irq_stat pcpu_hot __preempt_count kstat tick_cpu_device linux_banner init_uts_ns
@@ -51,7 +53,7 @@ func prune(t *testing.T, img *Image) pruned {
 		loopback_get_stats64 dev_get_tstats64 slab_caches nr_node_ids vm_zone_stat vm_node_stat vm_event_states vmstat_text
 		_totalram_pages totalreserve_pages contig_page_data node_data nr_swap_pages total_swap_pages psi_system psi_disabled
 		avenrun _stext _etext init_stack __end_init_stack __end_init_task __start_orc_unwind_ip __stop_orc_unwind_ip
-		__start_orc_unwind`)
+		__start_orc_unwind timekeeper_data hrtimer_bases memstart_addr kimage_voffset jiffies`)
 	img.types.mu.Lock()
 	for field := range img.types.fields {
 		typs = append(typs, field[0])
@@ -103,41 +105,55 @@ func prune(t *testing.T, img *Image) pruned {
 	}
 	symbols := []symbol{{"D__stop_BTF", start + VirtAddr(len(raw))}}
 	for _, name := range names {
-		if found := img.syms.find(name); len(found) == 1 {
-			symbols = append(symbols, symbol{"D" + name, img.syms.address(img.syms.offsets[found[0]], found[0])})
+		if va, err := img.syms.symbol(name); err == nil {
+			symbols = append(symbols, symbol{"D" + name, va})
 		}
 	}
 	slices.SortFunc(symbols, func(a, b symbol) int { return cmp.Or(cmp.Compare(a.va, b.va), cmp.Compare(a.name, b.name)) })
 	symbols = slices.Compact(symbols)
-	if img.syms.formula != "absolute-percpu" {
-		t.Fatalf("cannot make symbol tables of formula %s", img.syms.formula)
-	}
-	at := func(name string) VirtAddr {
-		va, ok := img.note.symbol(name)
-		if !ok {
-			t.Fatalf("no %s", name)
-		}
-		return va
-	}
+	at := img.syms.places
 	var base [8]byte
-	if err := img.space.read(direct{t.Context(), img.mem}, at("kallsyms_relative_base"), base[:]); err != nil {
-		t.Fatal(err)
+	if at.base != 0 {
+		if err := img.space.read(direct{t.Context(), img.mem}, at.base, base[:]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if img.syms.formula == "base-relative" { // from the lowest symbol on
+		binary.LittleEndian.PutUint64(base[:], uint64(symbols[0].va))
+		put(at.base, base[:])
 	}
 	var list []string
 	var offsets []int32
-	for _, s := range symbols {
+	for i, s := range symbols {
 		list = append(list, s.name)
-		if s.va < 1<<31 {
+		switch f := img.syms.formula; {
+		case f == "absolute-percpu" && s.va < 1<<31:
 			offsets = append(offsets, int32(s.va))
-		} else {
+		case f == "absolute-percpu":
 			offsets = append(offsets, int32(int64(le64(base[:]))-1-int64(s.va)))
+		case f == "base-relative":
+			offsets = append(offsets, int32(uint32(s.va-symbols[0].va)))
+		case f == "place-relative":
+			offsets = append(offsets, int32(s.va-at.offsets-VirtAddr(4*i)))
+		default:
+			t.Fatalf("cannot make symbol tables of formula %s", f)
 		}
 	}
 	tables := makeKallsyms(list, offsets)
-	put(at("kallsyms_num_syms"), binary.LittleEndian.AppendUint32(nil, uint32(len(list))))
-	put(at("kallsyms_names"), tables.names)
-	put(at("kallsyms_token_table"), tables.tokens)
-	put(at("kallsyms_token_index"), tables.tokenIndex)
-	put(at("kallsyms_offsets"), tables.offsets)
+	put(at.num, binary.LittleEndian.AppendUint32(nil, uint32(len(list))))
+	put(at.names, tables.names)
+	put(at.tokens, tables.tokens)
+	put(at.tokenIndex, tables.tokenIndex)
+	put(at.offsets, tables.offsets)
+	if _, ok := img.note.symbol("kallsyms_names"); !ok {
+		// The search for the table's shape would have all of the kernel's code recorded: here the note names it.
+		text := img.note.text
+		for name, va := range map[string]VirtAddr{"names": at.names, "num_syms": at.num, "token_table": at.tokens,
+			"token_index": at.tokenIndex, "offsets": at.offsets, "relative_base": at.base} {
+			text += fmt.Sprintf("SYMBOL(kallsyms_%s)=%x\n", name, uint64(va))
+		}
+		size := binary.LittleEndian.AppendUint32(nil, uint32(len(text)))
+		m.parts = append(m.parts, hostmem.Segment{Addr: img.note.pa + 4, Buf: size}, hostmem.Segment{Addr: img.note.pa + noteHeaderLen, Buf: []byte(text)})
+	}
 	return m
 }

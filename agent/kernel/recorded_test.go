@@ -21,7 +21,7 @@ func openRecorded(tb testing.TB, rec *hostmem.Recording) (*Image, *frames) {
 		tb.Fatal(err)
 	}
 	m := &frames{rec: rec, at: rec.Frame(frameAlive)}
-	img, err := Open(context.Background(), m, Options{Note: hostmem.PhysAddr(note), NoteOnly: true})
+	img, err := Open(context.Background(), m, Options{Hint: Hint{Note: hostmem.PhysAddr(note)}, NoteOnly: true})
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -46,7 +46,7 @@ func TestRecorded(t *testing.T) {
 			img, mem := openRecorded(t, rec)
 			info := img.Info()
 			if info.Release != rec.Labels()["release"] || info.BootID != rec.Labels()["bootID"] || info.Hostname != "guest" ||
-				info.CPUs != 2 || info.Arch != "x86_64" || info.KASLR != 0 || info.Levels != 5 {
+				info.CPUs != 2 || info.Arch != rec.Labels()["arch"] || info.KASLR != 0 {
 				t.Errorf("Info = %+v", info)
 			}
 			for _, r := range info.Rungs {
@@ -226,7 +226,7 @@ func TestOpenDamaged(t *testing.T) {
 				for i, b := range []byte(c.with) {
 					mem.bytes[c.at+hostmem.PhysAddr(i)] = b
 				}
-				_, err := Open(t.Context(), mem, Options{Note: img.Info().Note, NoteOnly: true})
+				_, err := Open(t.Context(), mem, Options{Hint: Hint{Note: img.Info().Note}, NoteOnly: true})
 				var attach *AttachError
 				if !errors.As(err, &attach) || len(attach.Rungs) == 0 {
 					t.Fatalf("Open = %v; want an *AttachError", err)
@@ -266,7 +266,7 @@ func TestOpenNothing(t *testing.T) {
 		if !errors.Is(err, ErrNotFound) || errors.Is(err, ErrNotYet) {
 			t.Errorf("%s: Open = %v; want ErrNotFound", name, err)
 		}
-		if _, err := Open(t.Context(), mem, Options{Note: 0x1000}); !errors.Is(err, ErrNotFound) {
+		if _, err := Open(t.Context(), mem, Options{Hint: Hint{Note: 0x1000}}); !errors.Is(err, ErrNotFound) {
 			t.Errorf("%s: Open with a note = %v; want ErrNotFound", name, err)
 		}
 	}
@@ -300,7 +300,7 @@ func FuzzOpen(f *testing.F) {
 				}
 			}
 		}
-		img, err := Open(t.Context(), mem, Options{Note: s.note, NoteOnly: true})
+		img, err := Open(t.Context(), mem, Options{Hint: Hint{Note: s.note}, NoteOnly: true})
 		if (img == nil) == (err == nil) {
 			t.Fatalf("Open = %v, %v", img, err)
 		}

@@ -62,10 +62,14 @@ func TestRecord(t *testing.T) {
 			mem = prune(t, live)
 		}
 		rec := hostmem.NewRecorder(mem)
-		img := g.attachTo(rec, Options{Note: note, NoteOnly: true})
+		img := g.attachTo(rec, Options{Hint: Hint{Note: note}, NoteOnly: true})
+		if _, err := Open(t.Context(), dump{rec, img.note.text}, Options{}); err != nil { // what that looks at is recorded, too
+			t.Fatal(err)
+		}
 		rec.Label("note", strconv.FormatUint(uint64(note), 10))
 		rec.Label("release", img.Info().Release)
 		rec.Label("bootID", img.Info().BootID)
+		rec.Label("arch", guestMachines[g.kernel.Arch].arch)
 		label(rec, "ps", threads)
 		label(rec, "dmesg", records)
 		rec.Label("modules", modules)

@@ -33,9 +33,14 @@ func (v *View) SlabCaches() iter.Seq2[SlabCache, error] {
 		r := resolver{img: v.img}
 		head := r.symbol("slab_caches")
 		cache := r.shape("kmem_cache", "list[]", "name", "object_size", "size", "oo.x")
+		// An array of pointers; in v7.0 and later of structures that hold them.
+		stride, offset := uint64(8), uint64(0)
 		places, err := v.img.types.field("kmem_cache", "node")
 		if err != nil {
-			r.fail(err)
+			if places, err = v.img.types.field("kmem_cache", "per_node"); err != nil {
+				r.fail(err)
+			}
+			stride, offset = r.size("kmem_cache_per_node_ptrs"), r.field("kmem_cache_per_node_ptrs", 8, "node")
 		}
 		node := r.shape("kmem_cache_node", "nr_slabs.counter", "total_objects.counter")
 		if r.err != nil {
@@ -61,7 +66,7 @@ func (v *View) SlabCaches() iter.Seq2[SlabCache, error] {
 				return err
 			}
 			for i := range nodes { // of node[] there is as much as there are nodes, which is less than its type says
-				p, err := v.pointer("kmem_cache", t.addr()+VirtAddr(places.Offset)+VirtAddr(8*i))
+				p, err := v.pointer("kmem_cache", t.addr()+VirtAddr(places.Offset+stride*uint64(i)+offset))
 				if err != nil {
 					return err
 				}
@@ -102,6 +107,30 @@ func (v *View) nodes() (int, error) {
 	return int(n), err
 }
 
+// pageOf returns where the struct page of a physical address is.
+func (v *View) pageOf(pa hostmem.PhysAddr) (VirtAddr, error) {
+	r := resolver{img: v.img}
+	size := r.size("page")
+	if r.err != nil {
+		return 0, r.err
+	}
+	note, pageSize := v.img.note, v.img.pageSize
+	at := VirtAddr(uint64(pa) / pageSize * size)
+	if base, ok := note.symbol("vmemmap"); ok { // of the page frame 0, since v6.9
+		return base + at, nil
+	}
+	if start, ok := note.number("VMEMMAP_START"); ok { // arm64: of the page frame at PHYS_OFFSET
+		first, _ := note.number("PHYS_OFFSET")
+		return VirtAddr(start) - VirtAddr(first/int64(pageSize)*int64(size)) + at, nil
+	}
+	base := r.symbol("vmemmap_base")
+	if r.err != nil {
+		return 0, r.err
+	}
+	start, err := v.pointer("vmemmap_base", base)
+	return start + at, err
+}
+
 // allocated returns how many bytes kmalloc set aside for the object at va, as the slab that it is in tells.
 func (v *View) allocated(va VirtAddr) (uint64, error) {
 	c, _, err := v.slabOf(va)
@@ -121,12 +150,14 @@ func (v *View) allocated(va VirtAddr) (uint64, error) {
 // slabOf returns the slab cache that the object at va is of, and where its slab begins; it is ErrNotFound if it is in none.
 func (v *View) slabOf(va VirtAddr) (cache thing, start VirtAddr, err error) {
 	r := resolver{img: v.img}
-	base := r.symbol("vmemmap_base")
 	size := r.size("page")
 	page := r.shape("page", "compound_head|compound_info", "page_type?")
-	slab := r.shape("slab", "slab_cache") // its own type since v5.17
+	typ := "slab" // its own type since v5.17
+	if _, err := v.img.types.sizeof(typ); err != nil {
+		typ = "page"
+	}
+	slab := r.shape(typ, "slab_cache")
 	of := r.shape("kmem_cache", "name", "object_size", "size")
-	direct := r.symbol("page_offset_base")
 	if r.err != nil {
 		return thing{}, 0, r.err
 	}
@@ -134,17 +165,26 @@ func (v *View) slabOf(va VirtAddr) (cache thing, start VirtAddr, err error) {
 	if err != nil {
 		return thing{}, 0, err
 	}
-	vmemmap, err := v.pointer("vmemmap_base", base)
+	first, err := v.pageOf(0)
 	if err != nil {
 		return thing{}, 0, err
 	}
-	at := vmemmap + VirtAddr(uint64(pa/hostmem.PageSize)*size)
+	at, err := v.pageOf(pa)
+	if err != nil {
+		return thing{}, 0, err
+	}
 	p, err := v.thing(page, at)
 	if err != nil {
 		return thing{}, 0, err
 	}
+	// A tail page has an odd number: that of its head, plus one; or, since v7.0, a mask that leaves the head's address of
+	// its own. A head is before its tail, and no mask is.
 	if head := p.ptr("compound_head"); head&1 != 0 {
-		at = head - 1
+		if head-1 < at {
+			at = head - 1
+		} else {
+			at &= head - 1
+		}
 	}
 	s, err := v.thing(slab, at)
 	if err != nil {
@@ -156,8 +196,8 @@ func (v *View) slabOf(va VirtAddr) (cache thing, start VirtAddr, err error) {
 	if cache, err = v.thing(of, s.ptr("slab_cache")); err != nil {
 		return thing{}, 0, err
 	}
-	linear, err := v.pointer("page_offset_base", direct)
-	return cache, linear + VirtAddr(uint64(at-vmemmap)/size*hostmem.PageSize), err
+	direct := v.img.space.linear[len(v.img.space.linear)-1]
+	return cache, direct.start + VirtAddr(uint64(at-first)/size*v.img.pageSize) - VirtAddr(direct.pa), nil
 }
 
 // slabObject returns what slab cache va is in, and where in its object.

@@ -60,10 +60,7 @@ func (v *View) stackOf(t Task) (Stack, error) {
 	if t.OnCPU {
 		return s, fmt.Errorf("thread %d runs on CPU %d: %w", t.PID, t.CPU, ErrNotSupported)
 	}
-	if v.img.arch != &archX8664 {
-		return s, fmt.Errorf("stacks of %s: %w", v.img.arch.name, ErrNotSupported)
-	}
-	u, err := v.unwinder(t)
+	u, err := v.img.arch.unwind(v, t)
 	if err != nil {
 		return s, err
 	}
@@ -72,7 +69,7 @@ func (v *View) stackOf(t Task) (Stack, error) {
 	if why != nil && !errors.As(why, &corrupt) && !errors.Is(why, ErrNotFound) && !errors.Is(why, ErrNotSupported) {
 		return s, why
 	}
-	for _, ip := range u.frames {
+	for _, ip := range u.found() {
 		f, err := v.frame(ip)
 		if err != nil {
 			return s, err
@@ -128,8 +125,10 @@ func (v *View) moduleAt(va VirtAddr) (Module, error) {
 		if err != nil {
 			return m, err
 		}
-		if va >= m.Base && va < m.Base+VirtAddr(m.Size) {
-			return m, nil
+		for _, r := range m.ranges {
+			if va >= r.start && va < r.end {
+				return m, nil
+			}
 		}
 	}
 	return Module{}, fmt.Errorf("module at %v: %w", va, ErrNotFound)

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// taskLayout is where the fields of task_struct and of what hangs on it are (include/linux/sched.h, 5.14 and later; the
-// alternatives are named where they are resolved).
+// taskLayout is where the fields of task_struct and of what hangs on it are (include/linux/sched.h; the alternatives are
+// named where they are resolved).
 type taskLayout struct {
 	err  error
 	init VirtAddr // init_task
@@ -62,9 +62,11 @@ func (img *Image) taskLayout() taskLayout {
 	}
 	l.init = r.symbol("init_task")
 	l.flags = task(4, "flags")
-	l.state = task(4, "__state") // state, of 8 bytes, until v5.13
+	// Of 8 bytes until commit 2f064a59a11f ("sched: Change task_struct::state") (in v5.14); the lower half has all states.
+	l.state = l.span.add(r.field("task_struct", 0, "__state", "state"), 4)
 	l.exitState = task(4, "exit_state")
-	l.onCPU = task(4, "on_cpu")
+	// An int; since v7.0 a bool, or whatever else: the lowest byte tells.
+	l.onCPU = l.span.add(r.field("task_struct", 0, "on_cpu"), 1)
 	l.cpu = task(4, "thread_info.cpu", "cpu") // task_struct.cpu until v5.15 where thread_info is in the task
 	l.pid = task(4, "pid")
 	l.tgid = task(4, "tgid")
@@ -320,7 +322,7 @@ func (img *Image) readTask(src source, o *object, addr, signal VirtAddr) (taskRe
 			Addr: addr, PID: int(pid), TGID: int(tgid), Comm: comm,
 			State:   stateLetter(state, exit),
 			CPU:     int(o.u32(l.cpu)),
-			OnCPU:   o.u32(l.onCPU) != 0,
+			OnCPU:   o.at(l.onCPU, 1)[0] != 0,
 			KThread: o.u32(l.flags)&pfKthread != 0,
 			UTime:   time.Duration(o.u64(l.utime)), STime: time.Duration(o.u64(l.stime)),
 			Runtime:   time.Duration(o.u64(l.runtime)),

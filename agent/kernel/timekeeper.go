@@ -26,15 +26,34 @@ type times struct {
 }
 
 func (img *Image) keeperLayout(src source) keeperLayout {
-	var l keeperLayout
 	r := resolver{img: img}
-	l.addr = r.symbol("tk_core")
-	// An anonymous structure until struct tk_data came (in v6.13): there the timekeeper follows a seqcount of 4 bytes at
-	// its natural alignment. That it is there is proven below by the name of its clock source.
-	at := uint64(8)
-	if f, err := img.types.field("tk_data", "timekeeper"); err == nil {
-		at = f.Offset
+	// The first of several since commit 22c62b9a84b8 ("timekeeping: Introduce auxiliary timekeepers") (in v6.17).
+	at := r.symbol("tk_core", "timekeeper_data")
+	if r.err != nil {
+		return keeperLayout{err: r.err}
 	}
+	return img.keeperAt(src, at)
+}
+
+// keeperOffset returns where struct timekeeper is in tk_core: an anonymous structure until struct tk_data came (in v6.13).
+// There the timekeeper follows a seqcount at its natural alignment, with PREEMPT_RT also the pointer to its lock. That it is
+// there is proven by the name of its clock source.
+func (img *Image) keeperOffset() uint64 {
+	if f, err := img.types.field("tk_data", "timekeeper"); err == nil {
+		return f.Offset
+	}
+	seq, err := img.types.sizeof("seqcount_raw_spinlock")
+	if err != nil || seq > 64 {
+		seq = 4
+	}
+	return alignUp(seq, 8)
+}
+
+// keeperAt proves that tk_core is at addr.
+func (img *Image) keeperAt(src source, addr VirtAddr) keeperLayout {
+	l := keeperLayout{addr: addr}
+	r := resolver{img: img}
+	at := img.keeperOffset()
 	keeper := func(path string, size uint64) uint64 {
 		return l.span.add(at+r.field("timekeeper", size, path), size)
 	}

@@ -24,16 +24,20 @@ type unwinder struct {
 	stext, etext        VirtAddr
 	frames              []VirtAddr
 	module              *shape
+	reg                 orcRegisters
 }
 
-// The registers of an ORC entry, arch/x86/include/asm/orc_types.h; the same since v4.14.
-const (
-	orcUndefined  = 0
-	orcPrevSP     = 1
-	orcBP         = 4
-	orcSP         = 5
-	orcBPIndirect = 8
-	orcSPIndirect = 9
+// orcRegisters are the numbers by which an ORC entry names what a frame is relative to, arch/x86/include/asm/orc_types.h. They
+// are preprocessor constants, which no type tells: which of the known sets is in use is seen by how functions begin.
+type orcRegisters struct {
+	undefined, prevSP, bp, sp uint64
+	bpIndirect, spIndirect    uint64
+	indirect                  bool // the last two are known
+}
+
+var (
+	orcRegisters414 = orcRegisters{0, 1, 4, 5, 8, 9, true}                // since v4.14
+	orcRegisters70  = orcRegisters{undefined: 0, prevSP: 8, bp: 4, sp: 3} // seen in v7.2; its indirect ones were not
 )
 
 func (v *View) unwinder(t Task) (*unwinder, error) {
@@ -98,8 +102,39 @@ func (v *View) unwinder(t Task) (*unwinder, error) {
 		return nil, err
 	}
 	u.ip, u.bp, u.sp = frame.ptr("ret_addr"), frame.ptr("bp"), sp+VirtAddr(inactiveSize)
-	return u, nil
+	return u, u.registers()
 }
+
+// registers finds out the numbers of the registers: where a function begins, the frame is 8 bytes above the stack pointer and
+// the frame pointer is untouched. The first part of the table has many such entries.
+func (u *unwinder) registers() error {
+	const sample, enough = 512, 16
+	n := min(sample, uint64(u.stop-u.ips)/4)
+	b := make([]byte, n*u.entrySize)
+	if err := u.v.img.space.object(u.v, "orc_entry", u.entries, b); err != nil {
+		return err
+	}
+	votes := make(map[uint64]int)
+	for ; len(b) > 0; b = b[u.entrySize:] {
+		e := thing{u.entry, object{span: span{0, u.entrySize}, b: b}}
+		if e.num("sp_offset") == 8 && e.num("bp_offset") == 0 {
+			votes[e.num("sp_reg")]++
+		}
+	}
+	total := 0
+	for _, v := range votes {
+		total += v
+	}
+	for _, r := range []orcRegisters{orcRegisters414, orcRegisters70} {
+		if votes[r.sp] >= enough && 10*votes[r.sp] >= 9*total {
+			u.reg = r
+			return nil
+		}
+	}
+	return fmt.Errorf("the stack pointer's number in ORC entries cannot be told (%v): %w", votes, ErrNotSupported)
+}
+
+func (u *unwinder) found() []VirtAddr { return u.frames }
 
 // word reads from the stack.
 func (u *unwinder) word(at VirtAddr) (VirtAddr, error) {
@@ -140,22 +175,22 @@ func (u *unwinder) next() (done bool, err error) {
 	}
 	offset := VirtAddr(int64(int16(e.num("sp_offset"))))
 	var cfa VirtAddr
-	switch e.num("sp_reg") {
-	case orcSP:
+	switch reg := e.num("sp_reg"); {
+	case reg == u.reg.sp:
 		cfa = u.sp + offset
-	case orcBP:
+	case reg == u.reg.bp:
 		cfa = u.bp + offset
-	case orcSPIndirect:
+	case reg == u.reg.spIndirect && u.reg.indirect:
 		if cfa, err = u.word(u.sp); err != nil {
 			return false, err
 		}
 		cfa += offset
-	case orcBPIndirect:
+	case reg == u.reg.bpIndirect && u.reg.indirect:
 		if cfa, err = u.word(u.bp + offset); err != nil {
 			return false, err
 		}
 	default:
-		return false, fmt.Errorf("frame of %v is at register %d: %w", u.ip, e.num("sp_reg"), ErrNotSupported)
+		return false, fmt.Errorf("frame of %v is at register %d: %w", u.ip, reg, ErrNotSupported)
 	}
 	was := u.sp
 	bp := u.bp
@@ -195,13 +230,13 @@ func (u *unwinder) next() (done bool, err error) {
 	}
 	offset = VirtAddr(int64(int16(e.num("bp_offset"))))
 	switch e.num("bp_reg") {
-	case orcUndefined:
+	case u.reg.undefined:
 		u.bp = bp
-	case orcPrevSP:
+	case u.reg.prevSP:
 		if u.bp, err = u.word(cfa + offset); err != nil {
 			return false, err
 		}
-	case orcBP:
+	case u.reg.bp:
 		if u.bp, err = u.word(u.bp + offset); err != nil {
 			return false, err
 		}

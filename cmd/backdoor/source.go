@@ -72,7 +72,7 @@ func (e *env) openMemory(ctx context.Context) (source, error) {
 	if rec, ok := mem.(interface{ Labels() map[string]string }); ok {
 		// A recording holds what one attach has read, which began at this note.
 		if note, err := strconv.ParseUint(rec.Labels()["note"], 0, 64); err == nil {
-			o.Note, o.NoteOnly = hostmem.PhysAddr(note), true
+			o.Hint.Note, o.NoteOnly = hostmem.PhysAddr(note), true
 		}
 	}
 	img, err := kernel.Open(ctx, mem, o)

@@ -22,6 +22,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -41,6 +42,8 @@ type Target struct {
 	Series string
 	// Metas are the meta packages that lead to the kernel, best first.
 	Metas []Meta
+	// OnDemand kernels are not fetched by "make setup": only the long tests boot them.
+	OnDemand bool
 }
 
 // A Meta is a meta package in a Debian release.
@@ -51,22 +54,43 @@ type Meta struct {
 	Package string
 }
 
-// Targets returns the kernels that the project's images and its lab use.
+// Targets returns the kernels that the project's images, its lab and its tests use.
 //
-// The 6.12 kernels come as a backport with bookworm's security suite, or else from trixie, whose own kernel they are.
+// Of the 6.12 kernels, "6.12…" come as a backport with bookworm's security suite, or else from trixie, whose own kernel they
+// are; "13-6.12…" are always trixie's. Sid's series is whatever sid has: any 7.
 func Targets() []Target {
-	return []Target{
-		{Name: "6.1", Arch: "amd64", Series: "6.1.", Metas: []Meta{{"bookworm", "linux-image-cloud-amd64"}}},
-		{Name: "6.1-generic", Arch: "amd64", Series: "6.1.", Metas: []Meta{{"bookworm", "linux-image-amd64"}}},
-		{Name: "6.12", Arch: "amd64", Series: "6.12.", Metas: []Meta{
-			{"bookworm", "linux-image-6.12-cloud-amd64"}, {"trixie", "linux-image-cloud-amd64"},
-		}},
-		{Name: "6.12-generic", Arch: "amd64", Series: "6.12.", Metas: []Meta{
-			{"bookworm", "linux-image-6.12-amd64"}, {"trixie", "linux-image-amd64"},
-		}},
-		{Name: "6.1-cloud-arm64", Arch: "arm64", Series: "6.1.", Metas: []Meta{{"bookworm", "linux-image-cloud-arm64"}}},
-		{Name: "6.1-armmp", Arch: "armhf", Series: "6.1.", Metas: []Meta{{"bookworm", "linux-image-armmp"}}},
+	kernel := func(name, arch, series string, metas ...Meta) Target {
+		return Target{Name: name, Arch: arch, Series: series, Metas: metas}
 	}
+	all := []Target{
+		kernel("6.1", "amd64", "6.1.", Meta{"bookworm", "linux-image-cloud-amd64"}),
+		kernel("6.1-generic", "amd64", "6.1.", Meta{"bookworm", "linux-image-amd64"}),
+		kernel("6.12", "amd64", "6.12.", Meta{"bookworm", "linux-image-6.12-cloud-amd64"}, Meta{"trixie", "linux-image-cloud-amd64"}),
+		kernel("6.12-generic", "amd64", "6.12.", Meta{"bookworm", "linux-image-6.12-amd64"}, Meta{"trixie", "linux-image-amd64"}),
+		kernel("5.10", "amd64", "5.10.", Meta{"bullseye", "linux-image-cloud-amd64"}),
+		kernel("sid", "amd64", "7.", Meta{"sid", "linux-image-cloud-amd64"}),
+		kernel("6.1-cloud-arm64", "arm64", "6.1.", Meta{"bookworm", "linux-image-cloud-arm64"}),
+		kernel("6.1-armmp", "armhf", "6.1.", Meta{"bookworm", "linux-image-armmp"}),
+	}
+	for _, t := range []Target{
+		kernel("5.10-generic", "amd64", "5.10.", Meta{"bullseye", "linux-image-amd64"}),
+		kernel("5.10-rt", "amd64", "5.10.", Meta{"bullseye", "linux-image-rt-amd64"}),
+		kernel("6.1-rt", "amd64", "6.1.", Meta{"bookworm", "linux-image-rt-amd64"}),
+		kernel("6.12-rt", "amd64", "6.12.", Meta{"bookworm", "linux-image-6.12-rt-amd64"}, Meta{"trixie", "linux-image-rt-amd64"}),
+		kernel("13-6.12", "amd64", "6.12.", Meta{"trixie", "linux-image-cloud-amd64"}),
+		kernel("13-6.12-generic", "amd64", "6.12.", Meta{"trixie", "linux-image-amd64"}),
+		kernel("13-6.12-rt", "amd64", "6.12.", Meta{"trixie", "linux-image-rt-amd64"}),
+		kernel("sid-generic", "amd64", "7.", Meta{"sid", "linux-image-amd64"}),
+		kernel("sid-rt", "amd64", "7.", Meta{"sid", "linux-image-rt-amd64"}),
+		kernel("6.1-arm64", "arm64", "6.1.", Meta{"bookworm", "linux-image-arm64"}),
+		kernel("13-6.12-arm64", "arm64", "6.12.", Meta{"trixie", "linux-image-arm64"}),
+		kernel("13-6.12-16k-arm64", "arm64", "6.12.", Meta{"trixie", "linux-image-arm64-16k"}),
+		kernel("sid-cloud-arm64", "arm64", "7.", Meta{"sid", "linux-image-cloud-arm64"}),
+	} {
+		t.OnDemand = true
+		all = append(all, t)
+	}
+	return all
 }
 
 // Lookup returns the target with that name. The error is [ErrNotFound] and lists the names there are.
@@ -238,8 +262,9 @@ func (c Cache) fetchMeta(ctx context.Context, log *slog.Logger, dir string, t Ta
 	}
 	into := filepath.Join(dir, k.subdir())
 	if _, err := os.Stat(into); errors.Is(err, fs.ErrNotExist) {
-		log.Info("download kernel", "package", name, "version", k.Version, "bytes", image["Size"])
-		if err := download(ctx, a, name, k.Version, release, into); err != nil {
+		packages := append([]string{name}, parts(image["Depends"], release)...)
+		log.Info("download kernel", "packages", packages, "version", k.Version)
+		if err := download(ctx, a, packages, k.Version, release, into); err != nil {
 			return Kernel{}, err
 		}
 	} else if err != nil {
@@ -251,8 +276,8 @@ func (c Cache) fetchMeta(ctx context.Context, log *slog.Logger, dir string, t Ta
 	return load(dir, t)
 }
 
-// download fetches one package and unpacks it beside its final place, then renames it there.
-func download(ctx context.Context, a *apt, name, version, release, into string) error {
+// download fetches packages of one version and unpacks them beside their final place, then renames that there.
+func download(ctx context.Context, a *apt, packages []string, version, release, into string) error {
 	if err := os.MkdirAll(filepath.Dir(into), 0o755); err != nil {
 		return err
 	}
@@ -261,18 +286,36 @@ func download(ctx context.Context, a *apt, name, version, release, into string) 
 		return err
 	}
 	defer os.RemoveAll(tmp)
-	deb, err := a.download(ctx, name, version, tmp)
-	if err != nil {
-		return err
-	}
 	tree := filepath.Join(tmp, "tree")
-	if err := unpack(ctx, deb, release, tree); err != nil {
-		return fmt.Errorf("unpack %s: %w", name, err)
-	}
-	if err := os.Chmod(tree, 0o755); err != nil {
+	if err := os.Mkdir(tree, 0o755); err != nil {
 		return err
+	}
+	for _, name := range packages {
+		dir := filepath.Join(tmp, name)
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return err
+		}
+		deb, err := a.download(ctx, name, version, dir)
+		if err != nil {
+			return err
+		}
+		if err := unpack(ctx, deb, release, tree); err != nil {
+			return fmt.Errorf("unpack %s: %w", name, err)
+		}
 	}
 	return os.Rename(tree, into)
+}
+
+// parts returns the packages that an image package of Debian 14 leaves the kernel, its configuration and its modules to.
+func parts(depends, release string) []string {
+	var found []string
+	for _, d := range strings.Split(depends, ",") {
+		name, _, _ := strings.Cut(strings.TrimSpace(d), " ")
+		if base, ok := strings.CutSuffix(name, "-"+release); ok && slices.Contains([]string{"linux-base", "linux-binary", "linux-modules"}, base) {
+			found = append(found, name)
+		}
+	}
+	return found
 }
 
 // imageDependency picks the one linux-image package out of a meta package's Depends field.
@@ -321,6 +364,9 @@ func load(dir string, t Target) (Kernel, error) {
 	k.Vmlinuz = filepath.Join(tree, "boot", "vmlinuz-"+k.Release)
 	k.Config = filepath.Join(tree, "boot", "config-"+k.Release)
 	k.ModulesDir = filepath.Join(tree, "lib", "modules", k.Release)
+	if there := filepath.Join(k.ModulesDir, "vmlinuz"); isFile(there) { // Debian 14 has all of it there
+		k.Vmlinuz, k.Config = there, filepath.Join(k.ModulesDir, "config")
+	}
 	for _, p := range []string{k.Vmlinuz, k.Config, k.ModulesDir} {
 		if _, err := os.Stat(p); err != nil {
 			return Kernel{}, fmt.Errorf("read the kernel cache: %w", err)
@@ -342,6 +388,11 @@ func save(dir string, k Kernel) error {
 		return fmt.Errorf("write the kernel cache: %w", err)
 	}
 	return os.Rename(tmp, record(dir, k.Target))
+}
+
+func isFile(p string) bool {
+	st, err := os.Stat(p)
+	return err == nil && st.Mode().IsRegular()
 }
 
 func isDir(p string) bool {

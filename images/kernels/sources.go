@@ -172,7 +172,7 @@ func retarget(sources []source, release string) []source {
 					name, kind = n, k
 				}
 			}
-			if !slices.Contains(releases, name) {
+			if !slices.Contains(releases, name) || release == "sid" && kind != "" { // sid is never updated, only moved on
 				continue
 			}
 			for _, uri := range s.uris {

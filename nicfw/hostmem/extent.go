@@ -24,6 +24,9 @@ func Q35Layout(ram uint64) []Extent {
 	return []Extent{{Range{0, low}, 0}, {Range{high, ram - low}, low}}
 }
 
+// VirtLayout is where QEMU's virt machine for aarch64 has the bytes of its RAM file: in one piece from 1 GiB on.
+func VirtLayout(ram uint64) []Extent { return []Extent{{Range{0x4000_0000, ram}, 0}} }
+
 // layout is a sorted list of extents without overlap.
 type layout struct {
 	extents []Extent

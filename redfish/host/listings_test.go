@@ -78,7 +78,7 @@ func recordedKernel(t *testing.T) *kernel.Image {
 	if err != nil {
 		t.Fatal(err)
 	}
-	img, err := kernel.Open(t.Context(), mem, kernel.Options{Note: hostmem.PhysAddr(note), NoteOnly: true})
+	img, err := kernel.Open(t.Context(), mem, kernel.Options{Hint: kernel.Hint{Note: hostmem.PhysAddr(note)}, NoteOnly: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,5 +1,5 @@
 // Guest is the whole userland of the virtual machine that the tests of package kernel look into: process 1 of a stock
-// kernel. It makes processes of every kind and tells over the second serial line what it knows of its own system, so
+// kernel. It makes processes of every kind and tells over a serial line of its own what it knows of its own system, so
 // that the model made from memory can be compared with the kernel's own word.
 //
 // One command a line; the answer is one line of JSON. "ps" lists every thread by /proc, "dmesg" the records of
@@ -59,7 +59,8 @@ func main() {
 	for _, kind := range []string{"sleep", "threads", "user", "zombie", "stopped", "memory"} {
 		start(kind)
 	}
-	tty, err := os.OpenFile("/dev/ttyS1", os.O_RDWR|unix.O_NOCTTY, 0)
+	line := map[string]string{"amd64": "/dev/ttyS1", "arm64": "/dev/ttyS0"}[runtime.GOARCH] // QEMU's virt has its console elsewhere
+	tty, err := os.OpenFile(line, os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		fmt.Println(err)
 		select {}
@@ -255,7 +256,7 @@ func ps() []Thread {
 		end := bytes.LastIndexByte(stat, ')')
 		f := strings.Fields(string(stat[end+1:]))
 		t := Thread{State: f[0], PPID: int(num(f[1])), Flags: num(f[6]), UTime: num(f[11]), STime: num(f[12]),
-			Start: num(f[19]), RSS: num(f[21]) * 4096, CPU: int(num(f[36]))}
+			Start: num(f[19]), RSS: num(f[21]) * uint64(os.Getpagesize()), CPU: int(num(f[36]))}
 		// comm as the status file has it: the stat file may add a workqueue's description.
 		status, _ := os.Open(d + "/status")
 		if status == nil {
