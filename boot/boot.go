@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/backdoor-rhs/backdoor/boot/early"
+	"github.com/backdoor-rhs/backdoor/boot/wireguard"
 )
 
 // StateLabel is the label of the ext4 file system that keeps the agent's state.
@@ -42,6 +43,9 @@ type Config struct {
 	Interfaces []Interface `json:"interfaces,omitempty"`
 	// NameServers are used besides those that DHCP names.
 	NameServers []netip.Addr `json:"nameServers,omitempty"`
+	// Tunnels are encrypted interfaces over the others. What a service may be reached through is said by the address that it
+	// listens at.
+	Tunnels []wireguard.Config `json:"tunnels,omitempty"`
 	// WatchdogSeconds is the hardware watchdog's time-out: 0 means 60, -1 means that the watchdog stays off.
 	WatchdogSeconds int `json:"watchdogSeconds,omitempty"`
 }
@@ -91,6 +95,16 @@ func (c Config) Validate() error {
 				bad("interfaces[%d]: an address is not valid", i)
 			}
 		}
+	}
+	names := map[string]bool{}
+	for i, t := range c.Tunnels {
+		if err := t.Validate(); err != nil {
+			bad("tunnels[%d]: %w", i, err)
+		}
+		if names[t.Name] {
+			bad("tunnels[%d]: %q is there twice", i, t.Name)
+		}
+		names[t.Name] = true
 	}
 	for _, a := range c.NameServers {
 		if !a.IsValid() {
@@ -202,11 +216,31 @@ func Up(ctx context.Context, o Options) (*Machine, error) {
 	m.step("watchdog", func() (Outcome, string, error) { return m.keepWatchdog(background, dog, noDog, cfg.WatchdogSeconds) })
 	m.step("random", func() (Outcome, string, error) { return waitRandom(ctx, seeded, entropyWait) })
 	m.step("network", func() (Outcome, string, error) { return m.network(background, cfg, o.NetworkWait) })
+	if len(cfg.Tunnels) > 0 {
+		m.step("tunnels", func() (Outcome, string, error) { return openTunnels(cfg.Tunnels) })
+	}
 	if err := ctx.Err(); err != nil {
 		m.Close()
 		return nil, fmt.Errorf("bring the machine up: %w", err)
 	}
 	return m, nil
+}
+
+// openTunnels sets up the encrypted interfaces. The detail names the public keys, which peers need.
+func openTunnels(tunnels []wireguard.Config) (Outcome, string, error) {
+	var did []string
+	var errs []error
+	for _, t := range tunnels {
+		if key, err := wireguard.Up(t); err != nil {
+			errs = append(errs, err)
+		} else {
+			did = append(did, t.Name+" has public key "+key.String())
+		}
+	}
+	if errs != nil {
+		return Unclear, strings.Join(did, ", "), errors.Join(errs...)
+	}
+	return Done, strings.Join(did, ", "), nil
 }
 
 // step runs one step, and reports and logs how it ended.

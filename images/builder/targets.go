@@ -42,6 +42,9 @@ var virtual = []string{"virtio_pci", "virtio_blk", "virtio_net", "virtio_rng"}
 // first is what a loader reaches slots and TPM by.
 var first = []string{"virtio_pci", "virtio_blk"}
 
+// tunnels are for encrypted paths to peers (boot/wireguard).
+const tunnels = "wireguard"
+
 // state is what mounting an ext4 state disk takes; its checksums come from a module of their own.
 var state = []string{"ext4", "crc32c_generic"}
 
@@ -51,21 +54,21 @@ func Images() []Image {
 		{
 			Name: "dpu-arm64", About: "SmartNIC or DPU with 64-bit Arm cores",
 			GOARCH: "arm64", Kernel: "6.1-cloud-arm64", Console: "ttyAMA0",
-			Modules:  join(virtual, state, "tpm_tis"),
+			Modules:  join(virtual, state, tunnels, "tpm_tis"),
 			Commands: commands,
 			Budget:   Budget{Initramfs: 16 * mb, Unpacked: 48 * mb},
 		},
 		{
 			Name: "dpu-amd64", About: "SmartNIC or DPU with x86 cores; the agent on an x86 board",
 			GOARCH: "amd64", Kernel: "6.1-generic", Console: "ttyS0",
-			Modules:  join(virtual, state, "i6300esb", "lpc_ich", "iTCO_wdt"),
+			Modules:  join(virtual, state, tunnels, "i6300esb", "lpc_ich", "iTCO_wdt"),
 			Commands: commands,
 			Budget:   Budget{Initramfs: 17 * mb, Unpacked: 52 * mb},
 		},
 		{
 			Name: "bmc-armv7", About: "baseboard management controller, ASPEED AST2600",
 			GOARCH: "arm", Kernel: "6.1-armmp", DTB: "aspeed-ast2600-evb.dtb", Console: "ttyS4,115200n8",
-			Modules: join(nil, state, "mdio_aspeed", "ftgmac100", "kcs_bmc_aspeed", "i2c_aspeed", "gpio_aspeed",
+			Modules: join(nil, state, tunnels, "mdio_aspeed", "ftgmac100", "kcs_bmc_aspeed", "i2c_aspeed", "gpio_aspeed",
 				"sdhci_of_aspeed", "mmc_block"),
 			Commands: commands,
 			Budget:   Budget{Initramfs: 16 * mb, Unpacked: 48 * mb},

@@ -75,6 +75,7 @@ type listener struct {
 	service ServiceID
 	backlog []*conn
 	owner   interface{ arrived() }
+	allow   func(peer netip.Addr, private []byte) bool // nil: everybody
 }
 
 // maxBacklog bounds the requests that wait for one application.
@@ -229,6 +230,9 @@ func (m *manager) request(now time.Duration, from netip.Addr, mad MAD) {
 	case acct.halfOpen >= m.e.limits.HalfOpenPerPeer || m.halfOpen >= m.e.limits.HalfOpen || len(l.backlog) >= maxBacklog,
 		acct.qps >= m.e.limits.QPsPerPeer:
 		refuse(RejectNoResources)
+	case l.allow != nil && !l.allow(from, f.Private[ipCMLen:]):
+		m.e.counters.ConnectionsNotAllowed++
+		refuse(RejectConsumer)
 	default:
 		c := m.newConn(from, f.Service)
 		c.passive, c.state, c.req, c.remote, c.tid = true, connREQReceived, f, f.Local, mad.TransactionID()
@@ -369,6 +373,8 @@ func (c *conn) again(now time.Duration) {
 		c.m.send(c.peer, &c.last)
 	case c.state == connREPSent, c.state == connTimeWait && MAD(c.last[:]).Attribute() == AttrREJ:
 		c.m.send(c.peer, &c.last)
+	default: // it was answered, and the answer arrived
+		c.m.e.counters.CMUnmatched++
 	}
 }
 

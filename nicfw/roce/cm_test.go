@@ -374,3 +374,33 @@ func TestRegisterErrors(t *testing.T) {
 		}
 	}
 }
+
+// TestAllow: whom the listener does not allow is refused, at any number, without a trace of him being kept.
+func TestAllow(t *testing.T) {
+	s := newSim(t, 8, faults{}, Limits{})
+	l := s.listen(1)
+	l.l.allow = func(peer netip.Addr, private []byte) bool {
+		if peer != s.a.addr.Addr() || len(private) != MaxREQPrivate {
+			t.Errorf("asked about %v with %d bytes", peer, len(private))
+		}
+		return bytes.HasPrefix(private, []byte("token"))
+	}
+	for range 50 {
+		q, d, _ := s.dial(1, QPConfig{}, []byte("guess"))
+		s.run(time.Second, func() bool { return d.calls > 0 })
+		var r *RejectError
+		if !errors.As(d.err, &r) || r.Reason != RejectConsumer {
+			t.Fatalf("dial: %v", d.err)
+		}
+		if n := len(s.b.cm.local) + len(s.b.cm.remote) + s.b.cm.halfOpen + len(s.b.peers) + len(s.b.timers); n != 0 {
+			t.Fatalf("%d things are kept", n)
+		}
+		s.a.closeQP(s.now, q.qp, nil)
+	}
+	q, d, _ := s.dial(1, QPConfig{}, []byte("token"))
+	s.run(time.Second, func() bool { return d.calls > 0 })
+	if d.err != nil || s.b.counters.ConnectionsNotAllowed != 50 || s.b.counters.ConnectionsRefused != 50 {
+		t.Errorf("dial with the token: %v; %v", d.err, s.b.counters)
+	}
+	s.a.closeQP(s.now, q.qp, nil)
+}

@@ -373,6 +373,15 @@ func (d *Device) Listen(service ServiceID) (*Listener, error) {
 	return l, nil
 }
 
+// Allow sets who may ask for a connection: what f, which gets the peer's address and its 56 bytes of private data, such as a
+// token, does not allow is refused before anything is kept of it. f is called with the Device's lock held and must be
+// quick, and call no method of the Device.
+func (l *Listener) Allow(f func(peer netip.Addr, private []byte) bool) {
+	l.d.mu.Lock()
+	defer l.d.mu.Unlock()
+	l.l.allow = f
+}
+
 // arrived implements the owner of a listener. Called with mu held.
 func (l *Listener) arrived() { l.d.wakeAll() }
 

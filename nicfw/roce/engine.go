@@ -29,8 +29,14 @@ type peer struct {
 	addr     netip.Addr
 	qps      int
 	halfOpen int
-	tokens   int64 // bytes of READ responses that may leave at once; negative is debt
-	filled   time.Duration
+	answers  bucket // READ responses
+	replays  bucket // those that are repeated
+}
+
+// bucket is an allowance of bytes.
+type bucket struct {
+	tokens int64 // that may leave at once; negative is debt
+	filled time.Duration
 }
 
 func newEngine(local netip.AddrPort, mtu int, limits Limits, log *slog.Logger) *engine {

@@ -70,6 +70,8 @@ func (q *qp) receive(now time.Duration, in *inbound) {
 	case kindReadResponse, kindAck, kindAtomicAck:
 		if q.state == qpReadyToSend {
 			q.req.receive(now, in)
+		} else {
+			q.e.counters.BadState++
 		}
 	case kindCongestion:
 		q.e.counters.Congestion++

@@ -168,6 +168,8 @@ func (r *responder) receive(now time.Duration, in *inbound) {
 		if r.refused != 0 && r.renaks > 0 && !psn.Before(r.nakPSN) {
 			r.renaks--
 			r.nak = r.refused
+		} else {
+			r.q.e.counters.BadState++
 		}
 		return
 	}
@@ -554,7 +556,8 @@ func (r *responder) answerRead(now time.Duration, res *resource, out *outbox) bo
 		}
 		skip := uint64(run.next) * uint64(mtu)
 		size := int(min(uint64(mtu), uint64(run.length)-skip))
-		if !r.q.account.take(now, r.q.e.limits.BytesPerSecond, size) {
+		psn := run.psn.Add(run.next)
+		if !r.allowed(now, psn, size) {
 			r.q.e.counters.Throttled++
 			r.waitEnd = now + throttleWait
 			return false
@@ -568,7 +571,6 @@ func (r *responder) answerRead(now time.Duration, res *resource, out *outbox) bo
 		case run.next == run.n-1:
 			op = OpReadLast
 		}
-		psn := run.psn.Add(run.next)
 		h, body := r.q.packet(out, op, psn, size, false)
 		if op != OpReadMiddle {
 			h.AETH().Encode(r.ackSyndrome(), res.msn)
@@ -605,22 +607,37 @@ func (r *responder) answerRead(now time.Duration, res *resource, out *outbox) bo
 	return true
 }
 
+// allowed reports whether the peer may get n bytes at psn now.
+func (r *responder) allowed(now time.Duration, psn PSN, n int) bool {
+	p, l := r.q.account, &r.q.e.limits
+	if p == nil {
+		return true
+	}
+	if psn.Before(r.highest) && !p.replays.take(now, l.ReplayBytesPerSecond, n) {
+		return false
+	}
+	return p.answers.take(now, l.BytesPerSecond, n)
+}
+
 // throttleWait is how long READ responses wait when their peer has used up its bytes.
 const throttleWait = time.Millisecond
 
-// take uses up n bytes of a peer's allowance of rate bytes per second, or reports that there is none left.
-func (p *peer) take(now time.Duration, rate int64, n int) bool {
-	if rate <= 0 || p == nil {
+// take uses up n bytes of an allowance of rate bytes per second, or reports that there is none left.
+func (b *bucket) take(now time.Duration, rate int64, n int) bool {
+	if rate <= 0 {
 		return true
 	}
 	most := max(rate/50, 2*MaxPathMTU) // what may leave at once: 20 ms worth
-	if since := now - p.filled; since > 0 {
-		p.tokens = min(p.tokens+int64(float64(rate)*since.Seconds()), most)
-		p.filled = now
+	if b.filled == 0 {
+		b.tokens, b.filled = most, now
 	}
-	if p.tokens <= 0 {
+	if since := now - b.filled; since > 0 {
+		b.tokens = min(b.tokens+int64(float64(rate)*since.Seconds()), most)
+		b.filled = now
+	}
+	if b.tokens <= 0 {
 		return false
 	}
-	p.tokens -= int64(n)
+	b.tokens -= int64(n)
 	return true
 }

@@ -521,3 +521,44 @@ func (m *told) CompareAndSwap(off int64, old, new uint64) (uint64, error) {
 	m.word = m.word[1:]
 	return prev, nil
 }
+
+// TestReplayRate: forged duplicates of an answered READ, as many as one likes, make us send no more than the limit; the
+// first answers are not held up by it.
+func TestReplayRate(t *testing.T) {
+	const rate = 1 << 20
+	s := newSim(t, 3, faults{}, Limits{ReplayBytesPerSecond: rate, MaxRead: 1 << 20})
+	a, b := s.pair(QPConfig{AckTimeout: time.Second}, QPConfig{})
+	m := s.register(s.b, NewBuffer(8<<20), MRConfig{Length: 8 << 20, Access: AccessRead})
+	s.post(a, WorkRequest{Verb: VerbRead, Buf: make([]byte, 8<<20), RKey: m.RKey()})
+	s.drain(a, 1)
+	if s.now > 500*time.Millisecond || a.done[0].Err != nil {
+		t.Fatalf("8 MiB once took %v: %v", s.now, a.done[0].Err)
+	}
+	res := b.resp.resources.at(b.resp.resources.n - 1)
+	dup := make([]byte, OpReadRequest.HeaderLen())
+	h := BTH(dup)
+	h.Encode(&BTHFields{Opcode: OpReadRequest, PKey: defaultPKey, DestQP: b.num, PSN: res.psn})
+	h.RETH().Encode(res.va, res.key, res.length)
+	start, sent := s.now, 0
+	for s.now < start+2*time.Second {
+		s.b.receive(s.now, &Packet{Peer: s.a.addr, Data: dup})
+		s.b.advance(s.now)
+		for range 100 {
+			s.tx.reset()
+			s.b.transmit(s.now, s.tx)
+			for i := range s.tx.n {
+				sent += len(s.tx.packets[i].Data)
+			}
+			if s.tx.n == 0 {
+				break
+			}
+		}
+		s.now += 100 * time.Microsecond
+	}
+	if sent < rate || sent > 3*rate {
+		t.Errorf("duplicates for 2 s made us send %d bytes; want about %d", sent, 2*rate)
+	}
+	if s.b.counters.Throttled == 0 || s.b.counters.Replays == 0 {
+		t.Errorf("counters: %v", s.b.counters)
+	}
+}

@@ -144,6 +144,9 @@ type Limits struct {
 	HalfOpen        int   // in all; default 128
 	MaxRead         int64 // bytes that one READ may ask for; default 64 MiB
 	BytesPerSecond  int64 // of READ responses per address, first and repeated ones; default no limit
+	// ReplayBytesPerSecond is of repeated READ responses per address: what forged duplicates can make us send. Default
+	// 128 MiB; negative is no limit.
+	ReplayBytesPerSecond int64
 }
 
 func (l Limits) withDefaults() Limits {
@@ -158,6 +161,9 @@ func (l Limits) withDefaults() Limits {
 	def(&l.HalfOpen, 128)
 	if l.MaxRead <= 0 {
 		l.MaxRead = 64 << 20
+	}
+	if l.ReplayBytesPerSecond == 0 {
+		l.ReplayBytesPerSecond = 128 << 20
 	}
 	return l
 }
@@ -177,7 +183,8 @@ type Counters struct {
 	Retries, Timeouts, NAKsReceived, RNRsReceived                 uint64 // as a requester
 	CMReceived, CMSent, CMMalformed, CMUnmatched, CMDropped       uint64
 	ConnectionsRefused, ConnectionsEstablished, ConnectionsFailed uint64
-	Throttled                                                     uint64 // times that READ responses waited for their turn under BytesPerSecond
+	ConnectionsNotAllowed                                         uint64 // of those refused: by Listener.Allow
+	Throttled                                                     uint64 // times that READ responses waited under BytesPerSecond or ReplayBytesPerSecond
 }
 
 // All yields the counters by name.

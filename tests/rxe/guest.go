@@ -30,6 +30,8 @@ type Guest struct {
 	Script string
 	// Programs are added to /bin, by the name they have there.
 	Programs map[string]string
+	Files    map[string]string // further files: content by path
+	Modules  []string          // further kernel modules to load
 	// Plain leaves out the RDMA device, which holds the UDP port that a program of ours needs.
 	Plain bool
 }
@@ -95,12 +97,15 @@ func (g *Guest) Run(ctx context.Context, w io.Writer) error {
 }
 
 // BuildPeer builds rxepeer (nicfw/roce/interop/rxepeer), without C, into dir, and returns its path.
-func BuildPeer(dir string) (string, error) {
-	out := filepath.Join(dir, "rxepeer")
-	c := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "github.com/backdoor-rhs/backdoor/nicfw/roce/interop/rxepeer")
+func BuildPeer(dir string) (string, error) { return build(dir, "nicfw/roce/interop/rxepeer") }
+
+// build builds a command of this module for a guest.
+func build(dir, command string) (string, error) {
+	out := filepath.Join(dir, filepath.Base(command))
+	c := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "github.com/backdoor-rhs/backdoor/"+command)
 	c.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH=amd64")
 	if b, err := c.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build rxepeer: %w: %s", err, b)
+		return "", fmt.Errorf("build %s: %w: %s", command, err, b)
 	}
 	return out, nil
 }
@@ -148,7 +153,10 @@ func (g *Guest) initramfs(k kernels.Kernel) ([]byte, error) {
 	if g.Plain {
 		load = plainModules
 	}
-	pack, err := modpack.Make(k.ModulesDir, load)
+	for name, content := range g.Files {
+		a.File(strings.TrimPrefix(name, "/"), []byte(content), 0o600)
+	}
+	pack, err := modpack.Make(k.ModulesDir, append(slices.Clone(load), g.Modules...))
 	if err != nil {
 		return nil, err
 	}

@@ -340,6 +340,9 @@ func Load(path string) (Config, error) {
 	if c.HostBMC != nil {
 		files = append(files, &c.HostBMC.PasswordFile, &c.HostBMC.CAFile)
 	}
+	for i := range c.Boot.Tunnels {
+		files = append(files, &c.Boot.Tunnels[i].PrivateKeyFile)
+	}
 	for _, f := range files {
 		if *f != "" && !filepath.IsAbs(*f) {
 			*f = filepath.Join(dir, *f)
