@@ -7,6 +7,8 @@ package schema
 
 import (
 	"encoding/json"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 )
@@ -54,18 +56,54 @@ type Action struct {
 const allowableValues = "@Redfish.AllowableValues"
 
 // MarshalJSON adds the allowable values to the object.
-func (a Action) MarshalJSON() ([]byte, error) {
-	m := map[string]any{"target": a.Target}
+func (a Action) MarshalJSON() ([]byte, error) { return a.append(nil), nil }
+
+// append writes an action without reflection: services do that for each answer.
+func (a Action) append(b []byte) []byte {
+	b = append(b, `{"target":`...)
+	b = appendString(b, a.Target)
 	if a.Title != "" {
-		m["title"] = a.Title
+		b = appendString(append(b, `,"title":`...), a.Title)
 	}
 	if a.ActionInfo != "" {
-		m["@Redfish.ActionInfo"] = a.ActionInfo
+		b = appendString(append(b, `,"@Redfish.ActionInfo":`...), a.ActionInfo)
 	}
-	for name, values := range a.Allowable {
-		m[name+allowableValues] = values
+	for _, name := range sorted(a.Allowable) {
+		b = appendString(append(b, ','), name+allowableValues)
+		b = append(b, ':', '[')
+		for i, v := range a.Allowable[name] {
+			if i > 0 {
+				b = append(b, ',')
+			}
+			b = appendString(b, v)
+		}
+		b = append(b, ']')
 	}
-	return json.Marshal(m)
+	return append(b, '}')
+}
+
+// sorted returns the keys of a map in order.
+func sorted[V any](m map[string]V) []string {
+	if len(m) < 2 {
+		for k := range m {
+			return []string{k}
+		}
+		return nil
+	}
+	return slices.Sorted(maps.Keys(m))
+}
+
+// appendString writes a JSON string.
+func appendString(b []byte, s string) []byte {
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' || c == '<' || c == '>' || c == '&' {
+			quoted, _ := json.Marshal(s) // a string always can be
+			return append(b, quoted...)
+		}
+	}
+	b = append(b, '"')
+	b = append(b, s...)
+	return append(b, '"')
 }
 
 // UnmarshalJSON collects the allowable values.
@@ -97,19 +135,30 @@ func (a *Action) UnmarshalJSON(b []byte) error {
 
 // MarshalJSON puts the actions of others than DMTF under Oem.
 func (a Actions) MarshalJSON() ([]byte, error) {
-	m := map[string]any{}
-	oem := map[string]Action{}
-	for name, action := range a {
-		if action.OEM {
-			oem[name] = action
-		} else {
-			m[name] = action
+	b := make([]byte, 0, 512)
+	names := sorted(a)
+	begin := byte('{')
+	write := func(oem bool) {
+		for _, name := range names {
+			if action := a[name]; action.OEM == oem {
+				b = appendString(append(b, begin), name)
+				b = action.append(append(b, ':'))
+				begin = ','
+			}
 		}
 	}
-	if len(oem) > 0 {
-		m["Oem"] = oem
+	write(false)
+	if slices.ContainsFunc(names, func(name string) bool { return a[name].OEM }) {
+		b = append(b, begin)
+		b = append(b, `"Oem":`...)
+		begin = '{'
+		write(true)
+		return append(b, '}', '}'), nil
 	}
-	return json.Marshal(m)
+	if begin == '{' {
+		b = append(b, '{')
+	}
+	return append(b, '}'), nil
 }
 
 // UnmarshalJSON flattens the actions under Oem into the map.

@@ -17,7 +17,7 @@ func TestActions(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const text = `{"#ComputerSystem.Reset":{"@Redfish.ActionInfo":"/i","ResetType@Redfish.AllowableValues":["On","ForceOff"],"target":"/t"},"Oem":{"#Vendor.Heal":{"target":"/o","title":"Heal"}}}`
+	const text = `{"#ComputerSystem.Reset":{"target":"/t","@Redfish.ActionInfo":"/i","ResetType@Redfish.AllowableValues":["On","ForceOff"]},"Oem":{"#Vendor.Heal":{"target":"/o","title":"Heal"}}}`
 	if string(b) != text {
 		t.Errorf("Marshal = %s; want %s", b, text)
 	}

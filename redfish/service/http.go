@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"io"
+	"maps"
 	"mime"
 	"net"
 	"net/http"
@@ -23,12 +24,7 @@ import (
 // ServeHTTP answers one request. It is where everything happens that is the same for all resources.
 func (s *Service) ServeHTTP(w http.ResponseWriter, hr *http.Request) {
 	s.freeze.Do(s.finish)
-	h := w.Header()
-	h.Set("OData-Version", "4.0")
-	h.Set("Cache-Control", "no-cache")
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Strict-Transport-Security", "max-age=31536000")
-	h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+	maps.Copy(w.Header(), everyAnswer)
 
 	select {
 	case s.requests <- struct{}{}:
@@ -56,6 +52,15 @@ func (s *Service) ServeHTTP(w http.ResponseWriter, hr *http.Request) {
 	}
 }
 
+// everyAnswer are the headers of every answer, by their canonical names: the values are shared, and never changed.
+var everyAnswer = http.Header{
+	"Odata-Version": {"4.0"}, "Cache-Control": {"no-cache"}, "X-Content-Type-Options": {"nosniff"},
+	"Strict-Transport-Security": {"max-age=31536000"}, "Content-Security-Policy": {"default-src 'none'; frame-ancestors 'none'"},
+}
+
+// jsonContent is the Content-Type of resources.
+var jsonContent = []string{"application/json;charset=utf-8"}
+
 // methods are the ones that HTTP knows; for others the status is 501.
 var methods = []string{"GET", "HEAD", "POST", "PATCH", "DELETE", "PUT", "OPTIONS", "TRACE", "CONNECT"}
 
@@ -65,8 +70,8 @@ func (s *Service) serve(ctx context.Context, w http.ResponseWriter, hr *http.Req
 	if n == nil {
 		return &Error{Status: 404, Messages: []schema.Message{message("InvalidURI", hr.URL.Path)}}
 	}
-	allow := n.methods()
-	w.Header().Set("Allow", strings.Join(allow, ", "))
+	allow := n.allow
+	w.Header()["Allow"] = n.allowed
 	if !slices.Contains(methods, hr.Method) {
 		return Because(http.StatusNotImplemented, "OperationNotAllowed", "The service does not know the HTTP method of the request.")
 	}
@@ -275,14 +280,14 @@ func (s *Service) get(w http.ResponseWriter, r *Request, q query) error {
 		}
 	}
 	h := w.Header()
-	h.Set("Link", "<"+r.node.route.describedBy()+">; rel=describedby")
-	h.Set("ETag", etag)
+	h["Link"] = r.node.route.link
+	h["Etag"] = []string{etag}
 	if matchesETag(r.http.Header.Values("If-None-Match"), etag) {
 		w.WriteHeader(http.StatusNotModified)
 		return nil
 	}
-	h.Set("Content-Type", "application/json;charset=utf-8")
-	h.Set("Content-Length", strconv.Itoa(len(body)))
+	h["Content-Type"] = jsonContent
+	h["Content-Length"] = []string{strconv.Itoa(len(body))}
 	w.WriteHeader(http.StatusOK)
 	if r.http.Method == http.MethodHead {
 		return nil
@@ -336,9 +341,9 @@ func (r *Request) marshal(o schema.Object) (body []byte, etag string, err error)
 			continue
 		}
 		if m.Actions == nil {
-			m.Actions = schema.Actions{}
+			m.Actions = make(schema.Actions, len(route.Actions))
 		}
-		m.Actions["#"+a.Name] = r.action(a)
+		m.Actions[a.key] = r.action(a)
 	}
 	body, err = json.Marshal(o)
 	if err != nil {
@@ -379,13 +384,12 @@ func (p *Patch) annotation() []byte {
 }
 
 func (r *Request) action(a *Action) schema.Action {
-	target := "/Actions/"
-	if a.OEM {
-		target += "Oem/"
+	out := schema.Action{Target: r.URI + a.target, Title: a.Title, OEM: a.OEM}
+	if len(a.Parameters) > 0 {
+		out.ActionInfo = r.URI + a.info
 	}
-	out := schema.Action{Target: r.URI + target + a.Name, Title: a.Title, OEM: a.OEM}
-	for _, p := range a.Parameters {
-		out.ActionInfo = r.URI + "/" + actionInfoName(a)
+	for i := range a.Parameters {
+		p := &a.Parameters[i]
 		if values := p.allowed(r); values != nil {
 			if out.Allowable == nil {
 				out.Allowable = map[string][]string{}

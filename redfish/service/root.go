@@ -260,9 +260,16 @@ func (s *Service) finish() {
 			links = append(links, odataLink{Name: n.segment, Kind: "Singleton", URL: "/redfish/v1/" + n.segment})
 		}
 	})
-	// The targets of actions need what a POST to their resource does.
+	// The targets of actions need what a POST to their resource does. The headers that are the same for all answers are made here.
 	var actions func(*node)
 	actions = func(n *node) {
+		if n.route != nil || n.action != nil {
+			n.allow = n.methods()
+			n.allowed = []string{strings.Join(n.allow, ", ")}
+		}
+		if n.route != nil {
+			n.route.link = []string{"<" + n.route.describedBy() + ">; rel=describedby"}
+		}
 		if n.action != nil {
 			n.privileges = operations{"POST": n.owner.privileges["POST"]}
 			if n.action.Privileges != nil {

@@ -56,8 +56,9 @@ type Route struct {
 	// Upload makes the route one that takes POST only, with a body that it reads itself, however long it is.
 	Upload func(*Request, http.ResponseWriter) (*Reply, error)
 
-	schemaURI string // of the schema, if it is our own
-	writable  []byte // the annotation that names the properties that PATCH takes, as a member of the resource
+	schemaURI string   // of the schema, if it is our own
+	link      []string // the Link header that names the schema; set when serving starts
+	writable  []byte   // the annotation that names the properties that PATCH takes, as a member of the resource
 }
 
 // File is what a Download sends. The service closes Content.
@@ -102,6 +103,9 @@ type Action struct {
 	Do func(*Request, Values) (*Reply, error)
 	// Privileges, if set, are asked for instead of those of a POST to the resource.
 	Privileges Privileges
+
+	// The name among the resource's actions, and the paths of target and ActionInfo below the resource.
+	key, target, info string
 }
 
 // Property is one property of a request body, or one parameter of an action. Name may be a path, "Boot/BootSourceOverrideTarget".
@@ -194,7 +198,10 @@ type node struct {
 	action   *Action // the node is the target of this action of the parent resource
 	owner    *node   // of an action's target: the resource
 
-	privileges operations // worked out once, when serving starts
+	// Worked out once, when serving starts.
+	privileges operations
+	allow      []string // methods
+	allowed    []string // the same as the Allow header
 }
 
 // entity returns the name of the privilege registry's row.

@@ -294,11 +294,12 @@ func (r *Route) entry() Route {
 
 // addAction puts an action's target, and its ActionInfo, under the resource.
 func (s *Service) addAction(owner *node, uri string, a *Action) {
-	target := "/Actions/"
+	a.key, a.target, a.info = "#"+a.Name, "/Actions/", "/"+actionInfoName(a)
 	if a.OEM {
-		target += "Oem/"
+		a.target += "Oem/"
 	}
-	n := s.tree.add(uri + target + a.Name)
+	a.target += a.Name
+	n := s.tree.add(uri + a.target)
 	n.action, n.owner = a, owner
 	if len(a.Parameters) > 0 {
 		s.Handle(actionInfo(uri, a))
