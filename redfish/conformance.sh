@@ -51,7 +51,7 @@ lab)
 	go build -trimpath -o build/bin/ ./cmd/backdoor
 	lab=conformance-$$
 	trap '"$top/build/bin/backdoor" lab down -name "$lab" >/dev/null' EXIT
-	build/bin/backdoor lab up -name "$lab" -json >"$out/lab.json"
+	build/bin/backdoor lab up -slots -name "$lab" -json >"$out/lab.json"
 	field() { "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["dpu"][sys.argv[2]])' "$out/lab.json" "$1"; }
 	url=$(field url) user=$(field user) password=$(cat "$(field passwordFile)")
 	;;

@@ -85,7 +85,11 @@ func (k *keeper) worker(ctx context.Context) error {
 		return fmt.Errorf("make pipe: %w", err)
 	}
 	defer beats.Close()
-	cmd := exec.CommandContext(ctx, self, "-worker", "-config", k.path)
+	args := []string{"-worker", "-config", k.path}
+	if k.machine != nil {
+		args = append(args, "-machine")
+	}
+	cmd := exec.CommandContext(ctx, self, args...)
 	cmd.Stdout, cmd.Stderr = k.stdout, k.stderr
 	cmd.ExtraFiles = []*os.File{w} // file descriptor 3
 	// The worker must not outlive its keeper, and a terminal's interrupt goes to the keeper alone.

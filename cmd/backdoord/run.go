@@ -19,6 +19,7 @@ type flags struct {
 	config  string
 	check   bool
 	version bool
+	machine bool // the worker configures the machine, too
 	worker  bool // the second process: does the work, says on file descriptor 3 that it lives
 }
 
@@ -29,6 +30,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	fs.StringVar(&f.config, "config", config.DefaultPath, "configuration `file`")
 	fs.BoolVar(&f.check, "check", false, "check the configuration and exit")
 	fs.BoolVar(&f.version, "version", false, "print the version and exit")
+	fs.BoolVar(&f.machine, "machine", false, "the machine is the agent's own (used by the agent itself)")
 	fs.BoolVar(&f.worker, "worker", false, "do the work in this process (used by the agent itself)")
 	if err := fs.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -50,7 +52,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case f.check:
 		return check(f.config, stdout, stderr)
 	case f.worker:
-		return work(ctx, f.config, level, log, stdout)
+		return work(ctx, f, level, log, stdout)
 	}
 	return keep(ctx, f.config, log, stdout, stderr)
 }

@@ -20,7 +20,6 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/journal"
-	"github.com/backdoor-rhs/backdoor/boot"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
 	"github.com/backdoor-rhs/backdoor/cmd/internal/version"
 	"github.com/backdoor-rhs/backdoor/redfish/host"
@@ -31,12 +30,12 @@ import (
 const journalSize = 16 << 20
 
 // work is the second process: everything that the agent does for its host.
-func work(ctx context.Context, path string, level *slog.LevelVar, log *slog.Logger, console io.Writer) int {
+func work(ctx context.Context, f flags, level *slog.LevelVar, log *slog.Logger, console io.Writer) int {
 	var si unix.Sysinfo_t
 	if err := unix.Sysinfo(&si); err == nil {
 		limitMemory(uint64(si.Totalram) * uint64(si.Unit))
 	}
-	cfg, why := configure(path)
+	cfg, why := configure(f.config)
 	if why != nil {
 		log.Warn("starting without a valid configuration: read-only, watching nothing", "err", why)
 	}
@@ -45,7 +44,7 @@ func work(ctx context.Context, path string, level *slog.LevelVar, log *slog.Logg
 	}
 	log.Info("backdoord", "version", version.String(), "memory", cfg.Memory.Backend, "writes", cfg.Writes)
 
-	w := &worker{cfg: cfg, path: path, log: log, console: console, resets: make(chan struct{}, 1)}
+	w := &worker{cfg: cfg, path: f.config, machine: f.machine, log: log, console: console, resets: make(chan struct{}, 1)}
 	p := newParts(cfg, log)
 	for _, err := range p.problems {
 		log.Error("configuration", "err", err)
@@ -72,6 +71,7 @@ func configure(path string) (config.Config, error) {
 type worker struct {
 	cfg     config.Config
 	path    string // of the configuration
+	machine bool   // it is the agent's to configure
 	log     *slog.Logger
 	console io.Writer
 	engine  *engine.Engine
@@ -149,7 +149,7 @@ func (w *worker) newService() (*service.Service, error) {
 	if w.journal != nil {
 		ho.Journal = w.journal
 	}
-	if boot.InImage() { // elsewhere the machine is somebody else's
+	if w.machine {
 		ho.Network = newNetwork(w.path, w.log)
 	}
 	svc.Handle(host.Routes(svc, ho)...)

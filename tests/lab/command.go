@@ -182,6 +182,7 @@ func upFlags(s *flag.FlagSet, c *command) {
 	s.StringVar(&c.cfg.HostArgs, "append", "", "more `arguments` for the host's kernel")
 	s.BoolVar(&c.cfg.NoDPU, "no-dpu", false, "leave the DPU out")
 	s.StringVar(&c.policy, "policy", "", "the agent's policy `file`; without one every repair waits for an operator")
+	s.BoolVar(&c.cfg.Slots, "slots", false, "start the DPU by its loader from a disk with two slots, so that it can be updated")
 	s.BoolVar(&c.cfg.NoWrites, "no-writes", false, "keep the agent from changing the host")
 	s.StringVar(&c.cfg.Engine, "engine", EngineWindow, "the agent's `path` to the host's memory: window or dma")
 	s.StringVar(&c.cfg.DPUImage, "image", "", "the DPU's initramfs `file` instead of build/images/dpu-arm64")
@@ -297,7 +298,7 @@ func runUp(c *command) (int, error) {
 	args := []string{"lab", "supervise", "-name", c.name, "-kernel", c.cfg.HostKernel, "-memory", c.memory,
 		"-cpus", fmt.Sprint(c.cfg.HostCPUs), "-append", c.cfg.HostArgs, "-engine", c.cfg.Engine,
 		"-image", c.cfg.DPUImage, "-dpu-kernel", c.cfg.DPUKernel, "-capture", c.cfg.WireCapture, "-policy", c.policy,
-		fmt.Sprintf("-no-dpu=%v", c.cfg.NoDPU), fmt.Sprintf("-no-writes=%v", c.cfg.NoWrites)}
+		fmt.Sprintf("-no-dpu=%v", c.cfg.NoDPU), fmt.Sprintf("-no-writes=%v", c.cfg.NoWrites), fmt.Sprintf("-slots=%v", c.cfg.Slots)}
 	sup := exec.Command(self, args...)
 	sup.ExtraFiles = []*os.File{w}
 	sup.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // it outlives this terminal
