@@ -24,6 +24,11 @@
 // what monitors may reach of the host's memory by themselves, byte for byte; without it they may read all RAM and store nothing. No action touches the tasks of protected users; init and kernel threads are
 // protected always. signatures has one element for the owner and one for each monitor: {"key": …, "signature": …} in base64,
 // Ed25519 over Canonical's bytes. The agent takes the document only with the key of the owner that its configuration names.
+//
+// What an agent has accepted it keeps in a Lock: from then on, until the agreement ends, the document can be neither widened, nor
+// narrowed, nor closed by the host, by a monitor, or by whoever configures the agent. The owner can pause or revoke it at once by a
+// signed Order; owner and monitors together can have a successor take its place; the keys that it names for emergencies can break the
+// glass together. DESIGN.md has the threat model.
 package access
 
 import (
@@ -104,6 +109,16 @@ type Protected struct {
 	Comm     string `json:"comm,omitempty"` // narrows the users' tasks down to those of that name; empty means all
 }
 
+// Emergency says who may break the glass together, and what that permits besides the agreement's rights, for a time.
+type Emergency struct {
+	Keys      []Party  `json:"keys"`      // need not be parties; none may be named twice
+	Threshold int      `json:"threshold"` // how many of them it takes; at least 2
+	Actions   []string `json:"actions"`   // IDs of healing actions
+	Power     bool     `json:"power"`
+	Write     bool     `json:"write"`   // needs Rights.Read
+	Longest   int      `json:"longest"` // seconds that one order of them lasts at the most
+}
+
 // Signature is one party's signature over the canonical bytes.
 type Signature struct {
 	Key       Key    `json:"key"`
@@ -122,4 +137,14 @@ type Agreement struct {
 	ValidFrom  time.Time   `json:"validFrom"`
 	ValidUntil time.Time   `json:"validUntil"`
 	Signatures []Signature `json:"signatures"`
+
+	// Quorum is how many of the monitors must endorse what takes the place of this agreement while it is valid, besides the
+	// owner; 0 means all of them.
+	Quorum int `json:"quorum,omitempty"`
+	// Emergency is nil if nobody can break the glass.
+	Emergency *Emergency `json:"emergency,omitempty"`
+	// Succeeds is the digest, in hexadecimal, of the agreement that this one takes the place of; empty if there is none. Endorsements
+	// are signatures of that agreement's monitors who are not parties to this one. They are not signed themselves.
+	Succeeds     string      `json:"succeeds,omitempty"`
+	Endorsements []Signature `json:"endorsements,omitempty"`
 }

@@ -23,18 +23,19 @@ const domain = "backdoor access agreement v1\n"
 
 var (
 	// ErrInvalid means that the document is not an agreement that this version understands.
-	ErrInvalid = errors.New("invalid access agreement")
+	ErrInvalid = errors.New("invalid document")
 	// ErrUnsigned means that a signature that is needed is missing or wrong.
 	ErrUnsigned = errors.New("access agreement is not properly signed")
 
-	uuidForm = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
-	idForm   = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
+	uuidForm   = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
+	digestForm = regexp.MustCompile(`^[0-9a-f]{64}$`)
+	idForm     = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 )
 
 // Canonical returns the bytes that are signed: everything but the signatures, in one form only.
 func (a *Agreement) Canonical() ([]byte, error) {
 	c := *a
-	c.Signatures = nil
+	c.Signatures, c.Endorsements = nil, nil
 	c.ValidFrom, c.ValidUntil = c.ValidFrom.UTC(), c.ValidUntil.UTC()
 	b, err := json.Marshal(c)
 	if err != nil {
@@ -43,28 +44,56 @@ func (a *Agreement) Canonical() ([]byte, error) {
 	return append([]byte(domain), b...), nil
 }
 
+// Digest names the agreement: the SHA-256 of its canonical bytes, in hexadecimal.
+func (a *Agreement) Digest() (string, error) {
+	c, err := a.Canonical()
+	if err != nil {
+		return "", err
+	}
+	h := sha256.Sum256(c)
+	return hex.EncodeToString(h[:]), nil
+}
+
 // Fingerprint names a key for people: the first 8 bytes of its SHA-256.
 func (k Key) Fingerprint() string {
 	h := sha256.Sum256(k)
 	return hex.EncodeToString(h[:8])
 }
 
-// Sign adds a party's signature, or renews it. The key must be the owner's or a monitor's.
+// Sign adds a party's signature, or renews it. The key must be the owner's or a monitor's; if the agreement succeeds another, any
+// other key's signature is an endorsement.
 func (a *Agreement) Sign(key ed25519.PrivateKey) error {
 	if err := a.check(); err != nil {
 		return err
 	}
 	pub := Key(key.Public().(ed25519.PublicKey))
+	at := &a.Signatures
 	if !bytes.Equal(pub, a.Owner.Key) && !slices.ContainsFunc(a.Monitors, func(m Party) bool { return bytes.Equal(m.Key, pub) }) {
+		at = &a.Endorsements
+	}
+	if at == &a.Endorsements && a.Succeeds == "" {
 		return fmt.Errorf("sign agreement %s: key %s is neither the owner's nor a monitor's", a.ID, pub.Fingerprint())
 	}
 	c, err := a.Canonical()
 	if err != nil {
 		return err
 	}
-	a.Signatures = slices.DeleteFunc(a.Signatures, func(s Signature) bool { return bytes.Equal(s.Key, pub) })
-	a.Signatures = append(a.Signatures, Signature{Key: pub, Signature: ed25519.Sign(key, c)})
+	*at = signWith(*at, key, c)
 	return nil
+}
+
+// signWith adds a key's signature over the bytes, or renews it.
+func signWith(all []Signature, key ed25519.PrivateKey, signed []byte) []Signature {
+	pub := Key(key.Public().(ed25519.PublicKey))
+	all = slices.DeleteFunc(all, func(s Signature) bool { return bytes.Equal(s.Key, pub) })
+	return append(all, Signature{Key: pub, Signature: ed25519.Sign(key, signed)})
+}
+
+// signedBy tells whether the key has signed the bytes.
+func signedBy(all []Signature, key Key, signed []byte) bool {
+	return slices.ContainsFunc(all, func(s Signature) bool {
+		return bytes.Equal(s.Key, key) && ed25519.Verify(ed25519.PublicKey(key), signed, s.Signature)
+	})
 }
 
 // Verify checks the form, that the owner is the one whose key is given, and the signatures of the owner and every monitor.
@@ -102,32 +131,40 @@ func (a *Agreement) Verify(owner ed25519.PublicKey) error {
 
 // Parse reads a document without checking signatures: for tools that show or sign it.
 func Parse(r io.Reader) (*Agreement, error) {
-	b, err := io.ReadAll(io.LimitReader(r, maxDocument+1))
-	if err != nil {
-		return nil, fmt.Errorf("read access agreement: %w", err)
-	}
-	if len(b) > maxDocument {
-		return nil, fmt.Errorf("access agreement is longer than %d bytes: %w", maxDocument, ErrInvalid)
-	}
-	if !utf8.Valid(b) {
-		return nil, fmt.Errorf("access agreement is not UTF-8: %w", ErrInvalid)
-	}
-	if err := unique(json.NewDecoder(bytes.NewReader(b)), ""); err != nil {
-		return nil, fmt.Errorf("access agreement: %w: %w", err, ErrInvalid)
-	}
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	var a Agreement
-	if err := d.Decode(&a); err != nil {
-		return nil, fmt.Errorf("access agreement, near byte %d: %w: %w", d.InputOffset(), err, ErrInvalid)
-	}
-	if _, err := d.Token(); err != io.EOF {
-		return nil, fmt.Errorf("access agreement: something follows behind the document at byte %d: %w", d.InputOffset(), ErrInvalid)
+	a := &Agreement{}
+	if err := decode(r, "access agreement", maxDocument, a); err != nil {
+		return nil, err
 	}
 	if err := a.check(); err != nil {
 		return nil, err
 	}
-	return &a, nil
+	return a, nil
+}
+
+// decode reads one strict JSON document.
+func decode(r io.Reader, what string, limit int64, into any) error {
+	b, err := io.ReadAll(io.LimitReader(r, limit+1))
+	if err != nil {
+		return fmt.Errorf("read %s: %w", what, err)
+	}
+	if int64(len(b)) > limit {
+		return fmt.Errorf("%s is longer than %d bytes: %w", what, limit, ErrInvalid)
+	}
+	if !utf8.Valid(b) {
+		return fmt.Errorf("%s is not UTF-8: %w", what, ErrInvalid)
+	}
+	if err := unique(json.NewDecoder(bytes.NewReader(b)), ""); err != nil {
+		return fmt.Errorf("%s: %w: %w", what, err, ErrInvalid)
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(into); err != nil {
+		return fmt.Errorf("%s, near byte %d: %w: %w", what, d.InputOffset(), err, ErrInvalid)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return fmt.Errorf("%s: something follows behind the document at byte %d: %w", what, d.InputOffset(), ErrInvalid)
+	}
+	return nil
 }
 
 // Load reads a document and verifies it with the key of the owner whom this agent trusts.
@@ -203,7 +240,35 @@ func (a *Agreement) check() error {
 			return bad(fmt.Sprintf("rights.memory[%d]", i), "%#x bytes at %#x are no range", m.Size, m.Start)
 		}
 	}
-	for i, s := range a.Signatures {
+	if a.Quorum < 0 || a.Quorum > len(a.Monitors) {
+		return bad("quorum", "is %d; there are %d monitors", a.Quorum, len(a.Monitors))
+	}
+	if e := a.Emergency; e != nil {
+		switch {
+		case e.Threshold < 2 || e.Threshold > len(e.Keys):
+			return bad("emergency.threshold", "is %d; it takes at least 2, and there are %d keys", e.Threshold, len(e.Keys))
+		case e.Longest < 1 || e.Longest > 7*24*3600:
+			return bad("emergency.longest", "is %d seconds; it must be 1 to 604800, which is a week", e.Longest)
+		case e.Write && !a.Rights.Read:
+			return bad("emergency.write", "writing without reading is not possible; give rights.read as well")
+		}
+		seen := map[string]bool{}
+		for i, k := range e.Keys {
+			if len(k.Key) != ed25519.PublicKeySize || seen[string(k.Key)] {
+				return bad(fmt.Sprintf("emergency.keys[%d].key", i), "is no ed25519 key, or is there twice")
+			}
+			seen[string(k.Key)] = true
+		}
+		for i, id := range e.Actions {
+			if !idForm.MatchString(id) {
+				return bad(fmt.Sprintf("emergency.actions[%d]", i), "%q is not the ID of an action; there is no wildcard", id)
+			}
+		}
+	}
+	if a.Succeeds != "" && !digestForm.MatchString(a.Succeeds) {
+		return bad("succeeds", "%q is no SHA-256 in hexadecimal", a.Succeeds)
+	}
+	for i, s := range slices.Concat(a.Signatures, a.Endorsements) {
 		if len(s.Signature) != ed25519.SignatureSize || len(s.Key) != ed25519.PublicKeySize {
 			return bad(fmt.Sprintf("signatures[%d]", i), "has the wrong length")
 		}

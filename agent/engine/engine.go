@@ -121,10 +121,10 @@ func (e *Engine) Run(ctx context.Context) error {
 }
 
 func (e *Engine) agreementID() string {
-	if e.o.Agreement == nil {
-		return ""
+	if a := e.o.Agreement.Agreement(); a != nil {
+		return a.ID
 	}
-	return e.o.Agreement.ID
+	return ""
 }
 
 // State returns a snapshot.
@@ -152,8 +152,18 @@ func (e *Engine) State() State {
 			s.Suspicions = append(s.Suspicions, t.Finding)
 		}
 	}
-	if a := e.o.Agreement; a != nil {
+	if a := e.o.Agreement.Agreement(); a != nil {
+		var orders []OrderState
 		s.Agreement = &AgreementState{ID: a.ID, Host: a.Host, Owner: a.Owner.Name, Rights: a.Rights, ValidUntil: a.ValidUntil}
+		for _, o := range e.o.Agreement.Orders() {
+			s := OrderState{Sequence: o.Sequence, Order: o.Order, Reason: o.Reason}
+			if o.Until != nil {
+				s.Until = *o.Until
+			}
+			orders = append(orders, s)
+		}
+		s.Agreement.Orders = orders
+		s.Agreement.Digest, _ = a.Digest() // it was verified, so it has one
 		for _, m := range a.Monitors {
 			s.Agreement.Monitors = append(s.Agreement.Monitors, m.Name)
 		}
@@ -191,7 +201,7 @@ func (e *Engine) grant() access.Grant {
 	}
 	var g access.Grant
 	for _, id := range ids {
-		g = e.o.Agreement.Grant(id, time.Now)
+		g = e.o.Agreement.Grant(id)
 		if g.Denied() != nil {
 			break
 		}

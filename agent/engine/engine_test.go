@@ -589,7 +589,11 @@ func TestRefusalsDoNotEscalate(t *testing.T) {
 		}, access.ErrDenied, access.ErrDenied},
 		{"ended agreement", func(t *testing.T, o *Options) {
 			o.Agreement = agreement(t, guestUUID, heal.KillProcess, heal.PowerCycle)
-			o.Agreement.ValidUntil = time.Now().Add(-time.Second)
+			o.Agreement.Agreement().ValidUntil = time.Now().Add(-time.Second)
+		}, access.ErrDenied, access.ErrDenied},
+		{"paused agreement", func(t *testing.T, o *Options) {
+			o.Agreement = agreement(t, guestUUID, heal.KillProcess, heal.PowerCycle)
+			pause(t, o.Agreement)
 		}, access.ErrDenied, access.ErrDenied},
 		{"no journal", func(t *testing.T, o *Options) {
 			o.Agreement, o.Journal = agreement(t, guestUUID, heal.PowerCycle), nil

@@ -18,8 +18,8 @@ import (
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
-// agreement returns a signed agreement for a host.
-func agreement(t *testing.T, uuid string, actions ...string) *access.Agreement {
+// agreement returns a lock that holds a signed agreement for a host.
+func agreement(t *testing.T, uuid string, actions ...string) *access.Lock {
 	t.Helper()
 	owner := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32))
 	monitor := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{2}, 32))
@@ -35,7 +35,23 @@ func agreement(t *testing.T, uuid string, actions ...string) *access.Agreement {
 			t.Fatal(err)
 		}
 	}
-	return a
+	return access.Hold(a)
+}
+
+// pause has the owner of an agreement that agreement has made pause it.
+func pause(t *testing.T, l *access.Lock) {
+	t.Helper()
+	digest, err := l.Agreement().Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := &access.Order{Version: access.Version, Agreement: digest, Sequence: 1, Order: access.Pause, Issued: time.Now()}
+	if err := o.Sign(ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32))); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Obey(o); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func openJournal(t *testing.T) *journal.Journal {
@@ -132,7 +148,7 @@ func killOne(t *testing.T, g *guest, mem hostmem.Memory, img *kernel.Image, j *j
 	}
 	p.ID = fmt.Sprintf("plan-%d", pid)
 	x := heal.NewExecutor(heal.Options{
-		Memory: mem, Kernel: img, Journal: j, Grant: agreement(t, guestUUID, heal.KillProcess).Grant(guestUUID, nil),
+		Memory: mem, Kernel: img, Journal: j, Grant: agreement(t, guestUUID, heal.KillProcess).Grant(guestUUID),
 		Confirm: func(context.Context, heal.Plan) error { return nil },
 		Cured:   func(context.Context, heal.Plan) error { return nil },
 	})

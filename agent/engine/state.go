@@ -32,8 +32,8 @@ type Options struct {
 	// HostUUID is the SMBIOS system UUID of the host that this agent is meant for, known from outside (its BMC, the
 	// configuration). Empty means that the kernel's own copy is taken.
 	HostUUID string
-	// Agreement permits what is done to the host; nil permits nothing.
-	Agreement *access.Agreement
+	// Agreement holds what permits whatever is done to the host; nil permits nothing.
+	Agreement *access.Lock
 	Policy    policy.Policy
 	// Journal takes every decision. Without one nothing is ever written to the host.
 	Journal *journal.Journal
@@ -105,8 +105,20 @@ type AgreementState struct {
 	Monitors   []string      `json:"monitors"`
 	Rights     access.Rights `json:"rights"`
 	ValidUntil time.Time     `json:"validUntil,omitzero"`
+	// Digest names the document: orders about it have it, and its successor.
+	Digest string `json:"digest,omitempty"`
+	// Orders are those about it that are in force.
+	Orders []OrderState `json:"orders,omitempty"`
 	// Denied is why nothing is permitted; empty if the agreement applies to this host now.
 	Denied string `json:"denied,omitempty"`
+}
+
+// OrderState says what an order about the agreement does.
+type OrderState struct {
+	Sequence uint64    `json:"sequence"`
+	Order    string    `json:"order"`
+	Until    time.Time `json:"until,omitzero"`
+	Reason   string    `json:"reason"`
 }
 
 // FaultNote is something that went wrong in the engine itself.
@@ -155,6 +167,7 @@ const (
 	EventFailed    EventType = "failed"  // a repair has not worked
 	EventWaiting   EventType = "waiting" // a finding waits for an operator
 	EventEscalated EventType = "escalated"
+	EventAgreement EventType = "agreement" // the access agreement was paused, succeeded, …
 )
 
 // Event is one thing that happened. Seq rises by one from event to event; a subscriber that sees a gap has been too slow.

@@ -23,10 +23,14 @@ import (
 
 // agreementFlags are the flags of the verb agreement.
 type agreementFlags struct {
-	id, uuid, hostName, owner, key, allow, protect string
-	monitors                                       list
-	read, write, power                             bool
-	valid                                          time.Duration
+	id, uuid, hostName, owner, key, allow, protect, succeeds, reason string
+	monitors, emergencyKeys                                          list
+	read, write, power                                               bool
+	valid, lasts                                                     time.Duration
+	quorum, emergencyThreshold                                       int
+	emergencyAllow                                                   string
+	emergencyPower, emergencyWrite                                   bool
+	emergencyLongest                                                 time.Duration
 }
 
 // list is a flag that may be given several times.
@@ -37,22 +41,30 @@ func (l *list) Set(s string) error { *l = append(*l, s); return nil }
 
 var agreementVerb = verb{
 	name:  "agreement",
-	args:  "keygen FILE|new|sign FILE|verify FILE|show FILE",
-	words: []string{"keygen", "new", "sign", "verify", "show"},
+	args:  "keygen FILE|new|order KIND FILE|sign FILE|send FILE|verify FILE|show FILE",
+	words: []string{"keygen", "new", "order", "sign", "send", "verify", "show"},
 	short: "access agreements between a host's owner and its monitors",
 	long: `An agent writes to its host only what an agreement permits that the owner and every monitor have signed.
 
-  keygen FILE  make a signing key; the private half goes to FILE, the public half is printed
-  new          print an unsigned agreement; parties are named as NAME=PUBLIC-KEY
-  sign FILE    add the signature of -key to the agreement in FILE
-  verify FILE  check all signatures with the owner's public key (-owner), as the agent will
-  show FILE    tell what the agreement permits
+  keygen FILE      make a signing key; the private half goes to FILE, the public half is printed
+  new              print an unsigned agreement; parties are named as NAME=PUBLIC-KEY
+  order KIND FILE  print an unsigned order about the agreement in FILE: pause, resume or revoke (the owner signs), or
+                   break (the keys for emergencies sign)
+  sign FILE        add the signature of -key to the agreement or the order in FILE
+  send FILE        give the agreement or the order in FILE to an agent, which judges the signatures
+  verify FILE      check all signatures with the owner's public key (-owner), as the agent will
+  show FILE        tell what the agreement permits
+
+An agent locks the first agreement that it is given: until that ends, only its owner's order stops it, and only a successor (new -succeeds)
+that its owner and enough of its monitors have signed takes its place.
 
   backdoor agreement keygen owner.key
   backdoor agreement new -uuid 1b4e28ba-2fa1-11d2-883f-0016d3cca427 -owner acme=hmr…= -monitor ops=8fq…= \
       -permit-read -permit-write -permit-power -allow kill-process,power-cycle -valid 2160h > agreement.json
   backdoor agreement sign agreement.json -key owner.key
-  backdoor agreement verify agreement.json -owner hmr…=`,
+  backdoor agreement verify agreement.json -owner hmr…=
+  backdoor agreement order pause agreement.json -reason "incident 7" > pause.json
+  backdoor agreement sign pause.json -key owner.key && backdoor agreement send pause.json`,
 	flags: func(fs *flag.FlagSet, o *options) {
 		f := &o.agreement
 		fs.StringVar(&f.id, "id", "", "`name` of the agreement (default one is made)")
@@ -66,12 +78,22 @@ var agreementVerb = verb{
 		fs.BoolVar(&f.read, "permit-read", false, "permit to read the host's memory")
 		fs.BoolVar(&f.write, "permit-write", false, "permit to write to the host's memory")
 		fs.BoolVar(&f.power, "permit-power", false, "permit to switch the host's power")
+		fs.StringVar(&f.succeeds, "succeeds", "", "agreement `file` whose place the new one is to take while that one holds")
+		fs.IntVar(&f.quorum, "quorum", 0, "how many `monitors` it takes for a successor, besides the owner (default all)")
+		fs.Var(&f.emergencyKeys, "emergency-key", "somebody who may break the glass with others, as `NAME=KEY`; may be given several times")
+		fs.IntVar(&f.emergencyThreshold, "emergency-threshold", 2, "how many of the emergency `keys` it takes")
+		fs.StringVar(&f.emergencyAllow, "emergency-allow", "", "healing `actions` permitted besides in an emergency, separated by commas")
+		fs.BoolVar(&f.emergencyPower, "emergency-power", false, "permit to switch the host's power in an emergency")
+		fs.BoolVar(&f.emergencyWrite, "emergency-write", false, "permit to write to the host's memory, anywhere, in an emergency")
+		fs.DurationVar(&f.emergencyLongest, "emergency-longest", time.Hour, "longest `time` of an emergency")
+		fs.DurationVar(&f.lasts, "for", 0, "how `long` an order lasts (a pause: until it is resumed; break needs it)")
+		fs.StringVar(&f.reason, "reason", "", "why an order is given, in `words` for people")
 		fs.DurationVar(&f.valid, "valid", 90*24*time.Hour, "`time` from now for which the agreement is valid")
 	},
 	run: runAgreement,
 }
 
-func runAgreement(_ context.Context, e *env, args []string) (int, error) {
+func runAgreement(ctx context.Context, e *env, args []string) (int, error) {
 	word, args := args[0], args[1:]
 	if word == "new" {
 		if err := none("agreement", args); err != nil {
@@ -82,6 +104,16 @@ func runAgreement(_ context.Context, e *env, args []string) (int, error) {
 			return 0, err
 		}
 		return exitOK, e.json(a)
+	}
+	if word == "order" {
+		if len(args) != 2 {
+			return 0, &usageError{verb: "agreement", msg: "agreement order takes what is ordered (pause, resume, revoke, break) and the agreement's file"}
+		}
+		o, err := newOrder(args[0], args[1], e.o.agreement, time.Now())
+		if err != nil {
+			return 0, err
+		}
+		return exitOK, e.json(o)
 	}
 	if len(args) != 1 {
 		return 0, &usageError{verb: "agreement", msg: fmt.Sprintf("agreement %s takes one file", word)}
@@ -105,6 +137,8 @@ func runAgreement(_ context.Context, e *env, args []string) (int, error) {
 		return e.signAgreement(path)
 	case "verify":
 		return e.verifyAgreement(path)
+	case "send":
+		return e.sendAgreement(ctx, path)
 	}
 	a, err := readAgreement(path)
 	if err != nil {
@@ -156,6 +190,9 @@ func newAgreement(f agreementFlags, now time.Time) (*access.Agreement, error) {
 		}
 		a.Protected = append(a.Protected, access.Protected{FirstUID: uint32(lo), LastUID: uint32(hi)})
 	}
+	if err := f.further(a); err != nil {
+		return nil, err
+	}
 	// The form is checked as the agent will check it, only without signatures.
 	b, err := json.Marshal(a)
 	if err != nil {
@@ -165,6 +202,115 @@ func newAgreement(f agreementFlags, now time.Time) (*access.Agreement, error) {
 		return nil, &usageError{verb: "agreement", msg: err.Error()}
 	}
 	return a, nil
+}
+
+// further adds what an agreement need not have.
+func (f agreementFlags) further(a *access.Agreement) error {
+	a.Quorum = f.quorum
+	if f.succeeds != "" {
+		old, err := readAgreement(f.succeeds)
+		if err != nil {
+			return err
+		}
+		if a.Succeeds, err = old.Digest(); err != nil {
+			return err
+		}
+	}
+	if len(f.emergencyKeys) == 0 {
+		return nil
+	}
+	e := &access.Emergency{Threshold: f.emergencyThreshold, Actions: []string{}, Power: f.emergencyPower, Write: f.emergencyWrite, Longest: int(f.emergencyLongest / time.Second)}
+	for _, k := range f.emergencyKeys {
+		p, err := party("-emergency-key", k)
+		if err != nil {
+			return err
+		}
+		e.Keys = append(e.Keys, p)
+	}
+	for action := range strings.SplitSeq(f.emergencyAllow, ",") {
+		if action = strings.TrimSpace(action); action != "" {
+			e.Actions = append(e.Actions, action)
+		}
+	}
+	a.Emergency = e
+	return nil
+}
+
+// newOrder makes an order about the agreement in a file.
+func newOrder(kind, path string, f agreementFlags, now time.Time) (*access.Order, error) {
+	a, err := readAgreement(path)
+	if err != nil {
+		return nil, err
+	}
+	digest, err := a.Digest()
+	if err != nil {
+		return nil, err
+	}
+	now = now.UTC().Truncate(time.Second)
+	o := &access.Order{
+		Version: access.Version, Agreement: digest, Sequence: uint64(now.Unix()), Order: kind, Issued: now, Reason: f.reason, Signatures: []access.Signature{},
+	}
+	if f.lasts != 0 {
+		until := now.Add(f.lasts)
+		o.Until = &until
+	}
+	b, err := json.Marshal(o)
+	if err != nil {
+		return nil, fmt.Errorf("make order: %w", err)
+	}
+	if _, err := access.ParseOrder(bytes.NewReader(b)); err != nil {
+		return nil, &usageError{verb: "agreement", msg: err.Error()}
+	}
+	return o, nil
+}
+
+// document is an agreement or an order: one of the two is not nil.
+type document struct {
+	agreement *access.Agreement
+	order     *access.Order
+	bytes     []byte
+}
+
+func readDocument(path string) (d document, err error) {
+	if d.bytes, err = os.ReadFile(path); err != nil {
+		return d, fmt.Errorf("read agreement or order: %w", err)
+	}
+	var kind struct {
+		Order *string `json:"order"`
+	}
+	if json.Unmarshal(d.bytes, &kind) == nil && kind.Order != nil {
+		d.order, err = access.ParseOrder(bytes.NewReader(d.bytes))
+	} else {
+		d.agreement, err = access.Parse(bytes.NewReader(d.bytes))
+	}
+	if err != nil {
+		return d, fmt.Errorf("read %s: %w", path, err)
+	}
+	return d, nil
+}
+
+// sendAgreement gives an agreement or an order to an agent.
+func (e *env) sendAgreement(ctx context.Context, path string) (int, error) {
+	d, err := readDocument(path)
+	if err != nil {
+		return 0, err
+	}
+	c, at, err := e.connect(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer c.Close(ctx)
+	what, send := "order", c.ObeyOrder
+	if d.agreement != nil {
+		what, send = "agreement", c.OfferAgreement
+	}
+	if err := send(ctx, d.bytes); err != nil {
+		return 0, e.explain(at, fmt.Errorf("send %s %s: %w", what, path, err))
+	}
+	return exitOK, e.answer(map[string]string{"taken": what}, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "The agent has taken the %s.\n", what)
+		return err
+	})
 }
 
 // party reads NAME=KEY.
@@ -241,7 +387,7 @@ func (e *env) signAgreement(path string) (int, error) {
 	if e.o.agreement.key == "" {
 		return 0, &usageError{verb: "agreement", msg: "agreement sign needs -key FILE"}
 	}
-	a, err := readAgreement(path)
+	d, err := readDocument(path)
 	if err != nil {
 		return 0, err
 	}
@@ -249,10 +395,16 @@ func (e *env) signAgreement(path string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := a.Sign(key); err != nil {
+	var signed any = d.order
+	if d.order != nil {
+		err = d.order.Sign(key)
+	} else {
+		signed, err = d.agreement, d.agreement.Sign(key)
+	}
+	if err != nil {
 		return 0, fmt.Errorf("sign %s: %w", path, err)
 	}
-	b, err := json.MarshalIndent(a, "", "  ")
+	b, err := json.MarshalIndent(signed, "", "  ")
 	if err != nil {
 		return 0, fmt.Errorf("sign %s: %w", path, err)
 	}
@@ -263,8 +415,13 @@ func (e *env) signAgreement(path string) (int, error) {
 	if err := os.Rename(tmp, path); err != nil {
 		return 0, fmt.Errorf("sign %s: %w", path, err)
 	}
-	missing := unsigned(a)
-	return exitOK, e.answer(map[string]any{"signatures": len(a.Signatures), "missing": missing}, func(w io.Writer) error {
+	missing, n := []string{}, 0
+	if d.order != nil {
+		n = len(d.order.Signatures)
+	} else {
+		missing, n = unsigned(d.agreement), len(d.agreement.Signatures)+len(d.agreement.Endorsements)
+	}
+	return exitOK, e.answer(map[string]any{"signatures": n, "missing": missing}, func(w io.Writer) error {
 		l := &lines{w: w}
 		l.printf("Signed %s.\n", path)
 		for _, m := range missing {
@@ -334,6 +491,16 @@ func agreementText(w io.Writer, a *access.Agreement) error {
 	l.printf("actions     %s\n", query.Clean(strings.Join(a.Rights.Actions, ", ")))
 	for _, p := range a.Protected {
 		l.printf("protected   users %d to %d %s\n", p.FirstUID, p.LastUID, query.Clean(p.Comm))
+	}
+	if e := a.Emergency; e != nil {
+		l.printf("emergency   %d of %d keys, for %v at most: write %s, power %s, actions %s\n", e.Threshold, len(e.Keys), time.Duration(e.Longest)*time.Second,
+			word[e.Write], word[e.Power], query.Clean(strings.Join(e.Actions, ", ")))
+	}
+	if a.Succeeds != "" {
+		l.printf("succeeds    %s, with %d endorsements\n", a.Succeeds, len(a.Endorsements))
+	}
+	if digest, err := a.Digest(); err == nil {
+		l.printf("digest      %s\n", digest)
 	}
 	for _, m := range unsigned(a) {
 		l.printf("UNSIGNED    by %s\n", query.Clean(m))

@@ -51,6 +51,7 @@ type fakeAgent struct {
 	records  []kernel.LogRecord
 	samples  int
 	detached bool
+	lock     *access.Lock // nil if no owner is trusted
 }
 
 func newFakeAgent() *fakeAgent {
@@ -156,9 +157,11 @@ func (a *fakeAgent) View(context.Context) (*kernel.View, error) { return nil, en
 
 func (a *fakeAgent) Power() heal.Power { return fakePower{a} }
 
-func (a *fakeAgent) Outcomes(string) []heal.Outcome     { return nil }
-func (a *fakeAgent) MayRead() error                     { return nil }
-func (a *fakeAgent) MayLease(hostmem.Range, bool) error { return nil }
+func (a *fakeAgent) Outcomes(string) []heal.Outcome            { return nil }
+func (a *fakeAgent) MayRead() error                            { return nil }
+func (a *fakeAgent) Obey(o *access.Order, _ string) error      { return a.lock.Obey(o) }
+func (a *fakeAgent) Offer(g *access.Agreement, _ string) error { return a.lock.Offer(g) }
+func (a *fakeAgent) MayLease(hostmem.Range, bool) error        { return nil }
 func (a *fakeAgent) Store(_ context.Context, r engine.StoreRequest) (heal.Outcome, error) {
 	a.stores = append(a.stores, r)
 	return heal.Outcome{Plan: heal.Plan{ID: "plan-7"}}, nil

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -105,7 +106,7 @@ func TestRecordedHosts(t *testing.T) {
 				case "sym":
 					ask(exitOK, answer, "sym", "init_task")
 				case "stack":
-					ask(exitOK, answer, "stack", "1")
+					ask(exitOK, answer, "stack", strconv.Itoa(asleep(t, whole)))
 				case "print":
 					ask(exitOK, answer, "print", "list_head", "init_task")
 				default:
@@ -126,4 +127,16 @@ func TestRecordedHosts(t *testing.T) {
 			}
 		})
 	}
+}
+
+// asleep returns a process whose stack is in the recordings: they have those of every seventh.
+func asleep(t *testing.T, ps query.Processes) int {
+	t.Helper()
+	for _, p := range ps.Processes {
+		if p.PID%7 == 1 && !p.OnCPU && p.State != "Z" {
+			return p.PID
+		}
+	}
+	t.Fatal("no process of the recording sleeps")
+	return 0
 }

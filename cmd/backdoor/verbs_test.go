@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/json"
 	"flag"
@@ -17,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/journal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
@@ -222,6 +224,82 @@ func FuzzParseContexts(f *testing.F) {
 	})
 }
 
+// TestOrders pauses an agent's agreement, resumes it and replaces it, as its owner would.
+func TestOrders(t *testing.T) {
+	b := newBench(t)
+	if code, _, stderr := b.run("login -host $URL -fingerprint $PIN -context dpu -password-file $DIR/initial -new-password-file $DIR/new -save-password", ""); code != exitOK {
+		t.Fatalf("login: exit %d: %s", code, stderr)
+	}
+	keys := map[string]string{}
+	do := func(args ...string) string {
+		t.Helper()
+		code, out, stderr := command(t, append([]string{"agreement"}, args...)...)
+		if code != exitOK {
+			t.Fatalf("%v: exit %d: %s", args, code, stderr)
+		}
+		return out
+	}
+	make := func(name string, args ...string) {
+		t.Helper()
+		b.write(name, do(args...))
+	}
+	for _, who := range []string{"owner", "ops", "next"} {
+		make(who+".pub", "keygen", b.path(who))
+		public, err := os.ReadFile(b.path(who + ".pub"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys[who] = strings.TrimSpace(string(public))
+	}
+	parties := []string{"-uuid", "1b4e28ba-2fa1-11d2-883f-0016d3cca427", "-owner", "acme=" + keys["owner"], "-permit-read"}
+	make("a.json", slices.Concat([]string{"new", "-monitor", "ops=" + keys["ops"]}, parties)...)
+	do("sign", b.path("a.json"), "-key", b.path("owner"))
+	do("sign", b.path("a.json"), "-key", b.path("ops"))
+	var owner access.Key
+	if err := owner.UnmarshalText([]byte(keys["owner"])); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := access.OpenLock(b.path("lock"), ed25519.PublicKey(owner), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	send := func(name string, want int) {
+		t.Helper()
+		if code, out, stderr := b.run("agreement send $DIR/"+name, ""); code != want {
+			t.Errorf("send %s: exit %d: %s%s; want %d", name, code, out, stderr, want)
+		}
+	}
+	send("a.json", exitDenied) // nobody is trusted yet
+	b.agent.do(func() { b.agent.lock = lock })
+	send("a.json", exitOK)
+	permitted := func(when string, want bool) {
+		t.Helper()
+		if err := lock.Grant("1b4e28ba-2fa1-11d2-883f-0016d3cca427").Permit(access.Read); (err == nil) != want {
+			t.Errorf("%s: %v; want permitted %v", when, err, want)
+		}
+	}
+	permitted("at first", true)
+	make("pause.json", "order", "pause", b.path("a.json"), "-reason", "incident 7")
+	do("sign", b.path("pause.json"), "-key", b.path("ops"))
+	send("pause.json", exitDenied)
+	permitted("paused by a monitor", true)
+	do("sign", b.path("pause.json"), "-key", b.path("owner"))
+	send("pause.json", exitOK)
+	permitted("paused by the owner", false)
+	send("pause.json", exitDenied)
+
+	make("b.json", slices.Concat([]string{"new", "-monitor", "next=" + keys["next"], "-succeeds", b.path("a.json")}, parties)...)
+	for _, who := range []string{"owner", "next"} {
+		do("sign", b.path("b.json"), "-key", b.path(who))
+	}
+	send("b.json", exitDenied)
+	do("sign", b.path("b.json"), "-key", b.path("ops")) // an endorsement
+	send("b.json", exitOK)
+	permitted("succeeded", true)
+	send("a.json", exitDenied)
+	send("owner.pub", exitError)
+}
+
 func TestAgreement(t *testing.T) {
 	dir := t.TempDir()
 	at := func(name string) string { return filepath.Join(dir, name) }
@@ -276,6 +354,9 @@ func TestAgreement(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := os.WriteFile(at("signed.json"), signed, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	tampered := strings.Replace(string(signed), `"power": false`, `"power": true`, 1)
 	if err := os.WriteFile(at("a.json"), []byte(tampered), 0o600); err != nil {
 		t.Fatal(err)
@@ -288,6 +369,11 @@ func TestAgreement(t *testing.T) {
 		{"agreement", "new", "-owner", "acme=AAAA"},
 		{"agreement", "new", "-uuid", "x", "-owner", "acme=" + keys["owner"], "-monitor", "ops=" + keys["ops"]},
 		{"agreement", "new", "-owner", "acme=" + keys["owner"], "-protect", "9-1"},
+		{"agreement", "new", "-owner", "acme=" + keys["owner"], "-monitor", "ops=" + keys["ops"], "-emergency-key", "e=" + keys["stranger"]},
+		{"agreement", "order", "stop", at("signed.json")},
+		{"agreement", "order", "pause"},
+		{"agreement", "order", "break", at("signed.json")},
+		{"agreement", "order", "revoke", at("signed.json"), "-for", "1h"},
 		{"agreement", "sign", at("a.json")},
 		{"agreement", "verify", at("a.json")},
 		{"agreement", "show"},

@@ -23,7 +23,7 @@ import (
 // by what is safe: no agreement permits nothing, the default policy waits, no power controller switches nothing.
 type parts struct {
 	cfg       config.Config
-	agreement *access.Agreement
+	agreement *access.Lock // nil if there is no owner to trust
 	policy    policy.Policy
 	power     heal.Power
 	problems  []error
@@ -33,11 +33,22 @@ func newParts(cfg config.Config, log *slog.Logger) *parts {
 	p := &parts{cfg: cfg, policy: policy.Default()}
 	problem := func(err error) { p.problems = append(p.problems, err) }
 	if cfg.Agreement.File != "" {
-		a, err := loadAgreement(cfg.Agreement)
+		// The lock's own file decides once there is one; the document that is configured is only offered to it.
+		lock, err := access.OpenLock(filepath.Join(cfg.StateDir, "agreement.lock"), ed25519.PublicKey(cfg.Agreement.OwnerKey), nil)
 		if err != nil {
-			problem(fmt.Errorf("access agreement: %w; without one nothing is written to the host", err))
+			problem(fmt.Errorf("%w; without an agreement nothing is written to the host", err))
 		} else {
-			p.agreement = a
+			p.agreement = lock
+			a, err := loadAgreement(cfg.Agreement)
+			if err == nil {
+				err = lock.Offer(a)
+			}
+			switch held := lock.Agreement(); {
+			case err != nil && held == nil:
+				problem(fmt.Errorf("access agreement: %w; without one nothing is written to the host", err))
+			case err != nil:
+				problem(fmt.Errorf("access agreement in %s: %w; %s holds, as it was locked", cfg.Agreement.File, err, held.ID))
+			}
 		}
 	}
 	if cfg.PolicyFile != "" {

@@ -44,6 +44,16 @@ type HealRequest struct {
 	DryRun  bool   `json:"DryRun,omitempty"` // plan only
 }
 
+// ObeyOrder has the agent carry out a signed order about its access agreement.
+func (c *Client) ObeyOrder(ctx context.Context, document []byte) error {
+	return c.hostAction(ctx, "ObeyOrder", map[string]any{"Document": string(document)}, nil)
+}
+
+// OfferAgreement has the agent take a signed access agreement.
+func (c *Client) OfferAgreement(ctx context.Context, document []byte) error {
+	return c.hostAction(ctx, "OfferAgreement", map[string]any{"Document": string(document)}, nil)
+}
+
 // Heal has a finding repaired, or a repair planned, and waits for the end. The task's Oem object, which OEM decodes, holds the
 // Plan and the Outcome; it is returned with a *TaskError as well, as far as it came.
 func (c *Client) Heal(ctx context.Context, r HealRequest, progress func(schema.Task)) (*schema.Task, error) {

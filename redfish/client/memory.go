@@ -64,15 +64,15 @@ func (r *leaseResource) lease() (*Lease, error) {
 	return &Lease{ID: r.ID, URI: r.ODataID, Start: start, Length: r.Lease.Length, Write: r.Lease.Write, Expires: r.Lease.Expires, DataURI: r.Lease.DataURI, Stores: r.Lease.Stores}, nil
 }
 
-// memoryAction runs an action of ours on the host that concerns its memory.
-func (c *Client) memoryAction(ctx context.Context, name string, in map[string]any, out any) error {
+// hostAction runs an action of ours on the host.
+func (c *Client) hostAction(ctx context.Context, name string, in map[string]any, out any) error {
 	s, err := c.System(ctx)
 	if err != nil {
 		return err
 	}
 	action, ok := s.Actions["#BackdoorComputerSystem."+name]
 	if !ok {
-		return errors.New("the service has no access to its host's memory: it is not a Backdoor agent")
+		return fmt.Errorf("the service has no action %s: it is not a Backdoor agent, or an older one", name)
 	}
 	_, err = c.Post(ctx, action.Target, in, out)
 	return err
@@ -85,7 +85,7 @@ func (c *Client) LeaseMemory(ctx context.Context, r LeaseRequest) (*Lease, error
 		in["Seconds"] = r.Seconds
 	}
 	var out leaseResource
-	if err := c.memoryAction(ctx, "LeaseMemory", in, &out); err != nil {
+	if err := c.hostAction(ctx, "LeaseMemory", in, &out); err != nil {
 		return nil, err
 	}
 	return out.lease()
@@ -115,14 +115,14 @@ func (c *Client) ReadMemory(ctx context.Context, l *Lease, at uint64, n int64, w
 
 // StoreMemory puts bytes at a physical address, if those that are expected are there.
 func (c *Client) StoreMemory(ctx context.Context, l *Lease, at uint64, expect, put []byte) error {
-	return c.memoryAction(ctx, "StoreMemory", map[string]any{
+	return c.hostAction(ctx, "StoreMemory", map[string]any{
 		"Lease": l.ID, "Address": fmt.Sprintf("%#x", at), "Expect": hex.EncodeToString(expect), "Put": hex.EncodeToString(put),
 	}, nil)
 }
 
 // UndoStores takes the stores under a lease back.
 func (c *Client) UndoStores(ctx context.Context, l *Lease) error {
-	return c.memoryAction(ctx, "UndoStores", map[string]any{"Lease": l.ID}, nil)
+	return c.hostAction(ctx, "UndoStores", map[string]any{"Lease": l.ID}, nil)
 }
 
 // EndLease ends a lease. One that has ended by itself is no error.

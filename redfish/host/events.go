@@ -42,6 +42,7 @@ var eventNames = map[engine.EventType]struct {
 	engine.EventFailed:    {"RepairFailed", schema.HealthCritical},
 	engine.EventWaiting:   {"OperatorWanted", schema.HealthWarning},
 	engine.EventEscalated: {"Escalated", schema.HealthCritical},
+	engine.EventAgreement: {"AgreementChanged", schema.HealthWarning},
 }
 
 // relayed is an engine's event as a Redfish event.

@@ -43,6 +43,9 @@ type Agent interface {
 	Control(ctx context.Context, what, detail, caller string, do func(context.Context) error) error
 	// MayRead returns nil if the access agreement permits looking at the host's memory.
 	MayRead() error
+	// Obey carries out a signed order about the access agreement, and Offer takes an agreement.
+	Obey(o *access.Order, caller string) error
+	Offer(a *access.Agreement, caller string) error
 	// MayLease returns nil if settings and agreement permit operators to reach a range of the host's memory byte for byte.
 	MayLease(r hostmem.Range, write bool) error
 	// Store stores to the host's memory by address.

@@ -51,6 +51,7 @@ type fakeAgent struct {
 	verified bool
 
 	controller *fakeController // nil if there is none
+	lock       *access.Lock    // nil if no owner is trusted
 	stores     []engine.StoreRequest
 	network    *fakeNetwork  // nil if there is nothing to configure
 	image      *kernel.Image // what listings are made of; nil if the agent is not attached
@@ -181,6 +182,10 @@ func (a *fakeAgent) Control(ctx context.Context, what, detail, caller string, do
 	}
 	return do(ctx)
 }
+
+func (a *fakeAgent) Obey(o *access.Order, _ string) error { return a.lock.Obey(o) }
+
+func (a *fakeAgent) Offer(g *access.Agreement, _ string) error { return a.lock.Offer(g) }
 
 func (a *fakeAgent) MayRead() error {
 	a.mu.Lock()

@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
@@ -33,7 +34,7 @@ var (
 				{Name: "Action", Type: "Edm.String", Description: "The repair. If absent, the one that policy proposes."},
 				{Name: "DryRun", Type: "Edm.Boolean", Description: "Plan only; nothing is written to the host."},
 			},
-		}}, leaseActions...),
+		}}, slices.Concat(leaseActions, agreementActions)...),
 	}
 	stateSchema = oem.Schema{
 		Name: "BackdoorState", Version: "v1_0_0", Purpose: "The state of the agent's engine.", Resource: stateResource{},

@@ -70,6 +70,8 @@ func (h *host) system() service.Route {
 				Do:         h.reset,
 			},
 			h.healAction(),
+			h.agreementAction("ObeyOrder", "Obey an order about the access agreement", h.obey),
+			h.agreementAction("OfferAgreement", "Offer an access agreement", h.offer),
 		},
 		Available: func(_ *service.Request, a service.Action) bool {
 			return a.Name != "ComputerSystem.Reset" || h.o.Agent.Power() != nil
