@@ -60,6 +60,8 @@ type options struct {
 	interval                                                       time.Duration
 	level, action, file, filter, after, output                     string
 	agreement                                                      agreementFlags
+	attest                                                         attestFlags
+	attested                                                       string
 }
 
 func (o *options) global(fs *flag.FlagSet) {
@@ -74,6 +76,7 @@ func (o *options) global(fs *flag.FlagSet) {
 	fs.StringVar(&o.ca, "ca", "", "PEM `file` with the authority that signed the agent's certificate")
 	fs.StringVar(&o.fingerprint, "fingerprint", "", "`SHA-256` of the agent's certificate, as its console shows it")
 	fs.BoolVar(&o.insecure, "insecure", false, "do not check the agent's certificate at all")
+	fs.StringVar(&o.attested, "attested", "", "`file` that says what the agent has to prove before it is asked anything (see attest)")
 	fs.BoolVar(&o.json, "json", false, "answer in JSON")
 	fs.DurationVar(&o.timeout, "timeout", 30*time.Second, "longest `time` for one request")
 }
@@ -105,7 +108,7 @@ func (e *codeError) Unwrap() error { return e.err }
 
 func verbs() []verb {
 	return slices.Concat([]verb{statusVerb, findingsVerb, psVerb, topVerb, dmesgVerb}, listingVerbs(), []verb{
-		healVerb, powerVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, loginVerb, configVerb, agreementVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
+		healVerb, powerVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, attestVerb, loginVerb, configVerb, agreementVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
 	})
 }
 

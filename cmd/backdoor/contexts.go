@@ -34,6 +34,7 @@ type agentAt struct {
 	CAFile       string `json:"caFile,omitempty"`   // PEM
 	Fingerprint  string `json:"sha256,omitempty"`   // of the pinned certificate
 	Insecure     bool   `json:"insecure,omitempty"` // the certificate is not checked at all
+	Attested     string `json:"attested,omitempty"` // file that says what the agent has to prove
 }
 
 // defaultContextsPath is where the file lies unless -config says otherwise.

@@ -40,6 +40,7 @@
 //	tasks        what the agent works on; tasks ID -f waits, tasks cancel ID ends one
 //	redfish      any resource or action of the service: get, post, patch, delete
 //	journal      what the agent decided and wrote; -verify checks the chain of hashes
+//	attest       have the agent prove, by its machine's TPM, which image it runs
 //	login        log in to an agent and keep it as a context
 //	config       contexts: get-contexts, use-context, set-context, delete-context, view
 //	agreement    access agreements: keygen, new, sign, verify, show

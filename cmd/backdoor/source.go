@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
@@ -253,6 +254,13 @@ func (e *env) client(a agentAt, password string) (*client.Client, error) {
 	}
 	if conf.Password == "" {
 		conf.User = "" // a session alone: without a password there is no logging in again
+	}
+	if path := cmp.Or(e.o.attested, a.Attested); path != "" {
+		want, err := readAttestFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("what the agent has to prove: %w", err)
+		}
+		conf.Attestation = &want
 	}
 	if a.Insecure {
 		fmt.Fprintf(e.stderr, "backdoor: warning: the certificate of %s is not checked\n", a.URL)

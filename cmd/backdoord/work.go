@@ -20,6 +20,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/journal"
+	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
 	"github.com/backdoor-rhs/backdoor/cmd/internal/version"
 	"github.com/backdoor-rhs/backdoor/redfish/host"
@@ -51,6 +52,9 @@ func work(ctx context.Context, f flags, level *slog.LevelVar, log *slog.Logger, 
 	}
 	w.openEngine(p, why)
 	w.openImages()
+	if w.machine { // another's TPM is left alone
+		w.attestation = openAttestation(log)
+	}
 	return w.run(ctx)
 }
 
@@ -69,17 +73,19 @@ func configure(path string) (config.Config, error) {
 }
 
 type worker struct {
-	cfg     config.Config
-	path    string // of the configuration
-	machine bool   // it is the agent's to configure
-	log     *slog.Logger
-	console io.Writer
-	engine  *engine.Engine
-	journal *journal.Journal
-	resets  chan struct{} // a reset of the agent's machine was asked for
-	images  *images       // nil if the machine was not started from a slot
-	proved  bool          // the journal has written; of prove alone
-	service atomic.Pointer[service.Service]
+	cfg         config.Config
+	path        string // of the configuration
+	machine     bool   // it is the agent's to configure
+	log         *slog.Logger
+	console     io.Writer
+	engine      *engine.Engine
+	journal     *journal.Journal
+	resets      chan struct{}           // a reset of the agent's machine was asked for
+	images      *images                 // nil if the machine was not started from a slot
+	proved      bool                    // the journal has written; of prove alone
+	attestation *attestation            // nil: unattested
+	seal        atomic.Pointer[keySeal] // nil: the keys are not sealed
+	service     atomic.Pointer[service.Service]
 }
 
 // reset is how Redfish restarts the agent's machine: this process ends, and its keeper does it.
@@ -134,6 +140,7 @@ func (w *worker) newService() (*service.Service, error) {
 	}
 	host.Configure(&so)
 	so.Conditions = host.Conditions(w.engine.Findings)
+	w.configureSeal(&so)
 	if w.journal != nil {
 		so.Audit = host.Audit(w.journal)
 	}
@@ -151,6 +158,13 @@ func (w *worker) newService() (*service.Service, error) {
 	}
 	if w.machine {
 		ho.Network = newNetwork(w.path, w.log)
+	}
+	if a := w.attestation; a != nil {
+		a.shown = func() attest.Digest { return sha256.Sum256(svc.Certificate().RawSubjectPublicKeyInfo) }
+		if err := a.identify(a.shown()); err != nil {
+			w.log.Error("measure the service's key", "err", err)
+		}
+		ho.Attestor = a
 	}
 	svc.Handle(host.Routes(svc, ho)...)
 	sum := sha256.Sum256(svc.Certificate().Raw)
@@ -183,12 +197,14 @@ func (w *worker) run(ctx context.Context) int {
 		})
 	})
 	wg.Go(func() { w.prove(ctx) })
+	wg.Go(func() { w.keepSeal(ctx) })
 	wg.Go(func() { beat(ctx, w.answers, w.log) })
 	code := 0
 	select {
 	case <-ctx.Done():
 	case <-w.resets:
 		code = exitReboot
+		w.refreshSeal()
 		cancel()
 	}
 	done := make(chan struct{})

@@ -20,8 +20,10 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
 
@@ -45,6 +47,10 @@ type Config struct {
 	// Insecure accepts any certificate.
 	Insecure bool
 
+	// Attestation is what the service has to prove before any request but those of the proof itself, and logging in, is sent; nil asks for
+	// nothing.
+	Attestation *Attestation
+
 	// Timeout of one request; 0 means 30 s. The context given to a call can make it shorter.
 	Timeout time.Duration
 }
@@ -58,6 +64,9 @@ type Client struct {
 	o       Config
 	http    *http.Client
 	timeout time.Duration
+	proof   sync.Mutex // held while the service proves what it runs
+	// attested is the key of the agent that has proven what it runs: no other one is spoken to then. Handshakes read it, also while mu is held.
+	attested atomic.Pointer[attest.Digest]
 
 	mu      sync.Mutex // guards what follows
 	token   string
@@ -78,13 +87,14 @@ func New(o Config) (*Client, error) {
 	}
 	base = &url.URL{Scheme: base.Scheme, Host: base.Host}
 	conf := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: o.CA, InsecureSkipVerify: o.Insecure}
+	var pinned func(tls.ConnectionState) error
 	if o.Fingerprint != "" {
 		pin, err := hex.DecodeString(strings.ReplaceAll(o.Fingerprint, ":", ""))
 		if err != nil || len(pin) != sha256.Size {
 			return nil, errors.New("fingerprint: want the 64 hexadecimal digits of a SHA-256")
 		}
 		conf.InsecureSkipVerify = true // replaced by the pin
-		conf.VerifyConnection = func(state tls.ConnectionState) error {
+		pinned = func(state tls.ConnectionState) error {
 			sum := sha256.Sum256(state.PeerCertificates[0].Raw)
 			if !bytes.Equal(sum[:], pin) {
 				return &PinError{Want: hex.EncodeToString(pin), Got: hex.EncodeToString(sum[:])}
@@ -95,6 +105,14 @@ func New(o Config) (*Client, error) {
 	c := &Client{base: base, o: o, timeout: o.Timeout, token: o.Token, session: o.SessionURI}
 	if c.timeout == 0 {
 		c.timeout = 30 * time.Second
+	}
+	conf.VerifyConnection = func(state tls.ConnectionState) error {
+		if pinned != nil {
+			if err := pinned(state); err != nil {
+				return err
+			}
+		}
+		return c.sameAsAttested(state)
 	}
 	c.http = &http.Client{
 		Transport: &http.Transport{
@@ -225,6 +243,8 @@ type Response struct {
 	Location string // URI of the new resource or of the task monitor
 	ETag     string
 	Header   http.Header
+	// PeerKey is the SHA-256 of the SubjectPublicKeyInfo of the key that the service showed on the connection.
+	PeerKey attest.Digest
 }
 
 // Get reads the resource at uri, which may have query options, into out, a pointer to a struct.
@@ -286,6 +306,9 @@ func (c *Client) Do(ctx context.Context, method, uri string, in, out any) (*Resp
 // authenticate returns the header that lets a request in. A password that must be changed is not its concern: the service
 // refuses what is not allowed then.
 func (c *Client) authenticate(ctx context.Context) (h http.Header, token string, err error) {
+	if err := c.believe(ctx); err != nil {
+		return nil, "", err
+	}
 	h = http.Header{}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -371,7 +394,11 @@ func (c *Client) once(ctx context.Context, method, uri string, body []byte, head
 			return nil, fmt.Errorf("%s %s: decode answer: %w", method, uri, err)
 		}
 	}
-	return &Response{Status: resp.StatusCode, Location: location(resp), ETag: resp.Header.Get("ETag"), Header: resp.Header}, nil
+	r := &Response{Status: resp.StatusCode, Location: location(resp), ETag: resp.Header.Get("ETag"), Header: resp.Header}
+	if resp.TLS != nil && len(resp.TLS.PeerCertificates) > 0 {
+		r.PeerKey = spki(resp.TLS.PeerCertificates[0])
+	}
+	return r, nil
 }
 
 // location returns the path of the Location header: services give a path or a whole URL.

@@ -76,6 +76,8 @@ type Options struct {
 	// DumpDir keeps the diagnostic data that was collected; what is in it is removed at the start. Empty leaves out the log
 	// service that collects.
 	DumpDir string
+	// Attestor proves what the agent's machine runs; nil if it has no TPM.
+	Attestor Attestor
 	// Root is where the agent's own machine is looked into; empty means "/". Tests give a directory.
 	Root string
 	// Network configures the network of the agent's machine; nil if that is not the agent's business.
@@ -154,6 +156,7 @@ func Routes(svc *service.Service, o Options) []service.Route {
 	routes = append(routes, h.parts()...)
 	routes = append(routes, h.media()...)
 	routes = append(routes, h.managerParts()...)
+	routes = append(routes, h.integrity()...)
 	routes = append(routes, h.listingResources()...)
 	routes = append(routes, h.leaseRoutes()...)
 	return append(routes, h.oemResources()...)
@@ -229,7 +232,7 @@ func (h *host) card() service.Route {
 		URI:  "/redfish/v1/Chassis/dpu",
 		Type: schema.TypeChassis,
 		Get: func(*service.Request) (schema.Object, error) {
-			return &schema.Chassis{
+			out := &schema.Chassis{
 				Resource:    schema.Resource{Name: "DPU", Description: "The card that the agent runs on"},
 				ChassisType: "Card", Manufacturer: h.o.Manufacturer, Model: h.o.Model, PowerState: schema.PowerOn,
 				Status:   &schema.Status{State: schema.StateEnabled, Health: h.agentHealth()},
@@ -239,7 +242,11 @@ func (h *host) card() service.Route {
 					ManagersInChassis: []schema.Link{{ID: "/redfish/v1/Managers/bmc"}},
 					ContainedBy:       schema.LinkTo("/redfish/v1/Chassis/1"),
 				},
-			}, nil
+			}
+			if h.o.Attestor != nil {
+				out.Trusted = schema.LinkTo(cardURI + "/TrustedComponents")
+			}
+			return out, nil
 		},
 	}
 }

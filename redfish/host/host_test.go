@@ -53,6 +53,7 @@ type fakeAgent struct {
 	controller *fakeController // nil if there is none
 	lock       *access.Lock    // nil if no owner is trusted
 	stores     []engine.StoreRequest
+	attestor   Attestor      // nil: the machine has no TPM
 	network    *fakeNetwork  // nil if there is nothing to configure
 	image      *kernel.Image // what listings are made of; nil if the agent is not attached
 }
@@ -404,7 +405,7 @@ func newTestService(t testing.TB, a *fakeAgent, o service.Options) *service.Serv
 		network = a.network
 	}
 	s.Handle(Routes(s, Options{
-		Agent: a, Network: network, Controller: controller, Journal: fakeJournal{}, DumpDir: filepath.Join(t.TempDir(), "dumps"),
+		Agent: a, Attestor: a.attestor, Network: network, Controller: controller, Journal: fakeJournal{}, DumpDir: filepath.Join(t.TempDir(), "dumps"),
 		Hardware: func(context.Context) (Hardware, error) { return testHardware, nil },
 		Memory: func(context.Context) (io.ReaderAt, []hostmem.Range, error) {
 			return testMemory{}, testHardware.RAM, nil
@@ -423,6 +424,7 @@ func TestServe(t *testing.T) {
 	}
 	a := newFakeAgent()
 	a.image = recordedKernel(t)
+	a.attestor = newTestTPM(t)
 	a.network = &fakeNetwork{s: NetworkSettings{HostName: "dpu.example.com", Addresses: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/24")}}}
 	s := newTestService(t, a, service.Options{
 		StateDir: os.Getenv("SERVE_STATE"), Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug})),

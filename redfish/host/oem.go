@@ -65,7 +65,7 @@ var (
 )
 
 func schemas() (out []service.Schema) {
-	for _, s := range []oem.Schema{systemSchema, stateSchema, processesSchema, logSchema, logServiceSchema, taskSchema, leasesSchema, leaseSchema} {
+	for _, s := range []oem.Schema{systemSchema, stateSchema, processesSchema, logSchema, logServiceSchema, taskSchema, leasesSchema, leaseSchema, trustedSchema} {
 		out = append(out, served(s))
 	}
 	for _, l := range listings() {

@@ -369,6 +369,7 @@ func TestResourcesFitDMTFsSchemas(t *testing.T) {
 	}
 	a := newFakeAgent()
 	a.image = recordedKernel(t)
+	a.attestor = newTestTPM(t)
 	c := connect(t, a)
 	if _, err := c.Heal(t.Context(), client.HealRequest{Finding: "runaway-process-2"}, nil); err != nil {
 		t.Fatal(err) // so that there is a task
@@ -406,6 +407,7 @@ func TestResourcesFitDMTFsSchemas(t *testing.T) {
 func TestResourcesFitOurSchemas(t *testing.T) {
 	a := newFakeAgent()
 	a.image = recordedKernel(t)
+	a.attestor = newTestTPM(t)
 	c := connect(t, a)
 	if _, err := c.Heal(t.Context(), client.HealRequest{Finding: "runaway-process-2"}, nil); err != nil {
 		t.Fatal(err) // so that there is a task

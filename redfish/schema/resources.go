@@ -18,6 +18,7 @@ type ServiceRoot struct {
 	EventService              *Link                      `json:"EventService,omitempty"`
 	UpdateService             *Link                      `json:"UpdateService,omitempty"`
 	CertificateService        *Link                      `json:"CertificateService,omitempty"`
+	ComponentIntegrity        *Link                      `json:"ComponentIntegrity,omitempty"`
 	ServiceConditions         *Link                      `json:"ServiceConditions,omitempty"`
 	TelemetryService          *Link                      `json:"TelemetryService,omitempty"`
 	Registries                *Link                      `json:"Registries,omitempty"`
@@ -172,6 +173,7 @@ type Chassis struct {
 	PowerState   PowerState    `json:"PowerState,omitempty"`
 	Status       *Status       `json:"Status,omitempty"`
 	Adapters     *Link         `json:"NetworkAdapters,omitempty"`
+	Trusted      *Link         `json:"TrustedComponents,omitempty"`
 	Links        *ChassisLinks `json:"Links,omitempty"`
 	OEM          OEM           `json:"Oem,omitempty"`
 }

@@ -71,7 +71,7 @@ func openCertificates(s *Service) (*certificates, error) {
 		shown := *s.o.Certificate
 		c.shown = &shown
 	} else {
-		shown, err := loadCertificate(s.o.StateDir, s.o.Names, s.now())
+		shown, err := s.o.loadCertificate(s.now())
 		if err != nil {
 			return nil, err
 		}
@@ -87,7 +87,7 @@ func openCertificates(s *Service) (*certificates, error) {
 	if s.o.StateDir == "" {
 		return c, nil
 	}
-	if b, err := os.ReadFile(s.path("request.key")); err == nil {
+	if b, err := s.o.readKey(s.path("request.key")); err == nil {
 		if c.pending, err = parseKey(b); err != nil {
 			return nil, fmt.Errorf("read key of certificate request: %w", err)
 		}
@@ -280,7 +280,7 @@ func (c *certificates) request(template *x509.CertificateRequest, key crypto.Sig
 	if c.svc.o.StateDir != "" {
 		b, err := keyPEM(key)
 		if err == nil {
-			err = writeFile(c.svc.path("request.key"), b)
+			err = c.svc.o.writeKey(c.svc.path("request.key"), b)
 		}
 		if err != nil {
 			return "", fmt.Errorf("store key of certificate request: %w", err)
@@ -323,7 +323,7 @@ func (c *certificates) replace(text string) error {
 	if c.svc.o.StateDir != "" {
 		b, err := keyPEM(key)
 		if err == nil {
-			err = writeFile(c.svc.path(certificateFile), append(chainPEM(shown.Certificate), b...))
+			err = c.svc.o.writeKey(c.svc.path(certificateFile), append(chainPEM(shown.Certificate), b...))
 		}
 		if err != nil {
 			return fmt.Errorf("store certificate: %w", err)
@@ -422,6 +422,15 @@ func (s *Service) multiFactor() *schema.MultiFactorAuth {
 }
 
 // certificate is a certificate as a resource.
+// DescribeCertificate is the resource of a certificate with its chain (DER). usage may be empty.
+func DescribeCertificate(name string, chain [][]byte, leaf *x509.Certificate, usage string) *schema.Certificate {
+	out := certificate(name, chain, leaf, usage)
+	if usage == "" {
+		out.CertificateUsageTypes = nil
+	}
+	return out
+}
+
 func certificate(name string, chain [][]byte, leaf *x509.Certificate, usage string) *schema.Certificate {
 	sum := sha256.Sum256(leaf.Raw)
 	out := &schema.Certificate{
@@ -683,10 +692,16 @@ func (s *Service) certificateRoutes() []Route {
 const certificateFile = "tls.pem"
 
 // loadCertificate returns the certificate of the state directory; if there is none, it makes and keeps one: ECDSA P-256, the
-// cheapest for the many clients that shake hands for each request, self-signed, for clients to pin.
-func loadCertificate(dir string, names []string, now time.Time) (tls.Certificate, error) {
+// cheapest for the many clients that shake hands for each request, self-signed, for clients to pin. If the vault does not open what is
+// there, one is made that is not kept.
+func (o *Options) loadCertificate(now time.Time) (tls.Certificate, error) {
+	dir := o.StateDir
 	if dir != "" {
-		b, err := os.ReadFile(dir + "/" + certificateFile)
+		b, err := o.readKey(dir + "/" + certificateFile)
+		if errors.As(err, new(vaultError)) {
+			o.Logger.Error("the certificate's key cannot be opened here; another one is shown as long as this lasts", "err", err)
+			dir, err = "", fs.ErrNotExist
+		}
 		if err == nil {
 			cert, err := tls.X509KeyPair(b, b)
 			if err != nil {
@@ -698,12 +713,15 @@ func loadCertificate(dir string, names []string, now time.Time) (tls.Certificate
 			return tls.Certificate{}, fmt.Errorf("load certificate: %w", err)
 		}
 	}
-	certPEM, keyPEM, err := selfSigned(names, now)
+	certPEM, keyPEM, err := selfSigned(o.Names, now)
 	if err != nil {
 		return tls.Certificate{}, fmt.Errorf("make certificate: %w", err)
 	}
 	if dir != "" {
-		if err := writeFile(dir+"/"+certificateFile, append(slices.Clone(certPEM), keyPEM...)); err != nil {
+		err := o.writeKey(dir+"/"+certificateFile, append(slices.Clone(certPEM), keyPEM...))
+		if errors.As(err, new(vaultError)) {
+			o.Logger.Error("the certificate's key cannot be kept", "err", err)
+		} else if err != nil {
 			return tls.Certificate{}, fmt.Errorf("store certificate: %w", err)
 		}
 	}

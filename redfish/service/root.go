@@ -164,7 +164,7 @@ func (s *Service) root(r *Request) (schema.Object, error) {
 	for uri, link := range map[string]**schema.Link{
 		"Systems": &out.Systems, "Managers": &out.Managers, "Chassis": &out.Chassis, "TaskService": &out.Tasks, "SessionService": &out.SessionService,
 		"AccountService": &out.AccountService, "EventService": &out.EventService, "UpdateService": &out.UpdateService,
-		"CertificateService": &out.CertificateService, "TelemetryService": &out.TelemetryService, "ServiceConditions": &out.ServiceConditions, "Registries": &out.Registries, "JsonSchemas": &out.JSONSchemas, "Managers/bmc": &out.Links.ManagerProvidingService,
+		"CertificateService": &out.CertificateService, "ComponentIntegrity": &out.ComponentIntegrity, "TelemetryService": &out.TelemetryService, "ServiceConditions": &out.ServiceConditions, "Registries": &out.Registries, "JsonSchemas": &out.JSONSchemas, "Managers/bmc": &out.Links.ManagerProvidingService,
 	} {
 		uri = "/redfish/v1/" + uri
 		if n, _ := s.tree.find(uri); n != nil && n.route != nil {

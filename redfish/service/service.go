@@ -41,6 +41,8 @@ type Options struct {
 	Names []string
 	// Certificate is used instead of a self-signed one.
 	Certificate *tls.Certificate
+	// Vault keeps the private keys in StateDir; nil leaves them readable there.
+	Vault Vault
 	// Root completes the service root: links to what the routes provide are already set.
 	Root func(*schema.ServiceRoot)
 	// Schemas are CSDL files of our own by namespace, served under /redfish/v1/schema and referred to in $metadata.
@@ -183,10 +185,10 @@ type Service struct {
 
 // New makes a service with the resources that every service has. The product's own are added by Handle.
 func New(o Options) (*Service, error) {
-	s := &Service{log: o.Logger, o: o, limits: o.Limits, started: time.Now(), now: time.Now, seed: maphash.MakeSeed()}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
 	}
+	s := &Service{log: o.Logger, o: o, limits: o.Limits, started: time.Now(), now: time.Now, seed: maphash.MakeSeed()}
 	s.limits.defaults()
 	s.requests = make(chan struct{}, s.limits.Requests)
 	if o.StateDir != "" {

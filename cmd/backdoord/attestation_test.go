@@ -1,0 +1,164 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/backdoor-rhs/backdoor/boot/attest"
+	"github.com/backdoor-rhs/backdoor/boot/attest/attesttest"
+)
+
+func started(version string) attest.Log {
+	return attest.Image{Manifest: []byte(`{"product":"backdoor","version":"` + version + `"}`)}.Events()
+}
+
+func extend(t *testing.T, tpm *attest.TPM, log attest.Log) {
+	t.Helper()
+	for _, e := range log {
+		if err := tpm.Extend(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestAttestation has workers come and go: what they measure and what they log stays the same thing.
+func TestAttestation(t *testing.T) {
+	tpm, _ := attesttest.Start(t, t.TempDir())
+	path := filepath.Join(t.TempDir(), "sub", "eventlog")
+	start := started("1.0")
+	extend(t, tpm, start)
+	inStep := func(a *attestation, events int) {
+		t.Helper()
+		b, err := a.EventLog()
+		if err != nil {
+			t.Fatal(err)
+		}
+		log, err := attest.ParseLog(b)
+		if err != nil || len(log) != events {
+			t.Fatalf("the log has %d events, %v; want %d", len(log), err, events)
+		}
+		for _, pcr := range []int{attest.ImagePCR, attest.IdentityPCR} {
+			if d, err := tpm.PCR(pcr); err != nil || d != log.Replay(pcr) {
+				t.Errorf("PCR %d = %v, %v; the log replays to %v", pcr, d, err, log.Replay(pcr))
+			}
+		}
+	}
+	a, err := newAttestation(tpm, start, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !a.measured() {
+		t.Error("measured() = false")
+	}
+	key := attest.Digest{1}
+	a.shown = func() attest.Digest { return key }
+	for range 2 { // the second time it is no news
+		if err := a.identify(key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	inStep(a, 2)
+
+	if a, err = newAttestation(tpm, start, path); err != nil { // the next worker
+		t.Fatal(err)
+	}
+	a.shown = func() attest.Digest { return key }
+	if err := a.identify(key); err != nil {
+		t.Fatal(err)
+	}
+	inStep(a, 2)
+
+	key = attest.Digest{2} // the certificate is replaced: the next quote says so
+	e := attest.Evidence{Nonce: make([]byte, 32), PeerKey: key}
+	if e.Quote, err = a.Quote(e.Nonce, attest.ImagePCR, attest.IdentityPCR); err != nil {
+		t.Fatal(err)
+	}
+	inStep(a, 3)
+	if e.AK, err = tpm.AttestationKey(); err != nil {
+		t.Fatal(err)
+	}
+	if e.Log, err = a.EventLog(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := attest.Verify(e, attest.Policy{Keys: []attest.Digest{e.AK.Fingerprint()}}); err != nil {
+		t.Errorf("Verify() = %v", err)
+	}
+
+	// A worker that ends after it has logged and before it has measured.
+	log := append(a.log[:len(a.log):len(a.log)], attest.TLSEvent(attest.Digest{3}))
+	b, err := log.MarshalBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if a, err = newAttestation(tpm, start, path); err != nil {
+		t.Fatal(err)
+	}
+	inStep(a, 4)
+}
+
+func TestKeySeal(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(t.TempDir(), "keys.sealed")
+	old, next := started("1.0"), started("2.0")
+	pcr := func(l attest.Log) attest.Digest { return l.Replay(attest.ImagePCR) }
+	to := []attest.Digest{pcr(old)}
+	images := func() []attest.Digest { return append([]attest.Digest(nil), to...) }
+
+	tpm, off := attesttest.Start(t, dir)
+	extend(t, tpm, old)
+	k, err := newKeySeal(tpm, file, images)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret := []byte("-----BEGIN PRIVATE KEY-----")
+	kept, err := k.Seal(secret)
+	if err != nil || strings.Contains(string(kept), "PRIVATE KEY") {
+		t.Fatalf("Seal() = %q, %v", kept, err)
+	}
+	if got, was, err := k.Open([]byte("a key from before")); err != nil || was || string(got) != "a key from before" {
+		t.Errorf("Open(plain) = %q, %v, %v", got, was, err)
+	}
+	bad := append([]byte(nil), kept...)
+	bad[len(bad)-1] ^= 1
+	if got, _, err := k.Open(bad); err == nil {
+		t.Errorf("Open(damaged) = %q", got)
+	}
+
+	// The next image starts without the keys having been sealed to it.
+	off()
+	tpm, off = attesttest.Start(t, dir)
+	extend(t, tpm, next)
+	if _, err := newKeySeal(tpm, file, images); !errors.Is(err, attest.ErrWrongImage) {
+		t.Fatalf("newKeySeal() in another image = %v; want ErrWrongImage", err)
+	}
+	if _, was, err := (noKey{attest.ErrWrongImage}).Open(kept); !was || err == nil {
+		t.Errorf("noKey.Open(sealed) = %v, %v", was, err)
+	}
+
+	// The old one starts again, an update comes, the keys are sealed to both, and the next image has them.
+	off()
+	tpm, off = attesttest.Start(t, dir)
+	extend(t, tpm, old)
+	if k, err = newKeySeal(tpm, file, images); err != nil {
+		t.Fatal(err)
+	}
+	to = append(to, pcr(next), pcr(next))
+	if err := k.refresh(); err != nil {
+		t.Fatal(err)
+	}
+	off()
+	tpm, _ = attesttest.Start(t, dir)
+	extend(t, tpm, next)
+	if k, err = newKeySeal(tpm, file, images); err != nil {
+		t.Fatalf("newKeySeal() in the next image = %v", err)
+	}
+	if got, was, err := k.Open(kept); err != nil || !was || string(got) != string(secret) {
+		t.Errorf("Open() in the next image = %q, %v, %v", got, was, err)
+	}
+}

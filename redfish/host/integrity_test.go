@@ -1,0 +1,202 @@
+package host
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/boot/attest"
+	"github.com/backdoor-rhs/backdoor/boot/attest/attesttest"
+	"github.com/backdoor-rhs/backdoor/redfish/client"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
+	"github.com/backdoor-rhs/backdoor/redfish/service"
+)
+
+// A testTPM is an agent's machine with a real TPM that has started an image.
+type testTPM struct {
+	*attest.TPM
+	id  Identity
+	log attest.Log
+}
+
+var testImage = attest.Image{
+	Manifest: []byte(`{"product":"backdoor","version":"1.4.0","epoch":3}`),
+	Parts:    []attest.Part{{Name: "kernel", SHA256: attest.Digest{1}}},
+}
+
+func newTestTPM(t testing.TB) *testTPM {
+	t.Helper()
+	tpm, _ := attesttest.Start(t, t.TempDir())
+	m := &testTPM{TPM: tpm}
+	var err error
+	if m.id.Properties, err = tpm.Properties(); err != nil {
+		t.Fatal(err)
+	}
+	if m.id.EndorsementKey, err = tpm.EndorsementKey(); err != nil {
+		t.Fatal(err)
+	}
+	der, err := tpm.Certificate(time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.id.Certificates = [][]byte{der}
+	m.measure(t, testImage.Events()...)
+	return m
+}
+
+func (m *testTPM) measure(t testing.TB, log ...attest.Event) {
+	t.Helper()
+	for _, e := range log {
+		if err := m.Extend(e); err != nil {
+			t.Fatal(err)
+		}
+		m.log = append(m.log, e)
+	}
+}
+
+func (m *testTPM) Identity() Identity        { return m.id }
+func (m *testTPM) EventLog() ([]byte, error) { return m.log.MarshalBinary() }
+
+// attested serves a fake agent's host, with a TPM that has measured the service's key if that is wanted, and returns how to reach it.
+func attested(t *testing.T, m *testTPM, identify bool) client.Config {
+	t.Helper()
+	a := newFakeAgent()
+	if m != nil {
+		a.attestor = m
+	}
+	s := newTestService(t, a, service.Options{})
+	if identify {
+		m.measure(t, attest.TLSEvent(sha256.Sum256(s.Certificate().RawSubjectPublicKeyInfo)))
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(ctx, l) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+	return client.Config{URL: l.Addr().String(), User: testUser, Password: testPassword, Insecure: true}
+}
+
+func dial(t *testing.T, conf client.Config) *client.Client {
+	t.Helper()
+	c, err := client.New(conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close(context.Background()) })
+	return c
+}
+
+func TestAttest(t *testing.T) {
+	m := newTestTPM(t)
+	conf := attested(t, m, true)
+	c := dial(t, conf)
+	ak, err := m.AttestationKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ek := m.id.EndorsementKey.Fingerprint()
+	want := client.Attestation{EndorsementKeys: []attest.Digest{ek}, Policy: attest.Policy{Images: []attest.Image{testImage}, Epoch: 3}}
+	got, err := c.Attest(t.Context(), want)
+	if err != nil || got.Version != "1.4.0" || got.EndorsementKey != ek || got.AttestationKey != ak.Fingerprint() {
+		t.Fatalf("Attest() = %+v, %v", got, err)
+	}
+
+	for _, tt := range []struct {
+		name string
+		a    client.Attestation
+		want string
+	}{
+		{"another TPM", client.Attestation{EndorsementKeys: []attest.Digest{{9}}}, "endorsement key"},
+		{"another attestation key", client.Attestation{Policy: attest.Policy{Keys: []attest.Digest{{9}}}}, "attestation key"},
+		{"nothing trusted", client.Attestation{}, "trusts no key"},
+		{"another image", client.Attestation{EndorsementKeys: want.EndorsementKeys, Policy: attest.Policy{Images: []attest.Image{{Manifest: []byte(`{"version":"2.0"}`)}}}}, "image: got backdoor 1.4.0"},
+		{"a later epoch", client.Attestation{EndorsementKeys: want.EndorsementKeys, Policy: attest.Policy{Epoch: 4}}, "epoch"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if _, err := dial(t, conf).Attest(t.Context(), tt.a); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("Attest() = %v; want an error with %q", err, tt.want)
+			}
+			// A client that asks for the proof first reads nothing without it.
+			refusing := conf
+			refusing.Attestation = &tt.a
+			var root schema.ComputerSystem
+			if err := dial(t, refusing).Get(t.Context(), "/redfish/v1/Systems/system", &root); err == nil || root.Name != "" {
+				t.Errorf("Get() from an agent that does not attest = %+v, %v", root, err)
+			}
+		})
+	}
+	believing := conf
+	believing.Attestation = &want
+	var system schema.ComputerSystem
+	if err := dial(t, believing).Get(t.Context(), "/redfish/v1/Systems/system", &system); err != nil || system.HostName != "patient" {
+		t.Errorf("Get() from an agent that attests = %+v, %v", system, err)
+	}
+}
+
+// TestAttestNot has services that cannot prove what they are: one without a TPM, and one that relays what another machine's TPM has signed.
+func TestAttestNot(t *testing.T) {
+	if _, err := dial(t, attested(t, nil, false)).Attest(t.Context(), client.Attestation{}); !errors.Is(err, client.ErrUnattested) {
+		t.Errorf("Attest() without a TPM = %v; want ErrUnattested", err)
+	}
+	m := newTestTPM(t)
+	attested(t, m, true) // the honest one
+	relay := dial(t, attested(t, m, false))
+	want := client.Attestation{EndorsementKeys: []attest.Digest{m.id.EndorsementKey.Fingerprint()}}
+	if _, err := relay.Attest(t.Context(), want); err == nil || !strings.Contains(err.Error(), "in between") {
+		t.Errorf("Attest() through a relay = %v; want somebody in between", err)
+	}
+}
+
+// TestSignedMeasurementsRefused sends what an action must refuse, before it reaches the TPM.
+func TestSignedMeasurementsRefused(t *testing.T) {
+	c := dial(t, attested(t, newTestTPM(t), true))
+	b64 := base64.StdEncoding.EncodeToString
+	good := map[string]any{
+		"Certificate": schema.Link{ID: akURI}, "Nonce": "00112233", "PCRSelection": b64(attest.Selection(11)), "Scheme": b64(attest.Scheme()),
+	}
+	const target = integrityURI + "/tpm/Actions/ComponentIntegrity.TPMGetSignedMeasurements"
+	var out schema.SignedMeasurements
+	if _, err := c.Post(t.Context(), target, good, &out); err != nil || out.SignedMeasurements == "" {
+		t.Fatalf("a good request: %+v, %v", out, err)
+	}
+	for name, change := range map[string]map[string]any{
+		"another certificate": {"Certificate": schema.Link{ID: "/redfish/v1/CertificateService"}},
+		"no certificate":      {"Certificate": nil},
+		"long nonce":          {"Nonce": strings.Repeat("00", attest.MaxNonce+1)},
+		"nonce not hex":       {"Nonce": "xyz"},
+		"selection not b64":   {"PCRSelection": "%"},
+		"selection of SHA-1":  {"PCRSelection": b64([]byte{0, 0, 0, 1, 0, 4, 3, 0, 8, 0})},
+		"empty selection":     {"PCRSelection": b64([]byte{0, 0, 0, 1, 0, 11, 3, 0, 0, 0})},
+		"RSA scheme":          {"Scheme": b64([]byte{0, 0x14, 0, 0x0b})},
+	} {
+		body := map[string]any{}
+		for k, v := range good {
+			body[k] = v
+		}
+		for k, v := range change {
+			body[k] = v
+		}
+		var e *client.Error
+		if _, err := c.Post(t.Context(), target, body, nil); !errors.As(err, &e) || e.Status != 400 {
+			t.Errorf("%s: %v; want 400", name, err)
+		}
+	}
+	var e *client.Error
+	_, err := c.Post(t.Context(), tpmURI+"/Actions/Oem/BackdoorTrustedComponent.ActivateCredential", map[string]string{"CredentialBlob": b64(make([]byte, 68)), "Secret": b64(make([]byte, 68))}, nil)
+	if !errors.As(err, &e) || e.Status != 400 {
+		t.Errorf("a challenge for nobody: %v; want 400", err)
+	}
+}
