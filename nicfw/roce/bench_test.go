@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 )
@@ -260,15 +261,25 @@ func median(v []float64) float64 {
 	return v[len(v)/2]
 }
 
-// iperf3 returns the GB/s of one TCP stream of that program.
-func iperf3(b testing.TB) float64 {
+// paired returns the median of the ratios of what was measured one right after the other: what else goes on in the machine
+// changes more slowly than that.
+func paired(a, b []float64) float64 {
+	var r []float64
+	for i := range min(len(a), len(b)) {
+		r = append(r, a[i]/b[i])
+	}
+	return median(r)
+}
+
+// iperf3 returns the GB/s of one TCP stream of that program that carries so many bytes.
+func iperf3(b testing.TB, bytes int) float64 {
 	server := exec.Command("iperf3", "-s", "-1", "-p", "5202")
 	if err := server.Start(); err != nil {
 		b.Fatal(err)
 	}
 	defer server.Wait()
 	time.Sleep(200 * time.Millisecond) // there is no other sign that it listens
-	report, err := exec.Command("iperf3", "-c", "127.0.0.1", "-p", "5202", "-t", "1", "-J").Output()
+	report, err := exec.Command("iperf3", "-c", "127.0.0.1", "-p", "5202", "-n", strconv.Itoa(bytes), "-J").Output()
 	if err != nil {
 		server.Process.Kill()
 		b.Fatal(err)
@@ -287,8 +298,8 @@ func iperf3(b testing.TB) float64 {
 }
 
 // BenchmarkThroughput reads 64 KiB at a time, 16 at once, with and without the ICRC, against one TCP stream of ours and,
-// if it is installed, of iperf3, and against pipelined requests over TCP, in turn in one run. It reports GB/s and ratios
-// of medians.
+// if it is installed, of iperf3, and against pipelined requests over TCP, in turn in one run. It reports GB/s and the
+// medians of the ratios of neighbouring measurements.
 func BenchmarkThroughput(b *testing.B) {
 	const total, size, depth = 256 << 20, 64 << 10, 16
 	with := benchTarget(b, UDPConfig{}, size, true)
@@ -315,7 +326,7 @@ func BenchmarkThroughput(b *testing.B) {
 	_, err := exec.LookPath("iperf3")
 	for b.Loop() {
 		if err == nil {
-			iperf = append(iperf, iperf3(b))
+			iperf = append(iperf, iperf3(b, total))
 		}
 		for i := range kinds {
 			k := &kinds[i]
@@ -328,23 +339,23 @@ func BenchmarkThroughput(b *testing.B) {
 			k.got = append(k.got, bytes/time.Since(start).Seconds()/1e9)
 		}
 	}
-	for _, k := range kinds {
+	if len(iperf) > 0 {
+		b.ReportMetric(paired(kinds[0].got, iperf), "read/iperf3")
+		b.ReportMetric(median(iperf), "iperf3-GB/s")
+	}
+	b.ReportMetric(paired(kinds[0].got, kinds[5].got), "read/tcp-stream")
+	b.ReportMetric(paired(kinds[0].got, kinds[6].got), "read/tcp-request")
+	b.ReportMetric(paired(kinds[0].got, kinds[1].got), "icrc-on/off")
+	for _, k := range kinds { // sorts what was got
 		b.ReportMetric(median(k.got), k.name+"-GB/s")
 	}
-	if len(iperf) > 0 {
-		b.ReportMetric(median(iperf), "iperf3-GB/s")
-		b.ReportMetric(median(kinds[0].got)/median(iperf), "read/iperf3")
-	}
-	b.ReportMetric(median(kinds[0].got)/median(kinds[5].got), "read/tcp-stream")
-	b.ReportMetric(median(kinds[0].got)/median(kinds[6].got), "read/tcp-request")
-	b.ReportMetric(median(kinds[0].got)/median(kinds[1].got), "icrc-on/off")
 	b.ReportMetric(0, "ns/op")
 }
 
 // BenchmarkLatency reads 8 bytes at a time, sleeping and busy polling, against request and response over TCP, in turn in
-// one run. It reports the median and the 99th percentile in µs, and ratios of medians.
+// one run. It reports the median and the 99th percentile in µs, and the medians of the ratios of medians of short slices.
 func BenchmarkLatency(b *testing.B) {
-	const rounds = 5000
+	const slices, rounds = 20, 250
 	ctx := context.Background()
 	read := func(t target) func() {
 		buf := make([]byte, 8)
@@ -358,31 +369,37 @@ func BenchmarkLatency(b *testing.B) {
 	c := sleeping.tcpClient(b)
 	req, buf := tcpRequest(8, 1), make([]byte, 8)
 	kinds := []struct {
-		name string
-		run  func()
-		got  []float64
+		name   string
+		run    func()
+		got    []float64
+		slices []float64 // medians
 	}{
-		{"sleeping", read(sleeping), nil},
-		{"busy", read(busy), nil},
-		{"tcp", func() { c.Write(req); io.ReadFull(c, buf) }, nil},
+		{name: "sleeping", run: read(sleeping)},
+		{name: "busy", run: read(busy)},
+		{name: "tcp", run: func() { c.Write(req); io.ReadFull(c, buf) }},
 	}
+	slice := make([]float64, rounds)
 	for b.Loop() {
-		for i := range kinds {
-			k := &kinds[i]
-			for range rounds {
-				start := time.Now()
-				k.run()
-				k.got = append(k.got, float64(time.Since(start))/1e3)
+		for range slices {
+			for i := range kinds {
+				k := &kinds[i]
+				for j := range slice {
+					start := time.Now()
+					k.run()
+					slice[j] = float64(time.Since(start)) / 1e3
+				}
+				k.got = append(k.got, slice...)
+				k.slices = append(k.slices, median(slice))
+				time.Sleep(time.Millisecond) // let spinning end
 			}
-			time.Sleep(10 * time.Millisecond) // let spinning end
 		}
 	}
 	for _, k := range kinds {
 		b.ReportMetric(median(k.got), k.name+"-p50-µs")
 		b.ReportMetric(k.got[len(k.got)*99/100], k.name+"-p99-µs")
 	}
-	b.ReportMetric(median(kinds[0].got)/median(kinds[2].got), "sleeping/tcp")
-	b.ReportMetric(median(kinds[1].got)/median(kinds[2].got), "busy/tcp")
+	b.ReportMetric(paired(kinds[0].slices, kinds[2].slices), "sleeping/tcp")
+	b.ReportMetric(paired(kinds[1].slices, kinds[2].slices), "busy/tcp")
 	b.ReportMetric(0, "ns/op")
 }
 
