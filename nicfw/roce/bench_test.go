@@ -12,10 +12,13 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strconv"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // flat is memory as a mapped RAM file is: bytes that are copied.
@@ -53,6 +56,27 @@ type invitation struct {
 	NoOffload bool
 	Spin      time.Duration
 	NoICRC    bool
+	Pinned    bool // run on the second CPU
+}
+
+// pin lets all threads of this process run on one CPU, or with -1 on any again.
+func pin(t testing.TB, cpu int) {
+	t.Helper()
+	var set unix.CPUSet
+	for i := range runtime.NumCPU() {
+		if cpu < 0 || i == cpu {
+			set.Set(i)
+		}
+	}
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, task := range tasks {
+		if tid, err := strconv.Atoi(task.Name()); err == nil {
+			unix.SchedSetaffinity(tid, &set) // a thread may have ended
+		}
+	}
 }
 
 // TestServe is no test: it is the process that benchmarks read from, which they start with its name and this variable.
@@ -64,6 +88,9 @@ func TestServe(t *testing.T) {
 	stdin := json.NewDecoder(os.Stdin)
 	if err := stdin.Decode(&in); err != nil {
 		t.Fatal(err)
+	}
+	if in.Pinned {
+		pin(t, 1)
 	}
 	link, _ := udpPair(t, UDPConfig{NoOffload: in.NoOffload, Spin: in.Spin})
 	link.(*udpLink).rx.off, link.(*udpLink).tx.off = in.NoICRC, in.NoICRC
@@ -108,9 +135,15 @@ func TestServe(t *testing.T) {
 // benchTarget starts a process that serves size bytes and connects to it.
 func benchTarget(b testing.TB, cfg UDPConfig, size int, icrc bool) target {
 	b.Helper()
+	return newTarget(b, cfg, invitation{Size: size, NoICRC: !icrc})
+}
+
+// newTarget starts a process that serves as in says and connects to it.
+func newTarget(b testing.TB, cfg UDPConfig, in invitation) target {
+	b.Helper()
 	link, spare := udpPair(b, cfg)
 	spare.Close()
-	link.(*udpLink).rx.off, link.(*udpLink).tx.off = !icrc, !icrc
+	link.(*udpLink).rx.off, link.(*udpLink).tx.off = in.NoICRC, in.NoICRC
 	d, err := Open(link, Config{})
 	if err != nil {
 		b.Fatal(err)
@@ -139,7 +172,7 @@ func benchTarget(b testing.TB, cfg UDPConfig, size int, icrc bool) target {
 		d.Close()
 	})
 	var of offer
-	in := invitation{Remote{link.LocalAddr().Addr(), q.QPN(), q.PSN()}, size, cfg.NoOffload, cfg.Spin, !icrc}
+	in.Remote, in.NoOffload, in.Spin = Remote{link.LocalAddr().Addr(), q.QPN(), q.PSN()}, cfg.NoOffload, cfg.Spin
 	if err := errors.Join(json.NewEncoder(stdin).Encode(in), json.NewDecoder(stdout).Decode(&of)); err != nil {
 		b.Fatal(err)
 	}
@@ -353,7 +386,8 @@ func BenchmarkThroughput(b *testing.B) {
 }
 
 // BenchmarkLatency reads 8 bytes at a time, sleeping and busy polling, against request and response over TCP, in turn in
-// one run. It reports the median and the 99th percentile in µs, and the medians of the ratios of medians of short slices.
+// one run. Client and server have a CPU each, where there are two: whether the scheduler puts them on the same one is not
+// what is measured. It reports the median and the 99th percentile in µs, and the medians of the ratios of medians of short slices.
 func BenchmarkLatency(b *testing.B) {
 	const slices, rounds = 20, 250
 	ctx := context.Background()
@@ -365,7 +399,12 @@ func BenchmarkLatency(b *testing.B) {
 			}
 		}
 	}
-	sleeping, busy := benchTarget(b, UDPConfig{}, 4096, true), benchTarget(b, UDPConfig{Spin: 200 * time.Microsecond}, 4096, true)
+	in := invitation{Size: 4096, Pinned: runtime.NumCPU() > 1}
+	if in.Pinned {
+		pin(b, 0)
+		defer pin(b, -1)
+	}
+	sleeping, busy := newTarget(b, UDPConfig{}, in), newTarget(b, UDPConfig{Spin: 200 * time.Microsecond}, in)
 	c := sleeping.tcpClient(b)
 	req, buf := tcpRequest(8, 1), make([]byte, 8)
 	kinds := []struct {

@@ -45,6 +45,8 @@ type udpLink struct {
 	rxNext  int           // the one to be taken apart next; guarded by recvMu
 	rxOff   int           // and where in it; guarded by recvMu
 	idle    bool          // the last receive found less than it had room for; guarded by recvMu
+	singles int           // receives in a row that found one message; guarded by recvMu
+	starved int           // times still that busy polling yields at once; guarded by recvMu
 	timeout time.Duration // SO_RCVTIMEO; guarded by recvMu
 
 	sendMu   sync.Mutex
@@ -258,6 +260,9 @@ func (l *udpLink) Close() error {
 func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 	l.recvMu.Lock()
 	defer l.recvMu.Unlock()
+	if l.starved > 0 && wait != 0 {
+		l.starved--
+	}
 	var start time.Time // of looking for packets
 	for {
 		if l.rxNext < l.rxHave {
@@ -289,7 +294,12 @@ func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 				return 0, nil
 			}
 			if passed < l.spin {
-				unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) // whom we wait for may need this very CPU
+				if l.starved > 0 || passed > patience {
+					if l.starved == 0 {
+						l.starved = starvedFor
+					}
+					unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+				}
 				continue
 			}
 		case wait > 0 || l.spin > 0:
@@ -310,6 +320,13 @@ func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 		}
 	}
 }
+
+// Busy polling holds the CPU for as long as an answer usually takes. When none came by then, whom we wait for may need this
+// very CPU: it is then yielded at each turn, and so from the start for the next receives.
+const (
+	patience   = 10 * time.Microsecond
+	starvedFor = 64
+)
 
 // Sleeping for longer than shortSleep is done by a receive with a timeout, which is one system call and may end early: it is
 // rounded down to a power of two, so that it rarely has to be set. What is shorter is measured exactly.
@@ -359,7 +376,12 @@ func (l *udpLink) deliver(packets []Packet) (int, error) {
 
 // recvmmsg receives what is there.
 func (l *udpLink) recvmmsg(flags uintptr) error {
-	for i := range l.rxMsgs {
+	// Where messages come one by one, the kernel is spared looking for a second one, most times.
+	ask := len(l.rxMsgs)
+	if l.singles >= 4 && l.singles%16 != 0 {
+		ask = 1
+	}
+	for i := range ask {
 		h := &l.rxMsgs[i].hdr
 		h.Namelen = unix.SizeofSockaddrInet6
 		h.SetControllen(controlSize)
@@ -368,14 +390,17 @@ func (l *udpLink) recvmmsg(flags uintptr) error {
 		var n uintptr
 		var errno unix.Errno
 		if flags == unix.MSG_DONTWAIT { // the scheduler need not know
-			n, _, errno = unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0])), uintptr(len(l.rxMsgs)), flags, 0, 0)
+			n, _, errno = unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0])), uintptr(ask), flags, 0, 0)
 		} else {
-			n, _, errno = unix.Syscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0])), uintptr(len(l.rxMsgs)), flags, 0, 0)
+			n, _, errno = unix.Syscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0])), uintptr(ask), flags, 0, 0)
 		}
 		switch errno {
 		case 0:
 			l.rxHave, l.rxNext, l.rxOff = int(n), 0, 0
 			l.idle = int(n) < len(l.rxMsgs)
+			if l.singles++; n > 1 {
+				l.singles = 0
+			}
 			return nil
 		case unix.EINTR:
 			if flags == unix.MSG_WAITFORONE {
