@@ -66,6 +66,7 @@ var owners = map[string][]string{
 	"github.com/insomniacslk/dhcp":        {"boot"},
 	"github.com/bmc-toolbox/common":       {"cmd/internal/hostpower"},
 	"golang.org/x/crypto/argon2":          {"redfish/service"},
+	"golang.org/x/crypto/ssh":             {"cmd/backdoor"},
 	"github.com/jacobweinstock/registrar": {"cmd/internal/hostpower"},
 }
 

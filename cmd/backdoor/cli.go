@@ -62,6 +62,8 @@ type options struct {
 	agreement                                                      agreementFlags
 	attest                                                         attestFlags
 	attested                                                       string
+	img                                                            imageFlags
+	flash                                                          flashFlags
 }
 
 func (o *options) global(fs *flag.FlagSet) {
@@ -108,7 +110,7 @@ func (e *codeError) Unwrap() error { return e.err }
 
 func verbs() []verb {
 	return slices.Concat([]verb{statusVerb, findingsVerb, psVerb, topVerb, dmesgVerb}, listingVerbs(), []verb{
-		healVerb, powerVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, attestVerb, loginVerb, configVerb, agreementVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
+		healVerb, powerVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, attestVerb, loginVerb, configVerb, agreementVerb, imageVerb, flashVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
 	})
 }
 

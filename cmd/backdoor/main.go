@@ -44,6 +44,8 @@
 //	login        log in to an agent and keep it as a context
 //	config       contexts: get-contexts, use-context, set-context, delete-context, view
 //	agreement    access agreements: keygen, new, sign, verify, show
+//	image        signed update bundles: keys, building, signing, the first installation
+//	flash        update the agents of many hosts, in waves
 //	lab          two virtual machines to try all of this on
 //	completion   completion for bash, zsh or fish
 //	version      the version of this program
