@@ -66,6 +66,7 @@ var owners = map[string][]string{
 	"github.com/insomniacslk/dhcp":        {"boot"},
 	"github.com/bmc-toolbox/common":       {"cmd/internal/hostpower"},
 	"golang.org/x/crypto/argon2":          {"redfish/service"},
+	"github.com/secure-systems-lab/":      {}, // checks envelopes in a test
 	"golang.org/x/crypto/ssh":             {"cmd/backdoor"},
 	"github.com/jacobweinstock/registrar": {"cmd/internal/hostpower"},
 }

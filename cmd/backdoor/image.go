@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/ed25519"
+	"crypto/rsa"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
@@ -23,6 +24,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/boot/bundle"
 	"github.com/backdoor-rhs/backdoor/boot/slot"
 	"github.com/backdoor-rhs/backdoor/images/bundler"
+	"github.com/backdoor-rhs/backdoor/images/export"
 	"golang.org/x/crypto/ssh"
 	sshagent "golang.org/x/crypto/ssh/agent"
 )
@@ -32,7 +34,7 @@ type imageFlags struct {
 	keys, rootKeys, releaseKeys        list
 	rootThreshold, releaseThreshold    int
 	out, roots, machine, version, line string
-	kernel, initramfs, dtb, dir        string
+	kernel, initramfs, dtb, dir, base  string
 	epoch, minLoader                   uint
 	valid                              time.Duration
 	slotSize, stateSize                int64
@@ -41,8 +43,8 @@ type imageFlags struct {
 
 var imageVerb = verb{
 	name:  "image",
-	args:  "key new|show FILE | roots new|rotate|sign|show FILE | build | sign FILE | verify FILE | inspect FILE | burn FILE DEVICE",
-	words: []string{"key", "roots", "build", "sign", "verify", "inspect", "burn"},
+	args:  "key new|show FILE | roots new|rotate|sign|show FILE | build | sign FILE | verify FILE | inspect FILE | burn FILE DEVICE | export bfb|openbmc FILE",
+	words: []string{"key", "roots", "build", "sign", "verify", "inspect", "burn", "export"},
 	short: "signed update bundles for agents: keys, building, signing, the first installation",
 	long: `A bundle is one signed file with all that an agent's machine boots. Its manifest is signed by a threshold of release keys; which keys
 those are is a key set, signed by a threshold of root keys, and each new key set is signed by the root keys of the one before.
@@ -57,6 +59,9 @@ those are is a key set, signed by a threshold of root keys, and each new key set
   verify FILE        verify a bundle as a device does that trusts -roots
   inspect FILE       tell what is in a bundle, whoever signed it
   burn FILE DEVICE   format a disk, or make the image of one, with the bundle as its first image; all that was on it is lost
+  export bfb FILE    a BlueField boot stream (-o) of a bundle that -roots verifies, on top of NVIDIA's for the card (-base default.bfb)
+  export openbmc FILE  a tarball for an OpenBMC with a static flash layout, of a flash image that burn or a programmer made, for -machine, with the
+                     RSA key that this OpenBMC trusts (-key); neither of the two was tried on hardware
 
 A -key is a file, or agent:COMMENT for a key that an ssh-agent holds, for example one from a PKCS#11 token (ssh-add -s MODULE).
 
@@ -87,6 +92,7 @@ A -key is a file, or agent:COMMENT for a key that an ssh-agent holds, for exampl
 		fs.DurationVar(&f.valid, "valid", 365*24*time.Hour, "`time` from now until when it can be installed")
 		fs.Int64Var(&f.slotSize, "slot-size", 0, "`MiB` of each slot (default one and a half times the bundle)")
 		fs.Int64Var(&f.stateSize, "state-size", 0, "`MiB` for the agent's file system, which is then to be made: mkfs.ext4 -L backdoor-state")
+		fs.StringVar(&f.base, "base", "", "NVIDIA's boot stream `file` for the card")
 		fs.BoolVar(&f.noGolden, "no-recovery", false, "leave out the recovery image, where there is no room for it")
 		fs.BoolVar(&o.yes, "y", false, "do not ask before a device is formatted")
 	},
@@ -108,6 +114,7 @@ func runImage(_ context.Context, e *env, args []string) (int, error) {
 	steps := map[string]step{
 		"build": {0, e.buildImage},
 		"sign":  {1, func() (int, error) { return e.signImage(args[0]) }}, "verify": {1, func() (int, error) { return e.verifyImage(args[0]) }},
+		"export":  {2, func() (int, error) { return e.exportImage(args[0], args[1]) }},
 		"inspect": {1, func() (int, error) { return e.inspectImage(args[0]) }}, "burn": {2, func() (int, error) { return e.burnImage(args[0], args[1]) }},
 		"key": {2, func() (int, error) { return e.imageKey(args[0], args[1]) }}, "roots": {2, func() (int, error) { return e.imageRoots(args[0], args[1]) }},
 	}
@@ -550,4 +557,90 @@ func (e *env) burnImage(path, device string) (int, error) {
 		_, err := fmt.Fprintf(w, "%s: version %s in slot a, to prove itself%s\n", device, s.A.Version, map[bool]string{true: "; and as the recovery image"}[cmp.Or(s.Golden.Status, "") == slot.Good])
 		return err
 	})
+}
+
+func (e *env) exportImage(form, path string) (int, error) {
+	f := &e.o.img
+	if f.out == "" {
+		return 0, &usageError{verb: "image", msg: "image export needs -o"}
+	}
+	in, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer in.Close()
+	var write func(*os.File) error
+	switch form {
+	case "bfb":
+		_, root, err := e.trusted()
+		if err != nil {
+			return 0, err
+		}
+		if f.base == "" {
+			return 0, &usageError{verb: "image", msg: "image export bfb needs -base"}
+		}
+		base, err := os.Open(f.base)
+		if err != nil {
+			return 0, err
+		}
+		defer base.Close()
+		st, err := base.Stat()
+		if err != nil {
+			return 0, err
+		}
+		img, err := bundle.OpenAt(in, bundle.Policy{Root: root, Product: bundler.Product})
+		if err == nil {
+			err = img.Verify()
+		}
+		if err != nil {
+			return 0, &codeError{exitDenied, fmt.Errorf("export %s: %w", path, err)}
+		}
+		_, _, _, parts, err := bundle.Read(in)
+		if err != nil {
+			return 0, err
+		}
+		write = func(out *os.File) error {
+			return export.BFB(out, bundle.Content{From: base, Size: st.Size()}, img, parts)
+		}
+	case "openbmc":
+		if len(f.keys) != 1 || f.machine == "" || f.version == "" {
+			return 0, &usageError{verb: "image", msg: "image export openbmc needs -machine, -set-version and one -key"}
+		}
+		key, err := readRSA(f.keys[0])
+		if err != nil {
+			return 0, err
+		}
+		st, err := in.Stat()
+		if err != nil {
+			return 0, err
+		}
+		write = func(out *os.File) error {
+			return export.OpenBMC(out, bundle.Content{From: in, Size: st.Size()}, f.machine, f.version, time.Now(), key)
+		}
+	default:
+		return 0, &usageError{verb: "image", msg: fmt.Sprintf("image export: %q is neither bfb nor openbmc", form)}
+	}
+	if err := bundler.WriteFile(f.out, write); err != nil {
+		return 0, fmt.Errorf("export %s: %w", path, err)
+	}
+	return exitOK, e.answer(map[string]string{"file": f.out}, func(w io.Writer) error {
+		_, err := fmt.Fprintln(w, f.out)
+		return err
+	})
+}
+
+func readRSA(path string) (*rsa.PrivateKey, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read key: %w", err)
+	}
+	k, err := ssh.ParseRawPrivateKey(text)
+	if err != nil {
+		return nil, fmt.Errorf("read key: %s: %w", path, err)
+	}
+	key, ok := k.(*rsa.PrivateKey)
+	if !ok {
+		return nil, fmt.Errorf("read key: %s holds a key of another kind than RSA", path)
+	}
+	return key, nil
 }

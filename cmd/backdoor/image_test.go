@@ -106,6 +106,30 @@ func TestImage(t *testing.T) {
 	c.run(exitError, "image", "roots", "new", "@roots.json", "-root-key", "@root.key", "-release-key", "@release.key")
 }
 
+func TestImageExport(t *testing.T) {
+	c := newCLI(t)
+	kernel := make([]byte, 100)
+	copy(kernel[56:], "ARMd")
+	c.build("1.0")
+	c.write("Image", kernel)
+	c.run(0, "image", "build", "-machine", "dpu-arm64", "-set-version", "1.1", "-kernel", "@Image", "-initramfs", "@initramfs", "-images", "@", "-roots", "@roots.json",
+		"-key", "@release.key", "-o", "@1.1.bundle")
+	c.write("base.bfb", nil)
+	c.run(0, "image", "export", "bfb", "@1.1.bundle", "-roots", "@roots.json", "-base", "@base.bfb", "-o", "@out.bfb")
+	if got := c.run(exitError, "image", "export", "bfb", "@1.0.bundle", "-roots", "@roots.json", "-base", "@base.bfb", "-o", "@no.bfb"); !strings.Contains(got, "arm64 Image") {
+		t.Errorf("a kernel of another kind: %s", got)
+	}
+	if out, err := exec.Command("openssl", "genrsa", "-out", c.path("rsa.key"), "2048").CombinedOutput(); err != nil {
+		t.Fatalf("openssl: %v: %s", err, out)
+	}
+	c.run(0, "image", "export", "openbmc", "@initramfs", "-machine", "evb-ast2600", "-set-version", "1.1", "-key", "@rsa.key", "-o", "@out.tar")
+	if out, err := exec.Command("tar", "tf", c.path("out.tar")).CombinedOutput(); err != nil || !strings.Contains(string(out), "MANIFEST.sig") {
+		t.Errorf("tar: %v: %s", err, out)
+	}
+	c.run(exitError, "image", "export", "openbmc", "@initramfs", "-machine", "evb-ast2600", "-set-version", "1.1", "-key", "@release.key", "-o", "@out.tar")
+	c.run(exitUsage, "image", "export", "zip", "@1.1.bundle", "-o", "@out.zip")
+}
+
 // TestImageRotation has two people sign, one by an OpenSSH key, one by an ssh-agent, and replaces a key that was lost.
 func TestImageRotation(t *testing.T) {
 	c := newCLI(t)

@@ -24,6 +24,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/boot/slot"
 	"github.com/backdoor-rhs/backdoor/images/bundler"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
+	"github.com/backdoor-rhs/backdoor/redfish/host"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/redfish/service"
 )
@@ -91,6 +92,7 @@ func (m *machine) start(running slot.Name) {
 		Limits: service.Limits{Hash: service.HashCost{Memory: 64, Passes: 1}}, Logger: slog.New(slog.NewTextHandler(m.t.Output(), nil)),
 		Reach: func(netip.Addr) bool { return true },
 	}
+	host.Configure(&o) // the agent's own page at "/", among others
 	Configure(&o, m.updater)
 	s, err := service.New(o)
 	if err != nil {
