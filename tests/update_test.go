@@ -3,23 +3,28 @@ package tests
 import (
 	"context"
 	"errors"
+	"flag"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/boot/slot"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
 	"github.com/backdoor-rhs/backdoor/redfish/firmware"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/tests/lab"
 )
 
+var powerCuts = flag.Int("power-cuts", 1, "at how many random moments of an update TestUpdateDPU cuts the DPU's power")
+
 // TestUpdateDPU updates a DPU from afar: its agent takes a bundle over Redfish into the slot that does not run, the loader starts it, the agent in it
-// says that it is good. Before that it refuses what is not for it, and an upload that breaks off goes on.
+// says that it is good. Before that it refuses what is not for it, loses its power in the middle, and an upload that breaks off goes on.
 func TestUpdateDPU(t *testing.T) {
 	needLab(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute+time.Duration(*powerCuts)*time.Minute)
 	defer cancel()
 	l, err := lab.Up(ctx, lab.Config{Slots: true})
 	if err != nil {
@@ -49,6 +54,9 @@ func TestUpdateDPU(t *testing.T) {
 		}
 	}
 	f := u.bundle("good", lab.Release{Version: "1.1.0"}, 0)
+	for i := range *powerCuts {
+		u.cutPower(i, f)
+	}
 	broken, die := context.WithCancel(ctx)
 	if _, err := u.client.Push(broken, &dying{f, 20 << 20, die}, u.size(f), client.PushOptions{}, nil); err == nil {
 		t.Fatal("an upload that broke off ends well")
@@ -69,6 +77,50 @@ func TestUpdateDPU(t *testing.T) {
 	if s, err := l.DPU.Slots.State(); err != nil || s.Active != "b" || s.B.Version != "1.1.0" || s.A.Version != "1.0.0" {
 		t.Errorf("the disk says %+v, %v", s, err)
 	}
+}
+
+// cutPower cuts the DPU's power at a random moment of an update, up to the one at which the task has ended, and has the machine start again: from a
+// whole image, which says that it is good.
+func (u *update) cutPower(i int, f *os.File) {
+	u.t.Helper()
+	const longest = 8 * time.Second // of an upload to an emulated DPU on a quiet machine
+	moment := time.Duration(rand.Int64N(int64(longest)))
+	began, ended := time.Now(), make(chan error, 1)
+	ctx, cancel := context.WithCancel(u.ctx)
+	defer cancel()
+	go func() {
+		task, err := u.client.Push(ctx, f, u.size(f), client.PushOptions{Apply: "OnStartUpdateRequest"}, nil)
+		if err == nil {
+			_, err = u.client.Wait(ctx, task.ODataID, nil)
+		}
+		ended <- err
+	}()
+	outcome := "in the middle"
+	select {
+	case err := <-ended:
+		if err != nil {
+			u.t.Errorf("cut %d: the update ended before the cut: %v", i, err)
+		}
+		outcome = "after the end"
+	case <-time.After(moment): // the power fails when it does
+	}
+	u.lab.DPU.PowerOff()
+	cancel()
+	before, err := u.lab.DPU.Slots.State()
+	if err != nil {
+		u.t.Fatalf("cut %d: the disk: %v", i, err)
+	}
+	if before.A.Status != slot.Good {
+		u.t.Errorf("cut %d: the disk says %+v", i, before)
+	}
+	if err := u.lab.DPU.Restart(u.ctx); err != nil {
+		u.t.Fatalf("cut %d, after %v: the DPU does not start: %v; the disk says %+v", i, time.Since(began), err, before)
+	}
+	if u.client, err = u.lab.DPU.Redfish(); err != nil {
+		u.t.Fatal(err)
+	}
+	u.await("1.0.0")
+	u.t.Logf("cut %d, %v into the update, %s: slot B was %q with %d bytes, and 1.0.0 is good again", i, moment.Round(time.Millisecond), outcome, before.B.Status, before.B.Written)
 }
 
 type update struct {

@@ -27,6 +27,7 @@ type images struct {
 	disk    *slot.Disk
 	running slot.Name
 	updater *firmware.Updater // nil if what runs is not what it should be
+	within  time.Duration     // proveWithin
 }
 
 // openImages finds the slots, if the machine was started from one.
@@ -48,7 +49,7 @@ func (w *worker) openImages() {
 	if err := disk.Damage(); err != nil {
 		w.log.Error("the state of the slots was damaged", "err", err)
 	}
-	w.images = &images{disk: disk, running: running}
+	w.images = &images{disk: disk, running: running, within: proveWithin}
 	if why := disk.State().Fallback; why != "" {
 		w.log.Error("another image runs than the one that was to run", "slot", running, "why", why)
 	}
@@ -75,7 +76,7 @@ func (w *worker) prove(ctx context.Context) {
 	if i == nil {
 		return
 	}
-	deadline := time.Now().Add(proveWithin)
+	deadline := time.Now().Add(i.within)
 	for {
 		err := w.works(ctx)
 		if err == nil {
@@ -95,7 +96,7 @@ func (w *worker) prove(ctx context.Context) {
 				_ = w.reset(ctx, true) // never fails
 				return
 			}
-			deadline = now.Add(proveWithin)
+			deadline = now.Add(i.within)
 		}
 		select {
 		case <-ctx.Done():

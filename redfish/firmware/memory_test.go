@@ -31,7 +31,7 @@ var (
 const most = 64 << 20
 
 // TestFlashMemory flashes a large image into a process of its own, and asks the kernel how much memory that ever had (VmHWM). With
-// -flash-size=1024 it is a GiB.
+// -flash-size=1024 behind the package it is a GiB.
 func TestFlashMemory(t *testing.T) {
 	if *child != "" {
 		serveDisk(t, *child)
