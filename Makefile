@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/build/go/bin:$(PATH)
 FUZZTIME ?= 20s
 BENCH ?= .
 
-.PHONY: bench-rdma conformance help setup build images demo lab test kernels fuzz bench lint clean
+.PHONY: bench-rdma conformance help setup build images demo lab test kernels fuzz bench lint powercuts clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '%-12s %s\n' "$$t" "$$d"; done
@@ -41,6 +41,9 @@ test: setup images ## all tests: unit with the race detector, short fuzzing, ima
 
 kernels: setup ## hold the kernel model against every kernel of the table in QEMU (fetches some 900 MB, takes half an hour)
 	go test -count=1 -timeout 120m ./agent/kernel -run 'TestGuest$$|TestListings$$' -guests all
+
+powercuts: setup images ## cut a DPU's power at 50 random moments of an update (about half an hour)
+	go test -count=1 -timeout 2h -run '^TestUpdateDPU$$' -v ./tests -power-cuts=50
 
 lint: setup ## formatting, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "not formatted by gofmt:"; echo "$$out"; exit 1; fi

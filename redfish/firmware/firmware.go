@@ -192,7 +192,9 @@ var UpdateSchema = oem.Schema{
 // Configure gives a service its UpdateService.
 func Configure(o *service.Options, u *Updater) {
 	o.Updater = u
-	o.Schemas = append(o.Schemas, service.Schema{Namespace: UpdateSchema.Name, Versions: []string{UpdateSchema.Version}, CSDL: UpdateSchema.CSDL()})
+	s := service.Schema{Namespace: UpdateSchema.Name, Versions: []string{UpdateSchema.Version}, CSDL: UpdateSchema.CSDL(), JSON: map[string][]byte{}}
+	s.JSON[UpdateSchema.Name+"."+UpdateSchema.Version], _ = UpdateSchema.JSON() // it describes no resource
+	o.Schemas = append(o.Schemas, s)
 }
 
 // Settle ends the way back to what is below the image that runs, once it is good (slot.Disk.Settle).
