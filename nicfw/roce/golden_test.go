@@ -185,6 +185,11 @@ func TestICRCDetectsCorruption(t *testing.T) {
 	if _, id, ok := c.open(src, dst, wire); !ok || id != 0xbeef {
 		t.Fatalf("open = %#x, %v", id, ok)
 	}
+	for _, expected := range []uint16{0xbeef, 0xbeee, 0x1234, 0xffff} {
+		if _, id, ok := c.openNear(src, dst, wire, expected); !ok || id != 0xbeef {
+			t.Fatalf("openNear with %#x expected = %#x, %v", expected, id, ok)
+		}
+	}
 	passed := 0
 	for i := range wire {
 		for b := range 8 {

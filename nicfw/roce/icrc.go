@@ -112,20 +112,25 @@ func (c *checker) headers(k *prefixKey) uint32 {
 // packet passes this check with a probability of 2^-16 instead of 2^-32; on IPv6, which has no identification, the
 // check is full.
 func (c *checker) open(src, dst netip.AddrPort, datagram []byte) (data []byte, id uint16, ok bool) {
+	return c.openNear(src, dst, datagram, 0)
+}
+
+// openNear is open that is faster when the identification is the one that is expected.
+func (c *checker) openNear(src, dst netip.AddrPort, datagram []byte, expected uint16) (data []byte, id uint16, ok bool) {
 	if len(datagram) < bthLen+icrcLen || len(datagram) > maxDatagram {
 		return nil, 0, false
 	}
 	data = datagram[:len(datagram)-icrcLen]
-	delta := c.sum(src, dst, 0, DontFragment, data) ^ binary.LittleEndian.Uint32(datagram[len(data):])
+	delta := c.sum(src, dst, expected, DontFragment, data) ^ binary.LittleEndian.Uint32(datagram[len(data):])
 	if delta == 0 {
-		return data, 0, true
+		return data, expected, true
 	}
 	if !src.Addr().Is4() {
 		return nil, 0, false
 	}
 	// Two bytes b0, b1 that enter the register are like b0 | b1<<8 in the register with two bytes of zeroes entering.
 	v := mulCRC(delta, c.unshift(afterID+len(data)+2))
-	return data, uint16(v<<8 | v>>8&0xff), v < 1<<16
+	return data, expected ^ uint16(v<<8|v>>8&0xff), v < 1<<16
 }
 
 // maxDatagram is the longest UDP payload that this package sends or takes.

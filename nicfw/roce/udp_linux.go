@@ -44,6 +44,7 @@ type udpLink struct {
 	rxHave  int           // messages received; guarded by recvMu
 	rxNext  int           // the one to be taken apart next; guarded by recvMu
 	rxOff   int           // and where in it; guarded by recvMu
+	rxID    uint16        // the IPv4 identification expected there; guarded by recvMu
 	idle    bool          // the last receive found less than it had room for; guarded by recvMu
 	singles int           // receives in a row that found one message; guarded by recvMu
 	starved int           // times still that busy polling yields at once; guarded by recvMu
@@ -396,7 +397,7 @@ func (l *udpLink) recvmmsg(flags uintptr) error {
 		}
 		switch errno {
 		case 0:
-			l.rxHave, l.rxNext, l.rxOff = int(n), 0, 0
+			l.rxHave, l.rxNext, l.rxOff, l.rxID = int(n), 0, 0, 0
 			l.idle = int(n) < len(l.rxMsgs)
 			if l.singles++; n > 1 {
 				l.singles = 0
@@ -436,16 +437,17 @@ func (l *udpLink) split(packets []Packet) int {
 				l.counters.badLength.Add(1)
 				continue
 			}
-			data, _, ok := l.rx.open(peer, l.local, part)
+			data, id, ok := l.rx.openNear(peer, l.local, part, l.rxID)
 			if !ok {
 				l.counters.badICRC.Add(1)
 				continue
 			}
+			l.rxID = id + 1 // the next segment has it; the kernel joins no others
 			packets[n] = Packet{peer, data}
 			n++
 		}
 		if l.rxOff >= len(buf) {
-			l.rxNext, l.rxOff = l.rxNext+1, 0
+			l.rxNext, l.rxOff, l.rxID = l.rxNext+1, 0, 0
 		}
 	}
 	return n

@@ -270,3 +270,29 @@ func TestDevice(t *testing.T) {
 		})
 	}
 }
+
+// TestAllocations: neither sending nor receiving allocates.
+func TestAllocations(t *testing.T) {
+	w := newWire(t, 4300)
+	a, b := w.xdp(t, 0, false, 4096, Native), w.xdp(t, 1, false, 4096, Native)
+	meet(t, a, b)
+	packets := make([]roce.Packet, 16)
+	for i := range packets {
+		packets[i] = linktest.Packet(b.LocalAddr(), 4112, uint32(i))
+	}
+	rx := make([]roce.Packet, len(packets))
+	if n := testing.AllocsPerRun(100, func() {
+		if err := a.Send(packets); err != nil {
+			t.Fatal(err)
+		}
+		for got := 0; got < len(packets); {
+			n, err := b.Recv(rx, time.Second)
+			if n == 0 || err != nil {
+				t.Fatalf("after %d packets: Recv = %d, %v", got, n, err)
+			}
+			got += n
+		}
+	}); n != 0 {
+		t.Errorf("%g allocations for %d packets", n, len(packets))
+	}
+}
