@@ -11,6 +11,7 @@ MAKEFLAGS += --no-print-directory
 export PATH := $(CURDIR)/build/go/bin:$(PATH)
 
 FUZZTIME ?= 20s
+MUTATIONS ?= 1000
 BENCH ?= .
 
 .PHONY: bench-rdma conformance help setup build images demo lab test kernels fuzz bench lint powercuts clean
@@ -36,7 +37,7 @@ lab: setup images ## start the lab (host, DPU, network) and leave it running
 
 test: setup images ## all tests: unit with the race detector, short fuzzing, images and lab in QEMU
 	go test -race -short ./...
-	$(MAKE) fuzz FUZZTIME=3s
+	$(MAKE) fuzz FUZZTIME=3s MUTATIONS=50
 	go test -count=1 -p 1 -timeout 60m ./agent/kernel ./agent/engine ./redfish/service ./images/... ./tests/...
 
 kernels: setup ## hold the kernel model against every kernel of the table in QEMU (fetches some 900 MB, takes half an hour)
@@ -50,11 +51,12 @@ lint: setup ## formatting, go vet, staticcheck
 	go vet ./...
 	go tool staticcheck ./...
 
-fuzz: setup ## run every fuzz target for FUZZTIME (20s)
+fuzz: setup ## run every fuzz target for FUZZTIME (20s), and alter the memory of guests MUTATIONS (1000) times
 	@go test -list '^Fuzz' ./... | awk '/^Fuzz/ {f[n++]=$$1} /^ok/ {for (i=0;i<n;i++) print $$2, f[i]; n=0}' | while read -r pkg f; do
 		echo "$$pkg $$f"
 		go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) "$$pkg" </dev/null
 	done
+	go test -count=1 -timeout 60m ./agent/kernel -run 'TestMutations$$' -mutations $(MUTATIONS)
 
 bench: setup images ## run the benchmarks that match BENCH (all), then measure the healing in the lab
 	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...

@@ -253,7 +253,7 @@ func (l *ladder) rung(name string, step func() (detail string, err error)) error
 func (l *ladder) climb(v *vmcoreinfo) (*Image, error) {
 	a := l.a
 	src := direct{a.ctx, a.mem}
-	img := &Image{mem: a.mem, note: v, ram: a.mem.Map(), cached: a.opt.Cache.get(v)}
+	img := &Image{whole: a.mem, mem: a.mem, note: v, ram: a.mem.Map(), cached: a.opt.Cache.get(v)}
 	img.info = Info{Release: v.values["OSRELEASE"], BuildID: v.values["BUILD-ID"], Note: v.pa}
 	var syms *symbolReader
 	steps := []struct {
@@ -283,12 +283,13 @@ func (l *ladder) climb(v *vmcoreinfo) (*Image, error) {
 		if err != nil {
 			return "", err
 		}
-		img.ram = ram
+		img.ram, img.ramKnown = ram, true
+		img.mem = hostmem.Narrow(a.mem, ram)
 		var total uint64
 		for _, r := range ram {
 			total += r.Size
 		}
-		return fmt.Sprintf("%d MiB in %d ranges", total>>20, len(ram)), nil
+		return fmt.Sprintf("%d MiB in %d ranges; nothing else is read from now on", total>>20, len(ram)), nil
 	})
 	return img, nil
 }

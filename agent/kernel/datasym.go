@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
@@ -149,6 +150,16 @@ func (img *Image) findData(ctx context.Context, src source) (string, error) {
 			return exports > 0, err
 		}},
 		&pattern{bytes: text, hit: func(va VirtAddr) (bool, error) {
+			// Since v6.1 there is a weak one, too, which is to be replaced at the end of the build and has no number in it.
+			var b [512]byte
+			if err := img.readImage(src, va, b[:]); err != nil {
+				return false, err
+			}
+			banner, ended := cString(b[:])
+			_, version, _ := strings.Cut(banner, ") #")
+			if !ended || version == "" || version[0] < '0' || version[0] > '9' {
+				return false, nil
+			}
 			img.syms.add("linux_banner", va)
 			return true, nil
 		}},

@@ -11,15 +11,17 @@ import (
 // Image is a kernel that was found and proven. It is immutable and safe for concurrent use; what it answers itself comes
 // from its own copy of the kernel's tables, without an access to the host. For everything else make a View.
 type Image struct {
-	mem   hostmem.Memory
-	arch  *arch
-	space *addressSpace
-	note  *vmcoreinfo
-	syms  *kallsyms
-	types *types
-	lay   *layout
-	ram   []hostmem.Range
-	info  Info
+	whole    hostmem.Memory // as it was given
+	mem      hostmem.Memory // what the kernel calls RAM of it: nothing else is read once that is known
+	arch     *arch
+	space    *addressSpace
+	note     *vmcoreinfo
+	syms     *kallsyms
+	types    *types
+	lay      *layout
+	ram      []hostmem.Range
+	ramKnown bool // ram is what the kernel says
+	info     Info
 
 	pageSize               uint64     // of the host's kernel
 	perCPU                 []VirtAddr // __per_cpu_offset of each possible CPU
@@ -32,6 +34,7 @@ type Image struct {
 	btfHead []byte   // the first part of the BTF
 	lacking bool     // kallsyms has no variables
 
+	proofs atomic.Uint32 // how often Prove was asked
 	// seen is the last reading of the clock.
 	seen atomic.Pointer[seen]
 	// lastMono is the latest CLOCK_MONOTONIC that Prove saw: it starts again at zero when the host does.
@@ -42,7 +45,7 @@ type Image struct {
 func (img *Image) Info() Info { return img.info }
 
 // Memory returns the memory that the kernel was found in.
-func (img *Image) Memory() hostmem.Memory { return img.mem }
+func (img *Image) Memory() hostmem.Memory { return img.whole }
 
 // RAM returns the host's RAM as the kernel itself knows it: the "System RAM" of iomem_resource at the time of the attach, or
 // the map of the memory if that could not be read (the rung "ram" tells). See hostmem.Narrow.

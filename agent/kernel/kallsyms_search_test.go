@@ -135,7 +135,8 @@ func imageWithExports(n int) (image []byte, syms *kallsyms) {
 		}
 		export(names[i][1:], 16*i)
 	}
-	copy(image[0xe0000:], "Linux version 5.10.0-test (who@where)\n")
+	copy(image[0xe0000:], "Linux version 5.10.0-test (who@where) #1 SMP\n")
+	copy(image[0xd0000:], "Linux version 5.10.0-test (who@where) # SMP\n")
 	return image, syms
 }
 

@@ -92,7 +92,11 @@ func testSymbols(t *testing.T, g *guest, img *Image) {
 			t.Error(err)
 			continue
 		}
-		if again, err := img.Symbol(at); err != nil || again != va || offset != 3 {
+		again, err := img.Symbol(at)
+		if errors.Is(err, ErrAmbiguous) && offset == 3 {
+			continue // an alias that is the name of another static function, too
+		}
+		if err != nil || again != va || offset != 3 {
 			t.Errorf("SymbolAt(%s+3) = %s+%d, %v", name, at, offset, err)
 		}
 	}
@@ -168,11 +172,17 @@ func testCounters(t *testing.T, g *guest, img *Image) {
 	}
 	g.ask(&irqs[1], "irqs")
 	g.ask(&stat[1], "stat")
+	if img.Info().Arch == "aarch64" {
+		testTimerEvents(t, g, img)
+	}
 	for cpu, c := range h.CPUs {
 		for _, x := range []struct {
 			name, row string
 			got       uint64
 		}{{"TimerIRQs", "LOC:", c.TimerIRQs}, {"NMIs", "NMI:", c.NMIs}} {
+			if img.Info().Arch != "x86_64" {
+				continue // there are no such rows
+			}
 			if lo, hi := line(irqs[0], x.row)[cpu], line(irqs[1], x.row)[cpu]; x.got < lo || x.got > hi {
 				t.Errorf("CPU %d: %s = %d, the guest counted from %d to %d", cpu, x.name, x.got, lo, hi)
 			}
@@ -194,6 +204,40 @@ func testCounters(t *testing.T, g *guest, img *Image) {
 	// The count of a CPU's interrupts is without the architecture's own, which /proc/stat adds.
 	if h.CPUs[0].IRQs == 0 || h.CPUs[0].IRQs > line(stat[1], "intr")[0] {
 		t.Errorf("%d interrupts, the guest counted %d", h.CPUs[0].IRQs, line(stat[1], "intr")[0])
+	}
+}
+
+// testTimerEvents: on AArch64 the counter is of what the timer interrupts do, which begins later than the interrupts. So the
+// growth is compared.
+func testTimerEvents(t *testing.T, g *guest, img *Image) {
+	count := func() (n [2]uint64) {
+		var text string
+		g.ask(&text, "irqs")
+		for l := range strings.Lines(text) {
+			if f := strings.Fields(l); len(f) > 3 && f[len(f)-1] == "arch_timer" {
+				n[0], _ = strconv.ParseUint(f[1], 10, 64)
+				n[1], _ = strconv.ParseUint(f[2], 10, 64)
+				return n
+			}
+		}
+		t.Fatalf("no arch_timer in %s", text)
+		return n
+	}
+	beat := func() Heartbeat {
+		h, err := img.View(t.Context()).Heartbeat()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return h
+	}
+	a, first, b := count(), beat(), count()
+	time.Sleep(time.Second)
+	c, second, d := count(), beat(), count()
+	for cpu := range 2 {
+		got := second.CPUs[cpu].TimerIRQs - first.CPUs[cpu].TimerIRQs
+		if got < c[cpu]-b[cpu] || got > d[cpu]-a[cpu] || first.CPUs[cpu].TimerIRQs > b[cpu] || first.CPUs[cpu].NMIs != 0 {
+			t.Errorf("CPU %d: %d timer events, %d more; the guest counted %d and %d to %d more", cpu, first.CPUs[cpu].TimerIRQs, got, b[cpu], c[cpu]-b[cpu], d[cpu]-a[cpu])
+		}
 	}
 }
 

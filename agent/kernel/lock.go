@@ -75,7 +75,8 @@ type lockWalk struct {
 // holds them and who waits, and those of the kernel's own big locks that are held. No kernel keeps a list of its locks: a
 // sleeper's place in the queue is found on its stack, and counts only if the queue around it is whole.
 //
-// A lock that spins does not show here, nor one of a kernel built for real time.
+// A lock that spins does not show here, nor one of a kernel built for real time. Since v7.0 the queue of a lock no longer leads to
+// the lock: there it is ErrNotSupported.
 func (v *View) Locks() iter.Seq2[Lock, error] {
 	return settled(v, "walk locks", func() ([]Lock, error) {
 		w := lockWalk{v: v, tasks: make(map[VirtAddr]Task), locks: make(map[VirtAddr]bool)}
@@ -86,7 +87,7 @@ func (v *View) Locks() iter.Seq2[Lock, error] {
 
 func (w *lockWalk) resolve() error {
 	r := resolver{img: w.v.img}
-	w.task = r.shape("task_struct", "stack", "thread.sp", "pi_blocked_on?", "stack_vm_area?")
+	w.task = r.shape("task_struct", "stack", "thread.sp|thread.cpu_context.sp", "pi_blocked_on?", "stack_vm_area?")
 	w.mutex = r.shape("mutex", "owner.counter", "wait_list[]")
 	w.rwsem = r.shape("rw_semaphore", "count.counter", "owner.counter", "wait_list[]")
 	w.semaphore = r.shape("semaphore", "count", "wait_list[]")
@@ -109,7 +110,11 @@ func (w *lockWalk) resolve() error {
 	}
 	try := resolver{img: w.v.img}
 	w.rtWaiter = try.shape("rt_mutex_waiter", "lock", "task")
-	w.rt = try.shape("rt_mutex_base", "waiters.rb_root.rb_node", "owner")
+	rt := "rt_mutex_base" // a part of rt_mutex since v5.15
+	if _, err := w.v.img.types.sizeof(rt); err != nil {
+		rt = "rt_mutex"
+	}
+	w.rt = try.shape(rt, "waiters.rb_root.rb_node", "owner")
 	w.pi = try.shape("rt_mutex_waiter", "tree.entry|tree_entry[]")
 	if try.err != nil {
 		w.rtWaiter = nil
@@ -120,12 +125,37 @@ func (w *lockWalk) resolve() error {
 	return nil
 }
 
-// threadSize returns how large the stacks of threads are: a constant of the source, which the first one gives away.
+// threadSize returns how large the stacks of threads are: a constant of the source, which the first one gives away, or what
+// holds that of another thread.
 func (v *View) threadSize() (uint64, error) {
 	r := resolver{img: v.img}
 	n := uint64(r.symbol("__end_init_stack", "__end_init_task") - r.symbol("init_stack"))
-	if r.err == nil && (n > maxStack || n < 4096) {
-		r.fail(&CorruptError{"init_stack", 0, fmt.Sprintf("is of %d bytes", n)})
+	if r.err != nil {
+		r = resolver{img: v.img}
+		task, area := r.shape("task_struct", "stack_vm_area"), r.shape("vm_struct", "nr_pages")
+		if r.err != nil {
+			return 0, r.err
+		}
+		for t, err := range v.Tasks() {
+			if err != nil {
+				return 0, err
+			}
+			s, err := v.thing(task, t.Addr)
+			if err != nil {
+				return 0, err
+			}
+			if p := s.ptr("stack_vm_area"); p != 0 {
+				a, err := v.thing(area, p)
+				if err != nil {
+					return 0, err
+				}
+				n = a.num("nr_pages") * v.img.pageSize
+				break
+			}
+		}
+	}
+	if n > maxStack || n < 4096 {
+		r.fail(&CorruptError{"stack", 0, fmt.Sprintf("is of %d bytes", n)})
 	}
 	return n, r.err
 }

@@ -19,6 +19,8 @@ type MemoryUse struct {
 	Tables    uint64 `json:"tables"` // page tables
 	SwapTotal uint64 `json:"swapTotal"`
 	SwapFree  uint64 `json:"swapFree"`
+	// SwapUnknown says that the kernel can swap, and that its total could not be found: both figures are zero then.
+	SwapUnknown bool `json:"swapUnknown,omitempty"`
 
 	Zones []Zone `json:"zones"`
 	// Pressure is nil if the kernel does not account for stalls.
@@ -183,6 +185,8 @@ func (w *memoryWalk) run() error {
 			return err
 		}
 		u.SwapTotal = n * page
+	} else if _, err := w.v.img.syms.symbol("swapper_spaces"); err == nil || w.v.img.lacking {
+		u.SwapUnknown = true
 	}
 	u.Pressure, err = w.pressure()
 	return err

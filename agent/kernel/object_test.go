@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -187,6 +188,12 @@ func TestContainerNames(t *testing.T) {
 
 func testLocks(t *testing.T, g *guest, img *Image) {
 	v := g.frozenView(img)
+	if _, err := img.types.field("mutex", "first_waiter"); err == nil { // the queue has no head: since v7.0
+		if _, err := drain(v.Locks()); !errors.Is(err, ErrNotSupported) {
+			t.Errorf("Locks of a kernel whose queues have no heads: %v; want ErrNotSupported", err)
+		}
+		return
+	}
 	var got []string
 	for _, l := range gather(t, v, v.Locks()) {
 		s := l.Kind + " "

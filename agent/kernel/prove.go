@@ -6,11 +6,16 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
+
+// ramEvery is every how many proofs the RAM map is read again: it takes as many reads as there are resources.
+const ramEvery = 64
 
 // identity is what is the same as long as a kernel runs and different in the next, even if that is the same kernel at the
 // same place: the banner, the boot's random bases and the boot CPU's stack canary.
@@ -112,6 +117,18 @@ func (img *Image) prove(ctx context.Context) error {
 	t, err := img.times(direct{ctx, img.mem})
 	if err != nil {
 		return err
+	}
+	// RAM is added to and taken from running hosts. What is read is bound by the map, so it must stay true.
+	if img.ramKnown && img.proofs.Add(1)%ramEvery == 0 {
+		ram, err := img.systemRAM(direct{ctx, img.whole})
+		var corrupt *CorruptError
+		switch {
+		case errors.As(err, &corrupt): // being changed; the next time tells
+		case err != nil:
+			return err
+		case !slices.Equal(ram, img.ram):
+			return fmt.Errorf("the host's RAM is now %v, it was %v: %w", ram, img.ram, ErrGone)
+		}
 	}
 	for {
 		last := img.lastMono.Load()

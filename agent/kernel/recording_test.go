@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -50,7 +51,7 @@ func TestRecord(t *testing.T) {
 		g.ask(&threads, "ps")
 		g.ask(&records, "dmesg")
 		modules, mounts := g.read("/proc/modules"), g.read("/proc/1/mountinfo")
-		g.execute("stop")
+		g.rest(live)
 		// One kernel is recorded with all its symbols and types.
 		for _, l := range listings { // which types they use is seen then
 			if _, err := l.ask(live.View(t.Context())); err != nil {
@@ -143,6 +144,25 @@ func TestRecord(t *testing.T) {
 		}
 		t.Logf("%s: %d bytes", f.Name(), n)
 	})
+}
+
+// rest stops the guest while no process of its userland but those that spin is on a CPU, so that all have a stack.
+func (g *guest) rest(img *Image) {
+	g.t.Helper()
+	for end := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		g.execute("stop")
+		busy := false
+		for task, err := range img.View(context.Background()).Tasks() {
+			busy = busy || err != nil || task.OnCPU && task.PID == 1
+		}
+		if !busy {
+			return
+		}
+		if time.Now().After(end) {
+			g.t.Fatal("the guest's init does not come to rest")
+		}
+		g.execute("cont")
+	}
 }
 
 // recorded calls f for each recording.

@@ -37,6 +37,9 @@ func (m Memory) Text(w io.Writer) error {
 	for _, n := range []uint64{m.Total, m.Free, m.Available, m.Anonymous, m.PageCache, m.Shared, m.Dirty, m.Slab, m.Stacks, m.Tables, m.SwapTotal, m.SwapFree} {
 		cells = append(cells, Bytes(n))
 	}
+	if m.SwapUnknown {
+		cells[len(cells)-2], cells[len(cells)-1] = "?", "?"
+	}
 	p.table(">>>>>>>>>>>>", append(rows, cells))
 	p.printf("\n")
 	rows = [][]string{{"ZONE", "NODE", "MANAGED", "FREE", "MIN", "LOW", "HIGH", "FREE BLOCKS BY ORDER"}}

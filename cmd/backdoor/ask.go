@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/query"
 )
 
@@ -42,6 +44,50 @@ Exit status: 0 healthy, 3 ill, 4 could not tell.
 			c = exitUnsure
 		}
 		return c, e.answer(st, st.Text)
+	},
+}
+
+var attachVerb = verb{
+	name:  "attach",
+	short: "how the host's kernel was found and proven",
+	long: `Each line is a rung of the ladder from bytes to a kernel: what was tried, whether it was proven, how long it took, and by
+what. The last rung says which of several kernels in memory is the live one; NO there means that none moves. With -image or
+-mem the attach is done now, and where it fails it is told how far it came.
+
+Exit status: 0 attached, 4 not.
+
+  backdoor attach
+  backdoor -image vmcore attach
+  backdoor attach -json | jq '.rungs[] | select(.ok | not)'`,
+	run: func(ctx context.Context, e *env, args []string) (int, error) {
+		if err := none("attach", args); err != nil {
+			return 0, err
+		}
+		s, err := e.open(ctx)
+		var failed *kernel.AttachError
+		if errors.As(err, &failed) {
+			a := query.AttachOf(nil, err)
+			return exitUnsure, e.answer(a, a.Text)
+		}
+		if err != nil {
+			return 0, err
+		}
+		defer s.Close()
+		if m, ok := s.(*memory); ok {
+			info := m.img.Info()
+			a := query.AttachOf(&info, nil)
+			return exitOK, e.answer(a, a.Text)
+		}
+		st, err := s.Status(ctx)
+		if err != nil {
+			return 0, err
+		}
+		a := query.AttachOf(st.Kernel, nil)
+		if st.Kernel == nil {
+			a.Phase, a.Error = st.Phase, st.Why
+			return exitUnsure, e.answer(a, a.Text)
+		}
+		return exitOK, e.answer(a, a.Text)
 	},
 }
 

@@ -72,7 +72,7 @@ func (o *options) global(fs *flag.FlagSet) {
 	fs.StringVar(&o.host, "host", "", "agent to ask, by its `URL`, instead of a context")
 	fs.StringVar(&o.image, "image", "", "crash dump `file` to read instead of asking an agent")
 	fs.StringVar(&o.mem, "mem", "", "live RAM `file` of a virtual machine to read instead of asking an agent")
-	fs.StringVar(&o.layout, "layout", "q35", "where RAM lies in the -mem file: q35 or flat")
+	fs.StringVar(&o.layout, "layout", "q35", "where RAM lies in the -mem file: q35, virt (arm64) or flat")
 	fs.StringVar(&o.user, "user", "", "user `name` at the agent (default admin, or the context's)")
 	fs.StringVar(&o.passwordFile, "password-file", "", "`file` with the password, - for standard input")
 	fs.StringVar(&o.ca, "ca", "", "PEM `file` with the authority that signed the agent's certificate")

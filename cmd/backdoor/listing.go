@@ -12,7 +12,7 @@ import (
 
 // listingVerbs are the verbs that ask one question about the host each; the table of them is that of package query.
 func listingVerbs() []verb {
-	var out []verb
+	out := []verb{attachVerb}
 	for _, l := range query.Listings() {
 		out = append(out, verb{
 			name: l.Name, args: l.Args, short: l.Short, long: l.Long,

@@ -15,6 +15,7 @@
 // The verbs:
 //
 //	status       how the host and its agent stand
+//	attach       how the host's kernel was found and proven
 //	findings     what is wrong with the host; findings ID tells everything about one
 //	ps           the host's processes
 //	top          the host's busiest processes

@@ -61,6 +61,12 @@ func TestRecordedHosts(t *testing.T) {
 				t.Errorf("status = %+v; want release %s, no panic, and an uptime", s, labels["release"])
 			}
 
+			var a query.Attach
+			ask(exitOK, &a, "attach")
+			if a.Kernel == nil || a.Kernel.Release != labels["release"] || len(a.Rungs) < 8 || a.Rungs[0].Name != "note" || !a.Rungs[0].OK {
+				t.Errorf("attach = %+v; want the rungs to release %s", a, labels["release"])
+			}
+
 			var ps query.Processes
 			ask(exitOK, &ps, "ps", "-threads")
 			names := make(map[int]string)

@@ -95,10 +95,12 @@ func openRAM(path, layout string) (hostmem.Memory, error) {
 	switch layout {
 	case "q35":
 		extents = hostmem.Q35Layout(size)
+	case "virt":
+		extents = hostmem.VirtLayout(size)
 	case "flat":
 		extents = []hostmem.Extent{{Range: hostmem.Range{Size: size}}}
 	default:
-		return nil, &usageError{msg: fmt.Sprintf("-layout: want q35 or flat, found %q", layout)}
+		return nil, &usageError{msg: fmt.Sprintf("-layout: want q35, virt or flat, found %q", layout)}
 	}
 	return hostmem.OpenRAMFile(path, extents, false)
 }

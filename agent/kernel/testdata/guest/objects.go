@@ -225,7 +225,7 @@ func locks() {
 		{"l-file-wait", "write_iter", func() { unix.Pwrite(file, []byte("x"), 1) }},
 		{"l-dir-own", "handle_userfault", func() { unix.Syscall(unix.SYS_GETDENTS64, uintptr(dir), page(2), 4096) }},
 		{"l-dir-wait", "mkdir", func() { unix.Mkdir("/run/locks/dir/new", 0o755) }},
-		{"l-pi-own", "pause", func() { lockPI(); unix.Pause() }},
+		{"l-pi-own", map[string]string{"amd64": "pause", "arm64": "ppoll"}[runtime.GOARCH], func() { lockPI(); unix.Pause() }},
 		{"l-pi-wait", "futex_lock_pi", func() { lockPI() }},
 	} {
 		tid := make(chan int)
