@@ -109,7 +109,9 @@ type Info struct {
 	Symbols  int              `json:"symbols"`
 	BTFBytes int              `json:"btfBytes"`
 	BootTime time.Time        `json:"bootTime"` // zero if it could not be told
-	Rungs    []Rung           `json:"rungs"`
+	// Capture says that this is a crash kernel, started by the panic of another, whose memory it is there to save.
+	Capture bool   `json:"capture,omitempty"`
+	Rungs   []Rung `json:"rungs"`
 }
 
 // Task is one thread of the host as its task_struct tells.

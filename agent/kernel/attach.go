@@ -722,6 +722,16 @@ func (img *Image) proveFirst(ctx context.Context, src source) (string, error) {
 	img.lastMono.Store(t.mono)
 	img.seen.Store(&seen{t.mono, time.Now()})
 
+	// Where the memory of the kernel that crashed is described: ELFCORE_ADDR_MAX if none did (kernel/crash_dump.c).
+	if va, err := img.syms.symbol("elfcorehdr_addr"); err == nil {
+		var b [8]byte
+		if err := img.space.object(src, "elfcorehdr_addr", va, b[:]); err == nil {
+			img.info.Capture = le64(b[:]) < ^uint64(1)
+		} else if !unreadable(err) {
+			return "", err
+		}
+	}
+
 	// The list of tasks comes back to where it begins; a very long one is believed from its first part.
 	const enough = 4096
 	tasks, view := 0, img.View(ctx)
@@ -733,5 +743,9 @@ func (img *Image) proveFirst(ctx context.Context, src source) (string, error) {
 			break
 		}
 	}
-	return fmt.Sprintf("banner, note, init_task, page tables; list of %d tasks closes", tasks), nil
+	detail := fmt.Sprintf("banner, note, init_task, page tables; list of %d tasks closes", tasks)
+	if img.info.Capture {
+		detail += "; it is the crash kernel of another"
+	}
+	return detail, nil
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -83,6 +84,7 @@ type guestOptions struct {
 	early        bool     // return at once, not when userland is ready
 	modules      []string // that the guest loads, with what they need
 	args         []string // of QEMU
+	kexec        bool     // the guest can start the same kernel again by itself
 }
 
 // guestMachine is what a guest's machine is made of.
@@ -113,8 +115,8 @@ func guestInit(goarch string) func() ([]byte, error) {
 	})
 }
 
-// cpio makes an initramfs of a single program and modules, which are loaded in the order of their names.
-func cpio(init []byte, modules ...modpack.Module) []byte {
+// cpio makes an initramfs of a single program, files (folders are nil), and modules, which are loaded in the order of their names.
+func cpio(init []byte, files map[string][]byte, modules ...modpack.Module) []byte {
 	var b bytes.Buffer
 	entry := func(name string, mode int, data []byte) {
 		fmt.Fprintf(&b, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x", 1, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name)+1, 0)
@@ -130,6 +132,13 @@ func cpio(init []byte, modules ...modpack.Module) []byte {
 	}
 	for i, m := range modules {
 		entry(fmt.Sprintf("modules/%02d-%s.ko", i, m.Name), 0o100644, m.Data)
+	}
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		if files[name] == nil {
+			entry(name, 0o40755, nil)
+		} else {
+			entry(name, 0o100644, files[name])
+		}
 	}
 	entry("TRAILER!!!", 0, nil)
 	return b.Bytes()
@@ -158,9 +167,17 @@ func startGuest(t *testing.T, kernel string, o guestOptions) *guest {
 		}
 		modules = pack.LoadOrder()
 	}
+	var files map[string][]byte
+	if o.kexec {
+		vmlinuz, err := os.ReadFile(k.Vmlinuz)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = map[string][]byte{"kexec": nil, "kexec/vmlinuz": vmlinuz, "kexec/initrd": cpio(init, nil)}
+	}
 	dir := t.TempDir()
 	initrd := filepath.Join(dir, "init.cpio")
-	if err := os.WriteFile(initrd, cpio(init, modules...), 0o644); err != nil {
+	if err := os.WriteFile(initrd, cpio(init, files, modules...), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	if o.cpu == "" {

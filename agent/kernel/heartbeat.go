@@ -205,6 +205,10 @@ func (v *View) beat(p *beatPlan) (Heartbeat, error) {
 		return h, err
 	}
 	h.Mono = clocks.mono
+	v.note(func(c *Confidence) {
+		c.Clocks++
+		c.Retries += clocks.tries
+	})
 	h.Jiffies = p.jiffies.in(b)
 	h.CPUs = make([]CPU, len(v.img.perCPU))
 	for i := range h.CPUs {

@@ -53,7 +53,7 @@ func prune(t *testing.T, img *Image) pruned {
 		loopback_get_stats64 dev_get_tstats64 slab_caches nr_node_ids vm_zone_stat vm_node_stat vm_event_states vmstat_text
 		_totalram_pages totalreserve_pages contig_page_data node_data nr_swap_pages total_swap_pages psi_system psi_disabled
 		avenrun _stext _etext init_stack __end_init_stack __end_init_task __start_orc_unwind_ip __stop_orc_unwind_ip
-		__start_orc_unwind timekeeper_data hrtimer_bases memstart_addr kimage_voffset jiffies`)
+		__start_orc_unwind timekeeper_data hrtimer_bases memstart_addr kimage_voffset jiffies elfcorehdr_addr`)
 	img.types.mu.Lock()
 	for field := range img.types.fields {
 		typs = append(typs, field[0])

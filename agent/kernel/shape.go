@@ -73,6 +73,9 @@ func (v *View) thing(s *shape, addr VirtAddr) (thing, error) {
 		return t, &CorruptError{s.typ, addr, "not an address of the kernel"}
 	}
 	err := t.o.load(v.img.space, v, s.typ, s.span, addr)
+	if err == nil {
+		v.note(func(c *Confidence) { c.Objects++ })
+	}
 	return t, err
 }
 
@@ -188,6 +191,7 @@ func (v *View) list(kind string, head VirtAddr, offset uint64, limit int, f func
 			if last != prev {
 				return &CorruptError{kind, head, fmt.Sprintf("list ends with %v, its head says %v", prev, last)}
 			}
+			v.note(func(c *Confidence) { c.Lists++ })
 			return nil
 		}
 		if n == limit {
@@ -295,10 +299,15 @@ func settle[T any](v *View, gather func() (T, error)) (T, error) {
 	for attempt := 1; ; attempt++ {
 		all, err := gather()
 		var corrupt *CorruptError
-		if !errors.As(err, &corrupt) || last != nil && *last == *corrupt {
+		if !errors.As(err, &corrupt) {
+			return all, err
+		}
+		if last != nil && *last == *corrupt {
+			v.note(func(c *Confidence) { c.Broken++ })
 			return all, err
 		}
 		if attempt == maxAttempts {
+			v.note(func(c *Confidence) { c.Broken++ })
 			return all, fmt.Errorf("%w: %w", ErrTorn, corrupt)
 		}
 		last = corrupt

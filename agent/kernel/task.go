@@ -177,11 +177,13 @@ func (w *taskWalk) run() error {
 			return err
 		}
 		if last != nil && *last == *corrupt {
+			w.v.note(func(c *Confidence) { c.Broken++ })
 			return corrupt
 		}
 		last = corrupt
 		w.v.forget()
 	}
+	w.v.note(func(c *Confidence) { c.Broken++ })
 	return fmt.Errorf("%w: %w", ErrTorn, last)
 }
 
@@ -224,6 +226,7 @@ func (w *taskWalk) processes() error {
 		}
 		prev, next = t.Addr, t.next
 	}
+	w.v.note(func(c *Confidence) { c.Lists++ })
 	return nil
 }
 
@@ -377,6 +380,13 @@ func (w *taskWalk) complete(t *taskRecord) error {
 	if int(le32(b[:])) != t.PID {
 		t.Confident = false
 	}
+	w.v.note(func(c *Confidence) {
+		c.Objects++
+		c.Twice++
+		if !t.Confident {
+			c.Changed++
+		}
+	})
 	return nil
 }
 

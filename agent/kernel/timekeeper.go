@@ -23,6 +23,8 @@ type times struct {
 	mono int64 // CLOCK_MONOTONIC, ns
 	real int64 // CLOCK_REALTIME, ns
 	boot int64 // CLOCK_REALTIME when the host booted, ns; changes only when the clock is set
+
+	tries int // how often a writer was met
 }
 
 func (img *Image) keeperLayout(src source) keeperLayout {
@@ -130,13 +132,13 @@ func (img *Image) times(src source) (times, error) {
 			continue
 		}
 		base, real := int64(o.u64(l.base)), int64(o.u64(l.offsReal))
-		t := times{mono: base + int64(o.u64(l.nsec)>>(o.u32(l.shift)&63))}
+		t := times{tries: try, mono: base + int64(o.u64(l.nsec)>>(o.u32(l.shift)&63))}
 		t.real = t.mono + real
 		t.boot = real - int64(o.u64(l.offsBoot))
 		if before&1 == 0 {
 			return t, nil
 		}
-		if try > 0 && t == last {
+		if try > 0 && t.mono == last.mono && t.real == last.real {
 			still++
 		}
 		if last = t; still >= keeperTries/2 {

@@ -27,6 +27,7 @@ type View struct {
 
 	mu    sync.Mutex
 	cost  Cost                        // guarded by mu
+	sure  Confidence                  // guarded by mu
 	pages map[hostmem.PhysAddr][]byte // guarded by mu; a page once in is not written again
 	order []hostmem.PhysAddr          // guarded by mu; ring of the keys of pages, oldest at next
 	next  int                         // guarded by mu
@@ -169,6 +170,7 @@ func (v *View) readScattered(segs []hostmem.Segment) error {
 func (v *View) forget() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	v.sure.Restarts++
 	clear(v.pages)
 	v.order, v.next = v.order[:0], 0
 }

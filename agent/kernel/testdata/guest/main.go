@@ -199,10 +199,51 @@ func answer(cmd []string) any {
 			fmt.Fprintf(f, "<13>guest: line %d %s", i, strings.Repeat("x", i%200))
 		}
 		return "ok"
+	case "kexec": // load the kernel in /kexec, to be started at once, or when this one crashes
+		return loadKernel(arg)
 	case "sysrq":
 		return fmt.Sprint(os.WriteFile("/proc/sysrq-trigger", []byte(arg), 0))
 	}
 	return listing(cmd[0], arg)
+}
+
+// loadKernel loads /kexec/vmlinuz and /kexec/initrd as this kernel's successor; "now" starts it, "crash" leaves it for a panic.
+func loadKernel(when string) string {
+	kernel, err := os.Open("/kexec/vmlinuz")
+	if err != nil {
+		return err.Error()
+	}
+	defer kernel.Close()
+	initrd, err := os.Open("/kexec/initrd")
+	if err != nil {
+		return err.Error()
+	}
+	defer initrd.Close()
+	own, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return err.Error()
+	}
+	var line []string
+	for _, f := range strings.Fields(string(own)) {
+		if !strings.HasPrefix(f, "crashkernel=") {
+			line = append(line, f)
+		}
+	}
+	flags := 0
+	if when == "crash" {
+		flags = unix.KEXEC_FILE_ON_CRASH
+		line = append(line, "nr_cpus=1", "reset_devices")
+	}
+	if err := unix.KexecFileLoad(int(kernel.Fd()), int(initrd.Fd()), strings.Join(line, " "), flags); err != nil {
+		return err.Error()
+	}
+	if when == "now" {
+		go func() {
+			time.Sleep(200 * time.Millisecond) // the answer goes out first
+			unix.Reboot(unix.LINUX_REBOOT_CMD_KEXEC)
+		}()
+	}
+	return "ok"
 }
 
 func kallsyms() any {

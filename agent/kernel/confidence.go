@@ -1,0 +1,48 @@
+package kernel
+
+import "fmt"
+
+// Confidence is the evidence that what a View has answered so far belongs together, gathered as it was read. A host that runs
+// changes while it is read: what was torn was read anew, and counts here.
+type Confidence struct {
+	Objects  int `json:"objects"`  // read in one piece, behind a pointer of the right class
+	Twice    int `json:"twice"`    // whose identity was read a second time, past the cache
+	Changed  int `json:"changed"`  // of these, those that were another by then
+	Lists    int `json:"lists"`    // that came back to where they begin, with their ways back right
+	Restarts int `json:"restarts"` // walks that were begun anew, because the host changed what they were at
+	Clocks   int `json:"clocks"`   // readings under the kernel's own sequence count
+	Retries  int `json:"retries"`  // of these, those that had to wait for a writer
+	Broken   int `json:"broken"`   // walks that were given up: torn again and again, or broken the same way twice
+}
+
+// Level condenses the evidence: "high" if nothing that was looked at twice had changed, "fair" if all that was torn was read
+// anew and is whole now, "low" if something was given up, or changed behind the answer.
+func (c Confidence) Level() string {
+	switch {
+	case c.Broken > 0 || c.Changed > 0:
+		return "low"
+	case c.Restarts > 0 || c.Objects+c.Lists+c.Clocks == 0:
+		return "fair"
+	}
+	return "high"
+}
+
+// String says it in a line.
+func (c Confidence) String() string {
+	return fmt.Sprintf("%s: %d objects, %d of %d changed at a second look, %d lists closed, %d walks begun anew, %d given up",
+		c.Level(), c.Objects, c.Changed, c.Twice, c.Lists, c.Restarts, c.Broken)
+}
+
+// Confidence returns the evidence so far.
+func (v *View) Confidence() Confidence {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.sure
+}
+
+// note adds evidence.
+func (v *View) note(add func(*Confidence)) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	add(&v.sure)
+}
