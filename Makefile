@@ -14,7 +14,7 @@ FUZZTIME ?= 20s
 MUTATIONS ?= 1000
 BENCH ?= .
 
-.PHONY: bench-rdma conformance help setup build images demo lab test kernels fuzz bench lint powercuts clean
+.PHONY: bench-rdma conformance help setup build images demo lab test kernels fuzz bench lint powercuts slots clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '%-12s %s\n' "$$t" "$$d"; done
@@ -45,6 +45,9 @@ kernels: setup ## hold the kernel model against every kernel of the table in QEM
 
 powercuts: setup images ## cut a DPU's power at 50 random moments of an update (about half an hour)
 	go test -count=1 -timeout 2h -run '^TestUpdateDPU$$' -v ./tests -power-cuts=50
+
+slots: setup images ## have a DPU start from slots whose images are broken in every way, hangs among them (some minutes)
+	go test -count=1 -timeout 60m -run '^TestSlots$$' -v ./tests -thorough
 
 lint: setup ## formatting, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "not formatted by gofmt:"; echo "$$out"; exit 1; fi

@@ -105,3 +105,20 @@ func FuzzParseSealed(f *testing.F) {
 		}
 	})
 }
+
+func FuzzParseSelection(f *testing.F) {
+	f.Add(attest.Selection(attest.ImagePCR, attest.IdentityPCR))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		pcrs, err := attest.ParseSelection(b)
+		if (len(pcrs) == 0) != (err != nil) {
+			t.Fatalf("ParseSelection() = %v, %v", pcrs, err)
+		}
+		if err != nil {
+			return
+		}
+		again, err := attest.ParseSelection(attest.Selection(pcrs...))
+		if err != nil || !cmp.Equal(pcrs, again) {
+			t.Fatalf("ParseSelection() = %v, and then %v, %v", pcrs, again, err)
+		}
+	})
+}

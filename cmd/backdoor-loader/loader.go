@@ -28,11 +28,13 @@ const loaderVersion = 1
 const (
 	// watchdogTime is how long the machine may stand still. It goes on counting through the jump, so the next kernel and its agent have as
 	// long to take it over.
-	watchdogTime = 45 * time.Second
+	watchdogTime = 30 * time.Second
 	// patience is how long the loader feeds the watchdog at most.
 	patience = 2 * time.Minute
 	// diskWait is how long it waits for a disk to appear.
-	diskWait = 5 * time.Second
+	diskWait = 15 * time.Second
+	// moduleWait is how long it waits before it looks for drivers of what has appeared meanwhile.
+	moduleWait = 500 * time.Millisecond
 )
 
 // A settings is /etc/backdoor/loader.json.
@@ -91,7 +93,7 @@ func run(console io.Writer) error {
 	} else {
 		l.tpm = tpm
 	}
-	for deadline := time.Now().Add(diskWait); ; time.Sleep(20 * time.Millisecond) { // disks appear on their own time
+	for deadline, again := time.Now().Add(diskWait), time.Now().Add(moduleWait); ; time.Sleep(20 * time.Millisecond) { // disks appear on their own time
 		disk, err := slot.Find("/sys", "/dev")
 		if err == nil {
 			l.disk = disk
@@ -99,6 +101,12 @@ func run(console io.Writer) error {
 		}
 		if !errors.Is(err, slot.ErrNone) || time.Now().After(deadline) {
 			return err
+		}
+		if time.Now().After(again) { // a memory card is known to the kernel, and wants a driver, only some time after its controller
+			if _, _, err := early.LoadModules(context.Background()); err != nil {
+				l.say(true, "load drivers: %v", err)
+			}
+			again = time.Now().Add(moduleWait)
 		}
 	}
 	return l.boot()

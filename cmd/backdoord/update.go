@@ -19,8 +19,12 @@ import (
 	"github.com/backdoor-rhs/backdoor/redfish/service"
 )
 
-// proveWithin is how long the image that runs has to say that it is good; then a machine on trial is started again.
-const proveWithin = 3 * time.Minute
+const (
+	// proveWithin is how long the image that runs has to say that it is good; then a machine on trial is started again.
+	proveWithin = 90 * time.Second
+	// doubtAfter is when the reason why it has not is noted: whatever ends the start then, the next image can tell.
+	doubtAfter = 10 * time.Second
+)
 
 // images are the slots of the agent's machine and which of them runs.
 type images struct {
@@ -76,7 +80,7 @@ func (w *worker) prove(ctx context.Context) {
 	if i == nil {
 		return
 	}
-	deadline := time.Now().Add(i.within)
+	deadline, doubt := time.Now().Add(i.within), time.Now().Add(min(doubtAfter, i.within))
 	for {
 		err := w.works(ctx)
 		if err == nil {
@@ -86,11 +90,14 @@ func (w *worker) prove(ctx context.Context) {
 			return
 		}
 		s := i.disk.State()
+		if time.Now().After(doubt) {
+			if derr := i.disk.Doubt(i.running, err); derr != nil {
+				w.log.Error("note why the image is not good", "err", derr)
+			}
+			doubt = doubt.Add(doubtAfter)
+		}
 		if now := time.Now(); now.After(deadline) {
 			w.log.Error("the image does not say that it is good", "slot", i.running, "err", err)
-			if derr := i.disk.Doubt(i.running, err); derr != nil {
-				w.log.Error("note why", "err", derr)
-			}
 			if s.Slot(i.running).Status == slot.Trial {
 				w.log.Error("the image on trial gives way: restarting", "slot", i.running)
 				_ = w.reset(ctx, true) // never fails

@@ -153,7 +153,7 @@ func build(ctx context.Context, img Image, o Options) (*Manifest, error) {
 		return nil, err
 	}
 	var a initramfs.Archive
-	if img.Loader {
+	if img.Loader != "" {
 		loader(&a, img, agent)
 	} else {
 		a.File("bbin/backdoord", agent, 0o755)
@@ -217,7 +217,7 @@ func loader(a *initramfs.Archive, img Image, program []byte) {
 	a.CharDevice("dev/console", 0o600, 5, 1)
 	a.Directory("etc", 0o755)
 	a.Directory("etc/backdoor", 0o755)
-	settings := fmt.Sprintf("{\"product\":\"backdoor\",\"machine\":%q}\n", strings.Replace(img.Name, "loader-", "dpu-", 1))
+	settings := fmt.Sprintf("{\"product\":\"backdoor\",\"machine\":%q}\n", img.Loader)
 	a.File("etc/backdoor/loader.json", []byte(settings), 0o644)
 	a.File("init", program, 0o755)
 }
@@ -250,7 +250,7 @@ func buildAgent(ctx context.Context, img Image, o Options) ([]byte, File, error)
 	defer os.RemoveAll(dir)
 	out := filepath.Join(dir, "agent")
 	program, place := o.Agent, "bbin/backdoord"
-	if img.Loader {
+	if img.Loader != "" {
 		program, place = "./cmd/backdoor-loader", "init"
 	}
 	if _, err := goCommand(ctx, o.Module, environment(img.GOARCH), "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", out, program); err != nil {
@@ -326,7 +326,7 @@ func makeBase(ctx context.Context, img Image, k kernels.Kernel, goVersion string
 	s.Modules = pack.Names()
 	var a initramfs.Archive
 	dirs := []string{"lib", "lib/modules"}
-	if !img.Loader {
+	if img.Loader == "" {
 		newc, err := u.busybox(ctx, img, o)
 		if err != nil {
 			return stored{}, err

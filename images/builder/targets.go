@@ -19,8 +19,9 @@ type Image struct {
 	// Commands are u-root's commands, built into one program. The agent needs init only; the others are for a person
 	// who boots with rdinit=/bbin/gosh.
 	Commands []string
-	// Loader says that the image is a first stage: cmd/backdoor-loader as its only program, and no u-root init.
-	Loader bool
+	// Loader, if not empty, says that the image is a first stage, with cmd/backdoor-loader as its only program and no u-root init, and names the
+	// image that it starts.
+	Loader string
 	// Budget bounds the sizes; a build that exceeds it fails.
 	Budget Budget
 }
@@ -76,14 +77,20 @@ func Images() []Image {
 		{
 			Name: "loader-arm64", About: "first stage of dpu-arm64",
 			GOARCH: "arm64", Kernel: "6.1-cloud-arm64", Console: "ttyAMA0",
-			Modules: join(first, nil, "tpm_tis"), Loader: true,
+			Modules: join(first, nil, "tpm_tis"), Loader: "dpu-arm64",
 			Budget: Budget{Initramfs: 2.5 * mb, Unpacked: 6 * mb},
 		},
 		{
 			Name: "loader-amd64", About: "first stage of dpu-amd64",
 			GOARCH: "amd64", Kernel: "6.1-generic", Console: "ttyS0",
-			Modules: join(first, nil, "i6300esb"), Loader: true,
+			Modules: join(first, nil, "i6300esb"), Loader: "dpu-amd64",
 			Budget: Budget{Initramfs: 2.5 * mb, Unpacked: 6 * mb},
+		},
+		{
+			Name: "loader-armv7", About: "first stage of bmc-armv7",
+			GOARCH: "arm", Kernel: "6.1-armmp", DTB: "aspeed-ast2600-evb.dtb", Console: "ttyS4,115200n8",
+			Modules: []string{"sdhci_of_aspeed", "mmc_block"}, Loader: "bmc-armv7",
+			Budget: Budget{Initramfs: 3 * mb, Unpacked: 6 * mb},
 		},
 	}
 }

@@ -313,6 +313,9 @@ func (d *DPU) WirePort() *wire.Port {
 	return d.port
 }
 
+// PowerOn switches the DPU on and waits for nothing.
+func (d *DPU) PowerOn(ctx context.Context) error { return d.machine.on(ctx) }
+
 // PowerOff cuts the DPU's power; it is no error if it is off.
 func (d *DPU) PowerOff() { d.machine.off() }
 

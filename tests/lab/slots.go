@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/boot/bundle"
 	"github.com/backdoor-rhs/backdoor/boot/handover"
 	"github.com/backdoor-rhs/backdoor/boot/slot"
@@ -190,6 +191,28 @@ func (s *Slots) Install(r Release) error {
 		}
 		return u.Commit(p, false, time.Now())
 	})
+}
+
+// Count notes a start of a slot, as the loader does before it jumps.
+func (s *Slots) Count(n slot.Name) error {
+	if err := s.mustBeOff(); err != nil {
+		return err
+	}
+	return s.open(func(d *slot.Disk) error { return d.Try(n) })
+}
+
+// Image returns what the loader measures of a bundle.
+func (s *Slots) Image(path string) (attest.Image, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return attest.Image{}, err
+	}
+	defer f.Close()
+	_, envelope, m, _, err := bundle.Read(f)
+	if err != nil {
+		return attest.Image{}, err
+	}
+	return handover.Image(envelope.Payload, m)
 }
 
 // Tamper changes the byte at off of a slot, as an attacker or a worn memory would.

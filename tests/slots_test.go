@@ -1,0 +1,343 @@
+package tests
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/boot/attest"
+	"github.com/backdoor-rhs/backdoor/boot/slot"
+	"github.com/backdoor-rhs/backdoor/redfish/client"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
+	"github.com/backdoor-rhs/backdoor/tests/lab"
+)
+
+var (
+	cuts     = flag.Int("cuts", 2, "how often TestSlots cuts the power in the middle of an update")
+	thorough = flag.Bool("thorough", false, "have TestSlots wait for watchdogs too, which takes minutes")
+)
+
+// commandLine is the DPU's.
+const commandLine = "console=ttyAMA0 panic=-1 quiet"
+
+var goodLine = regexp.MustCompile(`msg="the image is good" slot=(\S+) version=(\S+)`)
+
+// slots is a lab whose DPU is started from slots.
+type slots struct {
+	t    *testing.T
+	lab  *lab.Lab
+	dpu  *lab.DPU
+	ek   attest.Digest // of its TPM
+	mark int           // of the console, before the last start
+}
+
+// TestSlots starts the DPU as a real one is: by a loader that chooses, verifies and measures what it starts. Whatever happens to the image in
+// a slot, the machine has to start the right one, and its agent has to say why and to prove what it is. The loader is given by QEMU's
+// -kernel, in the place of a ROM.
+func TestSlots(t *testing.T) {
+	needLab(t)
+	limit := 12 * time.Minute // on a busy machine; a minute and a half on a quiet one
+	if *thorough {
+		limit += 10 * time.Minute
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), limit+time.Duration(*cuts)*3*time.Minute)
+	defer cancel()
+	l, err := lab.Up(ctx, lab.Config{Slots: true, HostMemory: 256 << 20, Log: t.Output()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if t.Failed() {
+			for _, line := range l.DPU.Console().Tail(60) {
+				t.Log(line)
+			}
+		}
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	s := &slots{t: t, lab: l, dpu: l.DPU}
+	t.Logf("power on to the first answer: %.1f s", l.DPU.BootTook.Seconds())
+	s.wantGood(ctx, slot.A, "1.0.0")
+	first := s.dpu.Fingerprint
+	s.pin(ctx)
+	s.attest(ctx, s.dpu.Slots.Bundle, "1.0.0")
+	s.dpu.PowerOff()
+	epoch1, err := s.dpu.Slots.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	s.story("an image with a changed byte is passed over", func() {
+		s.install(lab.Release{Version: "1.1.0"})
+		s.must(s.dpu.Slots.Tamper(slot.B, 20<<20))
+		s.boot(ctx)
+		s.wantGood(ctx, slot.A, "1.0.0")
+		s.wantBad(slot.B, "damaged")
+		s.attest(ctx, s.dpu.Slots.Bundle, "1.0.0") // its PCR is not spoiled by the attempt
+	})
+	s.story("an image that panics is given up", func() {
+		s.install(lab.Release{Version: "1.2.0", CommandLine: commandLine + " rdinit=/nothing init=/nothing"})
+		if !*thorough { // otherwise all three starts are waited for
+			s.count(slot.B, slot.TrialBoots-1)
+		}
+		began := time.Now()
+		s.boot(ctx)
+		s.wantGood(ctx, slot.A, "1.0.0")
+		s.t.Logf("from power on, through the panics, to the other image's first answer: %.1f s", time.Since(began).Seconds())
+		s.wantBad(slot.B, "never said that it is good")
+	})
+	if *thorough {
+		s.story("an image that hangs is given up by the watchdog", func() {
+			s.install(lab.Release{Version: "1.3.0", CommandLine: commandLine + " rdinit=/bbin/cat"}) // it reads the console, for ever
+			s.count(slot.B, slot.TrialBoots-1)
+			s.boot(ctx)
+			s.wantGood(ctx, slot.A, "1.0.0")
+			s.wantBad(slot.B, "never said that it is good")
+			if !s.said("the watchdog has reset the machine") {
+				s.t.Error("the loader does not say that the watchdog has reset the machine")
+			}
+		})
+		s.story("an agent that cannot open its window is given up", func() {
+			// Under lockdown the kernel gives nobody a PCI device's memory.
+			s.install(lab.Release{Version: "1.4.0", CommandLine: commandLine + " lsm=lockdown lockdown=integrity"})
+			s.count(slot.B, slot.TrialBoots-1)
+			s.boot(ctx)
+			s.wantGood(ctx, slot.A, "1.0.0")
+			s.wantBad(slot.B, "window")
+		})
+	}
+	s.story("an update keeps the agent's identity, and raises the epoch", func() {
+		file := filepath.Join(s.t.TempDir(), "2.bundle")
+		s.must(s.dpu.Slots.Make(file, lab.Release{Version: "2.0.0", Epoch: 2}))
+		s.boot(ctx)
+		s.wantGood(ctx, slot.A, "1.0.0")
+		s.push(ctx, file)
+		s.wantGood(ctx, slot.B, "2.0.0")
+		s.boot(ctx) // the loader raises the TPM's counter
+		s.wantGood(ctx, slot.B, "2.0.0")
+		if s.dpu.Fingerprint != first {
+			s.t.Errorf("the certificate is %s after the update; it was %s", s.dpu.Fingerprint, first)
+		}
+		s.attest(ctx, file, "2.0.0")
+		c := s.client()
+		image, err := s.dpu.Slots.Image(s.dpu.Slots.Bundle)
+		s.must(err)
+		_, err = c.Attest(ctx, client.Attestation{EndorsementKeys: []attest.Digest{s.ek}, Policy: attest.Policy{Images: []attest.Image{image}}})
+		if err == nil || !strings.Contains(err.Error(), "image: got backdoor 2.0.0") {
+			s.t.Errorf("Attest() against the old image = %v; want it to name 2.0.0", err)
+		}
+	})
+	s.story("the disk of before the epoch rose starts nothing", func() {
+		s.dpu.PowerOff()
+		now, err := s.dpu.Slots.Read()
+		s.must(err)
+		s.must(s.dpu.Slots.Write(epoch1))
+		mark := s.dpu.Console().Mark()
+		s.must(s.dpu.PowerOn(ctx))
+		wait, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		if _, err := s.dpu.Console().Wait(wait, mark, regexp.MustCompile(`backdoor-loader: .*(too-old|no slot).*resetting`)); err != nil {
+			s.t.Errorf("the loader does not refuse the old disk: %v", err)
+		}
+		s.dpu.PowerOff()
+		s.must(s.dpu.Slots.Write(now))
+		s.boot(ctx)
+		s.wantGood(ctx, slot.B, "2.0.0")
+	})
+	for n := range *cuts {
+		s.story(fmt.Sprintf("power cut %d in the middle of an update", n+1), func() { s.powerCut(ctx, n) })
+	}
+}
+
+// story is one thing that happens to the DPU. Each begins where the one before has left the machine.
+func (s *slots) story(name string, tell func()) {
+	s.t.Helper()
+	whole := s.t
+	ok := whole.Run(name, func(t *testing.T) {
+		s.t = t
+		began := time.Now()
+		tell()
+		t.Logf("%.1f s", time.Since(began).Seconds())
+	})
+	s.t = whole
+	if !ok {
+		whole.FailNow()
+	}
+}
+
+func (s *slots) must(err error) {
+	s.t.Helper()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *slots) install(r lab.Release) {
+	s.t.Helper()
+	s.dpu.PowerOff()
+	s.must(s.dpu.Slots.Install(r))
+}
+
+// count notes n starts of a slot that came to nothing.
+func (s *slots) count(of slot.Name, n int) {
+	s.t.Helper()
+	for range n {
+		s.must(s.dpu.Slots.Count(of))
+	}
+}
+
+func (s *slots) boot(ctx context.Context) {
+	s.t.Helper()
+	s.dpu.PowerOff()
+	s.mark = s.dpu.Console().Mark()
+	s.must(s.dpu.Restart(ctx))
+}
+
+func (s *slots) said(text string) bool {
+	for _, l := range s.dpu.Console().Since(s.mark) {
+		if strings.Contains(l.Text, text) {
+			return true
+		}
+	}
+	return false
+}
+
+// wantGood waits until the running image says that it is good, and is the right one.
+func (s *slots) wantGood(ctx context.Context, n slot.Name, version string) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	l, err := s.dpu.Console().Wait(ctx, s.mark, goodLine)
+	if err != nil {
+		s.t.Fatalf("no image says that it is good: %v", err)
+	}
+	if m := goodLine.FindStringSubmatch(l.Text); m[1] != string(n) || m[2] != version {
+		s.t.Errorf("slot %s with version %s runs; want slot %s with version %s", m[1], m[2], n, version)
+	}
+	st, err := s.dpu.Slots.State()
+	for err == nil && (st.Active != n || st.Slot(n).Status != slot.Good) && ctx.Err() == nil {
+		time.Sleep(50 * time.Millisecond) // the guest's write is on its way
+		st, err = s.dpu.Slots.State()
+	}
+	if err != nil || st.Active != n || st.Slot(n).Status != slot.Good {
+		s.t.Errorf("the state says %+v, %v; want slot %s active and good", st, err, n)
+	}
+}
+
+// wantBad looks for the reason where the machine keeps it, and where it tells it: over Redfish.
+func (s *slots) wantBad(n slot.Name, reason string) {
+	s.t.Helper()
+	st, err := s.dpu.Slots.State()
+	if err != nil || st.Slot(n).Status != slot.Bad || !strings.Contains(st.Slot(n).Reason, reason) {
+		s.t.Errorf("slot %s is %q because %q, %v; want it bad because of %q", n, st.Slot(n).Status, st.Slot(n).Reason, err, reason)
+	}
+	if !s.said("another image runs than the one that was to run") {
+		s.t.Error("the agent's log does not say that another image runs")
+	}
+}
+
+func (s *slots) client() *client.Client {
+	s.t.Helper()
+	c, err := s.dpu.Redfish()
+	s.must(err)
+	s.t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		defer cancel()
+		c.Close(ctx) //nolint:errcheck // the machine is often off by then
+	})
+	return c
+}
+
+// pin learns the TPM's endorsement key, as an owner does when the machine is set up.
+func (s *slots) pin(ctx context.Context) {
+	s.t.Helper()
+	got, err := s.client().Attest(ctx, client.Attestation{})
+	if err == nil || got == nil || got.EndorsementKey == (attest.Digest{}) {
+		s.t.Fatalf("Attest() that trusts nothing = %+v, %v", got, err)
+	}
+	s.ek = got.EndorsementKey
+}
+
+// attest has the agent prove that it runs the image of a bundle.
+func (s *slots) attest(ctx context.Context, bundle, version string) {
+	s.t.Helper()
+	image, err := s.dpu.Slots.Image(bundle)
+	s.must(err)
+	got, err := s.client().Attest(ctx, client.Attestation{EndorsementKeys: []attest.Digest{s.ek}, Policy: attest.Policy{Images: []attest.Image{image}}})
+	if err != nil || got.Version != version {
+		s.t.Errorf("Attest() = %+v, %v; want version %s", got, err, version)
+	}
+}
+
+// push updates the DPU over Redfish and waits until it starts again.
+func (s *slots) push(ctx context.Context, file string) {
+	s.t.Helper()
+	f, err := os.Open(file)
+	s.must(err)
+	defer f.Close()
+	st, err := f.Stat()
+	s.must(err)
+	s.mark = s.dpu.Console().Mark()
+	_, err = s.client().Push(ctx, f, st.Size(), client.PushOptions{Apply: "Immediate"}, nil)
+	s.must(err)
+}
+
+// powerCut updates the DPU and cuts its power at a random moment. It has to start with the old image or with the new one, and the slot that is
+// active has to hold a whole image.
+func (s *slots) powerCut(ctx context.Context, n int) {
+	s.t.Helper()
+	before, err := s.dpu.Slots.State()
+	s.must(err)
+	old := before.Slot(before.Active).Version
+	version := fmt.Sprintf("3.%d.0", n)
+	file := filepath.Join(s.t.TempDir(), "cut.bundle")
+	s.must(s.dpu.Slots.Make(file, lab.Release{Version: version, Epoch: 2}))
+	f, err := os.Open(file)
+	s.must(err)
+	defer f.Close()
+	info, err := f.Stat()
+	s.must(err)
+	mark := s.dpu.Console().Mark()
+	after := time.Duration(rand.Int64N(int64(6 * time.Second)))
+	c := s.client()
+	pushed, stop := context.WithCancel(ctx)
+	done := make(chan error, 1)
+	go func() {
+		var task *schema.Task
+		task, err := c.Push(pushed, f, info.Size(), client.PushOptions{Apply: "Immediate"}, nil)
+		if err == nil && task == nil {
+			err = errors.New("no task")
+		}
+		done <- err
+	}()
+	time.Sleep(after)
+	s.dpu.PowerOff()
+	stop()
+	perr := <-done
+	cut, err := s.dpu.Slots.State()
+	s.must(err)
+	s.mark = s.dpu.Console().Mark()
+	s.must(s.dpu.Restart(ctx))
+	wait, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	l, err := s.dpu.Console().Wait(wait, s.mark, goodLine)
+	if err != nil {
+		s.t.Fatalf("after a power cut at %v (%+v): no image says that it is good: %v", after, cut, err)
+	}
+	m := goodLine.FindStringSubmatch(l.Text)
+	if m[2] != old && m[2] != version {
+		s.t.Errorf("after a power cut at %v: version %s runs; want %s or %s", after, m[2], old, version)
+	}
+	other := cut.Slot(before.Active.Other())
+	s.t.Logf("cut %v after the upload began (console line %d), slot %s %s with %d of %d bytes, upload: %v: version %s runs", after.Round(time.Millisecond), mark,
+		before.Active.Other(), other.Status, other.Written, other.Size, perr, m[2])
+}
