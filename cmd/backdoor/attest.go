@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/backdoor-rhs/backdoor/agent/query"
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/boot/bundle"
 	"github.com/backdoor-rhs/backdoor/boot/handover"
@@ -239,16 +240,16 @@ func attestText(w io.Writer, a attestAnswer, trusts, colour bool) error {
 	}
 	for _, c := range a.Checks {
 		if c.OK {
-			p.printf("%s  %-16s %s\n", paint(true, "ok     "), c.What, harmless([]byte(c.Found)))
+			p.printf("%s  %-16s %s\n", paint(true, "ok     "), c.What, query.Clean(c.Found))
 		} else {
-			p.printf("%s  %-16s %s\n", paint(false, "DIFFERS"), c.What, harmless([]byte(c.Error)))
+			p.printf("%s  %-16s %s\n", paint(false, "DIFFERS"), c.What, query.Clean(c.Error))
 		}
 	}
 	switch {
 	case a.Attested:
-		p.printf("%s: %s %s, epoch %d, reset %d times\n", paint(true, "attested"), harmless([]byte(a.Product)), harmless([]byte(a.Version)), a.Epoch, a.Resets)
+		p.printf("%s: %s %s, epoch %d, reset %d times\n", paint(true, "attested"), query.Clean(a.Product), query.Clean(a.Version), a.Epoch, a.Resets)
 	case len(a.Checks) == 0:
-		p.printf("%s: %s\n", paint(false, "not attested"), harmless([]byte(a.Error)))
+		p.printf("%s: %s\n", paint(false, "not attested"), query.Clean(a.Error))
 	default:
 		p.printf("%s\n", paint(false, "not attested"))
 	}
