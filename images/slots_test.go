@@ -23,7 +23,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/images/initramfs"
 )
 
-// TestBMCArmv7Slots starts the BMC from slots on an SD card, by the loader and 32-bit Arm's kexec. The image on trial in slot B is damaged, so slot
+// TestBMCArmv7Slots starts the BMC from slots on its eMMC, by the loader and 32-bit Arm's kexec. The image on trial in slot B is damaged, so slot
 // A is started.
 func TestBMCArmv7Slots(t *testing.T) {
 	if testing.Short() {
@@ -88,7 +88,7 @@ func TestBMCArmv7Slots(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "qemu-system-arm", "-M", "ast2600-evb", "-m", "1G", "-nographic", "-nodefaults", "-serial", "stdio", "-monitor", "none",
-		"-no-reboot", "-net", "nic", "-net", "user", "-drive", "if=sd,format=raw,file="+card,
+		"-no-reboot", "-net", "nic", "-net", "user", "-drive", "if=sd,index=2,format=raw,file="+card,
 		"-kernel", loader+".vmlinuz", "-dtb", loader+".dtb", "-initrd", loader+".cpio", "-append", "console=ttyS4,115200n8 panic=-1 quiet nr_cpus=1")
 	var complaint bytes.Buffer
 	cmd.Stderr = &complaint

@@ -28,7 +28,10 @@ var (
 // commandLine is the DPU's.
 const commandLine = "console=ttyAMA0 panic=-1 quiet"
 
-var goodLine = regexp.MustCompile(`msg="the image is good" slot=(\S+) version=(\S+)`)
+var (
+	goodLine        = regexp.MustCompile(`msg="the image is good" slot=(\S+) version=(\S+)`)
+	certificateLine = regexp.MustCompile(`^backdoord: Redfish on \S+, certificate SHA-256 ([0-9a-f]{64})`)
+)
 
 // slots is a lab whose DPU is started from slots.
 type slots struct {
@@ -223,6 +226,12 @@ func (s *slots) wantGood(ctx context.Context, n slot.Name, version string) {
 	if m := goodLine.FindStringSubmatch(l.Text); m[1] != string(n) || m[2] != version {
 		s.t.Errorf("slot %s with version %s runs; want slot %s with version %s", m[1], m[2], n, version)
 	}
+	// Images that were passed over may have shown certificates of their own: the keys are sealed to others than they are.
+	for _, l := range s.dpu.Console().Since(s.mark) {
+		if m := certificateLine.FindStringSubmatch(l.Text); m != nil {
+			s.dpu.Fingerprint = m[1]
+		}
+	}
 	st, err := s.dpu.Slots.State()
 	for err == nil && (st.Active != n || st.Slot(n).Status != slot.Good) && ctx.Err() == nil {
 		time.Sleep(50 * time.Millisecond) // the guest's write is on its way
@@ -306,8 +315,7 @@ func (s *slots) powerCut(ctx context.Context, n int) {
 	defer f.Close()
 	info, err := f.Stat()
 	s.must(err)
-	mark := s.dpu.Console().Mark()
-	after := time.Duration(rand.Int64N(int64(6 * time.Second)))
+	after, began := time.Duration(rand.Int64N(int64(6*time.Second))), time.Now()
 	c := s.client()
 	pushed, stop := context.WithCancel(ctx)
 	done := make(chan error, 1)
@@ -319,10 +327,24 @@ func (s *slots) powerCut(ctx context.Context, n int) {
 		}
 		done <- err
 	}()
-	time.Sleep(after)
+	var perr error
+	select {
+	case perr = <-done: // all of it is there, and the machine is on its way into the new image; or it was refused
+		var refused *client.Error
+		if errors.As(perr, &refused) || errors.As(perr, new(*client.PinError)) {
+			s.t.Fatalf("the upload: %v", perr)
+		}
+		time.Sleep(max(after-time.Since(began), 0))
+	case <-time.After(after):
+	}
 	s.dpu.PowerOff()
 	stop()
-	perr := <-done
+	if perr == nil {
+		select {
+		case perr = <-done:
+		default:
+		}
+	}
 	cut, err := s.dpu.Slots.State()
 	s.must(err)
 	s.mark = s.dpu.Console().Mark()
@@ -338,6 +360,6 @@ func (s *slots) powerCut(ctx context.Context, n int) {
 		s.t.Errorf("after a power cut at %v: version %s runs; want %s or %s", after, m[2], old, version)
 	}
 	other := cut.Slot(before.Active.Other())
-	s.t.Logf("cut %v after the upload began (console line %d), slot %s %s with %d of %d bytes, upload: %v: version %s runs", after.Round(time.Millisecond), mark,
+	s.t.Logf("cut %v after the upload began, slot %s %s with %d of %d bytes, upload: %v: version %s runs", after.Round(time.Millisecond),
 		before.Active.Other(), other.Status, other.Written, other.Size, perr, m[2])
 }
