@@ -3,6 +3,7 @@
 // Synopsis:
 //
 //	go run ./images build [-json] [-agent PACKAGE] [-out DIR] IMAGE...|all
+//	go run ./images disk [-keys DIR] [-set-version VERSION] [-state MIB] IMAGE
 //	go run ./images kernels [-json] [-refresh] [-all] [NAME...]
 //	go run ./images list [-json]
 //
@@ -10,6 +11,9 @@
 //
 //	build    makes images in build/images: NAME.cpio.zst, NAME.vmlinuz, NAME.dtb where the board needs one, and NAME.json,
 //	         which says what they are made of. It prints each size beside its budget, and fails if one is exceeded.
+//	disk     makes of an image that was built a signed bundle, IMAGE.bundle, the image of a whole disk with it in its slots,
+//	         IMAGE.disk.img, and a loader that trusts its key, IMAGE.loader.cpio. The key is a development key in DIR, which is
+//	         made if it is not there; for a fleet, see: backdoor help image.
 //	kernels  fetches kernels into the user's cache directory and prints which they are: by default those that "make setup"
 //	         needs, with -all also those of the long tests. -refresh looks for newer ones than those in the cache.
 //	list     lists the images and the kernels.
@@ -19,21 +23,27 @@ package main
 
 import (
 	"context"
+	"crypto"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/boot/bundle"
+	"github.com/backdoor-rhs/backdoor/boot/slot"
 	"github.com/backdoor-rhs/backdoor/images/builder"
+	"github.com/backdoor-rhs/backdoor/images/bundler"
 	"github.com/backdoor-rhs/backdoor/images/kernels"
 )
 
@@ -44,6 +54,7 @@ func main() {
 }
 
 const usage = `usage: go run ./images build [-json] [-agent PACKAGE] [-out DIR] IMAGE...|all
+       go run ./images disk [-keys DIR] [-set-version VERSION] [-state MIB] IMAGE
        go run ./images kernels [-json] [-refresh] [-all] [NAME...]
        go run ./images list [-json]
 `
@@ -53,7 +64,7 @@ var errUsage = errors.New("usage")
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	verbs := map[string]func(context.Context, []string, io.Writer, io.Writer) error{
-		"build": build, "kernels": fetch, "list": list,
+		"build": build, "disk": disk, "kernels": fetch, "list": list,
 	}
 	if len(args) == 0 || verbs[args[0]] == nil {
 		fmt.Fprint(stderr, usage)
@@ -138,6 +149,58 @@ func build(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		errs = append(errs, printJSON(stdout, all))
 	}
 	return errors.Join(errs...)
+}
+
+// disk makes the image of a whole disk, with the development key.
+func disk(_ context.Context, args []string, stdout, stderr io.Writer) error {
+	f, _ := flags("disk", stderr)
+	keys := f.String("keys", filepath.Join("build", "keys"), "`directory` with the development key")
+	version := f.String("set-version", "0.0.1", "`version` of the bundle")
+	state := f.Int64("state", 0, "`MiB` for the agent's file system, which is then to be made: mkfs.ext4 -L backdoor-state")
+	dir := f.String("dir", filepath.Join("build", "images"), "`directory` of the images")
+	if err := parse(f, args); err != nil {
+		return err
+	}
+	if f.NArg() != 1 {
+		fmt.Fprint(stderr, usage)
+		return errUsage
+	}
+	img, err := builder.Lookup(f.Arg(0))
+	if err != nil {
+		return err
+	}
+	key, roots, err := bundler.Development(*keys)
+	if err != nil {
+		return err
+	}
+	root, err := bundle.ReadRoots(roots)
+	if err != nil {
+		return err
+	}
+	out := func(suffix string) string { return filepath.Join(*dir, img.Name+suffix) }
+	err = bundler.MakeFile(out(".bundle"), bundler.Options{
+		Machine: img.Name, Version: *version, Released: time.Now(), Dir: *dir, Roots: roots, Signers: []crypto.Signer{key},
+	})
+	if err != nil {
+		return err
+	}
+	in, err := os.Open(out(".bundle"))
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	if err := os.Remove(out(".disk.img")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if _, err := bundler.Burn(out(".disk.img"), in, slot.Layout{Agent: *state << 20}, bundle.Policy{Root: root}, time.Now()); err != nil {
+		return err
+	}
+	loader := filepath.Join(*dir, "loader-"+img.GOARCH+".cpio.zst")
+	if err := bundler.Loader(out(".loader.cpio"), loader, roots); err != nil {
+		return fmt.Errorf("loader: %w", err)
+	}
+	fmt.Fprintf(stdout, "%s\n%s\n%s\n", out(".bundle"), out(".disk.img"), out(".loader.cpio"))
+	return nil
 }
 
 func summary(w io.Writer, m *builder.Manifest, took time.Duration) {

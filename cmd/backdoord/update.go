@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -60,6 +61,13 @@ func (w *worker) openImages() {
 	w.images.updater, err = firmware.New(firmware.Options{
 		Disk: disk, Running: running, Logger: w.log, Parts: []schema.Link{{ID: "/redfish/v1/Managers/bmc"}},
 		Restart: func(ctx context.Context) error { return w.reset(ctx, true) },
+		Epoch: func() (uint32, error) {
+			if w.attestation == nil {
+				return 0, nil // without a TPM the disk's word has to do
+			}
+			e, err := w.attestation.tpm.Epoch()
+			return uint32(min(e, math.MaxUint32)), err
+		},
 	})
 	if err != nil {
 		w.log.Error("the agent cannot update its machine", "err", err)

@@ -18,8 +18,10 @@ import (
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/boot/bundle"
+	"github.com/backdoor-rhs/backdoor/boot/handover"
 	"github.com/backdoor-rhs/backdoor/boot/slot"
 	"github.com/backdoor-rhs/backdoor/images/builder"
+	"github.com/backdoor-rhs/backdoor/images/initramfs"
 )
 
 // Product is what the manifests of the project's images say.
@@ -139,6 +141,29 @@ func Burn(path string, in *os.File, l slot.Layout, p bundle.Policy, now time.Tim
 		return slot.State{}, err
 	}
 	return disk.State(), f.Close()
+}
+
+// Loader writes a loader's initramfs with the key sets that it trusts: image is the file that package builder has built.
+func Loader(path, image string, roots []bundle.Envelope) error {
+	b, err := os.ReadFile(image)
+	if err != nil {
+		return err
+	}
+	text, err := json.Marshal(roots)
+	if err != nil {
+		return err
+	}
+	var a initramfs.Archive
+	a.File(handover.Dir+"/"+handover.RootFile, text, 0o644)
+	more, err := a.Bytes()
+	if err != nil {
+		return err
+	}
+	// The kernel takes several archives one after the other, each on a multiple of 4 bytes (Documentation/driver-api/early-userspace/buffer-format.rst).
+	return WriteFile(path, func(f *os.File) error {
+		_, err := f.Write(append(append(b, make([]byte, -len(b)&3)...), more...))
+		return err
+	})
 }
 
 // Development returns a key that signs alone, and the key set that trusts it, from a directory; it makes them if they are not there.

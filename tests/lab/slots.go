@@ -3,7 +3,6 @@ package lab
 import (
 	"crypto"
 	"crypto/ed25519"
-	"encoding/json"
 	"errors"
 	"io"
 	"os"
@@ -15,7 +14,6 @@ import (
 	"github.com/backdoor-rhs/backdoor/boot/handover"
 	"github.com/backdoor-rhs/backdoor/boot/slot"
 	"github.com/backdoor-rhs/backdoor/images/bundler"
-	"github.com/backdoor-rhs/backdoor/images/initramfs"
 )
 
 // Slots is the disk that the DPU is started from, with Config.Slots: the loader stands for its ROM, and everything else comes from
@@ -56,7 +54,7 @@ func makeSlots(dir string, cfg Config) (*Slots, error) {
 	if s.key, s.Roots, err = bundler.Development(filepath.Join(dir, "release-keys")); err != nil {
 		return nil, &InfraError{Op: "make the release keys", Err: err}
 	}
-	if err := s.makeLoader(cfg.DPULoader); err != nil {
+	if err := bundler.Loader(s.loader, cfg.DPULoader, s.Roots); err != nil {
 		return nil, &InfraError{Op: "make the DPU's loader", Err: err, Next: "build it: make images"}
 	}
 	if err := s.Make(s.Bundle, Release{}); err != nil {
@@ -66,25 +64,6 @@ func makeSlots(dir string, cfg Config) (*Slots, error) {
 		return nil, &InfraError{Op: "make the DPU's disk", Err: err}
 	}
 	return s, nil
-}
-
-// makeLoader appends the trusted key sets to the loader's initramfs.
-func (s *Slots) makeLoader(image string) error {
-	b, err := os.ReadFile(image)
-	if err != nil {
-		return err
-	}
-	roots, err := json.Marshal(s.Roots)
-	if err != nil {
-		return err
-	}
-	var a initramfs.Archive
-	a.File(handover.Dir+"/"+handover.RootFile, roots, 0o644)
-	extra, err := a.Bytes()
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(s.loader, append(append(b, make([]byte, -len(b)&3)...), extra...), 0o600)
 }
 
 func (s *Slots) policy() (bundle.Policy, error) {
