@@ -14,7 +14,8 @@ FUZZTIME ?= 20s
 MUTATIONS ?= 1000
 BENCH ?= .
 
-.PHONY: bench-rdma conformance help setup build images demo lab test kernels fuzz bench lint powercuts slots clean
+.PHONY: bench-rdma conformance faults help setup build images demo lab test kernels fuzz bench lint powercuts slots clean
+
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '%-12s %s\n' "$$t" "$$d"; done
@@ -48,6 +49,9 @@ powercuts: setup images ## cut a DPU's power at 50 random moments of an update (
 
 slots: setup images ## have a DPU start from slots whose images are broken in every way, hangs among them (some minutes)
 	go test -count=1 -timeout 60m -run '^TestSlots$$' -v ./tests -thorough
+
+faults: setup ## let kernels fall ill in every way that the fault suite knows; the table is put into build/faults
+	go test -count=1 -timeout 60m ./tests/faults -run TestFaults -kernels 6.1,6.12 -rows all -out $(CURDIR)/build/faults -v
 
 lint: setup ## formatting, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "not formatted by gofmt:"; echo "$$out"; exit 1; fi

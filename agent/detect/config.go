@@ -36,6 +36,8 @@ type Config struct {
 	// is low, for a process to be a hog.
 	HogETA   time.Duration
 	HogFloor float64
+	// RCUFor is how long one grace period of RCU may last, HungFor how long a task may wait in the kernel without being woken.
+	RCUFor, HungFor time.Duration
 }
 
 // DefaultConfig returns the settings that suit a server.
@@ -52,6 +54,8 @@ func DefaultConfig() Config {
 		BombGrowth:   128,
 		HogETA:       3 * time.Second,
 		HogFloor:     0.05,
+		RCUFor:       12 * time.Second,
+		HungFor:      30 * time.Second,
 	}
 }
 
@@ -70,6 +74,8 @@ func (c Config) Check() error {
 		{"silent", c.Silent, c.StallVerdict},
 		{"runawayFor", c.RunawayFor, c.Tasks},
 		{"hogETA", c.HogETA, 100 * time.Millisecond},
+		{"rcuFor", c.RCUFor, time.Second},
+		{"hungFor", c.HungFor, 2 * c.Tasks},
 	} {
 		if d.d < d.min || d.d > 24*time.Hour {
 			return fmt.Errorf("detector setting %s is %v; it must be between %v and 24h", d.name, d.d, d.min)
@@ -94,10 +100,11 @@ func (c Config) Check() error {
 
 // Keep is how far back a Pass must reach for these detectors.
 func (c Config) Keep() (beats, tasks time.Duration) {
-	return max(c.IdleVerdict, c.Silent, c.StallVerdict) + 5*time.Second, c.RunawayFor + 2*c.Tasks + time.Second
+	return max(c.IdleVerdict, c.Silent, c.StallVerdict) + 5*time.Second, max(c.RunawayFor, c.HungFor) + 2*c.Tasks + time.Second
 }
 
 // Detectors returns all detectors with these settings.
 func Detectors(c Config) []Detector {
-	return []Detector{panicDetector(c), hostSilent(c), cpuStall(c), runawayProcess(c), forkBomb(c), memoryHog(c), exhaustion(c)}
+	return []Detector{panicDetector(c), hostSilent(c), cpuStall(c), runawayProcess(c), forkBomb(c), memoryHog(c), exhaustion(c),
+		softLockup(c), oops(c), rcuStall(c), hungTask(c), tampering(c), credentials(c)}
 }

@@ -33,11 +33,17 @@ const (
 	KindForkBomb       Kind = "fork-bomb"       // a tree of tasks grows without end
 	KindMemoryHog      Kind = "memory-hog"      // memory runs out within moments
 	KindExhaustion     Kind = "exhaustion"      // something else runs out
+	KindOops           Kind = "oops"            // the kernel lives on with a fault of its own
+	KindRCUStall       Kind = "rcu-stall"       // a grace period does not end
+	KindHungTask       Kind = "hung-task"       // a task waits in the kernel without being woken
+	KindSoftLockup     Kind = "soft-lockup"     // a CPU ticks, but stays in one stretch of the kernel's code
+	KindTampering      Kind = "tampering"       // somebody has changed the kernel
 )
 
 // Kinds returns the whole vocabulary.
 func Kinds() []Kind {
-	return []Kind{KindPanic, KindCPUStall, KindRunawayProcess, KindHostSilent, KindForkBomb, KindMemoryHog, KindExhaustion}
+	return []Kind{KindPanic, KindCPUStall, KindRunawayProcess, KindHostSilent, KindForkBomb, KindMemoryHog, KindExhaustion,
+		KindOops, KindRCUStall, KindHungTask, KindSoftLockup, KindTampering}
 }
 
 // Evidence is one observed fact that supports a finding.
@@ -97,6 +103,7 @@ const (
 	NeedHeartbeats Need = "heartbeats" // Pass.Beats, one of them from this pass
 	NeedTasks      Need = "tasks"      // Pass.Tasks, one of them from this pass
 	NeedUsage      Need = "usage"      // Pass.Usage, one of them from this pass
+	NeedSigns      Need = "signs"      // Pass.Signs
 )
 
 // TaskSample is the whole task list as it was once.
@@ -120,7 +127,8 @@ type Pass struct {
 	Tasks    []TaskSample       `json:"tasks"` // oldest first
 	// Usage is what may run out, oldest first: close together lately, ten seconds apart before.
 	Usage []kernel.Usage `json:"usage,omitempty"`
-	View  *kernel.View   `json:"-"` // the fresh view; nil in a replayed series
+	Signs []kernel.Signs `json:"signs,omitempty"` // oldest first
+	View  *kernel.View   `json:"-"`               // the fresh view; nil in a replayed series
 	// Tickless says that CPUs of this host may run a task without timer ticks (nohz_full): the scheduler then looks after
 	// them from another CPU once a second.
 	Tickless bool `json:"tickless,omitempty"`

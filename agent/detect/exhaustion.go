@@ -173,52 +173,53 @@ func biggestTree(tasks []kernel.Task, began time.Duration) []kernel.Task {
 
 // Offspring returns the biggest tree of tasks that a user has started since a time of the host's clock, the youngest first.
 // To it belong the older process whose children they are, if it has several of them, and those that have lost their
-// parents: they are children of init by now. Neither init nor kernel threads ever belong to it.
+// parents and are children of init by now, as far as they have the name that most of the tree have. Neither init nor kernel threads ever belong to it.
 func Offspring(tasks []kernel.Task, began time.Duration, uid uint32) []kernel.Task {
 	byPID := make(map[int]*kernel.Task, len(tasks))
 	for i := range tasks {
 		byPID[tasks[i].PID] = &tasks[i]
 	}
 	young := func(t *kernel.Task) bool { return t.Start >= began && !t.KThread && t.UID == uid && t.TGID > 1 }
-	// above returns the PID of the first ancestor that is not young.
-	above := func(t *kernel.Task) int {
+	// A group is what has the same parent above it that is not young. Children of init are told apart by their names: services
+	// that are just started are there, too.
+	type group struct {
+		parent int
+		comm   string
+	}
+	above := func(t *kernel.Task) group {
 		for range 1 << 12 {
 			if lead := byPID[t.TGID]; lead != nil && !young(lead) {
-				return lead.PID // a young thread of an old process
+				return group{parent: lead.PID} // a young thread of an old process
 			}
 			parent := byPID[t.PPID]
-			if parent == nil || parent.PID == t.PID {
-				return 1
+			if parent == nil || parent.PID == t.PID || parent.TGID <= 1 {
+				return group{1, t.Comm}
 			}
 			if !young(parent) {
-				return parent.PID
+				return group{parent: parent.PID}
 			}
 			t = parent
 		}
-		return 1
+		return group{1, t.Comm}
 	}
-	groups := make(map[int][]*kernel.Task)
+	groups := make(map[group][]*kernel.Task)
 	for i := range tasks {
 		if t := &tasks[i]; young(t) {
 			k := above(t)
 			groups[k] = append(groups[k], t)
 		}
 	}
-	best := 0
+	var best group
 	for k, g := range groups {
-		if b := groups[best]; len(g) > len(b) || len(g) == len(b) && k < best {
+		b := groups[best]
+		if len(g) > len(b) || len(g) == len(b) && (k.parent < best.parent || k.parent == best.parent && k.comm < best.comm) {
 			best = k
 		}
 	}
-	members := groups[best]
-	if best != 1 {
-		orphans := groups[1]
-		if uid == 0 && len(members) > 0 {
-			// Services of the system are children of init, too.
-			orphans = slices.DeleteFunc(slices.Clone(orphans), func(t *kernel.Task) bool { return t.Comm != members[0].Comm })
-		}
-		members = append(slices.Clip(members), orphans...)
-		if head := byPID[best]; head != nil && head.TGID > 1 && !head.KThread && head.UID == uid {
+	members := slices.Clip(groups[best])
+	if best.parent != 1 && len(members) > 0 {
+		members = append(members, groups[group{1, commonest(members)}]...)
+		if head := byPID[best.parent]; head != nil && head.TGID > 1 && !head.KThread && head.UID == uid {
 			direct := 0
 			for _, t := range members {
 				if t.PPID == head.TGID || t.TGID == head.TGID {
@@ -248,6 +249,19 @@ func Offspring(tasks []kernel.Task, began time.Duration, uid uint32) []kernel.Ta
 		return b.PID - a.PID
 	})
 	return out
+}
+
+// commonest returns the name that most of the tasks have.
+func commonest(tasks []*kernel.Task) string {
+	n := make(map[string]int)
+	best := ""
+	for _, t := range tasks {
+		n[t.Comm]++
+		if n[t.Comm] > n[best] || n[t.Comm] == n[best] && t.Comm < best {
+			best = t.Comm
+		}
+	}
+	return best
 }
 
 // memoryHog reports that memory runs out within moments, and who takes it. Its measure is the trend: a process that the

@@ -199,6 +199,7 @@ func TestOffspring(t *testing.T) {
 	w.run(2*time.Second, nil)
 	head := w.start(100, 1000, "bomb", 0)
 	innocent := w.start(other, 1000, "spell", 0)
+	service := w.start(1, 1000, "service", 0)
 	stranger := w.start(head, 1001, "setuid", 0)
 	var last int
 	for range 20 {
@@ -210,7 +211,7 @@ func TestOffspring(t *testing.T) {
 	for _, k := range tree {
 		got[k.PID] = true
 	}
-	for pid, want := range map[int]bool{head: true, last: true, orphan: true, innocent: false, stranger: false, other: false, 100: false, 1: false} {
+	for pid, want := range map[int]bool{head: true, last: true, orphan: true, innocent: false, service: false, stranger: false, other: false, 100: false, 1: false} {
 		if got[pid] != want {
 			t.Errorf("PID %d (%s) is in the tree: %v", pid, w.task(pid).Comm, got[pid])
 		}

@@ -62,6 +62,7 @@ type Engine struct {
 	past        []policy.Past
 	left        []leftover
 	nextTidy    time.Time
+	followed    map[string]bool // by boot ID: what an earlier start has begun there was ended
 	subscribers map[chan Event]bool
 	eventSeq    uint64
 	faults      []FaultNote
@@ -76,7 +77,7 @@ func New(o Options) *Engine {
 		journal: make(chan entry, 1024), wake: make(chan struct{}, 1), healing: make(chan struct{}, 1),
 		phase: NoMemory, since: time.Now(), started: time.Now(), why: "not started yet",
 		tracked: make(map[string]*tracked), counts: make(map[detect.Kind]int), force: make(map[string]bool),
-		changed: make(chan struct{}),
+		changed: make(chan struct{}), followed: make(map[string]bool),
 	}
 	e.running, e.end = context.WithCancel(context.Background())
 	if e.log == nil {

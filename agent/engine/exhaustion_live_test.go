@@ -22,7 +22,7 @@ func TestLiveExhaustion(t *testing.T) {
 		}
 		o := Options{
 			Memory: func(context.Context) (hostmem.Memory, error) {
-				return hostmem.OpenRAMFile(g.ram, hostmem.Q35Layout(uint64(g.mib)<<20), true)
+				return hostmem.OpenRAMFile(g.RAM, hostmem.Q35Layout(uint64(g.MiB)<<20), true)
 			},
 			Writes: true, Agreement: agreement(t, guestUUID, heal.KillProcess, heal.StopForkBomb),
 			Policy:  policy.Policy{Version: policy.Version, Rules: []policy.Rule{automatic("fork-bomb", heal.StopForkBomb), automatic("memory-hog", heal.KillProcess)}},
@@ -33,7 +33,7 @@ func TestLiveExhaustion(t *testing.T) {
 		}
 		w := watch(t, o)
 		w.wait(time.Minute, "attach", ofType(EventAttached))
-		bystander := g.spawn("sleep")
+		bystander := g.Spawn("sleep")
 		time.Sleep(3 * time.Second)
 		limit := func() uint32 {
 			v, err := w.e.View(t.Context())
@@ -56,7 +56,7 @@ func TestLiveExhaustion(t *testing.T) {
 			want detect.Kind
 		}{{"bomb", detect.KindForkBomb}, {"rootbomb", detect.KindForkBomb}, {"hog", detect.KindMemoryHog}, {"roothog", detect.KindMemoryHog}} {
 			began := time.Now()
-			pid := g.spawn(fault.kind)
+			pid := g.Spawn(fault.kind)
 			ev := w.wait(20*time.Second, fault.kind, ofKind(EventFinding, fault.want))
 			t.Logf("%s → finding: %v: %s; %s; %+v", fault.kind, ev.At.Sub(began), ev.Finding.Title, ev.Finding.Detail, ev.Finding.Evidence)
 			if fault.want == detect.KindMemoryHog && ev.Finding.Culprit.TGID != pid {
@@ -90,7 +90,7 @@ func TestLiveExhaustion(t *testing.T) {
 				t.Errorf("%s: %d of its tasks are left; the bystander lives: %v", fault.kind, left, alive)
 			}
 			var mono int64
-			g.ask("uptime", "mono", &mono) // it answers
+			g.Ask("uptime", "mono", &mono) // it answers
 		}
 		// Everything that was laid into the host's memory is taken back in the end.
 		for end := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
@@ -110,7 +110,7 @@ func TestLiveExhaustion(t *testing.T) {
 				t.Errorf("finding of nothing that was done: %s: %s", f.Title, f.Detail)
 			}
 		}
-		if bad := g.complaints(); len(bad) > 0 {
+		if bad := g.Complaints(); len(bad) > 0 {
 			t.Errorf("the guest's kernel complains: %q", bad)
 		}
 	})

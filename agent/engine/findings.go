@@ -12,6 +12,7 @@ type tracked struct {
 	detect.Finding
 	detector string
 	quiet    time.Time // since when the detector has been silent about it; zero while it speaks
+	spoke    time.Time // when the detector last had a verdict about it
 	silent   time.Time // when the detector last ran and was silent about it
 	tried    []string  // actions that the engine has begun by itself
 	told     bool      // operators have been told that it waits for them
@@ -43,6 +44,9 @@ func (e *Engine) update(d *detect.Detector, found []detect.Finding, now time.Tim
 			}
 		}
 		t.quiet = time.Time{}
+		if !f.Suspicion {
+			t.spoke = now
+		}
 		if t.ID != "" && f.Suspicion {
 			t.LastSeen = now // the window of the detector began anew; that is no reason to take a verdict back
 			continue

@@ -383,12 +383,16 @@ func (e *Engine) carryOn(ctx context.Context, a heal.Action, f detect.Finding, i
 		o, lerr := x.ApplyNext(lctx, lift, caller)
 		e.keep(o, boot)
 		err, last = errors.Join(err, lerr), o
-		for _, d := range done {
-			last.HostFunctions = append(last.HostFunctions, d.HostFunctions...)
-			last.Stores += d.Stores
-			last.BytesWritten += d.BytesWritten
-		}
-		last.Started = first.Started
+		done = append(done, o)
+	} else if err == nil && a.Next != nil {
+		err = e.quiet(ctx, f)
+		last.Verified = err == nil
+	}
+	last.Started, last.HostFunctions, last.Stores, last.BytesWritten = first.Started, nil, 0, 0
+	for _, d := range done {
+		last.HostFunctions = append(last.HostFunctions, d.HostFunctions...)
+		last.Stores += d.Stores
+		last.BytesWritten += d.BytesWritten
 	}
 	return last, err
 }
@@ -498,7 +502,7 @@ func (e *Engine) confirm(ctx context.Context, f detect.Finding) error {
 		case t.silentSince(from):
 			return false, errQuiet
 		}
-		return t.LastSeen.After(from), nil
+		return t.spoke.After(from), nil // a suspicion that stands is not enough
 	})
 }
 

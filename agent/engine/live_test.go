@@ -16,6 +16,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/journal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+	"github.com/backdoor-rhs/backdoor/tests/guest"
 )
 
 // agreement returns a lock that holds a signed agreement for a host.
@@ -69,7 +70,7 @@ func openJournal(t *testing.T) *journal.Journal {
 func TestLiveKill(t *testing.T) {
 	forEachGuest(t, func(t *testing.T, k string) {
 		g := startGuest(t, k)
-		ram := g.memory(true)
+		ram := g.Memory(true)
 		j := openJournal(t)
 		for _, path := range []struct {
 			name string
@@ -86,7 +87,7 @@ func TestLiveKill(t *testing.T) {
 			for _, kind := range []string{"spin", "sleep", "nanosleep", "blocked", "blockedspin", "threads", "forks", "stopped"} {
 				var armed, dead []time.Duration
 				for range *killsFlag {
-					pid := g.spawn(kind)
+					pid := g.Spawn(kind)
 					a, d := killOne(t, g, path.mem, img, j, pid, path.cas, true)
 					if t.Failed() {
 						t.Fatalf("%s over %s", kind, path.name)
@@ -106,7 +107,7 @@ func TestLiveKill(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		child := g.spawn("zombie")
+		child := g.Spawn("zombie")
 		parent := 0
 		for task, err := range img.View(t.Context()).Tasks() {
 			if err == nil && task.PID == child {
@@ -115,7 +116,7 @@ func TestLiveKill(t *testing.T) {
 		}
 		killOne(t, g, ram, img, j, child, true, false)
 		killOne(t, g, ram, img, j, parent, true, true)
-		if bad := g.complaints(); len(bad) > 0 {
+		if bad := g.Complaints(); len(bad) > 0 {
 			t.Errorf("the guest's kernel complains: %q", bad)
 		}
 		if rep, err := j.Verify(); err != nil {
@@ -125,7 +126,7 @@ func TestLiveKill(t *testing.T) {
 }
 
 // killOne ends one process and returns how long after the arming store the host confirmed it, and the process was dead.
-func killOne(t *testing.T, g *guest, mem hostmem.Memory, img *kernel.Image, j *journal.Journal, pid int, cas, reaped bool) (confirmed, dead time.Duration) {
+func killOne(t *testing.T, g *guest.Guest, mem hostmem.Memory, img *kernel.Image, j *journal.Journal, pid int, cas, reaped bool) (confirmed, dead time.Duration) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
@@ -177,12 +178,12 @@ func killOne(t *testing.T, g *guest, mem hostmem.Memory, img *kernel.Image, j *j
 	deadline := time.After(10 * time.Second)
 	for {
 		select {
-		case e := <-g.exits:
-			if e.pid != pid {
+		case e := <-g.Exits:
+			if e.PID != pid {
 				continue
 			}
-			if e.signal != 9 {
-				t.Errorf("process %d ended by signal %d; want 9", pid, e.signal)
+			if e.Signal != 9 {
+				t.Errorf("process %d ended by signal %d; want 9", pid, e.Signal)
 			}
 			return
 		case <-deadline:

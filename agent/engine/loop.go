@@ -33,6 +33,7 @@ const (
 	// again, at most every searchEvery.
 	quietAfter  = 5 * time.Second
 	searchEvery = 2 * time.Second
+	signsEvery  = 500 * time.Millisecond
 	probeEvery  = time.Second // detectors' passes while there is no kernel
 	// keptTasks and keptCPUs bound what all samples together hold, about 200 bytes for each.
 	keptTasks = 1 << 17
@@ -86,6 +87,8 @@ type watcher struct {
 	beats      []kernel.Heartbeat
 	tasks      []detect.TaskSample
 	usage      []kernel.Usage
+	signs      []kernel.Signs
+	nextSigns  time.Time
 	nextTasks  time.Time
 	nextProve  time.Time
 	nextHint   time.Time // when the hint is kept anew
@@ -291,8 +294,8 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	// What was known of a clock may speak for a kernel when the agent comes back, not when the kernel was lost.
 	w.t, w.boot, w.hint, w.nextHint = t, info.BootID, kernel.Hint{Note: info.Note}, now.Add(hintEvery)
 	w.wait, w.down, w.was = 0, time.Time{}, true
-	w.beats, w.tasks, w.usage, w.nextRun = nil, nil, nil, make(map[string]time.Time)
-	w.nextTasks, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now, time.Time{}, now, now.Add(searchEvery), now
+	w.beats, w.tasks, w.usage, w.signs, w.nextRun = nil, nil, nil, nil, make(map[string]time.Time)
+	w.nextTasks, w.nextSigns, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now.Add(signsEvery), now, time.Time{}, now, now.Add(searchEvery), now
 	w.nextUUID, w.lived = time.Time{}, time.Time{}
 	// A kernel that goes on after what looked like a reset shows that this host's firmware writes there while it runs.
 	lies := info.BootID == w.ended
@@ -322,6 +325,14 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	}
 	e.newKernel(info.BootID)
 	e.record("attached", info)
+	if e.o.Writes && e.o.Journal != nil && t.image() != nil && !e.followed[info.BootID] {
+		select {
+		case e.healing <- struct{}{}:
+			e.followed[info.BootID] = true // later attaches to it are of this start
+			go e.followUp(ctx)
+		default:
+		}
+	}
 	e.publish(kernelEvent(EventAttached, info, fmt.Sprintf("attached to %s on %s in %v", info.Release, info.Hostname, took.Round(time.Millisecond))))
 }
 
@@ -462,8 +473,26 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	if n := len(w.tasks); n > 0 && terr == nil {
 		p.Tasks = w.tasks
 	}
+	// On a host without any life a look at what stands is as good as many.
+	var serr error
+	if !now.Before(w.nextSigns) {
+		w.nextSigns = now.Add(signsEvery)
+		var s kernel.Signs
+		if s, serr = l.Signs(); serr == nil {
+			w.signs = append(w.signs, s)
+			for len(w.signs) > 2 && now.Sub(w.signs[1].At) > e.config.RCUFor+5*time.Second {
+				w.signs = slices.Delete(w.signs, 0, 1)
+			}
+		}
+	}
+	if serr == nil {
+		p.Signs = w.signs
+	}
 	p.Took = time.Since(now)
 	failed := errors.Join(perr, berr, uerr, terr)
+	if serr != nil { // the passes that follow will show whether it is more than that
+		e.log.Debug("cannot look for signs", "err", serr)
+	}
 	dead := panicState.Panicked || time.Since(w.moved) > quietAfter
 	if errors.Is(failed, hostmem.ErrLinkDown) {
 		return l.Cost(), failed
@@ -696,6 +725,8 @@ func lacking(d *detect.Detector, p *detect.Pass) detect.Need {
 			has = len(p.Tasks) > 0
 		case detect.NeedUsage:
 			has = len(p.Usage) > 0
+		case detect.NeedSigns:
+			has = len(p.Signs) > 0
 		}
 		if !has {
 			return n

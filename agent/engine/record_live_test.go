@@ -6,7 +6,6 @@ import (
 	"context"
 	"encoding/json"
 	"flag"
-	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -25,26 +24,26 @@ func TestLiveRecord(t *testing.T) {
 	}
 	forEachGuest(t, func(t *testing.T, k string) {
 		g := startGuest(t, k)
-		img, err := kernel.Open(t.Context(), g.memory(false), kernel.Options{})
+		img, err := kernel.Open(t.Context(), g.Memory(false), kernel.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(10 * time.Second)
 		record(t, img, "silent-idle-"+k, 10*time.Second)
-		g.spawn("spin")
+		g.Spawn("spin")
 		time.Sleep(500 * time.Millisecond)
 		record(t, img, "fire-runaway-process-"+k, 5*time.Second)
 		// Among others it does not get its share any more.
-		g.spawn("forks")
-		g.spawn("forks")
-		g.spawn("forks")
+		g.Spawn("forks")
+		g.Spawn("forks")
+		g.Spawn("forks")
 		time.Sleep(500 * time.Millisecond)
 		record(t, img, "silent-contended-"+k, 6*time.Second)
-		g.execute("stop")
+		g.Execute("stop")
 		record(t, img, "fire-host-silent-"+k, 7*time.Second)
-		g.execute("cont")
+		g.Execute("cont")
 		v := img.View(t.Context())
-		g.lock(gadget(t, v), func(cpu int) bool {
+		g.Lock(gadget(t, v), func(cpu int) bool {
 			hb, err := v.Heartbeat()
 			return err == nil && !hb.CPUs[cpu].Idle
 		})
@@ -60,12 +59,12 @@ func TestLiveRecordExhaustion(t *testing.T) {
 	for _, fault := range [][2]string{{"hog", "memory-hog"}, {"bomb", "fork-bomb"}} {
 		forEachGuest(t, func(t *testing.T, k string) {
 			g := startGuest(t, k)
-			img, err := kernel.Open(t.Context(), g.memory(false), kernel.Options{})
+			img, err := kernel.Open(t.Context(), g.Memory(false), kernel.Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(3 * time.Second)
-			fmt.Fprintln(g.ctl, "spawn "+fault[0])
+			g.Say("spawn " + fault[0])
 			record(t, img, "fire-"+fault[1]+"-"+k, 4*time.Second)
 		})
 	}

@@ -20,7 +20,7 @@ func TestLiveRestart(t *testing.T) {
 		g := startGuest(t, k)
 		o := Options{
 			Memory: func(context.Context) (hostmem.Memory, error) {
-				return hostmem.OpenRAMFile(g.ram, hostmem.Q35Layout(uint64(g.mib)<<20), true)
+				return hostmem.OpenRAMFile(g.RAM, hostmem.Q35Layout(uint64(g.MiB)<<20), true)
 			},
 			Writes: true, Agreement: agreement(t, guestUUID, heal.IDs()...), Journal: openJournal(t), Power: qmpPower{g},
 			Policy: policy.Policy{Version: policy.Version, Detectors: policy.Detectors{RunawayFor: policy.Duration(time.Second), RunawayShare: 0.3}},
@@ -43,7 +43,7 @@ func TestLiveRestart(t *testing.T) {
 		}
 		runaway := func() (int, *detect.Finding) {
 			t.Helper()
-			pid := g.spawn("spin")
+			pid := g.Spawn("spin")
 			ev := w.wait(20*time.Second, "runaway", func(e Event) bool {
 				return ofKind(EventFinding, detect.KindRunawayProcess)(e) && e.Finding.Culprit.TGID == pid
 			})
@@ -69,7 +69,7 @@ func TestLiveRestart(t *testing.T) {
 		if s := state(pid); s != "T" {
 			t.Errorf("state %q of a stopped process", s)
 		}
-		if bad := g.complaints(); len(bad) > 0 {
+		if bad := g.Complaints(); len(bad) > 0 {
 			t.Errorf("the guest's kernel complains: %q", bad)
 		}
 
@@ -78,7 +78,7 @@ func TestLiveRestart(t *testing.T) {
 			t.Helper()
 			began := time.Now()
 			ask(f, heal.RestartHost, EventHealed)
-			g.waitReady()
+			g.WaitReady()
 			t.Logf("%s: restarted, attached and alive after %v", what, time.Since(began))
 		}
 		restart("live", f)
@@ -87,14 +87,14 @@ func TestLiveRestart(t *testing.T) {
 		}
 
 		var ok string
-		g.ask("sysrq c", "ok", &ok)
+		g.Ask("sysrq c", "ok", &ok)
 		ev := w.wait(10*time.Second, "panic", ofKind(EventFinding, detect.KindPanic))
 		time.Sleep(200 * time.Millisecond) // the kernel comes to its last loop
 		restart("panicked", ev.Finding)
 
 		// All CPUs spin with their interrupts off.
-		g.spawn("forks")
-		g.spawn("forks")
+		g.Spawn("forks")
+		g.Spawn("forks")
 		time.Sleep(12 * time.Second) // a host that boots is not judged
 		v, err := w.e.View(t.Context())
 		if err != nil {
@@ -104,8 +104,8 @@ func TestLiveRestart(t *testing.T) {
 			hb, err := v.Heartbeat()
 			return err == nil && !hb.CPUs[cpu].Idle
 		}
-		first := g.lock(gadget(t, v), busy)
-		g.lock(gadget(t, v), func(cpu int) bool { return cpu != first && busy(cpu) })
+		first := g.Lock(gadget(t, v), busy)
+		g.Lock(gadget(t, v), func(cpu int) bool { return cpu != first && busy(cpu) })
 		ev = w.wait(20*time.Second, "verdict", ofKind(EventFinding, detect.KindCPUStall))
 		restart("locked", ev.Finding)
 	})

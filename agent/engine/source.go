@@ -32,6 +32,7 @@ type look interface {
 	Panic() (kernel.PanicState, error)
 	Tasks() iter.Seq2[kernel.Task, error]
 	Usage() (kernel.Usage, error)
+	Signs() (kernel.Signs, error)
 	Cost() kernel.Cost
 }
 

@@ -12,16 +12,17 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/policy"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+	"github.com/backdoor-rhs/backdoor/tests/guest"
 )
 
 // qmpPower is a power controller that presses the virtual machine's reset button.
-type qmpPower struct{ g *guest }
+type qmpPower struct{ g *guest.Guest }
 
 func (p qmpPower) State(context.Context) (string, error)  { return "on", nil }
-func (p qmpPower) Cycle(context.Context) error            { p.g.execute("system_reset"); return nil }
+func (p qmpPower) Cycle(context.Context) error            { p.g.Execute("system_reset"); return nil }
 func (p qmpPower) On(context.Context) error               { return nil }
 func (p qmpPower) Off(context.Context) error              { return heal.ErrInvalidPlan }
-func (p qmpPower) NMI(context.Context) error              { p.g.execute("inject-nmi"); return nil }
+func (p qmpPower) NMI(context.Context) error              { p.g.Execute("inject-nmi"); return nil }
 func (p qmpPower) GracefulShutdown(context.Context) error { return heal.ErrInvalidPlan }
 
 // watched is an engine that runs, and its events.
@@ -91,7 +92,7 @@ func TestLiveWatch(t *testing.T) {
 		w := watch(t, Options{
 			Logger: slog.New(slog.DiscardHandler),
 			Memory: func(context.Context) (hostmem.Memory, error) {
-				return hostmem.OpenRAMFile(g.ram, hostmem.Q35Layout(uint64(g.mib)<<20), true)
+				return hostmem.OpenRAMFile(g.RAM, hostmem.Q35Layout(uint64(g.MiB)<<20), true)
 			},
 			Writes: true, Agreement: agreement(t, guestUUID, heal.KillProcess, heal.PowerCycle), Policy: p,
 			Journal: openJournal(t), Power: qmpPower{g}, CacheDir: t.TempDir(),
@@ -104,7 +105,7 @@ func TestLiveWatch(t *testing.T) {
 
 		runaway := func() {
 			t.Helper()
-			pid, began := g.spawn("spin"), time.Now()
+			pid, began := g.Spawn("spin"), time.Now()
 			ev := w.wait(20*time.Second, "runaway", ofKind(EventFinding, detect.KindRunawayProcess))
 			if ev.Finding.Culprit.TGID != pid {
 				t.Fatalf("culprit %+v; want PID %d", ev.Finding.Culprit, pid)
@@ -118,8 +119,8 @@ func TestLiveWatch(t *testing.T) {
 				}
 			}
 			select {
-			case e := <-g.exits:
-				if e.pid != pid || e.signal != 9 {
+			case e := <-g.Exits:
+				if e.PID != pid || e.Signal != 9 {
 					t.Errorf("guest says %+v; want %d ended by 9", e, pid)
 				}
 			case <-time.After(5 * time.Second):
@@ -139,16 +140,16 @@ func TestLiveWatch(t *testing.T) {
 		t.Logf("cost: heartbeat %v, tasks %v, %.0f kB/s, %.2f %% of a CPU; last pass %d reads, %d bytes in %v", c.MeanHeartbeat, c.MeanTasks, c.BytesPerSec/1e3, 100*c.Load, c.Reads, c.Bytes, c.Took)
 
 		began := time.Now()
-		g.execute("stop")
+		g.Execute("stop")
 		ev = w.wait(10*time.Second, "silence", ofKind(EventFinding, detect.KindHostSilent))
 		t.Logf("frozen while idle → finding: %v: %s", ev.At.Sub(began), ev.Finding.Detail)
 		began = time.Now()
-		g.execute("cont")
+		g.Execute("cont")
 		ev = w.wait(10*time.Second, "end of the silence", ofKind(EventResolved, detect.KindHostSilent))
 		t.Logf("thawed → resolved: %v", ev.At.Sub(began))
 
 		var ok string
-		g.ask("sysrq c", "ok", &ok)
+		g.Ask("sysrq c", "ok", &ok)
 		began = time.Now().Add(50 * time.Millisecond)
 		ev = w.wait(10*time.Second, "panic", ofKind(EventFinding, detect.KindPanic))
 		t.Logf("panic → finding: %v: %s; culprit %+v", ev.At.Sub(began), ev.Text, ev.Finding.Culprit)
@@ -168,9 +169,9 @@ func TestLiveWatch(t *testing.T) {
 		ev = w.wait(3*time.Minute, "new kernel", func(e Event) bool { return e.Type == EventAttached && e.Kernel.BootID != boot })
 		t.Logf("finding → power-cycled → attached again: %v", time.Since(began))
 		w.wait(time.Minute, "healing", ofKind(EventHealed, detect.KindPanic))
-		g.waitReady()
+		g.WaitReady()
 		runaway()
-		if bad := g.complaints(); len(bad) > 0 {
+		if bad := g.Complaints(); len(bad) > 0 {
 			t.Errorf("the guest's kernel complains: %q", bad)
 		}
 	})
@@ -182,19 +183,19 @@ func TestLiveStall(t *testing.T) {
 		g := startGuest(t, k)
 		w := watch(t, Options{
 			Memory: func(context.Context) (hostmem.Memory, error) {
-				return hostmem.OpenRAMFile(g.ram, hostmem.Q35Layout(uint64(g.mib)<<20), false)
+				return hostmem.OpenRAMFile(g.RAM, hostmem.Q35Layout(uint64(g.MiB)<<20), false)
 			},
 			Policy: policy.Default(),
 		})
 		w.wait(time.Minute, "attach", ofType(EventAttached))
-		g.spawn("forks")
-		g.spawn("forks")
+		g.Spawn("forks")
+		g.Spawn("forks")
 		time.Sleep(12 * time.Second) // a host that boots is not judged
 		v, err := w.e.View(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		cpu := g.lock(gadget(t, v), func(cpu int) bool {
+		cpu := g.Lock(gadget(t, v), func(cpu int) bool {
 			hb, err := v.Heartbeat()
 			return err == nil && !hb.CPUs[cpu].Idle
 		})

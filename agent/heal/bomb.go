@@ -25,16 +25,20 @@ const (
 	batchRunTimeout = 6 * time.Second
 )
 
-// stopForkBomb bars new tasks for the whole host, kills the tree, the youngest first, in batches of which each is run within
-// one timer tick, and lifts the bar. As long as it holds, which is as long as the repair lasts, nobody on the host can start
-// anything.
+// stopForkBomb bars new tasks, kills the tree, the youngest first, in batches of which each is run within one timer tick, and
+// lifts the bar. The tree of a user is barred by its own limit of processes, which its children inherit and which goes with
+// them. No such limit holds root: for a tree of his, nobody on the host can start a task or a thread as long as the repair
+// lasts, and programs that cannot bear that (Go's runtime ends a program that gets no thread) may end.
 func stopForkBomb() Action {
 	return Action{
-		ID: StopForkBomb, Title: "Bar new tasks for a moment, and end the tree with SIGKILL, the youngest first", Risk: RiskTask,
+		ID: StopForkBomb, Title: "Bar new tasks, and end the tree with SIGKILL, the youngest first", Risk: RiskTask,
 		For: []detect.Kind{detect.KindForkBomb},
 		Plan: func(_ context.Context, v *kernel.View, f detect.Finding) (Plan, error) {
 			if v == nil {
 				return Plan{}, fmt.Errorf("plan to bar new tasks: no kernel is attached: %w", kernel.ErrNotFound)
+			}
+			if f.Culprit.UID != nil && *f.Culprit.UID != 0 {
+				return planLimit(newModel(v), f)
 			}
 			return planBar(newModel(v), f)
 		},
@@ -75,6 +79,71 @@ func planBar(m model, f detect.Finding) (Plan, error) {
 		}},
 	}, nil
 }
+
+// rlimitNproc is RLIMIT_NPROC of include/uapi/asm-generic/resource.h.
+const rlimitNproc = 6
+
+// planLimit plans to set the soft limit of processes of each process of the tree to nothing. copy_signal of kernel/fork.c
+// gives it on to children; copy_process refuses users that are above it.
+func planLimit(m model, f detect.Finding) (Plan, error) {
+	fail := func(err error) (Plan, error) { return Plan{}, fmt.Errorf("plan to limit the tree: %w", err) }
+	if f.Culprit.Tree == 0 {
+		return fail(fmt.Errorf("the finding names no tree of tasks: %w", kernel.ErrNotFound))
+	}
+	l := layout{m: m}
+	signalOff, cur := l.field("task_struct", "signal", 8), l.field("rlimit", "rlim_cur", 8)
+	size := l.sizeof("rlimit")
+	if l.err != nil {
+		return fail(l.err)
+	}
+	limits, err := m.Field("signal_struct", "rlim")
+	if err != nil {
+		return fail(err)
+	}
+	if limits.Size < (rlimitNproc+1)*size {
+		return fail(fmt.Errorf("signal_struct.rlim has %d bytes: %w", limits.Size, kernel.ErrNotSupported))
+	}
+	var tasks []kernel.Task
+	for t, err := range m.Tasks() {
+		if err != nil {
+			return fail(err)
+		}
+		tasks = append(tasks, t)
+	}
+	id := Identify(m.Info())
+	p := Plan{
+		Action: StopForkBomb, Finding: f.ID, Risk: RiskTask, Kernel: &id, More: true,
+		Title: fmt.Sprintf("limit, then end the tree of %q (PID %d), %d tasks by now", f.Culprit.Comm, f.Culprit.PID, f.Culprit.Tree),
+	}
+	for _, t := range detect.Offspring(tasks, f.Culprit.Since, *f.Culprit.UID) {
+		if t.PID != t.TGID || t.State == "Z" || t.State == "X" || t.TGID <= 1 || t.KThread || len(p.Steps) == maxLimited {
+			continue
+		}
+		signal, err := read64(m, t.Addr+kernel.VirtAddr(signalOff))
+		if err != nil {
+			return fail(err)
+		}
+		va := kernel.VirtAddr(signal + limits.Offset + rlimitNproc*size + cur)
+		now, err := read64(m, va)
+		if err != nil {
+			continue // gone meanwhile
+		}
+		pa, err := m.Phys(va)
+		if err != nil || now == 0 {
+			continue
+		}
+		p.Targets = append(p.Targets, Target{TGID: t.TGID, PID: t.PID, Comm: t.Comm, UID: t.UID, Start: t.Start})
+		p.Steps = append(p.Steps, Step{Op: OpWrite, Why: "it starts nothing new", Object: "signal_struct.rlim[RLIMIT_NPROC].rlim_cur", MayFail: true,
+			Addr: pa, Virt: va, Expect: le(now, 8), Put: le(0, 8), Undo: true})
+	}
+	if len(p.Steps) == 0 {
+		return fail(ErrGone)
+	}
+	return p, nil
+}
+
+// maxLimited is how many processes one plan limits: what one record of the journal holds.
+const maxLimited = 300
 
 // planBatch plans the end of the next processes of the tree. more is false when none is left.
 func planBatch(m model, f detect.Finding) (p Plan, more bool, err error) {

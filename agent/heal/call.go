@@ -141,8 +141,7 @@ func called(id, title string, risk Risk, fn function, kinds ...detect.Kind) Acti
 func restartHost() Action {
 	return Action{
 		ID: RestartHost, Title: "Restart the host by its own kernel, live, panicked or locked", Risk: RiskRestart,
-		For: []detect.Kind{detect.KindPanic, detect.KindCPUStall, detect.KindHostSilent, detect.KindRunawayProcess, detect.KindForkBomb,
-			detect.KindMemoryHog, detect.KindExhaustion},
+		For: everyKind(),
 		Plan: func(_ context.Context, v *kernel.View, f detect.Finding) (Plan, error) {
 			if v == nil {
 				return Plan{}, fmt.Errorf("plan to restart the host: no kernel is attached: %w", kernel.ErrNotFound)

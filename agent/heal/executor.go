@@ -266,6 +266,10 @@ func (r *run) apply() error {
 			continue
 		}
 		o.Error = prev.Error()
+		if s.MayFail && errors.Is(prev, ErrMismatch) {
+			prev = nil
+			continue
+		}
 		if s.Cleanup && r.ctx.Err() == nil {
 			r.x.log.Warn("cannot tidy up", "plan", r.p.ID, "step", i, "err", prev)
 			if s.Op == OpWrite {
@@ -380,7 +384,7 @@ func (r *run) sameKernel() error {
 // preflight compares memory with what every step expects that is not about the plan's own consequences.
 func (r *run) preflight() error {
 	for i, s := range r.p.Steps {
-		if s.Cleanup || s.Op != OpExpect && s.Op != OpWrite && s.Op != OpArm {
+		if s.Cleanup || s.MayFail || s.Op != OpExpect && s.Op != OpWrite && s.Op != OpArm {
 			continue
 		}
 		if _, err := r.compare(&s); err != nil {

@@ -52,15 +52,15 @@ var (
 )
 
 func killProcess() Action {
-	return signalled(sigKill, "End the process with SIGKILL, sent by the host's own kernel", detect.KindRunawayProcess, detect.KindMemoryHog)
+	return signalled(sigKill, "End the process with SIGKILL, sent by the host's own kernel", detect.KindRunawayProcess, detect.KindMemoryHog, detect.KindTampering)
 }
 
 func stopProcess() Action {
-	return signalled(sigStop, "Stop the process with SIGSTOP, sent by the host's own kernel; it can be continued", detect.KindRunawayProcess, detect.KindMemoryHog)
+	return signalled(sigStop, "Stop the process with SIGSTOP, sent by the host's own kernel; it can be continued", detect.KindRunawayProcess, detect.KindMemoryHog, detect.KindTampering)
 }
 
 func continueProcess() Action {
-	return signalled(sigCont, "Continue a stopped process with SIGCONT, sent by the host's own kernel", detect.KindRunawayProcess, detect.KindMemoryHog)
+	return signalled(sigCont, "Continue a stopped process with SIGCONT, sent by the host's own kernel", detect.KindRunawayProcess, detect.KindMemoryHog, detect.KindTampering)
 }
 
 func signalled(s signal, title string, kinds ...detect.Kind) Action {

@@ -161,6 +161,8 @@ type Step struct {
 	// Cleanup marks steps that tidy up after the repair. Their failure does not fail the plan; what they could not tidy up is
 	// reported as left behind.
 	Cleanup bool `json:"cleanup,omitempty"`
+	// MayFail marks a step that is one of many alike: it is left out if memory does not hold what it expects.
+	MayFail bool `json:"mayFail,omitempty"`
 	// Later marks a Cleanup step that is left to Executor.Sweep: there is no need to wait for it now.
 	Later bool `json:"later,omitempty"`
 	// IfFailed has the step run only if the one before it has failed.

@@ -18,7 +18,7 @@ const PowerCycle = "power-cycle"
 func powerCycle() Action {
 	return Action{
 		ID: PowerCycle, Title: "Switch the host off and on again through its power controller", Risk: RiskRestart,
-		For: []detect.Kind{detect.KindPanic, detect.KindCPUStall, detect.KindHostSilent, detect.KindRunawayProcess, detect.KindForkBomb, detect.KindMemoryHog, detect.KindExhaustion},
+		For: everyKind(),
 		// Needs no view: it is what is left when there is none.
 		Plan: func(_ context.Context, _ *kernel.View, f detect.Finding) (Plan, error) {
 			return Plan{

@@ -123,6 +123,7 @@ type Task struct {
 	Comm      string        `json:"comm"`
 	State     string        `json:"state"` // one letter as in ps(1): R S D T t Z X P I
 	UID       uint32        `json:"uid"`   // effective
+	Cred      VirtAddr      `json:"cred"`  // real_cred
 	CPU       int           `json:"cpu"`
 	OnCPU     bool          `json:"onCPU"`
 	KThread   bool          `json:"kthread"`

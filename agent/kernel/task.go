@@ -403,7 +403,7 @@ func (img *Image) related(src source, t *taskRecord) error {
 	if err := img.space.object(src, "cred", t.cred+VirtAddr(l.euid), b[:]); err != nil {
 		return err
 	}
-	t.UID = le32(b[:])
+	t.UID, t.Cred = le32(b[:]), t.cred
 	return nil
 }
 

@@ -98,7 +98,7 @@ func (p Policy) DetectConfig() detect.Config {
 	}{
 		{&c.Heartbeat, s.Heartbeat}, {&c.Tasks, s.Tasks}, {&c.StallSuspect, s.StallSuspect}, {&c.StallVerdict, s.StallVerdict},
 		{&c.IdleVerdict, s.IdleVerdict}, {&c.Silent, s.Silent}, {&c.RunawayFor, s.RunawayFor},
-		{&c.HogETA, s.HogETA},
+		{&c.HogETA, s.HogETA}, {&c.RCUFor, s.RCUFor}, {&c.HungFor, s.HungFor},
 	} {
 		if f.from != 0 {
 			*f.to = time.Duration(f.from)

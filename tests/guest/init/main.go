@@ -1,9 +1,11 @@
-// Guest is the whole userland of the virtual machine in which the engine's tests let things go wrong: process 1 of a stock
+// Init is the whole userland of the virtual machines in which tests let things go wrong: process 1 of a stock
 // kernel. It takes commands on the second serial line, one a line, and answers with one line of JSON. It tells of each child
 // that ends with a line {"exit": pid, "signal": n}.
 //
 //	spawn KIND   start a child: spin, sleep, nanosleep, blocked, blockedspin, threads, forks, stopped, zombie, bomb, rootbomb,
 //	             hog, roothog (of which the OOM killer keeps off)
+//	spawn fault=NAME  start a child that has the fault module do something, and stays
+//	load NAME    load the module of the file /NAME
 //	dmesg        all records of /dev/kmsg with level 4 (warning) or worse
 //	sysrq X      press the key
 //	uptime       CLOCK_MONOTONIC in ns
@@ -79,6 +81,15 @@ func main() {
 			}
 		}
 	}()
+	// A fork bomb of root is stopped by letting nobody start a thread for a moment, and a Go program that needs one then ends:
+	// this one has them all before.
+	for range 12 {
+		go func() {
+			runtime.LockOSThread()
+			time.Sleep(10 * time.Millisecond)
+			runtime.UnlockOSThread()
+		}()
+	}
 	say(map[string]string{"ready": "yes"})
 	in := bufio.NewScanner(tty)
 	for in.Scan() {
@@ -100,6 +111,13 @@ func main() {
 				continue
 			}
 			say(map[string]int{"pid": pid})
+		case "load":
+			err := load("/" + arg)
+			if err != nil {
+				say(map[string]string{"error": err.Error()})
+				continue
+			}
+			say(map[string]string{"loaded": arg})
 		case "dmesg":
 			say(map[string]any{"dmesg": dmesg()})
 		case "sysrq":
@@ -115,6 +133,15 @@ func main() {
 		}
 	}
 	select {}
+}
+
+func load(file string) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return unix.FinitModule(int(f.Fd()), "", 0)
 }
 
 func start(kind string) (int, error) {
@@ -174,6 +201,12 @@ func child(kind string) {
 		}
 	}
 	fmt.Println(pid)
+	if fault, ok := strings.CutPrefix(kind, "fault="); ok {
+		if err := os.WriteFile("/proc/bdfault", []byte(strings.ReplaceAll(fault, "_", " ")), 0); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}
 	switch kind {
 	case "spin", "blockedspin", "threads":
 		for {

@@ -1,0 +1,319 @@
+package detect
+
+import (
+	"context"
+	"fmt"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+)
+
+const (
+	signsEvery = 500 * time.Millisecond
+	signsGap   = 3 * time.Second // longer without a sample, and nothing is known of what was meanwhile
+	maxHung    = 16              // findings at once
+)
+
+// standing returns how far back a row of samples is unbroken and fits, the newest included.
+func standing(ss []kernel.Signs, fits func(*kernel.Signs) bool) time.Duration {
+	n := len(ss)
+	at := n - 1
+	if at < 0 || !fits(&ss[at]) {
+		return -1
+	}
+	for at > 0 && ss[at].At.Sub(ss[at-1].At) <= signsGap && fits(&ss[at-1]) {
+		at--
+	}
+	return ss[n-1].At.Sub(ss[at].At)
+}
+
+// oopsWho is where an oops says on whom it came, lib/dump_stack.c: "CPU: 1 PID: 312 Comm: sh Tainted: …", since v6.11 with
+// "UID: 0" in between.
+var oopsWho = regexp.MustCompile(`CPU: (\d+) (?:UID: \d+ )?PID: (\d+) Comm: (\S+)`)
+
+// oopsWhat are the beginnings of what the kernel says first.
+var oopsWhat = []string{"BUG: ", "Oops: ", "kernel BUG at ", "general protection fault", "invalid opcode: ", "stack segment: ", "double fault", "divide error", "traps: PANIC", "list_add corruption", "list_del corruption"}
+
+// oops reports that the kernel has caught a fault of its own and lives on: a task died in the middle of something, with the
+// locks that it held. It stands until the host is restarted.
+func oops(Config) Detector {
+	return Detector{
+		ID: "oops", Title: "Fault in the kernel", Kind: KindOops, Severity: Critical,
+		Every: signsEvery, DependsOn: []Kind{KindPanic}, Needs: []Need{NeedSigns},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			s := &p.Signs[len(p.Signs)-1]
+			if s.Oopses == 0 {
+				return nil, nil
+			}
+			f := Finding{
+				Key: fmt.Sprint(s.Oopses), Kind: KindOops, Severity: Critical, Confidence: 1,
+				Title:    "the kernel has oopsed",
+				Detail:   "a fault in the kernel's own code has ended what ran there; locks that it held stay taken",
+				Evidence: []Evidence{{"die_counter", fmt.Sprint(s.Oopses)}},
+			}
+			if p.View == nil {
+				return []Finding{f}, nil
+			}
+			var said string
+			for rec, err := range p.View.Log() {
+				if err != nil {
+					break // the counter is enough
+				}
+				if rec.Facility != 0 {
+					continue // not the kernel's own words
+				}
+				if slices.ContainsFunc(oopsWhat, func(w string) bool { return strings.HasPrefix(rec.Text, w) }) {
+					if !strings.HasPrefix(rec.Text, "Oops: ") || said == "" {
+						said = rec.Text
+					}
+				}
+				if m := oopsWho.FindStringSubmatch(rec.Text); m != nil && said != "" {
+					cpu, _ := strconv.Atoi(m[1])
+					f.Culprit.CPU, f.Culprit.Comm = &cpu, m[3]
+					f.Culprit.PID, _ = strconv.Atoi(m[2])
+				}
+			}
+			if said != "" {
+				f.Title = "the kernel has oopsed: " + said
+				f.Evidence = append(f.Evidence, Evidence{"log", said})
+			}
+			return []Finding{f}, nil
+		},
+	}
+}
+
+// rcuStall reports that a grace period of RCU does not end: memory is freed no more, and sooner or later everything waits.
+// The kernel itself says so after 21 s.
+func rcuStall(c Config) Detector {
+	return Detector{
+		ID: "rcu-stall", Title: "RCU stall", Kind: KindRCUStall, Severity: Critical,
+		Every: signsEvery, DependsOn: []Kind{KindPanic, KindHostSilent, KindCPUStall, KindSoftLockup}, Needs: []Need{NeedSigns},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			now := &p.Signs[len(p.Signs)-1]
+			d := standing(p.Signs, func(s *kernel.Signs) bool { return s.Waiting && s.GracePeriod == now.GracePeriod })
+			if d < c.RCUFor/2 {
+				return nil, nil
+			}
+			f := Finding{
+				Key: "rcu", Kind: KindRCUStall, Severity: Critical, Confidence: 0.95, Suspicion: d < c.RCUFor,
+				Title:    fmt.Sprintf("RCU waits for CPUs %v", now.Holding),
+				Detail:   fmt.Sprintf("the same grace period lasts %v", d.Round(100*time.Millisecond)),
+				Evidence: []Evidence{{"rcu_state.gp_seq", fmt.Sprint(now.GracePeriod)}, {"quiescent states missing", fmt.Sprint(now.Holding)}},
+			}
+			if len(now.Holding) > 0 {
+				cpu := now.Holding[0]
+				f.Culprit.CPU = &cpu
+				if n := len(p.Beats); n > 0 && cpu < len(p.Beats[n-1].CPUs) {
+					k := p.Beats[n-1].CPUs[cpu]
+					f.Culprit.PID, f.Culprit.Comm = k.CurrPID, k.CurrComm
+					f.Detail += fmt.Sprintf("; CPU %d runs %q (PID %d)", cpu, k.CurrComm, k.CurrPID)
+				}
+			}
+			return []Finding{f}, nil
+		},
+	}
+}
+
+// hungTask reports tasks that have waited uninterruptibly without once being woken. vfork(2), in which a parent waits so for
+// its child, is no fault. The kernel itself says so after 120 s.
+func hungTask(c Config) Detector {
+	return Detector{
+		ID: "hung-task", Title: "Hung task", Kind: KindHungTask, Severity: Warning,
+		Every: c.Tasks, DependsOn: []Kind{KindPanic, KindHostSilent, KindMemoryHog}, Needs: []Need{NeedTasks},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			n := len(p.Tasks)
+			now := &p.Tasks[n-1]
+			type mark struct {
+				switches uint64
+				since    time.Time
+			}
+			waits := make(map[taskKey]mark)
+			for _, t := range now.Tasks {
+				if t.State == "D" {
+					waits[taskKey{t.PID, t.Start}] = mark{t.Switches, now.At}
+				}
+			}
+			for i := n - 2; i >= 0 && len(waits) > 0; i-- {
+				for _, t := range p.Tasks[i].Tasks {
+					k := taskKey{t.PID, t.Start}
+					m, ok := waits[k]
+					// since is only moved while the row is unbroken: by the sample after this one.
+					if ok && t.State == "D" && t.Switches == m.switches && m.since.Equal(p.Tasks[i+1].At) {
+						waits[k] = mark{m.switches, p.Tasks[i].At}
+					}
+				}
+			}
+			var out []Finding
+			for _, t := range now.Tasks {
+				m, ok := waits[taskKey{t.PID, t.Start}]
+				d := now.At.Sub(m.since)
+				if !ok || d < c.HungFor/2 || len(out) == maxHung {
+					continue
+				}
+				uid := t.UID
+				f := Finding{
+					Key: fmt.Sprintf("%d@%v", t.PID, t.Start), Kind: KindHungTask, Severity: Warning, Confidence: 0.8, Suspicion: d < c.HungFor,
+					Title:    fmt.Sprintf("%q (PID %d) hangs in the kernel", t.Comm, t.PID),
+					Detail:   fmt.Sprintf("it has waited %v uninterruptibly without being woken", d.Round(100*time.Millisecond)),
+					Culprit:  Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, UID: &uid, Start: t.Start},
+					Evidence: []Evidence{{"state", "D"}, {"context switches", fmt.Sprint(t.Switches)}},
+				}
+				if p.View != nil {
+					var names []string
+					if s, err := p.View.Stack(t.PID); err == nil {
+						for _, fr := range s.Frames {
+							names = append(names, fr.Symbol)
+						}
+					}
+					if slices.ContainsFunc(names, func(s string) bool { return strings.HasPrefix(s, "wait_for_vfork_done") }) {
+						continue
+					}
+					if len(names) > 0 {
+						f.Confidence = 0.9
+						f.Evidence = append(f.Evidence, Evidence{"stack", strings.Join(names[:min(len(names), 12)], " ← ")})
+					}
+				}
+				out = append(out, f)
+			}
+			return out, nil
+		},
+	}
+}
+
+// tampering reports what no kernel does to itself: tables of functions that lead out of its code, processes and modules that
+// are in one list and not in the other.
+func tampering(c Config) Detector {
+	return Detector{
+		ID: "tampering", Title: "Tampering", Kind: KindTampering, Severity: Critical,
+		Every: signsEvery, DependsOn: []Kind{KindPanic, KindHostSilent}, Needs: []Need{NeedSigns},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			n := len(p.Signs)
+			now := &p.Signs[n-1]
+			var out []Finding
+			add := func(key, title, detail string, confidence float64, who Culprit, e ...Evidence) {
+				out = append(out, Finding{Key: key, Kind: KindTampering, Severity: Critical, Title: title, Detail: detail, Confidence: confidence, Culprit: who, Evidence: e})
+			}
+			for _, s := range now.Strays {
+				owner := "no module that is known"
+				if s.Owner != "" {
+					owner = "module " + s.Owner
+				}
+				add(s.Table, s.Table+" leads out of the kernel", fmt.Sprintf("it points to %v, in %s", s.To, owner), 0.99, Culprit{},
+					Evidence{s.Table, s.To.String()}, Evidence{"owner", owner})
+			}
+			// What starts or ends just now is in one list for a moment: it must have been so in the sample before.
+			if n >= 2 && now.At.Sub(p.Signs[n-2].At) <= signsGap {
+				old := &p.Signs[n-2]
+				for _, t := range now.Hidden {
+					if slices.ContainsFunc(old.Hidden, func(o kernel.Task) bool { return o.PID == t.PID && o.Start == t.Start }) {
+						add(fmt.Sprintf("task %d@%v", t.PID, t.Start), fmt.Sprintf("%q (PID %d) is hidden", t.Comm, t.PID),
+							"it has a process number and is not in the kernel's list of tasks", 0.95,
+							Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, Start: t.Start}, Evidence{"task_struct", t.Addr.String()})
+					}
+				}
+				for _, t := range now.Forged {
+					if slices.ContainsFunc(old.Forged, func(o kernel.Task) bool { return o.PID == t.PID && o.Start == t.Start }) {
+						add(fmt.Sprintf("cred %d@%v", t.PID, t.Start), fmt.Sprintf("%q (PID %d) has forged credentials", t.Comm, t.PID),
+							fmt.Sprintf("they are accounted to user %d and say another", t.UID), 0.97,
+							Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, Start: t.Start}, Evidence{"cred", t.Cred.String()}, Evidence{"cred.user", fmt.Sprint(t.UID)})
+					}
+				}
+				for _, m := range now.HiddenModules {
+					if slices.Contains(old.HiddenModules, m) {
+						add("module "+m, fmt.Sprintf("module %q is hidden", m), "it is live, and not in all of the kernel's lists of modules", 0.95, Culprit{}, Evidence{"module", m})
+					}
+				}
+			}
+			return out, nil
+		},
+	}
+}
+
+// credentials reports processes whose user was changed where it lies. The kernel copies credentials to change them
+// (Documentation/security/credentials.rst). A program that is executed gets new ones, perhaps where the old ones were.
+func credentials(c Config) Detector {
+	return Detector{
+		ID: "credentials", Title: "Credentials out of nowhere", Kind: KindTampering, Severity: Critical,
+		Every: c.Tasks, Clear: time.Hour, DependsOn: []Kind{KindPanic, KindHostSilent}, Needs: []Need{NeedTasks},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			var out []Finding
+			type cred struct {
+				at   kernel.VirtAddr
+				uid  uint32
+				comm string
+			}
+			first := make(map[taskKey]cred)
+			for i := range p.Tasks {
+				for _, t := range p.Tasks[i].Tasks {
+					k := taskKey{t.PID, t.Start}
+					c, ok := first[k]
+					switch {
+					case t.Cred == 0 || !t.Confident:
+					case !ok || c.at != t.Cred || c.comm != t.Comm:
+						first[k] = cred{t.Cred, t.UID, t.Comm}
+					case t.UID != c.uid && t.Comm == c.comm && i == len(p.Tasks)-1:
+						uid := t.UID
+						out = append(out, Finding{
+							Key: fmt.Sprintf("cred %d@%v", t.PID, t.Start), Kind: KindTampering, Severity: Critical, Confidence: 0.95,
+							Title:    fmt.Sprintf("%q (PID %d) was made user %d", t.Comm, t.PID, t.UID),
+							Detail:   fmt.Sprintf("its credentials were overwritten where they lie; it was user %d", c.uid),
+							Culprit:  Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, UID: &uid, Start: t.Start},
+							Evidence: []Evidence{{"cred", t.Cred.String()}, {"uid", fmt.Sprintf("%d → %d", c.uid, t.UID)}},
+						})
+					}
+				}
+			}
+			return out, nil
+		},
+	}
+}
+
+// preemptDepth are the bits of the preempt count that say how often preemption is disabled, beside interrupts
+// (PREEMPT_MASK of include/linux/preempt.h).
+const preemptDepth = 0xff
+
+// softLockup reports CPUs that take their interrupts but have stayed in one stretch of the kernel's code, with preemption
+// off, at every single look: nothing else runs there, and what is bound to that CPU waits. The kernel itself says so after
+// some 20 s. On kernels that do not count preemption (PREEMPT_NONE without PREEMPT_DYNAMIC) it sees nothing.
+func softLockup(c Config) Detector {
+	return Detector{
+		ID: "soft-lockup", Title: "CPU stuck in the kernel", Kind: KindSoftLockup, Severity: Critical,
+		DependsOn: []Kind{KindPanic, KindHostSilent, KindCPUStall}, Needs: []Need{NeedHeartbeats},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			s := newSeries(c, p.Beats, c.strict())
+			n := len(s.beats)
+			if n < 2 {
+				return nil, ErrTooEarly
+			}
+			var out []Finding
+			for i := range s.beats[n-1].CPUs {
+				last := &s.beats[n-1].CPUs[i]
+				if !last.Online || last.Idle || time.Duration(s.beats[n-1].Mono) < bootGrace {
+					continue
+				}
+				stuck, at := s.still(func(old, now *kernel.Heartbeat) bool {
+					o, n := &old.CPUs[i], &now.CPUs[i]
+					return !o.Idle && o.Curr == n.Curr && o.Switches == n.Switches && o.Preempt&preemptDepth != 0 && n.Preempt&preemptDepth != 0
+				})
+				if stuck < c.StallVerdict || at < 0 || s.beats[at].CPUs[i].TimerIRQs == last.TimerIRQs {
+					continue // without ticks it is another fault's
+				}
+				cpu := last.ID
+				f := Finding{
+					Key: fmt.Sprintf("cpu%d", cpu), Kind: KindSoftLockup, Severity: Critical, Confidence: 0.9, Suspicion: stuck < 2*c.StallVerdict,
+					Title:    fmt.Sprintf("CPU %d is stuck in the kernel", cpu),
+					Detail:   fmt.Sprintf("for %v it has been running %q (PID %d) with preemption off; it ticks, and does nothing else", stuck, last.CurrComm, last.CurrPID),
+					Culprit:  Culprit{CPU: &cpu, PID: last.CurrPID, Comm: last.CurrComm},
+					Evidence: []Evidence{{"preemptCount", fmt.Sprintf("%#x", last.Preempt)}, {"switches", fmt.Sprint(last.Switches)}, {"timerIRQs", fmt.Sprint(last.TimerIRQs)}},
+				}
+				identify(&f.Culprit, p.Tasks)
+				out = append(out, f)
+			}
+			return out, nil
+		},
+	}
+}

@@ -1,0 +1,202 @@
+package detect
+
+import (
+	"testing"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+)
+
+// signs makes a row of samples, one each half second, of what f says of each.
+func signs(n int, f func(i int, s *kernel.Signs)) []kernel.Signs {
+	out := make([]kernel.Signs, n)
+	t0 := time.Unix(1_800_000_000, 0)
+	for i := range out {
+		out[i].At = t0.Add(time.Duration(i) * 500 * time.Millisecond)
+		f(i, &out[i])
+	}
+	return out
+}
+
+func verdicts(fs []Finding) (n int) {
+	for _, f := range fs {
+		if !f.Suspicion {
+			n++
+		}
+	}
+	return n
+}
+
+func TestOops(t *testing.T) {
+	d := oops(DefaultConfig())
+	if fs := detect(t, d, &Pass{Signs: signs(3, func(int, *kernel.Signs) {})}); len(fs) > 0 {
+		t.Errorf("none: %+v", fs)
+	}
+	fs := detect(t, d, &Pass{Signs: signs(3, func(_ int, s *kernel.Signs) { s.Oopses = 2 })})
+	if len(fs) != 1 || fs[0].Key != "2" || fs[0].Confidence != 1 {
+		t.Errorf("two: %+v", fs)
+	}
+}
+
+func TestRCUStall(t *testing.T) {
+	d := rcuStall(DefaultConfig())
+	stuck := func(i int, s *kernel.Signs) { s.GracePeriod, s.Waiting, s.Holding = 401, true, []int{1} }
+	for _, tt := range []struct {
+		name string
+		n    int
+		f    func(int, *kernel.Signs)
+		want int
+	}{
+		{"the same one for 15 s", 31, stuck, 1},
+		{"the same one for 8 s", 17, stuck, 0},
+		{"one after the other", 31, func(i int, s *kernel.Signs) { stuck(i, s); s.GracePeriod += uint64(i / 4 * 4) }, 0},
+		{"none", 31, func(_ int, s *kernel.Signs) { s.GracePeriod = 400 }, 0},
+		{"nobody looked meanwhile", 31, func(i int, s *kernel.Signs) {
+			stuck(i, s)
+			if i > 15 {
+				s.At = s.At.Add(10 * time.Second)
+			}
+		}, 0},
+	} {
+		fs := detect(t, d, &Pass{Signs: signs(tt.n, tt.f)})
+		if got := verdicts(fs); got != tt.want {
+			t.Errorf("%s: %d verdicts: %+v", tt.name, got, fs)
+		}
+		if tt.want == 1 && (fs[0].Culprit.CPU == nil || *fs[0].Culprit.CPU != 1) {
+			t.Errorf("%s: culprit %+v", tt.name, fs[0].Culprit)
+		}
+	}
+}
+
+func TestHungTask(t *testing.T) {
+	c := DefaultConfig()
+	c.HungFor = 10 * time.Second
+	row := func(f func(i int, k *kernel.Task)) []TaskSample {
+		var out []TaskSample
+		for i := range 30 {
+			k := kernel.Task{PID: 50, TGID: 50, Comm: "x", Start: time.Second, State: "D", Switches: 7}
+			f(i, &k)
+			out = append(out, TaskSample{At: time.Unix(1_800_000_000, 0).Add(time.Duration(i) * 500 * time.Millisecond), Tasks: []kernel.Task{k}})
+		}
+		return out
+	}
+	for _, tt := range []struct {
+		name string
+		f    func(int, *kernel.Task)
+		want int
+	}{
+		{"all the time", func(int, *kernel.Task) {}, 1},
+		{"woken now and then", func(i int, k *kernel.Task) { k.Switches += uint64(i / 10) }, 0},
+		{"a moment of something else", func(i int, k *kernel.Task) {
+			if i == 20 {
+				k.State = "R"
+			}
+		}, 0},
+		{"another under the same PID", func(i int, k *kernel.Task) {
+			if i > 15 {
+				k.Start = time.Minute
+			}
+		}, 0},
+		{"sleeps", func(_ int, k *kernel.Task) { k.State = "S" }, 0},
+		{"idles", func(_ int, k *kernel.Task) { k.State = "I" }, 0},
+	} {
+		if fs := detect(t, hungTask(c), &Pass{Tasks: row(tt.f)}); verdicts(fs) != tt.want {
+			t.Errorf("%s: %+v; want %d verdicts", tt.name, fs, tt.want)
+		}
+	}
+}
+
+func TestTampering(t *testing.T) {
+	d := tampering(DefaultConfig())
+	hidden := kernel.Task{PID: 66, TGID: 66, Comm: "x", Start: time.Second}
+	for _, tt := range []struct {
+		name string
+		f    func(int, *kernel.Signs)
+		want int
+	}{
+		{"nothing", func(int, *kernel.Signs) {}, 0},
+		{"a stray entry", func(i int, s *kernel.Signs) {
+			if i == 4 {
+				s.Strays = []kernel.Stray{{Table: "sys_call_table[62]", To: 0xffffffffc0001000, Owner: "bad"}}
+			}
+		}, 1},
+		{"a hidden task", func(_ int, s *kernel.Signs) { s.Hidden = []kernel.Task{hidden} }, 1},
+		{"tasks that just start", func(i int, s *kernel.Signs) {
+			k := hidden
+			k.PID += i
+			s.Hidden = []kernel.Task{k}
+		}, 0},
+		{"a hidden module", func(_ int, s *kernel.Signs) { s.HiddenModules = []string{"bad"} }, 1},
+		{"a module that is just loaded", func(i int, s *kernel.Signs) {
+			if i == 4 {
+				s.HiddenModules = []string{"good"}
+			}
+		}, 0},
+	} {
+		if fs := detect(t, d, &Pass{Signs: signs(5, tt.f)}); verdicts(fs) != tt.want {
+			t.Errorf("%s: %+v; want %d findings", tt.name, fs, tt.want)
+		}
+	}
+}
+
+func TestCredentials(t *testing.T) {
+	d := credentials(DefaultConfig())
+	pass := func(change func(*kernel.Task)) *Pass {
+		p := &Pass{}
+		for i := range 4 {
+			k := kernel.Task{PID: 70, TGID: 70, Comm: "sh", Start: time.Second, UID: 1000, Cred: 0xffff888001234500, Confident: true}
+			if i >= 2 {
+				change(&k)
+			}
+			p.Tasks = append(p.Tasks, TaskSample{At: time.Unix(int64(i), 0), Tasks: []kernel.Task{k}})
+		}
+		return p
+	}
+	for _, tt := range []struct {
+		name   string
+		change func(*kernel.Task)
+		want   int
+	}{
+		{"nothing", func(*kernel.Task) {}, 0},
+		{"root in place", func(k *kernel.Task) { k.UID = 0 }, 1},
+		{"setuid", func(k *kernel.Task) { k.UID, k.Cred = 0, k.Cred+0x100 }, 0},
+		{"sudo is executed, and its credentials lie where the old ones were", func(k *kernel.Task) { k.UID, k.Comm = 0, "sudo" }, 0},
+		{"another process", func(k *kernel.Task) { k.UID, k.Start = 0, time.Hour }, 0},
+		{"read while it changed", func(k *kernel.Task) { k.UID, k.Confident = 0, false }, 0},
+	} {
+		if fs := detect(t, d, pass(tt.change)); len(fs) != tt.want {
+			t.Errorf("%s: %+v; want %d findings", tt.name, fs, tt.want)
+		}
+	}
+}
+
+func TestSoftLockup(t *testing.T) {
+	d := softLockup(DefaultConfig())
+	pass := func(f func(i int, c *kernel.CPU)) *Pass {
+		p := &Pass{}
+		for i := range 80 {
+			at := time.Unix(1_800_000_000, 0).Add(time.Duration(i) * 50 * time.Millisecond)
+			c := kernel.CPU{ID: 0, Online: true, Curr: 0xffff888000001000, CurrPID: 9, Switches: 100, TimerIRQs: uint64(1000 + 12*i), Preempt: 1}
+			f(i, &c)
+			p.Beats = append(p.Beats, kernel.Heartbeat{At: at, Mono: int64(time.Minute) + int64(i)*int64(50*time.Millisecond), CPUs: []kernel.CPU{c}})
+			p.Now = at
+		}
+		return p
+	}
+	for _, tt := range []struct {
+		name string
+		f    func(int, *kernel.CPU)
+		want int
+	}{
+		{"stuck", func(int, *kernel.CPU) {}, 1},
+		{"a program that computes", func(_ int, c *kernel.CPU) { c.Preempt = 0 }, 0},
+		{"a program that makes many calls", func(i int, c *kernel.CPU) { c.Preempt = uint32(i % 3) }, 0},
+		{"tasks change", func(i int, c *kernel.CPU) { c.Switches += uint64(i / 10) }, 0},
+		{"idle", func(_ int, c *kernel.CPU) { c.Idle = true }, 0},
+		{"without ticks", func(_ int, c *kernel.CPU) { c.TimerIRQs = 1000 }, 0},
+	} {
+		if fs := detect(t, d, pass(tt.f)); verdicts(fs) != tt.want {
+			t.Errorf("%s: %+v; want %d verdicts", tt.name, fs, tt.want)
+		}
+	}
+}

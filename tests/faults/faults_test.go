@@ -1,0 +1,435 @@
+// Package faults is the fault suite: it lets real kernels fall ill, each of its rows in another way, and measures whether
+// the engine says so, who it accuses, how long that takes, and what becomes of the host. The truth comes from the harness.
+//
+// "go test" runs a few rows on one kernel; "make faults" all of them, and leaves the table as text, JSON and HTML in
+// build/faults.
+package faults
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"html/template"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"text/tabwriter"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
+	"github.com/backdoor-rhs/backdoor/agent/journal"
+	"github.com/backdoor-rhs/backdoor/agent/policy"
+	"github.com/backdoor-rhs/backdoor/images/kernels"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+	"github.com/backdoor-rhs/backdoor/tests/guest"
+)
+
+var (
+	kernelsFlag = flag.String("kernels", "6.1", "comma-separated `kernels` to let fall ill")
+	rowsFlag    = flag.String("rows", "oops,root-cred,hide-module,hide-task,d-state,irqs-off", "comma-separated `faults`, or all")
+	outFlag     = flag.String("out", "", "`directory` for the table as text, JSON and HTML")
+	pathFlag    = flag.String("path", "window", "how memory is reached: window, or dma for the model of a DMA engine")
+)
+
+// fault is a row of the table.
+type fault struct {
+	name  string
+	start string        // what the guest's init spawns; empty means the fault module's fault of that name
+	want  []detect.Kind // any of them
+	by    time.Duration // until the finding
+	// heal is the action that an operator asks for, or that policy does by itself; empty if there is none: the host lives on
+	// with it, or is restarted by the suite.
+	heal string
+	// dead says that the host is restarted by the repair.
+	dead bool
+}
+
+// Rows are in an order in which each host can bear what came before.
+var rows = []fault{
+	{name: "fork-bomb", start: "bomb", want: []detect.Kind{detect.KindForkBomb}, by: 10 * time.Second, heal: heal.StopForkBomb},
+	{name: "fork-bomb-root", start: "rootbomb", want: []detect.Kind{detect.KindForkBomb}, by: 10 * time.Second, heal: heal.StopForkBomb},
+	{name: "memory-hog", start: "hog", want: []detect.Kind{detect.KindMemoryHog}, by: 20 * time.Second, heal: heal.KillProcess},
+	{name: "memory-hog-exempt", start: "roothog", want: []detect.Kind{detect.KindMemoryHog}, by: 20 * time.Second, heal: heal.KillProcess},
+	{name: "runaway", start: "spin", want: []detect.Kind{detect.KindRunawayProcess}, by: 20 * time.Second, heal: heal.KillProcess},
+	{name: "root-cred", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second, heal: heal.KillProcess},
+	{name: "hide-module", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second},
+	{name: "hide-task", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second},
+	{name: "hook-syscall", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second},
+	{name: "d-state", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
+	{name: "mutex-deadlock", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
+	{name: "wq-stall", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
+	{name: "oops", want: []detect.Kind{detect.KindOops}, by: 10 * time.Second},
+	{name: "oops-jump", want: []detect.Kind{detect.KindOops}, by: 10 * time.Second},
+	{name: "irqs-off", want: []detect.Kind{detect.KindCPUStall}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
+	{name: "spin-deadlock", want: []detect.Kind{detect.KindCPUStall}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
+	{name: "soft-lockup", want: []detect.Kind{detect.KindSoftLockup}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
+	{name: "rcu-stall", want: []detect.Kind{detect.KindSoftLockup, detect.KindRCUStall}, by: 40 * time.Second, heal: heal.RestartHost, dead: true},
+	{name: "irqs-off-all", want: []detect.Kind{detect.KindCPUStall}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
+	{name: "oops-irq", want: []detect.Kind{detect.KindPanic}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
+	{name: "stack-overflow", want: []detect.Kind{detect.KindPanic, detect.KindOops}, by: 20 * time.Second},
+}
+
+// result is what the table says of a fault on a kernel.
+type result struct {
+	Kernel   string        `json:"kernel"`
+	Fault    string        `json:"fault"`
+	Detector string        `json:"detector"` // empty: not detected
+	Title    string        `json:"title"`
+	Culprit  bool          `json:"culprit"` // it names the process, or says nothing of one where there is none
+	Found    time.Duration `json:"found"`   // from the start of the fault, its process's start included
+	Rung     string        `json:"rung"`    // the action that cured it; empty: none
+	Healed   time.Duration `json:"healed"`  // from the finding to the verified cure, a restart's boot included
+	Log      []string      `json:"log,omitempty"`
+	Serving  bool          `json:"serving"` // the host's service answers afterwards
+	Error    string        `json:"error,omitempty"`
+}
+
+// module builds the fault module for a kernel against Debian's headers.
+func module(t *testing.T, kernel string) []byte {
+	t.Helper()
+	target, err := kernels.Lookup(kernel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := kernels.Fetch(t.Context(), "", target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	headers, err := kernels.Cache{}.Headers(t.Context(), target, k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for _, name := range []string{"Makefile", "bdfault.c"} {
+		b, err := os.ReadFile(filepath.Join("module", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Types of a module's own are of no use here, and making them takes vmlinux and pahole.
+	c := exec.Command("make", "-s", "-C", headers, "M="+dir, "CONFIG_DEBUG_INFO_BTF_MODULES=", "modules")
+	if out, err := c.CombinedOutput(); err != nil {
+		t.Fatalf("build the fault module: %v\n%s", err, out)
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "bdfault.ko"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// marker is what the module wants to see.
+var marker = []string{"-fw_cfg", "name=opt/backdoor/faults,string=yes"}
+
+func agreement(t *testing.T) *access.Agreement {
+	t.Helper()
+	owner, monitor := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32)), ed25519.NewKeyFromSeed(bytes.Repeat([]byte{2}, 32))
+	pub := func(k ed25519.PrivateKey) access.Key { return access.Key(k.Public().(ed25519.PublicKey)) }
+	a := &access.Agreement{
+		Version: access.Version, ID: "faults", Host: access.Host{UUID: guest.UUID, Name: "guest"},
+		Owner: access.Party{Name: "owner", Key: pub(owner)}, Monitors: []access.Party{{Name: "monitor", Key: pub(monitor)}},
+		Rights:    access.Rights{Read: true, Write: true, Power: true, Actions: heal.IDs()},
+		ValidFrom: time.Now().Add(-time.Hour), ValidUntil: time.Now().Add(24 * time.Hour),
+	}
+	for _, k := range []ed25519.PrivateKey{owner, monitor} {
+		if err := a.Sign(k); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return a
+}
+
+// power is the virtual machine's.
+type power struct{ g *guest.Guest }
+
+func (p power) State(context.Context) (string, error)  { return "on", nil }
+func (p power) Cycle(context.Context) error            { p.g.Execute("system_reset"); return nil }
+func (p power) On(context.Context) error               { return nil }
+func (p power) Off(context.Context) error              { return heal.ErrInvalidPlan }
+func (p power) NMI(context.Context) error              { p.g.Execute("inject-nmi"); return nil }
+func (p power) GracefulShutdown(context.Context) error { return heal.ErrInvalidPlan }
+
+// bed is a host and its engine.
+type bed struct {
+	t      *testing.T
+	kernel string
+	g      *guest.Guest
+	e      *engine.Engine
+	events <-chan engine.Event
+	seen   []engine.Event
+}
+
+func newBed(t *testing.T, kernel string) *bed {
+	t.Helper()
+	b := &bed{t: t, kernel: kernel}
+	b.g = guest.Start(t, kernel, guest.Options{Files: map[string][]byte{"bdfault.ko": module(t, kernel)}, Args: marker})
+	j, err := journal.OpenFile(filepath.Join(t.TempDir(), "journal"), 16<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := engine.Options{
+		Memory: func(context.Context) (hostmem.Memory, error) {
+			mem, err := hostmem.OpenRAMFile(b.g.RAM, hostmem.Q35Layout(uint64(b.g.MiB)<<20), true)
+			if err != nil || *pathFlag != "dma" {
+				return mem, err
+			}
+			return hostmem.NewEngine(mem, hostmem.EngineOptions{Seed: 1}), nil
+		},
+		Writes: true, Agreement: access.Hold(agreement(t)), Journal: j, Power: power{b.g},
+		Policy: policy.Policy{Version: policy.Version, Detectors: policy.Detectors{
+			RunawayFor: policy.Duration(3 * time.Second), RunawayShare: 0.5, HungFor: policy.Duration(4 * time.Second),
+		}},
+	}
+	if testing.Verbose() {
+		o.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	}
+	b.e = engine.New(o)
+	ctx, cancel := context.WithCancel(context.Background())
+	b.events = b.e.Subscribe(ctx)
+	done := make(chan struct{})
+	go func() { b.e.Run(ctx); close(done) }()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+		j.Close()
+	})
+	if _, err := b.wait(time.Minute, func(e engine.Event) bool { return e.Type == engine.EventAttached }); err != nil {
+		t.Fatalf("attach: %v", err)
+	}
+	b.settle()
+	for _, f := range b.e.Findings() {
+		t.Errorf("a healthy host: %s: %s; %+v", f.Title, f.Detail, f.Evidence)
+	}
+	return b
+}
+
+// wait returns the first event from now on that fits.
+func (b *bed) wait(d time.Duration, fits func(engine.Event) bool) (engine.Event, error) {
+	late := time.After(d)
+	for {
+		select {
+		case ev := <-b.events:
+			b.seen = append(b.seen, ev)
+			if fits(ev) {
+				return ev, nil
+			}
+		case <-late:
+			return engine.Event{}, fmt.Errorf("not within %v", d)
+		}
+	}
+}
+
+// settle waits until a host is old enough to be judged, and gives it the module.
+func (b *bed) settle() {
+	b.t.Helper()
+	var loaded string
+	b.g.Ask("load bdfault.ko", "loaded", &loaded)
+	for {
+		var mono int64
+		b.g.Ask("uptime", "mono", &mono)
+		if mono > int64(14*time.Second) {
+			return
+		}
+		time.Sleep(time.Duration(14*int64(time.Second) - mono))
+	}
+}
+
+// run lets a fault happen.
+func (b *bed) run(f fault) (r result) {
+	r = result{Kernel: b.kernel, Fault: f.name}
+	start := f.start
+	if start == "" {
+		start = "fault=" + f.name
+	}
+	bystander := b.g.Spawn("sleep")
+	before := b.g.Complaints()
+	for len(b.events) > 0 {
+		b.seen = append(b.seen, <-b.events)
+	}
+	began := time.Now()
+	pid := 0
+	b.g.Say("spawn " + start) // which may be the last that it ever does
+	ev, err := b.wait(f.by, func(e engine.Event) bool {
+		return e.Type == engine.EventFinding && slices.Contains(f.want, e.Finding.Kind)
+	})
+	if err != nil {
+		r.Error = "not found: " + err.Error()
+		return r
+	}
+	found := *ev.Finding
+	b.t.Logf("%s: %s; %s; %+v %+v", f.name, found.Title, found.Detail, found.Culprit, found.Evidence)
+	r.Detector, r.Title, r.Found = string(found.Kind), found.Title, ev.At.Sub(began)
+	if !f.dead && found.Kind != detect.KindPanic {
+		pid = b.g.Answer("pid")
+	}
+	switch {
+	case f.start != "" && f.start != "bomb" && f.start != "rootbomb", f.name == "root-cred", f.name == "hide-task", f.name == "d-state":
+		r.Culprit = found.Culprit.TGID == pid || found.Culprit.PID == pid
+	case f.dead:
+		r.Culprit = found.Culprit.CPU != nil
+	default:
+		r.Culprit = true
+	}
+	if f.heal != "" {
+		_, out, err := b.e.Heal(b.t.Context(), engine.HealRequest{Finding: found.ID, Action: f.heal, Caller: "suite"})
+		switch {
+		case err != nil:
+			r.Error = err.Error()
+		case !out.Verified:
+			r.Error = "not verified"
+		default:
+			r.Rung, r.Healed = f.heal, time.Since(ev.At)
+		}
+		if f.dead && err == nil {
+			b.g.WaitReady()
+			b.settle()
+			r.Serving = true // that of the new boot
+			return r
+		}
+		if f.dead {
+			return r
+		}
+	}
+	if found.Kind == detect.KindPanic {
+		return r
+	}
+	var mono int64
+	b.g.Ask("uptime", "mono", &mono)
+	v, err := b.e.View(b.t.Context())
+	if err != nil {
+		r.Error = err.Error()
+		return r
+	}
+	for task, err := range v.Tasks() {
+		r.Serving = r.Serving || err == nil && task.PID == bystander && task.State != "Z"
+	}
+	if !strings.HasPrefix(f.name, "oops") && f.name != "stack-overflow" {
+		after := b.g.Complaints()
+		r.Log = after[min(len(before), len(after)):]
+	}
+	return r
+}
+
+func TestFaults(t *testing.T) {
+	if testing.Short() {
+		t.Skip("boots kernels in QEMU and lets them fall ill: not with -short")
+	}
+	var all []result
+	for _, kernel := range strings.Split(*kernelsFlag, ",") {
+		t.Run(kernel, func(t *testing.T) {
+			b := newBed(t, kernel)
+			for _, f := range rows {
+				if *rowsFlag != "all" && !slices.Contains(strings.Split(*rowsFlag, ","), f.name) {
+					continue
+				}
+				r := b.run(f)
+				t.Logf("%+v", r)
+				all = append(all, r)
+				switch {
+				case r.Error != "":
+					t.Errorf("%s: %s", f.name, r.Error)
+				case !r.Culprit:
+					t.Errorf("%s: the wrong one is accused: %s", f.name, r.Title)
+				case len(r.Log) > 0:
+					t.Errorf("%s: the host's kernel complains: %q", f.name, r.Log)
+				case !r.Serving && f.name != "stack-overflow":
+					t.Errorf("%s: the host's service does not answer", f.name)
+				}
+				if r.Error != "" {
+					for _, ev := range b.seen[max(0, len(b.seen)-20):] {
+						t.Logf("%s %s %s", ev.At.Format("05.000"), ev.Type, ev.Text)
+					}
+					if f.dead {
+						break // nobody knows what has become of it
+					}
+				}
+			}
+		})
+	}
+	text := table(all)
+	t.Logf("\n%s", text)
+	if *outFlag != "" {
+		if err := write(*outFlag, all, text); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// The module is for the suite's machines only.
+func TestModuleWantsMarker(t *testing.T) {
+	if testing.Short() {
+		t.Skip("boots a kernel in QEMU: not with -short")
+	}
+	g := guest.Start(t, "6.1", guest.Options{Files: map[string][]byte{"bdfault.ko": module(t, "6.1")}})
+	var why string
+	g.Ask("load bdfault.ko", "error", &why)
+	if !strings.Contains(why, "not permitted") {
+		t.Errorf("without the marker the module says %q", why)
+	}
+}
+
+func table(rs []result) string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "kernel\tfault\tfound by\tafter\thealed by\tafter\tlog clean\tserving")
+	ms := func(d time.Duration) string {
+		if d == 0 {
+			return "-"
+		}
+		return d.Round(time.Millisecond).String()
+	}
+	for _, r := range rs {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%v\t%v\n", r.Kernel, r.Fault, or(r.Detector, "nobody"), ms(r.Found), or(r.Rung, "-"), ms(r.Healed), len(r.Log) == 0, r.Serving)
+	}
+	w.Flush()
+	return b.String()
+}
+
+func or(s, other string) string {
+	if s == "" {
+		return other
+	}
+	return s
+}
+
+var page = template.Must(template.New("").Parse(`<!doctype html>
+<meta charset="utf-8"><title>Fault suite</title>
+<style>body{font:14px sans-serif}td,th{padding:2px 10px;text-align:left}tr:nth-child(even){background:#eee}</style>
+<h1>Fault suite, {{.When}}</h1>
+<table><tr><th>kernel<th>fault<th>found by<th>what it says<th>after<th>healed by<th>after<th>log clean<th>serving
+{{range .Rows}}<tr><td>{{.Kernel}}<td>{{.Fault}}<td>{{.Detector}}<td>{{.Title}}{{.Error}}<td>{{.Found}}<td>{{.Rung}}<td>{{.Healed}}<td>{{not .Log}}<td>{{.Serving}}
+{{end}}</table>
+`))
+
+func write(dir string, rs []result, text string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	b, err := json.MarshalIndent(rs, "", "  ")
+	if err != nil {
+		return err
+	}
+	var html bytes.Buffer
+	if err := page.Execute(&html, map[string]any{"When": time.Now().UTC().Format(time.RFC3339), "Rows": rs}); err != nil {
+		return err
+	}
+	for name, data := range map[string][]byte{"faults.txt": []byte(text), "faults.json": append(b, '\n'), "faults.html": html.Bytes()} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}

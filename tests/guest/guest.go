@@ -1,0 +1,368 @@
+// Package guest boots stock Debian kernels in QEMU, with an init of the project's own that lets things go wrong there on
+// command, for tests: the host's RAM is a file, and what the guest says of itself is the truth that agents are held against.
+package guest
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/images/kernels"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
+
+// UUID is the system UUID of the guests.
+const UUID = "6f1e5c1e-0001-4a6b-9d7a-0123456789ab"
+
+// Guest is a virtual machine whose RAM is a file.
+type Guest struct {
+	t     testing.TB
+	dir   string
+	RAM   string // path of its memory
+	MiB   int
+	began time.Time
+
+	qmu   sync.Mutex
+	qmp   net.Conn
+	qmpIn *bufio.Reader
+
+	ctl     net.Conn
+	answers chan map[string]json.RawMessage
+	Exits   chan Exit
+	ready   chan struct{} // one for each boot
+}
+
+// Exit is the end of a child of the guest's init.
+type Exit struct {
+	PID, Signal int
+	At          time.Time
+}
+
+var initProgram = sync.OnceValues(func() ([]byte, error) {
+	out := filepath.Join(os.TempDir(), fmt.Sprintf("engine-guest-%d", os.Getpid()))
+	defer os.Remove(out)
+	c := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "github.com/backdoor-rhs/backdoor/tests/guest/init")
+	c.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+	if b, err := c.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build guest: %w: %s", err, b)
+	}
+	return os.ReadFile(out)
+})
+
+// cpio makes an initramfs of a single program.
+func cpio(init []byte, files map[string][]byte) []byte {
+	var b bytes.Buffer
+	entry := func(name string, mode int, data []byte) {
+		fmt.Fprintf(&b, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x", 1, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name)+1, 0)
+		b.WriteString(name + "\x00")
+		b.Write(make([]byte, -b.Len()&3))
+		b.Write(data)
+		b.Write(make([]byte, -b.Len()&3))
+	}
+	entry("dev", 0o40755, nil)
+	entry("init", 0o100755, init)
+	for name, data := range files {
+		entry(name, 0o100644, data)
+	}
+	entry("TRAILER!!!", 0, nil)
+	return b.Bytes()
+}
+
+// Options change what is started; the zero value is two CPUs, 512 MiB and nothing more.
+type Options struct {
+	CPUs, MiB int
+	Files     map[string][]byte // in the guest's root directory
+	Args      []string          // of QEMU
+}
+
+// Start boots a kernel (kernels.Lookup) and waits until its init is ready. The machine ends with the test.
+func Start(t testing.TB, kernel string, o Options) *Guest {
+	t.Helper()
+	target, err := kernels.Lookup(kernel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := kernels.Fetch(t.Context(), "", target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	init, err := initProgram()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if o.MiB == 0 {
+		o.MiB = 512
+	}
+	if o.CPUs == 0 {
+		o.CPUs = 2
+	}
+	g := &Guest{t: t, dir: t.TempDir(), MiB: max(o.MiB, 256), began: time.Now(),
+		answers: make(chan map[string]json.RawMessage, 1), Exits: make(chan Exit, 1000), ready: make(chan struct{}, 10)}
+	initrd := filepath.Join(g.dir, "init.cpio")
+	if err := os.WriteFile(initrd, cpio(init, o.Files), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	ram, err := os.CreateTemp("/dev/shm", "engine-guest-*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.RAM = ram.Name()
+	t.Cleanup(func() { os.Remove(g.RAM) })
+	if err := ram.Truncate(int64(g.MiB) << 20); err != nil {
+		t.Fatal(err)
+	}
+	ram.Close()
+	c := exec.Command("qemu-system-x86_64", "-M", "q35,memory-backend=ram0", "-uuid", UUID,
+		"-object", fmt.Sprintf("memory-backend-file,id=ram0,size=%dM,mem-path=%s,share=on", g.MiB, g.RAM),
+		"-m", fmt.Sprint(g.MiB), "-smp", fmt.Sprint(o.CPUs), "-cpu", "max", "-kernel", k.Vmlinuz, "-initrd", initrd,
+		"-append", "console=ttyS0 loglevel=4 panic=0 no_timer_check tsc=reliable", "-nodefaults", "-display", "none",
+		"-serial", "file:"+filepath.Join(g.dir, "console"),
+		"-serial", "unix:"+filepath.Join(g.dir, "ctl")+",server=on,wait=off",
+		"-gdb", "unix:"+filepath.Join(g.dir, "gdb")+",server=on,wait=off",
+		"-qmp", "unix:"+filepath.Join(g.dir, "qmp")+",server=on,wait=off")
+	c.Args = append(c.Args, o.Args...)
+	var stderr bytes.Buffer
+	c.Stderr = &stderr
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		c.Process.Kill()
+		c.Wait()
+		if t.Failed() {
+			console, _ := os.ReadFile(filepath.Join(g.dir, "console"))
+			t.Logf("console:\n%s\nqemu: %s", console[max(0, len(console)-3000):], stderr.Bytes())
+		}
+	})
+	dial := func(name string) net.Conn {
+		for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			conn, err := net.Dial("unix", filepath.Join(g.dir, name))
+			if err == nil {
+				t.Cleanup(func() { conn.Close() })
+				return conn
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%v: %s", err, stderr.Bytes())
+			}
+		}
+	}
+	g.qmp = dial("qmp")
+	g.qmpIn = bufio.NewReader(g.qmp)
+	g.ctl = dial("ctl")
+	go g.listen()
+	if _, err := g.qmpIn.ReadBytes('\n'); err != nil {
+		t.Fatal(err)
+	}
+	g.Execute("qmp_capabilities")
+	g.WaitReady()
+	return g
+}
+
+// Memory opens the file that is the guest's RAM.
+func (g *Guest) Memory(write bool) *hostmem.RAMFile {
+	g.t.Helper()
+	mem, err := hostmem.OpenRAMFile(g.RAM, hostmem.Q35Layout(uint64(g.MiB)<<20), write)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.t.Cleanup(func() { mem.Close() })
+	return mem
+}
+
+// listen sorts what the guest says.
+func (g *Guest) listen() {
+	in := bufio.NewReaderSize(g.ctl, 1<<20)
+	for {
+		line, err := in.ReadBytes('\n')
+		if err != nil {
+			return
+		}
+		i := bytes.IndexByte(line, '{')
+		if i < 0 {
+			continue // firmware
+		}
+		var m map[string]json.RawMessage
+		if json.Unmarshal(line[i:], &m) != nil {
+			continue
+		}
+		switch {
+		case m["ready"] != nil:
+			select {
+			case <-g.answers: // of the boot before, which nobody has taken
+			default:
+			}
+			g.ready <- struct{}{}
+		case m["exit"] != nil:
+			var e Exit
+			json.Unmarshal(m["exit"], &e.PID)
+			json.Unmarshal(m["signal"], &e.Signal)
+			e.At = time.Now()
+			g.Exits <- e
+		default:
+			g.answers <- m
+		}
+	}
+}
+
+// WaitReady waits until a boot has come to its end.
+func (g *Guest) WaitReady() {
+	g.t.Helper()
+	select {
+	case <-g.ready:
+	case <-time.After(3 * time.Minute):
+		g.t.Fatal("the guest is not ready in time")
+	}
+}
+
+// Ask puts a command to the guest and decodes the member of its answer.
+func (g *Guest) Ask(command, member string, into any) {
+	g.t.Helper()
+	fmt.Fprintln(g.ctl, command)
+	g.answer(command, member, into)
+}
+
+func (g *Guest) answer(command, member string, into any) {
+	g.t.Helper()
+	select {
+	case m := <-g.answers:
+		if m[member] == nil {
+			g.t.Fatalf("%s: %s", command, m["error"])
+		}
+		if err := json.Unmarshal(m[member], into); err != nil {
+			g.t.Fatalf("%s: %v", command, err)
+		}
+	case <-time.After(time.Minute):
+		g.t.Fatalf("%s: no answer", command)
+	}
+}
+
+// Answer waits for the answer to what was said, a number.
+func (g *Guest) Answer(member string) (n int) {
+	g.t.Helper()
+	g.answer("what was said", member, &n)
+	return n
+}
+
+// Say gives a command without waiting for its answer; Answer takes it, before the next question, unless the machine is
+// restarted meanwhile.
+func (g *Guest) Say(command string) { fmt.Fprintln(g.ctl, command) }
+
+// Spawn starts a child of a kind (see init) and returns its PID.
+func (g *Guest) Spawn(kind string) int {
+	g.t.Helper()
+	var pid int
+	g.Ask("spawn "+kind, "pid", &pid)
+	return pid
+}
+
+// Complaints are the kernel's warnings and errors that were not there at the start of a healthy guest.
+func (g *Guest) Complaints() []string {
+	g.t.Helper()
+	var all, bad []string
+	g.Ask("dmesg", "dmesg", &all)
+	for _, l := range all {
+		if strings.Contains(l, "WARNING") || strings.Contains(l, "BUG") || strings.Contains(l, "Call Trace") || strings.Contains(l, "RIP:") ||
+			strings.Contains(l, "rcu") && strings.Contains(l, "stall") || strings.Contains(l, "corrupt") {
+			bad = append(bad, l)
+		}
+	}
+	return bad
+}
+
+// Lock has a CPU that runs a task within the kernel spin at a jump to itself, with its interrupts off, and returns which.
+// QEMU's debug stub stops the machine while somebody is connected to it.
+//
+// Source: "GDB Remote Serial Protocol" of the GDB manual; registers of x86-64: rax to r15, rip, eflags, cs.
+func (g *Guest) Lock(gadget uint64, running func(cpu int) bool) int {
+	g.t.Helper()
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		conn, err := net.Dial("unix", filepath.Join(g.dir, "gdb"))
+		if err != nil {
+			g.t.Fatal(err)
+		}
+		in := bufio.NewReader(conn)
+		command := func(packet string) string {
+			sum := byte(0)
+			for i := range len(packet) {
+				sum += packet[i]
+			}
+			fmt.Fprintf(conn, "$%s#%02x", packet, sum)
+			conn.SetDeadline(time.Now().Add(10 * time.Second))
+			for {
+				if _, err := in.ReadString('$'); err != nil {
+					g.t.Fatalf("%s: %v", packet, err)
+				}
+				answer, err := in.ReadString('#')
+				if err != nil {
+					g.t.Fatalf("%s: %v", packet, err)
+				}
+				in.Discard(2)
+				fmt.Fprint(conn, "+")
+				if !strings.HasPrefix(answer, "T") { // the news that the machine has stopped
+					return strings.TrimSuffix(answer, "#")
+				}
+			}
+		}
+		locked := -1
+		for cpu := range 2 {
+			command(fmt.Sprintf("Hg%d", cpu+1))
+			regs, err := hex.DecodeString(command("g"))
+			if err != nil || len(regs) < 144 {
+				g.t.Fatalf("registers: %d bytes, %v", len(regs), err)
+			}
+			if regs[140]&3 != 0 || !running(cpu) {
+				continue
+			}
+			binary.LittleEndian.PutUint64(regs[128:], gadget)
+			flags := binary.LittleEndian.Uint32(regs[136:])
+			binary.LittleEndian.PutUint32(regs[136:], flags&^0x200)
+			if a := command("G" + hex.EncodeToString(regs)); a != "OK" {
+				g.t.Fatalf("set registers: %s", a)
+			}
+			locked = cpu
+			break
+		}
+		command("D")
+		conn.Close()
+		if locked >= 0 {
+			return locked
+		}
+	}
+	g.t.Fatal("no CPU was met running a task within the kernel")
+	return -1
+}
+
+// Execute runs a QMP command.
+func (g *Guest) Execute(command string) {
+	g.t.Helper()
+	g.qmu.Lock()
+	defer g.qmu.Unlock()
+	fmt.Fprintf(g.qmp, "{\"execute\":%q}\n", command)
+	g.qmp.SetReadDeadline(time.Now().Add(time.Minute))
+	for {
+		line, err := g.qmpIn.ReadBytes('\n')
+		if err != nil {
+			g.t.Errorf("%s: %v", command, err)
+			return
+		}
+		var answer struct{ Return, Error any }
+		if err := json.Unmarshal(line, &answer); err != nil || answer.Error != nil {
+			g.t.Errorf("%s: %s", command, line)
+			return
+		}
+		if answer.Return != nil {
+			return
+		}
+	}
+}
