@@ -16,7 +16,6 @@ BENCH ?= .
 
 .PHONY: bench-rdma conformance faults help setup build images demo lab test kernels fuzz bench lint powercuts slots clean
 
-
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '%-12s %s\n' "$$t" "$$d"; done
 

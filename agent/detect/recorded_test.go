@@ -1,11 +1,9 @@
 package detect
 
 import (
-	"compress/gzip"
-	"encoding/json"
+	"bytes"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -27,47 +25,20 @@ func TestRecorded(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer f.Close()
-			z, err := gzip.NewReader(f)
+			whole, err := ReadRecording(f)
 			if err != nil {
 				t.Fatal(err)
 			}
-			var whole Pass
-			if err := json.NewDecoder(z).Decode(&whole); err != nil {
-				t.Fatal(err)
-			}
 			fired := map[string]Finding{}
-			for i := range whole.Beats {
-				at := whole.Beats[i].At
-				p := Pass{Now: at, Panic: whole.Panic, Beats: whole.Beats[:i+1]}
-				for _, s := range whole.Tasks {
-					if !s.At.After(at) {
-						p.Tasks = append(p.Tasks, s)
+			Replay(t.Context(), c, whole, func(at time.Time, d *Detector, found []Finding) bool {
+				for _, f := range found {
+					if _, ok := fired[d.ID]; !ok && !f.Suspicion {
+						fired[d.ID] = f
+						t.Logf("%s after %v: %s", d.ID, at.Sub(whole.Beats[0].At), f.Title)
 					}
 				}
-				for _, u := range whole.Usage {
-					if !u.At.After(at) {
-						p.Usage = append(p.Usage, u)
-					}
-				}
-				for _, d := range Detectors(c) {
-					if slices.Contains(d.Needs, NeedUsage) && len(p.Usage) == 0 || slices.Contains(d.Needs, NeedSigns) {
-						continue
-					}
-					if slices.Contains(d.Needs, NeedTasks) && len(p.Tasks) == 0 {
-						continue
-					}
-					fs, err := d.Detect(t.Context(), &p)
-					if err != nil {
-						continue
-					}
-					for _, f := range fs {
-						if _, ok := fired[d.ID]; !ok && !f.Suspicion {
-							fired[d.ID] = f
-							t.Logf("%s after %v: %s", d.ID, at.Sub(whole.Beats[0].At), f.Title)
-						}
-					}
-				}
-			}
+				return true
+			})
 			base := filepath.Base(file)
 			if strings.HasPrefix(base, "silent-") {
 				if len(fired) > 0 {
@@ -86,4 +57,17 @@ func TestRecorded(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Whatever is handed in as a recording, reading and judging it ends.
+func FuzzRecording(f *testing.F) {
+	f.Add([]byte(`{"now":"2026-01-01T00:00:00Z","beats":[{"at":"2026-01-01T00:00:00Z","cpus":[{"online":true}]},{"at":"2026-01-01T00:00:01Z","cpus":[]}],"tasks":[{"tasks":[{"pid":1}]}],"usage":[{}],"signs":[{}]}`))
+	f.Add([]byte{0x1f, 0x8b, 8})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		whole, err := ReadRecording(bytes.NewReader(b))
+		if err != nil || len(whole.Beats) > 100 || len(whole.Usage) > 100 || len(whole.Tasks) > 100 {
+			return
+		}
+		Replay(t.Context(), DefaultConfig(), whole, func(time.Time, *Detector, []Finding) bool { return true })
+	})
 }

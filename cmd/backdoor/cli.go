@@ -55,15 +55,15 @@ type options struct {
 	timeout time.Duration
 
 	// verbs' own
-	all, threads, follow, dryRun, yes, verify, savePassword, names bool
-	rows                                                           int
-	interval                                                       time.Duration
-	level, action, file, filter, after, output                     string
-	agreement                                                      agreementFlags
-	attest                                                         attestFlags
-	attested                                                       string
-	img                                                            imageFlags
-	flash                                                          flashFlags
+	all, threads, follow, dryRun, yes, verify, savePassword, names, explain bool
+	rows                                                                    int
+	interval                                                                time.Duration
+	level, action, file, filter, after, output                              string
+	agreement                                                               agreementFlags
+	attest                                                                  attestFlags
+	attested                                                                string
+	img                                                                     imageFlags
+	flash                                                                   flashFlags
 }
 
 func (o *options) global(fs *flag.FlagSet) {
@@ -110,7 +110,7 @@ func (e *codeError) Unwrap() error { return e.err }
 
 func verbs() []verb {
 	return slices.Concat([]verb{statusVerb, findingsVerb, psVerb, topVerb, dmesgVerb}, listingVerbs(), []verb{
-		healVerb, powerVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, attestVerb, loginVerb, configVerb, agreementVerb, imageVerb, flashVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
+		healVerb, powerVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, incidentsVerb, policyVerb, attestVerb, loginVerb, configVerb, agreementVerb, imageVerb, flashVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
 	})
 }
 

@@ -88,18 +88,36 @@ func (e *env) journalFile() (int, error) {
 			return err
 		})
 	}
+	records, err := fileRecords(e.o.file)
+	if err != nil {
+		return 0, err
+	}
+	return exitOK, e.journalRecords(records)
+}
+
+// fileRecords reads all records of a journal's file.
+func fileRecords(path string) ([]journal.Record, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
 	j, err := journal.Open(readOnly{f}, st.Size())
 	if err != nil {
-		return 0, fmt.Errorf("read journal: %w", err)
+		return nil, fmt.Errorf("read journal: %w", err)
 	}
 	records := []journal.Record{}
 	for r, err := range j.Records() {
 		if err != nil {
-			return 0, fmt.Errorf("read journal: %w", err)
+			return nil, fmt.Errorf("read journal: %w", err)
 		}
 		records = append(records, r)
 	}
-	return exitOK, e.journalRecords(records)
+	return records, nil
 }
 
 // readOnly is a file as a journal's device that nothing can be written to.

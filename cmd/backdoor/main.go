@@ -40,6 +40,8 @@
 //	memory       the host's memory byte for byte: read, write, leases
 //	tasks        what the agent works on; tasks ID -f waits, tasks cancel ID ends one
 //	redfish      any resource or action of the service: get, post, patch, delete
+//	incidents    faults of the host from the finding to the end; incidents NUMBER -explain tells one as a timeline
+//	policy       what a policy would have done about recorded hosts: policy test POLICY RECORDING…
 //	journal      what the agent decided and wrote; -verify checks the chain of hashes
 //	attest       have the agent prove, by its machine's TPM, which image it runs
 //	login        log in to an agent and keep it as a context
