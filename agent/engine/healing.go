@@ -25,6 +25,7 @@ const (
 	confirmTimeout = 5 * time.Second
 	keepPast       = 1000 // actions begun by policy that are remembered
 	liftTimeout    = 15 * time.Second
+	planPatience   = 5 * time.Second
 	tidyEvery      = 2 * time.Second
 	keepLeft       = 200
 )
@@ -278,7 +279,12 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller st
 	if img != nil {
 		v = img.View(ctx)
 	}
-	if p, err = a.Plan(ctx, v, f); err != nil {
+	p, err = a.Plan(ctx, v, f)
+	for end := time.Now().Add(planPatience); errors.Is(err, heal.ErrNotYet) && img != nil && time.Now().Before(end) && ctx.Err() == nil; {
+		sleep(ctx, 50*time.Millisecond) // a kernel that panics takes a moment to come to rest
+		p, err = a.Plan(ctx, img.View(ctx), f)
+	}
+	if err != nil {
 		return p, nil, err
 	}
 	e.mu.Lock()
