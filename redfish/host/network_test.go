@@ -63,3 +63,21 @@ func TestConfigureNetwork(t *testing.T) {
 		t.Errorf("what was refused has changed the settings to %+v", a.network.s)
 	}
 }
+
+func FuzzAddresses(f *testing.F) {
+	f.Add("10.0.0.6", "255.255.254.0", "10.0.1.1")
+	f.Add("10.0.0.6", "255.0.255.0", "")
+	f.Fuzz(func(t *testing.T, address, mask, gateway string) {
+		s := NetworkSettings{Addresses: []netip.Prefix{netip.MustParsePrefix("10.9.9.9/24"), netip.MustParsePrefix("2001:db8::1/64")}}
+		if s.setAddresses([]map[string]any{{"Address": address, "SubnetMask": mask, "Gateway": gateway}}) != nil {
+			return
+		}
+		if len(s.Addresses) != 2 || !s.Addresses[0].Addr().Is6() || !s.Addresses[1].IsValid() || s.Addresses[1].Bits() == 0 || gateway != "" && !s.Addresses[1].Contains(s.Gateway) {
+			t.Errorf("%q, %q, %q make %+v", address, mask, gateway, s)
+		}
+		four, _ := addresses(s.Addresses)
+		if len(four) != 1 || four[0].SubnetMask != netip.MustParseAddr(mask).String() {
+			t.Errorf("%q, %q, %q are shown as %+v", address, mask, gateway, four)
+		}
+	})
+}

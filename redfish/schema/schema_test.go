@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -74,6 +75,38 @@ func FuzzResources(f *testing.F) {
 			if _, err := json.Marshal(v); err != nil {
 				t.Errorf("%T from %q cannot be encoded again: %v", v, b, err)
 			}
+		}
+	})
+}
+
+// FuzzActions wants what is written without reflection to be what encoding/json would read back.
+func FuzzActions(f *testing.F) {
+	f.Add("#X.Y", "/t", "a title", "/i", "P", "v")
+	f.Add("#a\"b", "<&>", "\\", "\xff", "é", "\u2028")
+	f.Fuzz(func(t *testing.T, name, target, title, info, parameter, value string) {
+		for _, s := range []string{name, target, title, info, parameter, value} {
+			if !utf8.ValidString(s) {
+				return // such bytes are replaced, by encoding/json as well
+			}
+		}
+		in := Actions{name: {Target: target, Title: title, ActionInfo: info, Allowable: map[string][]string{parameter: {value}}}, "#Oem": {Target: target, OEM: true}}
+		b, err := json.Marshal(struct{ Actions Actions }{in})
+		if err != nil {
+			t.Fatalf("%+v: %v", in, err)
+		}
+		var out struct {
+			Actions map[string]map[string]any
+		}
+		if err := json.Unmarshal(b, &out); err != nil {
+			t.Fatalf("%s: %v", b, err)
+		}
+		if name == "Oem" || name == "#Oem" {
+			return
+		}
+		got := out.Actions[name]
+		values, _ := got[parameter+allowableValues].([]any)
+		if got["target"] != target || title != "" && got["title"] != title || info != "" && got["@Redfish.ActionInfo"] != info || len(values) != 1 || values[0] != value {
+			t.Errorf("%+v is written as %s", in, b)
 		}
 	})
 }

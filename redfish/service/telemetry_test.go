@@ -265,3 +265,42 @@ func TestTestReport(t *testing.T) {
 		}
 	}
 }
+
+// FuzzTelemetry has clients define reports and triggers. What is taken can be shown and sampled; nothing fails for a reason of ours.
+func FuzzTelemetry(f *testing.F) {
+	for _, s := range []string{
+		`{"Id":"x","MetricReportDefinitionType":"Periodic","Schedule":{"RecurrenceInterval":"PT5S"},"Metrics":[{"MetricId":"Free"}]}`,
+		`{"MetricIds":["Free"],"NumericThresholds":{"UpperWarning":{"Reading":1e9,"Activation":"Increasing"},"LowerCritical":null}}`,
+		`{"Metrics":[{"MetricId":null,"MetricProperties":[1]}],"MetricReportDefinitionType":"OnRequest"}`, `{"NumericThresholds":{"UpperCritical":{"Reading":1e999}},"MetricIds":["Free"]}`,
+	} {
+		f.Add([]byte(s))
+	}
+	s, err := New(Options{Account: &Credential{testUser, testPassword}, Limits: Limits{Hash: cheap}, Telemetry: Telemetry{
+		Metrics: []Metric{{ID: "Free", Name: "Free", Property: "/redfish/v1/SessionService#/SessionTimeout"}},
+	}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		s.telemetry.file = s.telemetry.defaults()
+		for _, uri := range []string{reportDefURI, triggersURI} {
+			req := httptest.NewRequest("POST", uri, strings.NewReader(string(body)))
+			req.SetBasicAuth(testUser, testPassword)
+			req.Header.Set("Content-Type", "application/json")
+			w := httptest.NewRecorder()
+			s.ServeHTTP(w, req)
+			if w.Code != 201 && (w.Code < 400 || w.Code >= 500) {
+				t.Errorf("POST %s of %q = %d", uri, body, w.Code)
+			}
+			if w.Code == 201 {
+				now := s.telemetry.sample(t.Context())
+				for _, d := range s.telemetry.file.Reports {
+					s.telemetry.report(now, d)
+				}
+				for _, d := range s.telemetry.file.Triggers {
+					s.telemetry.watch(now, d)
+				}
+			}
+		}
+	})
+}
