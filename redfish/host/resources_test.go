@@ -136,6 +136,9 @@ func TestReset(t *testing.T) {
 		{schema.ResetGracefulShutdown, "shutdown", schema.PowerOff},
 		{schema.ResetOn, "on", schema.PowerOn},
 		{schema.ResetPushPowerButton, "button", schema.PowerOff},
+		{schema.ResetForceRestart, "on", schema.PowerOn}, // of a machine that is off
+		{schema.ResetForceOff, "off", schema.PowerOff},
+		{schema.ResetGracefulRestart, "on", schema.PowerOn},
 	} {
 		a.ops = nil
 		if err := c.Reset(t.Context(), tc.reset); err != nil {

@@ -127,7 +127,12 @@ func (h *host) reset(r *service.Request, v service.Values) (*service.Reply, erro
 	defer h.power.forget()
 	for _, p := range powerOps {
 		if string(p.reset) == v.String("ResetType") {
-			return nil, refusal(h.o.Agent.PowerControl(r.Context(), p.op, r.Caller.User))
+			op := p.op
+			// A machine that is off restarts by being switched on, and many service processors refuse to do anything else with it.
+			if (p.reset == schema.ResetForceRestart || p.reset == schema.ResetGracefulRestart) && h.powerState(r.Context()) == schema.PowerOff {
+				op = "on"
+			}
+			return nil, refusal(h.o.Agent.PowerControl(r.Context(), op, r.Caller.User))
 		}
 	}
 	return nil, fmt.Errorf("reset type %q is allowed and unknown", v.String("ResetType"))

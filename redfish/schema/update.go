@@ -1,5 +1,7 @@
 package schema
 
+import "encoding/json"
+
 // UpdateService is UpdateService.v1_17_0.UpdateService.
 type UpdateService struct {
 	Resource
@@ -22,7 +24,7 @@ type ApplyTimeSupport struct {
 // SoftwareInventory is SoftwareInventory.v1_13_0.SoftwareInventory: one image that is installed.
 type SoftwareInventory struct {
 	Resource
-	Version                string  `json:"Version,omitempty"`
+	Version                string  `json:"Version"`                          // null where nothing is installed
 	LowestSupportedVersion string  `json:"LowestSupportedVersion,omitempty"` // older ones are refused
 	SoftwareID             string  `json:"SoftwareId,omitempty"`
 	Manufacturer           string  `json:"Manufacturer,omitempty"`
@@ -34,4 +36,17 @@ type SoftwareInventory struct {
 	Staged                 *bool   `json:"Staged,omitempty"`
 	RelatedItem            []Link  `json:"RelatedItem,omitempty"`
 	Status                 *Status `json:"Status,omitempty"`
+}
+
+// MarshalJSON writes the version of nothing as null.
+func (s *SoftwareInventory) MarshalJSON() ([]byte, error) {
+	type plain SoftwareInventory
+	out := struct {
+		*plain
+		Version *string `json:"Version"`
+	}{plain: (*plain)(s)}
+	if s.Version != "" {
+		out.Version = &s.Version
+	}
+	return json.Marshal(out)
 }
