@@ -2,18 +2,22 @@ package service
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"net"
+	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/bmc-toolbox/bmclib/v2"
+	"github.com/bmc-toolbox/bmclib/v2/constants"
 	"github.com/stmcginnis/gofish"
 	"github.com/stmcginnis/gofish/redfish"
 
@@ -287,5 +291,65 @@ func TestSushy(t *testing.T) {
 	}
 	if got, _ := power.State(t.Context()); got != schema.PowerOff {
 		t.Errorf("after sushy: power %s", got)
+	}
+}
+
+// TestBMClibFirmware installs an image by bmclib, whose provider for OpenBMC finds our page at the port 443.
+func TestBMClibFirmware(t *testing.T) {
+	u := &fakeUpdater{max: 1 << 30}
+	s, _ := newTestService(t, Options{Updater: u, Index: "<p>OpenBMC-compatible</p>"})
+	host, port := hostPort(t, listen(t, s))
+	at := net.JoinHostPort(host, port)
+	dialer := &net.Dialer{}
+	hc := &http.Client{Transport: &http.Transport{
+		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true},
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, network, at) // whatever the port that was asked for
+		},
+	}}
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute) // bmclib wants ten minutes to be left for an upload
+	defer cancel()
+	c := bmclib.NewClient(host, testUser, testPassword, bmclib.WithRedfishPort(port), bmclib.WithHTTPClient(hc))
+	c.Registry.Drivers = c.Registry.For("openbmc")
+	if err := c.Open(ctx); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close(ctx)
+	steps, err := c.FirmwareInstallSteps(ctx, "BMC")
+	if err != nil || !slices.Equal(steps, []constants.FirmwareInstallStep{constants.FirmwareInstallStepUploadInitiateInstall, constants.FirmwareInstallStepInstallStatus}) {
+		t.Fatalf("FirmwareInstallSteps = %v, %v", steps, err)
+	}
+	for content, want := range map[string]constants.TaskState{"an image": constants.Complete, "bad image": constants.Failed} {
+		path := filepath.Join(t.TempDir(), "image.bin")
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		file, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		task, err := c.FirmwareInstallUploadAndInitiate(ctx, "BMC", file)
+		file.Close()
+		if want == constants.Failed && err != nil {
+			continue // it was refused before there was a task
+		}
+		if err != nil {
+			t.Fatalf("FirmwareInstallUploadAndInitiate: %v", err)
+		}
+		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+			state, status, err := c.FirmwareTaskStatus(ctx, constants.FirmwareInstallStepInstallStatus, "BMC", task, "")
+			if err == nil && state == want {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: FirmwareTaskStatus = %q, %q, %v; want %q", content, state, status, err, want)
+			}
+		}
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.size != int64(len("an image")) {
+		t.Errorf("%d bytes were installed", u.size)
 	}
 }
