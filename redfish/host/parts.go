@@ -25,8 +25,6 @@ type Hardware struct {
 	Interfaces []kernel.Interface // of the host itself, not of its containers
 	HostName   string             // as it is now: at the attach it may not have been set yet
 	RAM        []hostmem.Range    // as the kernel uses it: without what the firmware keeps for itself
-	DIMMs      []DIMM
-	Firmware   Firmware
 }
 
 const (
@@ -91,10 +89,7 @@ func (h *host) readHardware(ctx context.Context) (Hardware, error) {
 		return Hardware{}, err
 	}
 	w := Hardware{RAM: v.Image().RAM()}
-	w.HostName, w.Firmware = nodeName(v), readFirmware(v)
-	if list, err := readDIMMs(v); err == nil {
-		w.DIMMs = list
-	}
+	w.HostName = nodeName(v)
 	if list, err := v.Processors(); err == nil {
 		w.Processors = list
 	}
@@ -147,13 +142,6 @@ func (h *host) summarize(ctx context.Context, out *schema.ComputerSystem) {
 		}
 		out.ProcessorSummary = s
 	}
-	if len(w.DIMMs) > 0 {
-		out.Memory = schema.LinkTo(systemURI + "/Memory")
-	}
-	if out.Manufacturer == "" { // the service processor has the last word
-		out.Manufacturer, out.Model = w.Firmware.Vendor, cmp.Or(out.Model, w.Firmware.Product)
-	}
-	out.BIOSVersion = cmp.Or(out.BIOSVersion, w.Firmware.BIOSVersion)
 	if len(h.ethernets(ctx)) > 0 {
 		out.EthernetIfaces = schema.LinkTo(systemURI + "/EthernetInterfaces")
 	}
