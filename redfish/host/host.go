@@ -154,6 +154,7 @@ func Routes(svc *service.Service, o Options) []service.Route {
 	routes = append(routes, svc.NetworkRoutes("/redfish/v1/Managers/bmc")...)
 	routes = append(routes, h.logs()...)
 	routes = append(routes, h.parts()...)
+	routes = append(routes, h.memoryRoutes()...)
 	routes = append(routes, h.media()...)
 	routes = append(routes, h.managerParts()...)
 	routes = append(routes, h.integrity()...)

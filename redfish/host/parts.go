@@ -25,6 +25,8 @@ type Hardware struct {
 	Interfaces []kernel.Interface // of the host itself, not of its containers
 	HostName   string             // as it is now: at the attach it may not have been set yet
 	RAM        []hostmem.Range    // as the kernel uses it: without what the firmware keeps for itself
+	DIMMs      []DIMM
+	Firmware   Firmware
 }
 
 const (
@@ -89,7 +91,10 @@ func (h *host) readHardware(ctx context.Context) (Hardware, error) {
 		return Hardware{}, err
 	}
 	w := Hardware{RAM: v.Image().RAM()}
-	w.HostName = nodeName(v)
+	w.HostName, w.Firmware = nodeName(v), readFirmware(v)
+	if list, err := readDIMMs(v); err == nil {
+		w.DIMMs = list
+	}
 	if list, err := v.Processors(); err == nil {
 		w.Processors = list
 	}
@@ -142,6 +147,13 @@ func (h *host) summarize(ctx context.Context, out *schema.ComputerSystem) {
 		}
 		out.ProcessorSummary = s
 	}
+	if len(w.DIMMs) > 0 {
+		out.Memory = schema.LinkTo(systemURI + "/Memory")
+	}
+	if out.Manufacturer == "" { // the service processor has the last word
+		out.Manufacturer, out.Model = w.Firmware.Vendor, cmp.Or(out.Model, w.Firmware.Product)
+	}
+	out.BIOSVersion = cmp.Or(out.BIOSVersion, w.Firmware.BIOSVersion)
 	if len(h.ethernets(ctx)) > 0 {
 		out.EthernetIfaces = schema.LinkTo(systemURI + "/EthernetInterfaces")
 	}

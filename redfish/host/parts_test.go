@@ -277,3 +277,24 @@ func TestPartsAbsent(t *testing.T) {
 		}
 	}
 }
+
+func TestMemoryModules(t *testing.T) {
+	c := connect(t, newFakeAgent())
+	s, err := c.System(t.Context())
+	if err != nil || s.Memory == nil {
+		t.Fatalf("the system has no memory: %v", err)
+	}
+	var all []schema.Memory
+	for m, err := range client.Members[schema.Memory](t.Context(), c, s.Memory.ID) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, m)
+	}
+	if len(all) != 2 || all[0].CapacityMiB == nil || *all[0].CapacityMiB != 512 || all[0].MemoryDeviceType != "DDR4" || all[0].Location.PartLocation.ServiceLabel != "DIMM 0" {
+		t.Fatalf("modules %+v", all)
+	}
+	if e := all[1]; e.CapacityMiB != nil || e.MemoryType != "" || e.Status.State != schema.StateAbsent {
+		t.Errorf("an empty slot is %+v", e)
+	}
+}

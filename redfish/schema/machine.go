@@ -60,6 +60,27 @@ type ProcessorID struct {
 	EffectiveModel  string `json:"EffectiveModel,omitempty"`
 }
 
+// Memory is Memory.v1_23_0.Memory: a module, or the slot for one.
+type Memory struct {
+	Resource
+	MemoryType       string            `json:"MemoryType,omitempty"`       // DRAM
+	MemoryDeviceType string            `json:"MemoryDeviceType,omitempty"` // DDR4, DDR5, …
+	CapacityMiB      *int64            `json:"CapacityMiB,omitempty"`
+	Location         *PhysicalLocation `json:"Location,omitempty"`
+	Status           *Status           `json:"Status,omitempty"`
+}
+
+// PhysicalLocation is Resource.v1_20_0.Location.
+type PhysicalLocation struct {
+	PartLocation *PartLocation `json:"PartLocation,omitempty"`
+}
+
+// PartLocation is Resource.v1_20_0.PartLocation.
+type PartLocation struct {
+	ServiceLabel string `json:"ServiceLabel,omitempty"`
+	LocationType string `json:"LocationType,omitempty"` // Slot, …
+}
+
 // EthernetInterface is EthernetInterface.v1_12_4.EthernetInterface.
 type EthernetInterface struct {
 	Resource

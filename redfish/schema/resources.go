@@ -75,6 +75,7 @@ type ComputerSystem struct {
 	ProcessorSummary *ProcessorSummary `json:"ProcessorSummary,omitempty"`
 	MemorySummary    *MemorySummary    `json:"MemorySummary,omitempty"`
 	Processors       *Link             `json:"Processors,omitempty"`
+	Memory           *Link             `json:"Memory,omitempty"`
 	EthernetIfaces   *Link             `json:"EthernetInterfaces,omitempty"`
 	VirtualMedia     *Link             `json:"VirtualMedia,omitempty"`
 	LogServices      *Link             `json:"LogServices,omitempty"`
