@@ -154,6 +154,9 @@ func (p *power) Reset(ctx context.Context, t schema.ResetType) error {
 	case schema.ResetPowerCycle:
 		return p.PowerCycle(ctx)
 	case schema.ResetForceRestart:
+		if device, _ := p.NextBoot(); device != "" {
+			return p.PowerCycle(ctx) // QEMU boots from something else only when it starts
+		}
 		return p.Machine.Reset(ctx)
 	case schema.ResetNMI:
 		return p.NMI(ctx)
