@@ -219,7 +219,7 @@ func BenchmarkPeers(b *testing.B) {
 		args      func(port string) []string
 	}{
 		{"mockup-server", "Redfish-Mockup-Server", func(port string) []string {
-			return []string{"redfishMockupServer.py", "-H", "127.0.0.1", "-p", port, "-s", "--cert", certFile, "--key", keyFile, "-D", "public-rackmount1"}
+			return []string{"redfishMockupServer.py", "-H", "127.0.0.1", "-p", port, "-S", "-s", "--cert", certFile, "--key", keyFile, "-D", "public-rackmount1"}
 		}},
 		{"sushy-tools", "sushy-tools", func(port string) []string {
 			return []string{"-m", "sushy_tools.emulator.main", "-i", "127.0.0.1", "-p", port, "--fake", "--ssl-certificate", certFile, "--ssl-key", keyFile}
