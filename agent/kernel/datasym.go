@@ -96,6 +96,7 @@ func unreadable(err error) bool {
 // imageEnd walks the page tables from _stext on until nothing of the image is mapped any more, stepping over what was freed.
 func (img *Image) imageEnd(src source, stext VirtAddr) (VirtAddr, error) {
 	const hole = 32 << 20 // what is given back after start-up is smaller
+	const stride = 64 << 10
 	l := img.space.linear[0]
 	end := stext
 	for va := stext; va < l.end && va-end < hole; {
@@ -103,7 +104,7 @@ func (img *Image) imageEnd(src source, stext VirtAddr) (VirtAddr, error) {
 		if err != nil && !unreadable(err) {
 			return 0, err
 		}
-		step := VirtAddr(img.pageSize)
+		step := stride - va%stride
 		if err == nil && pa == l.pa+hostmem.PhysAddr(va-l.start) {
 			step = VirtAddr(n)
 			end = va + step

@@ -135,6 +135,7 @@ func TestListings(t *testing.T) {
 			{"usage", testUsage},
 			{"stacks", testStacks},
 			{"print", testPrint},
+			{"module types", testModuleTypes},
 			{"cgroups", testCgroups},
 			{"containers", testContainers},
 			{"locks", testLocks},

@@ -26,8 +26,8 @@ const (
 	maxElements = 64      // of an array that are told
 )
 
-// Print reads the object of a type at an address. The type is one of BTF's: "task_struct", "struct list_head", "pid_t". What
-// pointers point to is not told: their types are not kept.
+// Print reads the object of a type at an address. The type is one of BTF's: "task_struct", "struct list_head", "pid_t", or one
+// that a module defines: "virtio_net:virtnet_info". What pointers point to is not told: their types are not kept.
 func (v *View) Print(typ string, addr VirtAddr) (Value, error) {
 	for _, word := range []string{"struct ", "union ", "enum "} {
 		typ = strings.TrimPrefix(typ, word)
@@ -40,7 +40,15 @@ func (v *View) Print(typ string, addr VirtAddr) (Value, error) {
 }
 
 func (v *View) print(typ string, addr VirtAddr) (Value, error) {
-	found, err := v.img.types.named(typ)
+	types := v.img.types
+	if module, name, ok := strings.Cut(typ, ":"); ok {
+		var err error
+		if types, err = v.moduleTypes(module); err != nil {
+			return Value{}, err
+		}
+		typ = name
+	}
+	found, err := types.named(typ)
 	if err != nil {
 		return Value{}, err
 	}
