@@ -354,6 +354,16 @@ type kallsymsPlaces struct {
 	base                                    VirtAddr // kallsyms_relative_base; zero if there is none
 }
 
+// moved returns the places in a kernel that lies by so much higher.
+func (p kallsymsPlaces) moved(by VirtAddr) kallsymsPlaces {
+	for _, at := range []*VirtAddr{&p.names, &p.num, &p.tokens, &p.tokenIndex, &p.offsets, &p.base} {
+		if *at != 0 {
+			*at += by
+		}
+	}
+	return p
+}
+
 // findSymbols reads the symbol table. VMCOREINFO names its places since commit 5fd8fea935a1 ("vmcoreinfo: include kallsyms
 // symbols") (in v6.0); in kernels before, it is known by its shape.
 func (img *Image) findSymbols(ctx context.Context, src source) (*symbolReader, string, error) {
@@ -372,6 +382,11 @@ func (img *Image) findSymbols(ctx context.Context, src source) (*symbolReader, s
 		*s.to = va
 	}
 	at.base, _ = v.symbol("kallsyms_relative_base")
+	if stext, ok := v.symbol("_stext"); ok && missing != "" && img.cached != nil {
+		if detail, err := img.readSymbols(src, img.cached.places.moved(stext)); err == nil {
+			return &symbolReader{img, src}, detail + ", where this build has it", nil
+		}
+	}
 	if missing != "" {
 		return img.searchSymbols(ctx, src, missing)
 	}

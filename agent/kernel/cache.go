@@ -28,6 +28,8 @@ type carried struct {
 	syms  *kallsyms // without what depends on the place
 	types *types
 	head  []byte // of the BTF
+	// places is where the symbol table is, relative to _stext.
+	places kallsymsPlaces
 	// more are the symbols that kallsyms lacks, relative to _stext; nil if it lacks none.
 	more map[string]VirtAddr
 }
@@ -55,7 +57,9 @@ func (c *Cache) put(img *Image) {
 		return
 	}
 	b := &carried{syms: img.syms.bare(), types: img.types, head: img.btfHead}
-	if stext, ok := img.note.symbol("_stext"); ok && img.lacking {
+	stext, ok := img.note.symbol("_stext")
+	b.places = img.syms.places.moved(-stext)
+	if ok && img.lacking {
 		b.more = maps.Clone(img.syms.more)
 		for name := range b.more {
 			b.more[name] -= stext
