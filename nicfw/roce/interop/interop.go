@@ -492,3 +492,28 @@ func (s *Server) ServeMemory(ctx context.Context, l *roce.Listener) error {
 		}()
 	}
 }
+
+// CheckMemory is a client of ServeMemory: it reads all of the window and compares it with the pattern. It returns the
+// window's length in bytes.
+func CheckMemory(ctx context.Context, d *roce.Device, addr netip.Addr, port uint16) (uint64, error) {
+	q, private, err := d.Dial(ctx, addr, roce.ServiceTCP(port), d.NewPD(), nil, roce.QPConfig{}, nil)
+	if err != nil {
+		return 0, err
+	}
+	defer q.Close()
+	be := binary.BigEndian
+	va, n, key := be.Uint64(private), be.Uint64(private[8:]), roce.RKey(be.Uint32(private[16:]))
+	buf := make([]byte, 256<<10)
+	for off := uint64(0); off < n; off += uint64(len(buf)) {
+		part := buf[:min(uint64(len(buf)), n-off)]
+		if err := q.Read(ctx, part, va+off, key); err != nil {
+			return off, err
+		}
+		for i := 0; i+8 <= len(part); i += 8 {
+			if got, want := binary.LittleEndian.Uint64(part[i:]), Pattern((off+uint64(i))/8); got != want {
+				return off, fmt.Errorf("word %d is %#x; want %#x", (off+uint64(i))/8, got, want)
+			}
+		}
+	}
+	return n, nil
+}

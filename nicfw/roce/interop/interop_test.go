@@ -102,6 +102,14 @@ func TestMemoryService(t *testing.T) {
 	if err := q.Read(ctx, word, be.Uint64(private)+be.Uint64(private[8:])-8, roce.RKey(be.Uint32(private[16:]))); err != nil || binary.LittleEndian.Uint64(word) != Pattern(1<<13-1) {
 		t.Errorf("read: %v, % x", err, word)
 	}
+	server := netip.MustParseAddr("10.0.0.2")
+	if n, err := CheckMemory(ctx, d, server, 7175); n != 1<<16 || err != nil {
+		t.Errorf("CheckMemory = %d, %v", n, err)
+	}
+	s.Region.(*roce.Buffer).WriteAt([]byte{1}, 40000)
+	if _, err := CheckMemory(ctx, d, server, 7175); err == nil {
+		t.Error("CheckMemory does not see a wrong byte")
+	}
 }
 
 func FuzzRecord(f *testing.F) {

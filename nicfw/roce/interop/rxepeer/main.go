@@ -2,13 +2,13 @@
 //
 // Synopsis:
 //
-//	rxepeer [-addr ADDR] [-size BYTES] [-access rwa] [-mtu BYTES] [-resources N] [-spin DURATION] [-loss P] [-rping ADDR:PORT] [-uverbs]
+//	rxepeer [-addr ADDR] [-size BYTES] [-access rwa] [-mtu BYTES] [-resources N] [-spin DURATION] [-loss P] [-rping ADDR:PORT] [-check ADDR:PORT] [-uverbs]
 //
 // Description:
 //
 // It listens on UDP port 4791 of ADDR, for perftest on TCP port 18515, for perftest -R and rping by connection manager
 // on ports 18515 and 7174, and for testdata/verify.c on port 7175, until it gets SIGINT. With -rping it connects to an rping server instead, plays ten rounds and
-// ends. With -uverbs the kernel's verbs device at ADDR serves the memory, to perftest with keys over TCP alone.
+// ends; with -check it reads and verifies the memory of another rxepeer and ends. With -uverbs the kernel's verbs device at ADDR serves the memory, to perftest with keys over TCP alone.
 //
 // Example:
 //
@@ -56,6 +56,7 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	port := f.Uint("port", 18515, "TCP port of perftest")
 	verbs := f.Bool("uverbs", false, "serve by the kernel's verbs device")
 	rping := f.String("rping", "", "rping server to connect to")
+	check := f.String("check", "", "memory service to read and verify")
 	if err := f.Parse(args); err != nil {
 		return err
 	}
@@ -89,6 +90,15 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 			return err
 		}
 		return interop.Rping(ctx, dev, server.Addr(), server.Port(), 10)
+	}
+	if *check != "" {
+		server, err := netip.ParseAddrPort(*check)
+		if err != nil {
+			return err
+		}
+		n, err := interop.CheckMemory(ctx, dev, server.Addr(), server.Port())
+		log.Info("checked memory", "bytes", n, "err", err, "counters", dev.Counters().String())
+		return err
 	}
 	mem := roce.NewBuffer(*size)
 	if err := interop.Fill(mem, int64(mem.Len())); err != nil {
