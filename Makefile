@@ -35,6 +35,10 @@ demo: setup images ## a host falls ill and is healed from outside, with a timeli
 lab: setup images ## start the lab (host, DPU, network) and leave it running
 	@go run ./cmd/backdoor lab up
 
+.PHONY: rdma
+rdma: setup images ## all RDMA clients in all their ways against the lab's DPU, from monitors with kernels 6.1 and 6.12
+	go test -count=1 -timeout 60m -run '^TestRDMA$$' -v ./tests -rdma-whole -rdma-kernels 6.1-generic,6.12-generic
+
 test: setup images ## all tests: unit with the race detector, short fuzzing, images and lab in QEMU
 	go test -race -short ./...
 	$(MAKE) fuzz FUZZTIME=3s MUTATIONS=50

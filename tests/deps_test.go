@@ -178,3 +178,12 @@ func TestNoTestingInBinaries(t *testing.T) {
 		}
 	}
 }
+
+// The agent that serves RDMA to everybody is made by a build tag; without it nothing of that is in the program.
+func TestReleaseServesNobodyWithoutALease(t *testing.T) {
+	for _, p := range list(t, "./cmd/backdoord") {
+		if slices.Contains(p.Deps, module+"nicfw/roce/interop") {
+			t.Errorf("%s links the services of laboratories", p.ImportPath)
+		}
+	}
+}

@@ -20,7 +20,7 @@ type shown struct {
 
 // HostMemory returns the path to the host's memory as it is at this moment, for others to read: within what the attached kernel
 // calls RAM, and then known is true, else within the map of the path alone. The engine closes it when the path is lost, and opens
-// another: ask again for each use. Whoever stores through it does so through a hostmem.Guard, under MayStore.
+// another: ask again for each use. Whoever stores through it does so through a hostmem.Guard, with WritesOn and under the agreement.
 func (e *Engine) HostMemory() (mem hostmem.Memory, known bool, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -47,8 +47,8 @@ func (e *Engine) Grant() access.Grant {
 	return e.grant()
 }
 
-// MayStore returns nil if somebody may store into the host's memory by themselves, within what the agreement's Grant gives them.
-func (e *Engine) MayStore() error {
+// WritesOn returns nil unless this agent was started to watch only.
+func (e *Engine) WritesOn() error {
 	if !e.o.Writes {
 		return ErrWritesOff
 	}

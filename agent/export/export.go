@@ -47,7 +47,7 @@ import (
 type Host interface {
 	HostMemory() (mem hostmem.Memory, known bool, err error)
 	Grant() access.Grant
-	MayStore() error
+	WritesOn() error
 	State() engine.State
 	Findings() []detect.Finding
 	Heartbeat() kernel.Heartbeat
@@ -281,15 +281,19 @@ func (x *Exporter) writePage() {
 type Stats struct {
 	Leases  int               `json:"leases"`
 	Writes  Writes            `json:"writes"`
+	Dropped uint64            `json:"dropped"` // packets that no peer of a lease sends
+	Refused uint64            `json:"refused"` // requests, for want of a right
 	Packets map[string]uint64 `json:"packets"` // by the names of roce.Counters and roce.LinkCounters
 }
 
 // Stats returns the counts since the start.
 func (x *Exporter) Stats() Stats {
 	s := Stats{Packets: map[string]uint64{}}
-	for name, n := range x.o.Device.Counters().All() {
+	c := x.o.Device.Counters()
+	for name, n := range c.All() {
 		s.Packets[name] = n
 	}
+	s.Dropped, s.Refused = suspect(c)
 	if l, ok := x.o.Device.Link().(interface{ Counters() roce.LinkCounters }); ok {
 		c := l.Counters()
 		s.Packets["BadICRC"], s.Packets["BadLength"] = c.BadICRC, c.BadLength

@@ -73,7 +73,7 @@ func (h *fakeHost) agree(change func(*access.Agreement)) {
 	h.agreement = &a
 }
 
-func (h *fakeHost) MayStore() error {
+func (h *fakeHost) WritesOn() error {
 	if h.noWrites.Load() {
 		return engine.ErrWritesOff
 	}
@@ -606,6 +606,50 @@ func TestHealthPage(t *testing.T) {
 	r.x.Revoke(p.l.ID, "ops")
 	if _, err := p.Health(t.Context()); err != nil {
 		t.Errorf("after a revocation, by a lease of its own: %v", err)
+	}
+}
+
+// Whenever the writer stops, and wherever the reader is when it goes on: sequences that are alike mean that all between them is of
+// one page. Both go step by step here, for chance seldom finds the places that matter.
+func TestSequencesTellTornPages(t *testing.T) {
+	const words = PageSize / 8
+	var order []int
+	for off := range stores {
+		order = append(order, off/8)
+	}
+	if len(order) != words {
+		t.Fatalf("a page is stored in %d words", len(order))
+	}
+	at := make([]int, words) // when a word is stored
+	for i, w := range order {
+		at[w] = i
+	}
+	// The writer has stored first words when the reader begins, and second when the reader has read as many as at.
+	alike := 0
+	for _, first := range []int{0, 1, 2, 3, words / 2, words - 3, words - 2, words - 1, words} {
+		for _, second := range []int{0, 1, 2, 3, words / 2, words - 3, words - 2, words - 1, words} {
+			for pause := 0; second >= first && pause <= words; pause++ {
+				isNew := func(w int) bool {
+					if w < pause {
+						return at[w] < first
+					}
+					return at[w] < second
+				}
+				begin, end := isNew(offSequence/8), isNew(offEnd/8)
+				if begin != end {
+					continue
+				}
+				alike++
+				for w := offSequence / 8; w < words; w++ {
+					if isNew(w) != begin {
+						t.Fatalf("%d words stored, at word %d then %d: the sequences are alike, and word %d is of the other page", first, pause, second, w)
+					}
+				}
+			}
+		}
+	}
+	if alike < 1000 {
+		t.Errorf("%d cases with sequences alike", alike)
 	}
 }
 

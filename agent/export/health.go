@@ -300,9 +300,16 @@ func (h *Health) encode() []byte {
 	return b
 }
 
-// store puts a page where peers read it, in the order that lets them see that they read while it was written.
+// stores yields the offsets of a page's words in the order in which they are to be stored, which lets readers see that they read
+// while it was written.
+func stores(yield func(off int) bool) {
+	for off := PageSize - 8; off >= 0 && yield(off); off -= 8 {
+	}
+}
+
+// store puts a page where peers read it.
 func store(to *roce.Buffer, page []byte) {
-	for off := PageSize - 8; off >= 0; off -= 8 {
+	for off := range stores {
 		to.WriteAt(page[off:off+8], int64(off)) // within the buffer: no error
 	}
 }

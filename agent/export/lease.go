@@ -259,7 +259,7 @@ func (x *Exporter) bound(r *Request) (*roce.Buffer, error) {
 		return nil, err
 	}
 	if r.Write || r.Atomic {
-		if err := x.o.Host.MayStore(); err != nil {
+		if err := x.o.Host.WritesOn(); err != nil {
 			return nil, err
 		}
 		if x.o.Journal == nil || !known {

@@ -102,7 +102,7 @@ func (w *window) record(op string, off int64, old, new []byte) stored {
 // allow is the rule of the lease's guard: asked before each store, it journals those that it lets through.
 func (w *window) allow(op string, r hostmem.Range) error {
 	atomic := op != "write"
-	if err := w.x.o.Host.MayStore(); err != nil {
+	if err := w.x.o.Host.WritesOn(); err != nil {
 		return err
 	}
 	if err := w.x.o.Host.Grant().PermitMemory(uint64(r.Start), r.Size, false, !atomic, atomic); err != nil {
@@ -193,4 +193,14 @@ func ParseRAMMap(b []byte) ([]hostmem.Range, error) {
 		out = append(out, hostmem.Range{Start: hostmem.PhysAddr(start), Size: size})
 	}
 	return hostmem.Normalize(out), nil
+}
+
+// ReadOnly returns the host's memory as a region that can be read and nothing else, without a lease: for laboratories.
+func ReadOnly(h Host) roce.Region { return readOnly{live{h}} }
+
+type readOnly struct{ mem live }
+
+func (r readOnly) ReadAt(p []byte, off int64) (int, error) {
+	n, err := r.mem.ReadAt(p, off)
+	return n, refusal(err)
 }

@@ -42,6 +42,9 @@ func (e *env) openAgent(ctx context.Context) (*agent, error) {
 
 func (a *agent) Live() bool { return true }
 
+// Name says which agent it is.
+func (a *agent) Name() string { return a.at.URL }
+
 // Close ends the session if it is not a stored one.
 func (a *agent) Close() error {
 	if !a.own {
@@ -295,8 +298,12 @@ type healed struct {
 }
 
 // Heal plans, or plans and carries out, a repair.
-func (a *agent) Heal(ctx context.Context, finding, action string, dryRun bool, progress func(schema.Task)) (healed, error) {
-	task, err := a.c.Heal(ctx, client.HealRequest{Finding: finding, Action: action, DryRun: dryRun}, progress)
+func (a *agent) Heal(ctx context.Context, finding, action string, dryRun bool, progress func(string)) (healed, error) {
+	task, err := a.c.Heal(ctx, client.HealRequest{Finding: finding, Action: action, DryRun: dryRun}, func(t schema.Task) {
+		if progress != nil && t.PercentComplete != nil {
+			progress(fmt.Sprintf("task %s: %s, %d %%", t.ID, t.TaskState, *t.PercentComplete))
+		}
+	})
 	var h healed
 	if task != nil {
 		if oemErr := ours(task.OEM, &h); oemErr != nil && err == nil {

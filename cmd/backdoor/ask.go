@@ -108,7 +108,7 @@ Exit status: 0 none is open, 3 some are.
 		if len(args) > 1 {
 			return 0, &usageError{verb: "findings", msg: "findings takes one ID at most"}
 		}
-		a, err := e.openAgent(ctx)
+		a, err := e.openOperator(ctx)
 		if err != nil {
 			return 0, err
 		}

@@ -47,6 +47,7 @@ type verb struct {
 type options struct {
 	// where
 	config, context, host, image, mem, layout string
+	rdma, rdmaLocal, rdmaKey                  string
 	// how to be let in
 	user, passwordFile, newPasswordFile, ca, fingerprint string
 	insecure                                             bool
@@ -81,6 +82,7 @@ func (o *options) global(fs *flag.FlagSet) {
 	fs.StringVar(&o.attested, "attested", "", "`file` that says what the agent has to prove before it is asked anything (see attest)")
 	fs.BoolVar(&o.json, "json", false, "answer in JSON")
 	fs.DurationVar(&o.timeout, "timeout", 30*time.Second, "longest `time` for one request")
+	o.rdmaFlags(fs)
 }
 
 // env is what a verb works with.

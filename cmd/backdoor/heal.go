@@ -37,7 +37,7 @@ func runHeal(ctx context.Context, e *env, args []string) (int, error) {
 		return 0, &usageError{verb: "heal", msg: "heal takes the ID of one finding; see: backdoor findings"}
 	}
 	id := args[0]
-	a, err := e.openAgent(ctx)
+	a, err := e.openOperator(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -69,7 +69,11 @@ func runHeal(ctx context.Context, e *env, args []string) (int, error) {
 			return 0, fmt.Errorf("nothing was done")
 		}
 	}
-	h, err := a.Heal(ctx, id, e.o.action, false, e.progress)
+	h, err := a.Heal(ctx, id, e.o.action, false, func(text string) {
+		if f := file(e.stderr); f != nil && isTerminal(f) {
+			fmt.Fprintf(e.stderr, "backdoor: %s\n", query.Clean(text))
+		}
+	})
 	if h.Outcome != nil {
 		if aerr := e.answer(h, func(w io.Writer) error { return outcomeText(w, *h.Outcome) }); aerr != nil {
 			return 0, aerr

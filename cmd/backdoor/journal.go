@@ -34,7 +34,7 @@ state directory, is read, and -verify then checks every hash of its chain.
 		if e.o.file != "" {
 			return e.journalFile()
 		}
-		a, err := e.openAgent(ctx)
+		a, err := e.openOperator(ctx)
 		if err != nil {
 			return 0, err
 		}

@@ -10,7 +10,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/redfish/client"
 )
 
-// listingVerbs are the verbs that ask one question about the host each; the table of them is that of package query.
+// listingVerbs are the verbs that ask one question about the host each, and those that look at its memory by RDMA; the table of them is that of package query.
 func listingVerbs() []verb {
 	out := []verb{attachVerb}
 	for _, l := range query.Listings() {
@@ -19,7 +19,7 @@ func listingVerbs() []verb {
 			run: func(ctx context.Context, e *env, args []string) (int, error) { return e.list(ctx, l, args) },
 		})
 	}
-	return out
+	return append(out, rdmaVerbs()...)
 }
 
 func (e *env) list(ctx context.Context, l query.Listing, args []string) (int, error) {

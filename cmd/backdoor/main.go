@@ -10,6 +10,9 @@
 // With -image FILE (a crash dump: ELF vmcore, LiME or raw) or -mem FILE (the live RAM file of a virtual machine) there is no
 // agent: the verbs from status to print then work on that memory by themselves, findings aside. Agents answer those that need no
 // argument. Flags may stand before or after the verb.
+// With -rdma HOST the same verbs work on the memory behind an agent, here, by RDMA over a plain UDP socket (port 4791, which must be
+// free at our address), and findings, heal, power and journal are asked over its action queue pair: no RDMA device is needed. The
+// leases come from the agent's Redfish service (-host or the context), or, where that no longer answers, from a key (-rdma-key).
 // Every verb prints tables for people, or JSON with -json.
 //
 // The verbs:
@@ -32,6 +35,10 @@
 //	stack        where in the kernel a thread sleeps: stack PID
 //	sym          the address of a symbol of the kernel, or what is at an address
 //	print        an object of the kernel, by its type: print task_struct init_task
+//	watch        follow the host's health by RDMA
+//	read         bytes of the host's memory, by RDMA
+//	write        store bytes in the host's memory, by RDMA: break-glass
+//	cas          compare and swap a word of the host's memory, by RDMA: break-glass
 //	heal         repair a finding: heal FINDING [-dry-run] [-action A] [-y]
 //	power        the host's power: status, on, off, cycle, reset, nmi, soft
 //	events       what happened to the host and to the agent; -f goes on with what comes

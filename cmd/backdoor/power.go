@@ -40,7 +40,7 @@ var powerVerb = verb{
 			return 0, &usageError{verb: "power", msg: "power takes one word"}
 		}
 		word := args[0]
-		a, err := e.openAgent(ctx)
+		a, err := e.openOperator(ctx)
 		if err != nil {
 			return 0, err
 		}
@@ -60,7 +60,7 @@ var powerVerb = verb{
 			})
 		}
 		if word != "on" && !e.o.yes {
-			yes, err := e.confirm(fmt.Sprintf("Power %s the host behind %s?", word, a.at.URL))
+			yes, err := e.confirm(fmt.Sprintf("Power %s the host behind %s?", word, a.Name()))
 			if err != nil {
 				return 0, err
 			}

@@ -35,6 +35,8 @@ type source interface {
 // open returns what the flags or the current context name.
 func (e *env) open(ctx context.Context) (source, error) {
 	switch {
+	case e.o.rdma != "":
+		return e.openRemote(ctx)
 	case e.o.image != "" || e.o.mem != "":
 		return e.openMemory(ctx)
 	default:

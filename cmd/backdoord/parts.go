@@ -12,6 +12,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/agent/export"
 	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/agent/policy"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
@@ -26,6 +27,7 @@ type parts struct {
 	agreement *access.Lock // nil if there is no owner to trust
 	policy    policy.Policy
 	power     heal.Power
+	keys      []export.Key // of RDMA
 	problems  []error
 }
 
@@ -65,6 +67,14 @@ func newParts(cfg config.Config, log *slog.Logger) *parts {
 			problem(fmt.Errorf("%w; the host's power cannot be switched", err))
 		} else {
 			p.power = power
+		}
+	}
+	if len(cfg.RDMA.Keys) > 0 {
+		keys, err := loadKeys(cfg.RDMA)
+		if err != nil {
+			problem(fmt.Errorf("%w; without Redfish nobody can connect by RDMA", err))
+		} else {
+			p.keys = keys
 		}
 	}
 	return p

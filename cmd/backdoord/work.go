@@ -50,6 +50,7 @@ func work(ctx context.Context, f flags, level *slog.LevelVar, log *slog.Logger, 
 	for _, err := range p.problems {
 		log.Error("configuration", "err", err)
 	}
+	w.openRDMA(p)
 	w.openEngine(p, why)
 	w.openImages()
 	if w.machine { // another's TPM is left alone
@@ -86,6 +87,8 @@ type worker struct {
 	attestation *attestation            // nil: unattested
 	seal        atomic.Pointer[keySeal] // nil: the keys are not sealed
 	service     atomic.Pointer[service.Service]
+
+	remote *remote // nil if RDMA is not served
 }
 
 // reset is how Redfish restarts the agent's machine: this process ends, and its keeper does it.
@@ -150,6 +153,7 @@ func (w *worker) newService() (*service.Service, error) {
 		return nil, fmt.Errorf("make Redfish service: %w", err)
 	}
 	ho := host.Options{Agent: w.engine, Version: version.Get().Version, ResetAgent: w.reset, DumpDir: filepath.Join(w.cfg.StateDir, "dumps")}
+	w.offerRDMA(&ho, svc)
 	if c, ok := w.engine.Power().(host.Controller); ok {
 		ho.Controller = c
 	}
@@ -183,6 +187,7 @@ func (w *worker) run(ctx context.Context) int {
 	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() { supervise(ctx, w.log, "engine", w.engine.Run) })
+	w.serveRDMA(ctx, &wg)
 	wg.Go(func() {
 		var svc *service.Service
 		supervise(ctx, w.log, "redfish", func(ctx context.Context) (err error) {

@@ -54,6 +54,7 @@ type Options struct {
 	Out      string       // default: Module/build/images
 	CacheDir string       // default: os.UserCacheDir()/backdoor
 	Agent    string       // the agent's package; default: ./cmd/backdoord
+	Tags     string       // build tags of the agent; none in what is released
 	Logger   *slog.Logger // default: silent
 }
 
@@ -253,7 +254,7 @@ func buildAgent(ctx context.Context, img Image, o Options) ([]byte, File, error)
 	if img.Loader != "" {
 		program, place = "./cmd/backdoor-loader", "init"
 	}
-	if _, err := goCommand(ctx, o.Module, environment(img.GOARCH), "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", out, program); err != nil {
+	if _, err := goCommand(ctx, o.Module, environment(img.GOARCH), "build", "-trimpath", "-tags="+o.Tags, "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", out, program); err != nil {
 		return nil, File{}, err
 	}
 	data, err := os.ReadFile(out)

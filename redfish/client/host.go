@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/redfish/oem"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
@@ -66,4 +67,57 @@ func (c *Client) Heal(ctx context.Context, r HealRequest, progress func(schema.T
 		return nil, errors.New("the service cannot heal its host: it is not a Backdoor agent")
 	}
 	return c.Run(ctx, action.Target, r, nil, progress)
+}
+
+// RDMAURI is the resource about the agent's remote access by RDMA.
+const RDMAURI = "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/RDMA"
+
+// RDMARequest asks for a lease of the agent's RDMA service. Zero members other than PSN are left to the agent.
+type RDMARequest struct {
+	Kind    string `json:"Kind"` // "memory", "health" or "actions"
+	Peer    string `json:"Peer"` // the IP address of our queue pair
+	QPN     uint32 `json:"QPN"`
+	PSN     uint32 `json:"PSN"`
+	PathMTU int    `json:"PathMTU,omitempty"`
+	Start   string `json:"Start,omitempty"` // 0x and hexadecimal digits
+	Length  uint64 `json:"Length,omitempty"`
+	Write   bool   `json:"Write,omitempty"`
+	Atomic  bool   `json:"Atomic,omitempty"`
+	Seconds int    `json:"Seconds,omitempty"`
+}
+
+// RDMALease is the agent's end of the connection, and the keys of what it gives access to.
+type RDMALease struct {
+	ID, Address       string
+	QPN, PSN          uint32
+	PathMTU           int
+	Expires           time.Time
+	Write, Atomic     bool
+	RKey              uint32
+	Start, Length     string // 0x and hexadecimal digits
+	MapKey, MapLength uint32
+}
+
+// LeaseRDMA lets a queue pair of ours connect to the agent.
+func (c *Client) LeaseRDMA(ctx context.Context, r RDMARequest) (l RDMALease, err error) {
+	s, err := c.System(ctx)
+	if err != nil {
+		return l, err
+	}
+	action, ok := s.Actions["#BackdoorRDMA.Lease"]
+	if !ok {
+		return l, errors.New("the service has no RDMA: it is not a Backdoor agent, or not configured for it")
+	}
+	_, err = c.Post(ctx, action.Target, r, &l)
+	return l, err
+}
+
+// RevokeRDMA ends a lease at once.
+func (c *Client) RevokeRDMA(ctx context.Context, id string) error {
+	s, err := c.System(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = c.Post(ctx, s.Actions["#BackdoorRDMA.Revoke"].Target, map[string]string{"Lease": id}, nil)
+	return err
 }

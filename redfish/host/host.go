@@ -82,6 +82,8 @@ type Options struct {
 	Root string
 	// Network configures the network of the agent's machine; nil if that is not the agent's business.
 	Network Network
+	// RDMA is the agent's remote access by RDMA; nil leaves it out.
+	RDMA RDMA
 	// ResetAgent restarts the agent's machine; nil leaves the action out.
 	ResetAgent func(ctx context.Context, graceful bool) error
 	// View opens a view of the host; nil means Agent.View. Tests give a host of their own.
@@ -160,6 +162,7 @@ func Routes(svc *service.Service, o Options) []service.Route {
 	routes = append(routes, h.integrity()...)
 	routes = append(routes, h.listingResources()...)
 	routes = append(routes, h.leaseRoutes()...)
+	routes = append(routes, h.rdmaRoutes()...)
 	return append(routes, h.oemResources()...)
 }
 
@@ -255,9 +258,12 @@ func (h *host) card() service.Route {
 // refusal turns an error of the engine into one that tells the client what is wrong. The text of errors that an operator can do
 // something about is passed on; others stay in the log.
 func refusal(err error) error {
+	var told *service.Error
 	switch {
 	case err == nil:
 		return nil
+	case errors.As(err, &told):
+		return err
 	case errors.Is(err, access.ErrDenied):
 		return service.Because(403, "InsufficientPrivilege", sentence(err)+" The host's owner must sign an agreement that permits it.")
 	case errors.Is(err, engine.ErrWritesOff):

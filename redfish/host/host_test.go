@@ -383,6 +383,12 @@ func (testMemory) ReadAt(b []byte, off int64) (int, error) {
 // newTestService returns a service with the resources of a fake agent's host.
 func newTestService(t testing.TB, a *fakeAgent, o service.Options) *service.Service {
 	t.Helper()
+	return newTestServiceWith(t, a, o, func(*Options) {})
+}
+
+// newTestServiceWith is newTestService with other options of the resources.
+func newTestServiceWith(t testing.TB, a *fakeAgent, o service.Options, change func(*Options)) *service.Service {
+	t.Helper()
 	if o.Account == nil {
 		o.Account = &service.Credential{User: testUser, Password: testPassword}
 	}
@@ -405,14 +411,17 @@ func newTestService(t testing.TB, a *fakeAgent, o service.Options) *service.Serv
 	if a.network != nil {
 		network = a.network
 	}
-	s.Handle(Routes(s, Options{
+	ho := Options{
 		Agent: a, Attestor: a.attestor, Network: network, Controller: controller, Journal: fakeJournal{}, DumpDir: filepath.Join(t.TempDir(), "dumps"),
 		Hardware: func(context.Context) (Hardware, error) { return testHardware, nil },
 		Memory: func(context.Context) (io.ReaderAt, []hostmem.Range, error) {
 			return testMemory{}, testHardware.RAM, nil
 		}, Version: "1.0.0", ResetAgent: func(context.Context, bool) error { return nil },
 		View: func(context.Context) (query.View, error) { return fakeView{records: 700}, nil },
-	})...)
+	}
+	ho.RDMA = &fakeRDMA{}
+	change(&ho)
+	s.Handle(Routes(s, ho)...)
 	return s
 }
 

@@ -43,6 +43,7 @@ var registry = service.Registry{
 		"OperatorWanted":   happened("A fault waits for an operator's decision.", schema.HealthWarning, "Look at the finding and heal it."),
 		"AgreementChanged": happened("The access agreement was paused, resumed, revoked or succeeded, its glass was broken, or somebody tried to.", schema.HealthWarning, "Read the journal."),
 		"Escalated":        happened("A fault goes on in spite of its repair.", schema.HealthCritical, "Read the journal; heal the finding another way or restart the host."),
+		"RDMARefused":      happened("Packets or requests by RDMA were dropped or refused.", schema.HealthWarning, "See who sends them: the counters and leases are at the origin of the event."),
 	},
 }
 

@@ -31,6 +31,9 @@ func telemetry() service.Telemetry {
 			{ID: "EngineBytes", Name: "Bytes read from the host's memory", Counter: true, Units: bytes, Property: engine + "LastPass/Bytes"},
 			{ID: "EngineLoad", Name: "Share of the time that the agent looks at the host", Decimal: true, Property: engine + "LastPass/Load"},
 			{ID: "EngineLate", Name: "Passes that began late", Counter: true, Property: engine + "LastPass/Late"},
+			{ID: "RDMADropped", Name: "RDMA packets dropped that no peer of a lease sends", Counter: true, Property: rdmaURI + "#/RDMA/Dropped"},
+			{ID: "RDMARefused", Name: "RDMA requests refused", Counter: true, Property: rdmaURI + "#/RDMA/Refused"},
+			{ID: "RDMAStores", Name: "Stores to the host's memory by RDMA", Counter: true, Property: rdmaURI + "#/RDMA/Stores"},
 			{ID: "HostFindingsOpen", Name: "Faults of the host that are open", Property: systemURI + "#/Oem/dev_backdoor/OpenFindings"},
 			{ID: "HostMemoryFree", Name: "Free memory of the host", Units: bytes, Property: memory + "Free"},
 			{ID: "HostMemoryAvailable", Name: "Memory of the host that programs could get", Units: bytes, Property: memory + "Available"},
@@ -45,6 +48,7 @@ func telemetry() service.Telemetry {
 			{ID: "Agent", Name: "The agent and its machine", Every: time.Minute, Metrics: []string{
 				"AgentMemoryAvailable", "AgentMemoryUsed", "AgentCPUUser", "AgentCPUKernel", "AgentStorageFree", "AgentUptime",
 				"EngineAttaches", "EnginePasses", "EngineReads", "EngineBytes", "EngineLoad", "EngineLate",
+				"RDMADropped", "RDMARefused", "RDMAStores",
 			}},
 			{ID: "Host", Name: "The host, as its memory tells", Every: time.Minute, Metrics: []string{
 				"HostFindingsOpen", "HostMemoryFree", "HostMemoryAvailable", "HostMemoryAnonymous", "HostMemorySlab", "HostSwapFree", "HostLoad1", "HostLoad5", "HostLoad15",

@@ -71,6 +71,7 @@ func schemas() (out []service.Schema) {
 	for _, l := range listings() {
 		out = append(out, served(l.schema))
 	}
+	out = append(out, served(rdmaSchema()))
 	return out
 }
 
@@ -94,6 +95,7 @@ type systemOEM struct {
 	OpenFindings int          `json:"openFindings" doc:"The number of findings that are not resolved."`
 	State        *schema.Link `json:"state" doc:"The link to the whole state of the agent's engine."`
 	Tasks        *schema.Link `json:"tasks" doc:"The link to the processes of the host."`
+	RDMA         *schema.Link `json:"RDMA,omitempty" doc:"The link to remote access by RDMA; absent where the agent does not serve it."`
 	// gofish 0.20, and with it bmclib, takes the system's standard property of this name for text and then reads no system at all.
 	OperatingSystem *schema.Link `json:"operatingSystem,omitempty" doc:"The link to the operating system of the host; absent while the agent is not attached to its kernel."`
 	Modules         *schema.Link `json:"modules" doc:"The link to the modules of the host's kernel."`

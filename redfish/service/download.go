@@ -47,3 +47,13 @@ func (p *patient) Write(b []byte) (int, error) {
 
 // May reports whether the caller has a privilege. Routes say by themselves what they ask for; this is for what a GET shows.
 func (c Caller) May(privilege string) bool { return c.may(privilege) }
+
+// Caller returns a user as the caller of what comes by other ways than HTTP, such as RDMA, if the account is enabled and need not
+// change its password first. Whoever asks has authenticated the user.
+func (s *Service) Caller(user string) (Caller, bool) {
+	a, ok := s.accounts.byUser(user)
+	if !ok || !a.Enabled || a.Change {
+		return Caller{}, false
+	}
+	return Caller{User: a.User, Role: a.Role, privileges: s.privileges(a.Role)}, true
+}

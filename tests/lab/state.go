@@ -4,6 +4,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/export"
 	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/agent/policy"
 	"github.com/backdoor-rhs/backdoor/boot"
@@ -30,8 +32,11 @@ const (
 	gateway    = "10.0.2.2" // also: how the DPU reaches loopback services of this machine
 )
 
-// DPUWireAddress is the DPU's address on the wire.
-var DPUWireAddress = netip.MustParsePrefix("192.168.190.2/24")
+// DPUWireAddress and DPUWireAddress6 are the DPU's addresses on the wire, where its agent serves RDMA.
+var (
+	DPUWireAddress  = netip.MustParsePrefix("192.168.190.2/24")
+	DPUWireAddress6 = netip.MustParsePrefix("fd00:bd::2/64")
+)
 
 // parties are the keys of one run.
 type parties struct {
@@ -80,8 +85,10 @@ func writeState(dir string, cfg Config, h *Host, b *bmc.BMC) (parties, error) {
 	if err != nil {
 		return parties{}, fmt.Errorf("write the agreement: %w", err)
 	}
+	secret := make([]byte, export.KeySize)
+	rand.Read(secret)
 	for name, data := range map[string][]byte{
-		"agreement.json": doc, "policy.json": rules, "bmc-password": []byte(b.Password), "bmc-ca.pem": b.CA,
+		"rdma-key": []byte(base64.StdEncoding.EncodeToString(secret)), "agreement.json": doc, "policy.json": rules, "bmc-password": []byte(b.Password), "bmc-ca.pem": b.CA,
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
 			return parties{}, &InfraError{Op: "write the DPU's state", Err: err}
@@ -104,11 +111,14 @@ func writeState(dir string, cfg Config, h *Host, b *bmc.BMC) (parties, error) {
 			URL: fmt.Sprintf("https://%s:%d", gateway, b.Port), Username: b.User, PasswordFile: "bmc-password", CAFile: "bmc-ca.pem",
 		},
 		Redfish: config.Redfish{Listen: ":443"},
+		RDMA: config.RDMA{
+			Addresses: []netip.Addr{DPUWireAddress.Addr(), DPUWireAddress6.Addr()}, Keys: []config.RDMAKey{{User: "admin", File: "rdma-key"}}, MemoryByKey: true,
+		},
 		Boot: boot.Config{
 			Hostname: "dpu",
 			Interfaces: []boot.Interface{
 				{Match: dpuMAC, Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.2.15/24")}, Gateway: netip.MustParseAddr(gateway)},
-				{Match: dpuWireMAC, Addresses: []netip.Prefix{DPUWireAddress}, MTU: wire.MTU},
+				{Match: dpuWireMAC, Addresses: []netip.Prefix{DPUWireAddress, DPUWireAddress6}, MTU: wire.MTU},
 			},
 		},
 	}

@@ -26,6 +26,8 @@ type Guest struct {
 	Kernel string       // a target of images/kernels with RDMA: "6.1-generic" or "6.12-generic"
 	Addr   netip.Prefix // of its network interface, eth0, whose RDMA device is rxe0
 	Net    *Network     // that eth0 is in; nil: one of its own
+	Port   *os.File     // instead of Net: a socket that carries a frame in each datagram
+	Input  io.Reader    // what the guest reads from its console, /dev/ttyS0
 	// Script is run by busybox's shell when the network and the RDMA device are up.
 	Script string
 	// Programs are added to /bin, by the name they have there.
@@ -77,12 +79,18 @@ func (g *Guest) Run(ctx context.Context, w io.Writer) error {
 			return err
 		}
 	}
+	if g.Port != nil {
+		netdev = "dgram,local.type=fd,local.str=3"
+	}
 	mac := g.Addr.Addr().AsSlice()
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "1", "-m", "768",
 		"-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio", "-kernel", k.Vmlinuz, "-initrd", initrd, "-append", "console=ttyS0 panic=-1 quiet",
 		"-netdev", netdev+",id=n0", "-device", fmt.Sprintf("virtio-net-pci,netdev=n0,mac=52:54:00:00:00:%02x,romfile=,host_mtu=%d", mac[len(mac)-1], MTU),
 		"-device", "virtio-rng-pci")
-	cmd.Stdout, cmd.Stderr = w, w
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = g.Input, w, w
+	if g.Port != nil {
+		cmd.ExtraFiles = []*os.File{g.Port}
+	}
 	start := cmd.Start
 	if g.Net != nil {
 		start = func() error { return g.Net.Do(cmd.Start) }

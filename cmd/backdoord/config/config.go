@@ -26,6 +26,13 @@
 //	    "caFile": "bmc-ca.pem"
 //	  },
 //	  "redfish": {"listen": ":443", "names": ["dpu7.example.org"]},
+//	  "rdma": {
+//	    "addresses": ["10.77.0.2", "fd00:77::2"],
+//	    "pathMTU": 4096,
+//	    "bytesPerSecond": "500MiB",
+//	    "keys": [{"user": "ops", "file": "ops.rdma-key"}],
+//	    "memoryByKey": false
+//	  },
 //	  "intervals": {"pass": "250ms"},
 //	  "logLevel": "info",
 //	  "boot": {"hostname": "dpu", "interfaces": [{"match": "eth0", "dhcp": true}]}
@@ -45,10 +52,12 @@ import (
 	"log/slog"
 	"math/bits"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -81,6 +90,7 @@ type Config struct {
 	PolicyFile string    `json:"policyFile,omitempty"` // empty: every finding waits for an operator
 	HostBMC    *HostBMC  `json:"hostBMC,omitempty"`    // absent: the agent cannot power-cycle the host
 	Redfish    Redfish   `json:"redfish,omitzero"`
+	RDMA       RDMA      `json:"rdma,omitzero"` // without addresses: not served
 	Intervals  Intervals `json:"intervals,omitzero"`
 	LogLevel   string    `json:"logLevel,omitempty"` // debug, info (default), warn, error
 	// Boot says how the machine comes up when the agent is its first program; elsewhere it is ignored.
@@ -283,6 +293,27 @@ type Redfish struct {
 	Names  []string `json:"names,omitempty"`  // further DNS names and addresses of the certificate
 }
 
+// RDMA is the agent's remote access by RDMA, see package agent/export.
+type RDMA struct {
+	// Addresses are those of the agent's machine on which UDP port 4791 is served.
+	Addresses []netip.Addr `json:"addresses,omitempty"`
+	// PathMTU is the payload of a packet: 256, 512, 1024, 2048 or 4096; default is what fits the MTU of the address's interface.
+	PathMTU int `json:"pathMTU,omitempty"`
+	// BytesPerSecond bounds what each peer is sent; default no limit.
+	BytesPerSecond Size `json:"bytesPerSecond,omitempty"`
+	// Spin is how long the agent looks for packets before it sleeps: it takes a CPU for a shorter answer. Default not at all.
+	Spin Duration  `json:"spin,omitempty"`
+	Keys []RDMAKey `json:"keys,omitempty"`
+	// MemoryByKey lets keys reach the host's memory, which else takes a lease over Redfish.
+	MemoryByKey bool `json:"memoryByKey,omitempty"`
+}
+
+// RDMAKey lets a monitor connect without Redfish, with what the user's Redfish account may do.
+type RDMAKey struct {
+	User string `json:"user"`
+	File string `json:"file"` // 32 random bytes in base64
+}
+
 // Intervals pace the agent. Zero means the default.
 type Intervals struct {
 	Pass Duration `json:"pass,omitempty"` // between two looks at the host
@@ -342,6 +373,9 @@ func Load(path string) (Config, error) {
 	}
 	for i := range c.Boot.Tunnels {
 		files = append(files, &c.Boot.Tunnels[i].PrivateKeyFile)
+	}
+	for i := range c.RDMA.Keys {
+		files = append(files, &c.RDMA.Keys[i].File)
 	}
 	for _, f := range files {
 		if *f != "" && !filepath.IsAbs(*f) {
@@ -464,6 +498,26 @@ func (c Config) Validate() error {
 	if c.Redfish.Listen != "" {
 		if _, _, err := net.SplitHostPort(c.Redfish.Listen); err != nil {
 			bad("redfish.listen", "want host:port or :port, found %q", c.Redfish.Listen)
+		}
+	}
+	r := c.RDMA
+	for i, a := range r.Addresses {
+		if !a.IsValid() || a.IsUnspecified() || a.IsMulticast() || a.Is4In6() || slices.Contains(r.Addresses[:i], a) {
+			bad(fmt.Sprintf("rdma.addresses[%d]", i), "want one definite address of the agent's machine, found %q", a)
+		}
+	}
+	if r.PathMTU != 0 && !slices.Contains([]int{256, 512, 1024, 2048, 4096}, r.PathMTU) {
+		bad("rdma.pathMTU", "want 256, 512, 1024, 2048 or 4096, found %d", r.PathMTU)
+	}
+	if r.Spin < 0 || r.Spin > Duration(time.Second) {
+		bad("rdma.spin", "want 0s to 1s, found %v", time.Duration(r.Spin))
+	}
+	if r.BytesPerSecond > 1<<50 {
+		bad("rdma.bytesPerSecond", "want less than 1024TiB, found %d", uint64(r.BytesPerSecond))
+	}
+	for i, k := range r.Keys {
+		if k.User == "" || k.File == "" {
+			bad(fmt.Sprintf("rdma.keys[%d]", i), "user and file must be given")
 		}
 	}
 	if p := time.Duration(c.Intervals.Pass); p != 0 && (p < time.Millisecond || p > time.Hour) {

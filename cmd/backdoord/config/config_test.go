@@ -30,7 +30,9 @@ func full() Config {
 		PolicyFile: "/etc/policy.json",
 		HostBMC: &HostBMC{URL: "https://10.0.2.2:8443", Username: "admin", PasswordFile: "bmc-password", CAFile: "bmc.pem",
 			Timeout: Duration(time.Minute)},
-		Redfish:   Redfish{Listen: ":443", Names: []string{"dpu.example"}},
+		Redfish: Redfish{Listen: ":443", Names: []string{"dpu.example"}},
+		RDMA: RDMA{Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.2"), netip.MustParseAddr("fd00:77::2")}, PathMTU: 4096,
+			BytesPerSecond: 500 << 20, Spin: Duration(50 * time.Microsecond), Keys: []RDMAKey{{User: "ops", File: "ops.rdma-key"}}, MemoryByKey: true},
 		Intervals: Intervals{Pass: Duration(250 * time.Millisecond)},
 		LogLevel:  "debug",
 		Boot: boot.Config{Hostname: "dpu", Interfaces: []boot.Interface{{Match: "eth0",
@@ -83,6 +85,7 @@ func TestWriteAndLoad(t *testing.T) {
 	}
 	want := full()
 	want.Agreement.File = filepath.Join(dir, "agreement.json")
+	want.RDMA.Keys[0].File = filepath.Join(dir, "ops.rdma-key")
 	want.HostBMC.PasswordFile = filepath.Join(dir, "bmc-password")
 	want.HostBMC.CAFile = filepath.Join(dir, "bmc.pem")
 	if d := cmp.Diff(want, got, compare...); d != "" {
@@ -141,6 +144,9 @@ func TestParseErrors(t *testing.T) {
 		{"log level", `{"version": 1, "logLevel": "loud"}`, `c: logLevel: want debug, info, warn or error, found "loud"`},
 		{"uuid", `{"version": 1, "hostUUID": "1B4E28BA-2FA1-11D2-883F-0016D3CCA427"}`,
 			`c: hostUUID: want a UUID in lower case, as in 1b4e28ba-2fa1-11d2-883f-0016d3cca427, found "1B4E28BA-2FA1-11D2-883F-0016D3CCA427"`},
+		{"rdma address", `{"version": 1, "rdma": {"addresses": ["0.0.0.0"]}}`, `c: rdma.addresses[0]: want one definite address of the agent's machine, found "0.0.0.0"`},
+		{"rdma path MTU", `{"version": 1, "rdma": {"addresses": ["10.0.0.1"], "pathMTU": 1500}}`, `c: rdma.pathMTU: want 256, 512, 1024, 2048 or 4096, found 1500`},
+		{"rdma key", `{"version": 1, "rdma": {"keys": [{"user": "ops"}]}}`, `c: rdma.keys[0]: user and file must be given`},
 		{"boot field", `{"version": 1, "boot": {"interfaces": [{"match": "eth0", "adresses": []}]}}`,
 			`c:1:58: boot.interfaces[0].adresses: unknown field, did you mean addresses?`},
 		{"boot", `{"version": 1, "boot": {"interfaces": [{}]}}`, `c: boot: interfaces[0]: match is empty`},

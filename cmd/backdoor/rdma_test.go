@@ -1,0 +1,160 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/agent/export"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/agent/query"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+	"github.com/backdoor-rhs/backdoor/nicfw/roce"
+)
+
+// rdmaHost is the fake agent, with the recorded memory of a real host behind it.
+type rdmaHost struct {
+	*fakeAgent
+	mem   hostmem.Memory
+	asked []engine.HealRequest
+}
+
+func (h *rdmaHost) HostMemory() (hostmem.Memory, bool, error) { return h.mem, true, nil }
+func (h *rdmaHost) WritesOn() error                           { return engine.ErrWritesOff }
+func (h *rdmaHost) Heartbeat() kernel.Heartbeat               { return kernel.Heartbeat{} }
+func (h *rdmaHost) Grant() access.Grant {
+	a := &access.Agreement{ID: "test", Host: access.Host{UUID: "x"}, Rights: access.Rights{Read: true}, ValidUntil: time.Now().Add(time.Hour)}
+	return a.Grant("x", time.Now)
+}
+
+func (h *rdmaHost) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, *heal.Outcome, error) {
+	h.asked = append(h.asked, r)
+	return h.fakeAgent.Heal(ctx, r)
+}
+
+// TestRDMA runs the command against an exporter over loopback: the memory is a real host's, recorded, and the answers must be
+// those that the recording itself gives.
+func TestRDMA(t *testing.T) {
+	files, err := filepath.Glob("../../agent/kernel/testdata/*.hostmem")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no recordings: %v", err)
+	}
+	path := files[0]
+	mem, err := hostmem.OpenImage(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	note, err := strconv.ParseUint(mem.(*hostmem.Recording).Labels()["note"], 0, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &rdmaHost{fakeAgent: newFakeAgent(), mem: mem}
+	h.state.Kernel = &kernel.Info{Note: hostmem.PhysAddr(note)}
+	agentIP, ourIP := "127.0.0.71", "127.0.0.72"
+	link, err := roce.ListenUDP(roce.UDPConfig{Addr: netip.AddrPortFrom(netip.MustParseAddr(agentIP), 0)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev, err := roce.Open(link, roce.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{7}, export.KeySize))
+	key, err := export.ParseKey("admin", secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	denied := ""
+	x := export.New(export.Options{
+		Device: dev, Host: h, Keys: []export.Key{key}, MemoryByKey: true,
+		Authorize: func(user string, r export.Right) error {
+			if string(r) == denied {
+				return export.ErrDenied
+			}
+			return nil
+		},
+	})
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- x.Run(ctx) }()
+	defer func() { stop(); <-done; dev.Close() }()
+	keyFile := filepath.Join(t.TempDir(), "key")
+	writeFile(t, keyFile, secret)
+	over := []string{"-rdma", agentIP, "-rdma-local", ourIP, "-rdma-key", keyFile}
+	ask := func(want int, args ...string) string {
+		t.Helper()
+		code, stdout, stderr := command(t, append(over[:len(over):len(over)], args...)...)
+		if code != want {
+			t.Fatalf("%v: exit %d: %s; want %d", args, code, stderr, want)
+		}
+		return stdout
+	}
+	var got, want query.Processes
+	if err := json.Unmarshal([]byte(ask(exitOK, "ps", "-json")), &got); err != nil {
+		t.Fatal(err)
+	}
+	_, out, _ := command(t, "-image", path, "ps", "-json")
+	if err := json.Unmarshal([]byte(out), &want); err != nil {
+		t.Fatal(err)
+	}
+	if len(want.Processes) < 5 {
+		t.Fatalf("the recording has %d processes", len(want.Processes))
+	}
+	if d := cmp.Diff(want.Processes, got.Processes, cmpopts.EquateEmpty()); d != "" {
+		t.Errorf("ps by RDMA differs from ps of the recording:\n%s", d)
+	}
+
+	ram := mem.Map()[len(mem.Map())-1]
+	bytesWant := make([]byte, 100)
+	if _, err := mem.ReadAt(bytesWant, int64(note)); err != nil {
+		t.Fatal(err)
+	}
+	if got := ask(exitOK, "read", strconv.FormatUint(note, 10), "100"); got != string(bytesWant) {
+		t.Errorf("read % x; want % x", got, bytesWant)
+	}
+	ask(exitDenied, "read", "0x"+strconv.FormatUint(uint64(ram.End()), 16), "8")
+	ask(exitUsage, "read", "here", "8")
+	ask(exitUsage, "write", "0x1000", "zz")
+	if code, _, stderr := command(t, append(over[:len(over):len(over)], "write", strconv.FormatUint(note, 10), "00", "-y")...); code != exitDenied || !strings.Contains(stderr, "agreement") {
+		t.Errorf("write without an agreement for it: exit %d: %s", code, stderr)
+	}
+	if code, _, _ := command(t, append(over[:len(over):len(over)], "cas", strconv.FormatUint(note&^7, 10), "0", "1", "-y")...); code != exitDenied {
+		t.Errorf("cas without an agreement for it: exit %d", code)
+	}
+	if out := ask(exitIll, "findings"); !strings.Contains(out, h.findings[0].ID) {
+		t.Errorf("findings: %s", out)
+	}
+	if out := ask(exitIll, "watch", "-n", "1"); !strings.Contains(out, h.findings[0].ID) {
+		t.Errorf("watch: %s", out)
+	}
+	ask(exitOK, "heal", h.findings[0].ID, "-dry-run")
+	if len(h.asked) != 1 || !h.asked[0].DryRun || h.asked[0].Caller != "admin" {
+		t.Errorf("heal asked for %+v", h.asked)
+	}
+	ask(exitOK, "power", "cycle", "-y")
+	denied = string(export.RightHeal)
+	ask(exitDenied, "heal", h.findings[0].ID, "-dry-run")
+	writeFile(t, keyFile, base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{8}, export.KeySize)))
+	ask(exitDenied, "findings")
+}
+
+func writeFile(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
