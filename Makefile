@@ -14,6 +14,8 @@ FUZZTIME ?= 20s
 MUTATIONS ?= 1000
 BENCH ?= .
 
+.PHONY: bench-rdma conformance help setup build images demo lab test kernels fuzz bench lint powercuts slots clean
+.PHONY: peers torture bench-rdma conformance help setup build images demo lab test kernels fuzz bench lint powercuts clean
 .PHONY: bench-rdma conformance faults help setup build images demo lab test kernels fuzz bench lint powercuts slots clean
 
 help: ## list the targets
@@ -74,6 +76,13 @@ bench: setup images ## run the benchmarks that match BENCH (all), then measure t
 
 bench-rdma: setup ## measure RDMA against iperf3, TCP, rxe and rdma-core, in turn (guests take root); ROUNDS (5)
 	@go run ./tests/rxe/bench -n $${ROUNDS:-5}
+
+peers: setup ## hold agent/kernel against drgn and crash: RAM=file of a q35 machine with Debian's 6.1, VMLINUX=file with its symbols
+	@test -n "$(RAM)" -a -n "$(VMLINUX)" || { echo "say: make peers RAM=file VMLINUX=file; see go doc ./tests/peers"; exit 2; }
+	@go run ./tests/peers -ram "$(RAM)" -vmlinux "$(VMLINUX)"
+
+torture: setup ## list hosts 10000 times while they fork, open sockets, mount and load modules
+	go test ./agent/kernel -run TestTorture -count=1 -timeout 4h -v -passes 10000
 
 conformance: setup ## run DMTF's Redfish validators, from the checkouts in VALIDATORS, against a fake host, or TARGET=lab
 	@test -n "$(VALIDATORS)" || { echo "say where the checkouts are: make conformance VALIDATORS=dir"; exit 2; }

@@ -5,8 +5,10 @@
 // it learned; the Image that it returns is immutable and safe for concurrent use. A View is one budgeted pass over the
 // memory: every question of a pass that is asked through the same View reads a page at most once.
 //
-// Beside tasks, log, heartbeat and panic, a View lists modules, network interfaces, open files, mounts, sockets, slab caches,
-// the use of memory, load, the stacks of threads that sleep, and any object by its type; what those find is gathered as a
+// Beside tasks, log, heartbeat and panic, a View lists modules, network interfaces and routes, open files, pipes, mounts, sockets,
+// slab caches, the use of memory, load, control groups and containers, locks and who waits for them, worker pools, timers,
+// interrupts, RCU, block devices with their requests, eBPF, probes, keys and settings; all about a process, its mappings and
+// (UserMemory) what they hold; the stacks of threads that sleep, and any object by its type. What those find is gathered as a
 // whole, and anew if the host changed it meanwhile.
 //
 // Nothing is configured, nothing is taken from a list of kernel versions: a layout is what the memory says it is, or the

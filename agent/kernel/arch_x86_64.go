@@ -34,6 +34,7 @@ func archX8664() *arch {
 			{symbol: "__preempt_count", size: 4},
 		},
 		preemptMask: 0x7fffffff, // without PREEMPT_NEED_RESCHED, which is inverted
+		absent:      x8664Absent,
 		unwind:      func(v *View, t Task) (stackWalk, error) { return v.unwinder(t) },
 	}
 }
@@ -103,4 +104,18 @@ func x8664DirectMap(_ *vmcoreinfo, read func(string) (uint64, error), _, top hos
 		return linearRange{}, &CorruptError{"page_offset_base", start, "cannot be the start of the direct map"}
 	}
 	return linearRange{start: start, end: start + VirtAddr(top)}, nil
+}
+
+// x8664Absent is arch/x86/include/asm/pgtable_64.h: the kind of a swap entry is in the highest 5 bits, the kinds from the number of
+// swap areas on are migration, poison, devices and markers. A page that only the kernel may touch (PROT_NONE, NUMA hinting) has
+// _PAGE_PROTNONE, which is the global bit, and its address inverted (pgtable-invert.h, since v4.18).
+func x8664Absent(e, swaps uint64) (hostmem.PhysAddr, PageState) {
+	const protNone = 1 << 8
+	switch {
+	case e&protNone != 0:
+		return hostmem.PhysAddr(^e & x8664AddrMask), PagePresent
+	case e>>59 < swaps:
+		return 0, PageSwapped
+	}
+	return 0, PageOther
 }

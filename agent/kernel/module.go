@@ -79,12 +79,27 @@ type moduleWalk struct {
 // Modules lists the loaded modules by all three views, sorted by name.
 func (v *View) Modules() iter.Seq2[Module, error] {
 	return settled(v, "walk modules", func() ([]Module, error) {
-		w := moduleWalk{v: v, found: make(map[VirtAddr]*Module)}
-		err := w.run()
-		all := make([]Module, 0, len(w.found))
-		for _, m := range w.found {
-			m.Missing = m.State == "live" && !(m.InList && m.InKset && m.InTree)
-			all = append(all, *m)
+		var all []Module
+		var err error
+		suspects := make(map[VirtAddr]bool)
+		// A module may have come or gone between the views: only what a second look misses as well is missing.
+		for try := range 2 {
+			w := moduleWalk{v: v, found: make(map[VirtAddr]*Module)}
+			err = w.run()
+			all = make([]Module, 0, len(w.found))
+			again := false
+			for at, m := range w.found {
+				hides := m.State == "live" && !(m.InList && m.InKset && m.InTree)
+				m.Missing = hides && suspects[at]
+				if hides && try == 0 {
+					suspects[at], again = true, true
+				}
+				all = append(all, *m)
+			}
+			if err != nil || !again {
+				break
+			}
+			v.forget()
 		}
 		slices.SortFunc(all, func(a, b Module) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Addr, b.Addr)) })
 		return all, err

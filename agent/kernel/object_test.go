@@ -3,11 +3,64 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 )
+
+// objectKernels are the kernels whose objects beyond listings are compared and recorded.
+var objectKernels = []string{"6.1", "6.12"}
+
+// guestTest compares something that is listed of a guest with what that says of itself.
+type guestTest struct {
+	name string
+	test func(*testing.T, *guest, *Image)
+}
+
+// objectTests are those that TestListings puts to objectKernels alone.
+var objectTests = []guestTest{
+	{"processes", testProcesses},
+	{"user memory", testUserMemory},
+	{"workers", testWorkers},
+	{"timers", testTimers},
+	{"interrupts", testInterrupts},
+	{"RCU", testRCU},
+	{"disks", testDisks},
+	{"BPF", testBPF},
+	{"probes", testProbes},
+	{"keys", testKeys},
+	{"pipes", testPipes},
+	{"routes", testRoutes},
+	{"sysctls", testSysctls},
+	{"host", testHost},
+}
+
+// startObjects starts a guest that has, beyond startListed, a container, tasks that wait for locks, eBPF, probes, keys, swap, and I/O
+// that does not end.
+func startObjects(t *testing.T, kernel string, o guestOptions) *guest {
+	t.Helper()
+	o.modules = append(o.modules, "virtio_blk")
+	disk := filepath.Join(t.TempDir(), "swap")
+	if err := errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, 16<<20)); err != nil {
+		t.Fatal(err)
+	}
+	o.args = append(o.args, "-drive", "if=none,id=d0,driver=null-co,size=64M,read-zeroes=on", "-device", "virtio-blk-pci,drive=d0,id=vda",
+		"-drive", "if=none,id=d1,format=raw,file="+disk, "-device", "virtio-blk-pci,drive=d1,id=vdb")
+	g := startListed(t, kernel, o)
+	var result string
+	if g.ask(&result, "objects"); result != "ok" {
+		t.Fatal(result)
+	}
+	// From now on the first disk serves one request a second.
+	g.execute("block_set_io_throttle", `"device":"d0","bps":0,"bps_rd":0,"bps_wr":0,"iops":1,"iops_rd":0,"iops_wr":0`)
+	if g.ask(&result, "readers 20"); result != "ok" {
+		t.Fatal(result)
+	}
+	return g
+}
 
 // files asks for small files below a directory.
 func (g *guest) files(dir, names string) map[string]string {

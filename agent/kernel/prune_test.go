@@ -53,13 +53,32 @@ func prune(t *testing.T, img *Image) pruned {
 		loopback_get_stats64 dev_get_tstats64 slab_caches nr_node_ids vm_zone_stat vm_node_stat vm_event_states vmstat_text
 		_totalram_pages totalreserve_pages contig_page_data node_data nr_swap_pages total_swap_pages psi_system psi_disabled
 		avenrun _stext _etext init_stack __end_init_stack __end_init_task __start_orc_unwind_ip __stop_orc_unwind_ip
-		__start_orc_unwind timekeeper_data hrtimer_bases memstart_addr kimage_voffset jiffies elfcorehdr_addr`)
+		__start_orc_unwind cgrp_dfl_root worker_pool_idr timer_bases hrtimer_bases irq_stat sparse_irqs irq_desc_tree
+		mce_exception_count mce_poll_count rcu_state rcu_data gp_state_names blockdev_superblock sysctl_table_root key_serial_tree
+		kprobe_table aggr_pre_handler ftrace_ops_list ftrace_list_end __start___tracepoints_ptrs __stop___tracepoints_ptrs
+		lsm_names prog_idr map_idr link_idr saved_command_line swap_info nr_swapfiles special_mapping_vmops __sched_text_start
+		__sched_text_end hrtimer_wakeup process_timeout delayed_work_timer_fn proc_dostring proc_dointvec proc_dointvec_minmax
+		proc_douintvec proc_douintvec_minmax proc_doulongvec_minmax proc_dobool proc_dou8vec_minmax jiffies timekeeper_data memstart_addr
+		kimage_voffset elfcorehdr_addr`)
+	for _, k := range knownLocks {
+		names = append(names, k.name)
+	}
+	for i := range img.syms.offsets { // the functions that sleep for locks, and what follows them
+		_, name := img.syms.name(i)
+		for _, in := range sleepIn {
+			if strings.HasPrefix(name, in.prefix) && len(in.prefix) > 5 {
+				names = append(names, name)
+			}
+		}
+	}
 	img.types.mu.Lock()
 	for field := range img.types.fields {
 		typs = append(typs, field[0])
 	}
 	img.types.mu.Unlock()
-	typs = append(typs, strings.Fields("zone_stat_item node_stat_item vm_event_item numa_stat_item psi_states netdev_stat_type")...)
+	typs = append(typs, strings.Fields(`zone_stat_item node_stat_item vm_event_item numa_stat_item psi_states netdev_stat_type cgroup_subsys_id
+		memcg_memory_event rwsem_waiter_type worker_pool_flags hrtimer_base_type mq_rq_state req_op req_opf bpf_prog_type bpf_map_type
+		bpf_link_type pid_type maple_type`)...)
 	img.note.entries(func(e vmcoreEntry) {
 		typ, _, _ := strings.Cut(e.name, ".")
 		switch e.kind {
@@ -88,7 +107,9 @@ func prune(t *testing.T, img *Image) pruned {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if e, ok := typ.(*btf.Enum); ok && slices.ContainsFunc(e.Values, func(v btf.EnumValue) bool { return v.Name == "MM_ANONPAGES" }) {
+		if e, ok := typ.(*btf.Enum); ok && slices.ContainsFunc(e.Values, func(v btf.EnumValue) bool {
+			return slices.Contains([]string{"MM_ANONPAGES", "CSS_ONLINE", "CSS_VISIBLE", "TIMER_SOFTIRQ"}, v.Name)
+		}) {
 			keep = append(keep, typ)
 		}
 	}

@@ -314,7 +314,7 @@ func FuzzOpen(f *testing.F) {
 		}
 		_, _ = v.Heartbeat()
 		_, _ = v.Panic()
-		for _, l := range listings {
+		for _, l := range slices.Concat(listings, objectListings) {
 			_, _ = l.ask(v)
 		}
 		_ = img.Prove(t.Context())
@@ -381,7 +381,7 @@ func FuzzRecorded(f *testing.F) {
 		_, _ = v.Heartbeat()
 		_, _ = v.Panic()
 		_, _ = img.systemRAM(v)
-		for _, l := range listings {
+		for _, l := range slices.Concat(listings, objectListings) {
 			_, _ = l.ask(v)
 		}
 		_ = img.Prove(t.Context())

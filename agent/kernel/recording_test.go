@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -35,7 +36,11 @@ func TestRecord(t *testing.T) {
 	}
 	forEachGuest(t, func(t *testing.T, kernel string) {
 		// Without KASLR the next boot is at the same place.
-		g := startListed(t, kernel, guestOptions{mib: 256, cmdline: "nokaslr"})
+		start, listings := startListed, listings
+		if slices.Contains(objectKernels, kernel) {
+			start, listings = startObjects, slices.Concat(listings, objectListings)
+		}
+		g := start(t, kernel, guestOptions{mib: 256, cmdline: "nokaslr"})
 		live := g.attach(Options{}) // past the recorder
 		note := live.Info().Note
 		label := func(rec *hostmem.Recorder, key string, v any) {

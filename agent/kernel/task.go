@@ -420,33 +420,52 @@ func (img *Image) rss(src source, mm VirtAddr) (uint64, error) {
 	}
 	var pages int64
 	for _, i := range l.resident {
-		c := b[uint64(i)*l.size:][:l.size]
-		if !l.perCPU {
-			pages += max(0, int64(le64(c)))
-			continue
+		n, err := img.counter(src, mm, b, i)
+		if err != nil {
+			return 0, err
 		}
-		n := int64(le64(c[l.count:]))
-		at := VirtAddr(le64(c[l.percpus:]))
-		for cpu, offset := range img.perCPU {
-			if offset == 0 || at == 0 {
-				continue // a CPU that cannot be, or an mm that is being torn down
-			}
-			var part [4]byte
-			va := at + offset
-			if !img.space.valid(va, 4) {
-				return 0, &CorruptError{"mm_struct", mm, fmt.Sprintf("counter %d of CPU %d at %v", i, cpu, va)}
-			}
-			if err := img.space.object(src, "percpu_counter", va, part[:]); err != nil {
-				return 0, err
-			}
-			n += int64(int32(le32(part[:])))
-		}
-		pages += max(0, n)
+		pages += n
 	}
 	if pages > 1<<40 {
 		return 0, &CorruptError{"mm_struct", mm, fmt.Sprintf("%d resident pages", pages)}
 	}
 	return uint64(pages) * img.pageSize, nil
+}
+
+// mmCounter reads a single counter of an mm_struct.
+func (img *Image) mmCounter(src source, mm VirtAddr, i int) (int64, error) {
+	l := &img.lay.task.rss
+	b := make([]byte, l.size*uint64(l.counters))
+	if err := img.space.object(src, "mm_struct", mm+VirtAddr(l.offset), b); err != nil {
+		return 0, err
+	}
+	return img.counter(src, mm, b, i)
+}
+
+// counter returns a counter of rss_stat, which is in b, with what each CPU holds of it; not below zero.
+func (img *Image) counter(src source, mm VirtAddr, b []byte, i int) (int64, error) {
+	l := &img.lay.task.rss
+	c := b[uint64(i)*l.size:][:l.size]
+	if !l.perCPU {
+		return max(0, int64(le64(c))), nil
+	}
+	n := int64(le64(c[l.count:]))
+	at := VirtAddr(le64(c[l.percpus:]))
+	for cpu, offset := range img.perCPU {
+		if offset == 0 || at == 0 {
+			continue // a CPU that cannot be, or an mm that is being torn down
+		}
+		var part [4]byte
+		va := at + offset
+		if !img.space.valid(va, 4) {
+			return 0, &CorruptError{"mm_struct", mm, fmt.Sprintf("counter %d of CPU %d at %v", i, cpu, va)}
+		}
+		if err := img.space.object(src, "percpu_counter", va, part[:]); err != nil {
+			return 0, err
+		}
+		n += int64(int32(le32(part[:])))
+	}
+	return max(0, n), nil
 }
 
 // stateLetter is what ps(1) shows: task_state_index of include/linux/sched.h and task_state_array of fs/proc/array.c.

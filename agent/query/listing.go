@@ -35,6 +35,8 @@ type Listing struct {
 	Args     string // of the usage line; without brackets, an argument is needed
 	Short    string
 	Long     string
+	// Secret says that the answer holds memory of programs, which may be anything: whoever asks must say that he means to.
+	Secret bool
 	// Served says that agents answer it over Redfish, without arguments: for the whole host.
 	Served bool
 	Ask    func(ctx context.Context, v *kernel.View, args []string) (Answer, error)
@@ -89,6 +91,73 @@ bytes that wait; of a listening socket, connections that wait to be accepted and
   backdoor -image vmcore vmstat -json | jq '.counters[] | select(.name == "oom_kill")'`}, AskMemory),
 		listing(Listing{Served: true, Name: "load", Resource: "Load", Short: "the host's load averages and run queues",
 			Long: `  backdoor -image vmcore load`}, AskLoad),
+		listing(Listing{Served: true, Name: "cgroups", Resource: "ControlGroups", Short: "the host's control groups: limits and use",
+			Long: `The tree of cgroup v2 with what the memory, pids and cpu controllers limit and count; QUOTA is in CPUs. "-" is where a controller is
+not enabled.
+
+  backdoor -image vmcore cgroups
+  backdoor -image vmcore cgroups -json | jq '.cgroups[] | select(.memory.oomKills > 0)'`}, AskCgroups),
+		listing(Listing{Served: true, Name: "containers", Resource: "Containers", Args: "[ID]", Short: "the host's containers and what runs in them",
+			Long: `Containers are known by the names of their control groups: Docker's, containerd's, CRI-O's, Podman's, LXC's, systemd's machines. Of a
+single one, its tasks are shown, with the PIDs that they have inside.
+
+  backdoor -image vmcore containers
+  backdoor -image vmcore containers 4f1c`}, AskContainers),
+		listing(Listing{Served: true, Name: "locks", Resource: "Locks", Short: "who waits for whose locks, and deadlocks among them",
+			Long: `Mutexes, reader-writer semaphores and the like that tasks sleep on, with who holds them, and the kernel's big locks that are held.
+The exit status is 3 if tasks wait for each other.
+
+  backdoor -image vmcore locks`}, AskLocks),
+		listing(Listing{Served: true, Name: "workqueues", Resource: "WorkerPools", Short: "what the kernel's workers do, and what waits for them",
+			Long: `The pools of kworkers, the work that each is at, and the work that waits. STUCK FOR is how long none of what waits was begun.
+
+  backdoor -image vmcore workqueues`}, AskWorkerPools),
+		listing(Listing{Served: true, Name: "disks", Resource: "Disks", Short: "the host's block devices and the requests under way",
+			Long: `  backdoor -image vmcore disks
+  backdoor -image vmcore disks -json | jq '.disks[].inFlight[] | select(.age > 1e10)'`}, AskDisks),
+		listing(Listing{Served: true, Name: "bpf", Resource: "BPF", Short: "the eBPF programs, maps and links of the host",
+			Long: `  backdoor -image vmcore bpf`}, AskBPF),
+		listing(Listing{Served: true, Name: "probes", Resource: "Probes", Short: "what is hooked into the kernel's code: kprobes, ftrace, tracepoints",
+			Long: `  backdoor -image vmcore probes`}, AskProbes),
+		listing(Listing{Served: true, Name: "about", Resource: "KernelState", Short: "the kernel's command line, taint, clock, security modules and swap",
+			Long: `  backdoor -image vmcore about`}, AskHost),
+		listing(Listing{Served: true, Name: "rcu", Resource: "RCU", Short: "whether RCU gets on, and which CPUs it waits for",
+			Long: `  backdoor -image vmcore rcu`}, AskRCU),
+		listing(Listing{Name: "timers", Resource: "Timers", Short: "what the kernel's timers will do next",
+			Long: `DUE is in seconds from now on. FOR is the work that a timer queues, or the thread that it wakes.
+
+  backdoor -image vmcore timers`}, AskTimers),
+		listing(Listing{Name: "irqs", Resource: "Interrupts", Short: "interrupts and softirqs of each CPU",
+			Long: `Those that have happened; -json has all. MCE and MCP are machine-check exceptions and polls.
+
+  backdoor -image vmcore irqs`}, AskInterrupts),
+		listing(Listing{Name: "pipes", Resource: "Pipes", Short: "the pipes that processes have open, and what waits in them",
+			Long: `  backdoor -image vmcore pipes`}, AskPipes),
+		listing(Listing{Name: "routes", Resource: "Routes", Short: "the host's IPv4 routes",
+			Long: `Of all network namespaces and tables.
+
+  backdoor -image vmcore routes`}, AskRoutes),
+		listing(Listing{Name: "sysctl", Resource: "Settings", Args: "[NAME]", Short: "the kernel's settings",
+			Long: `With a NAME, that setting and those below it. What a handler of its own may show otherwise there has a "?".
+
+  backdoor -image vmcore sysctl kernel.panic
+  backdoor -image vmcore sysctl net.ipv4`}, AskSysctls),
+		listing(Listing{Name: "keys", Resource: "Keys", Short: "the names of the keys that the kernel keeps",
+			Long: `What the keys hold is not read.
+
+  backdoor -image vmcore keys`}, AskKeys),
+		listing(Listing{Name: "proc", Resource: "Process", Args: "PID", Short: "all about one thread: credentials, namespaces, scheduling, memory",
+			Long: `  backdoor -image vmcore proc 1`}, AskProcess),
+		listing(Listing{Name: "maps", Resource: "Mappings", Args: "PID", Short: "what is mapped into a process, and how much of it is in memory",
+			Long: `  backdoor -image vmcore maps 1`}, AskMappings),
+		listing(Listing{Secret: true, Name: "environ", Resource: "Environment", Args: "PID", Short: "the arguments and the environment of a process",
+			Long: `They are memory of the process, and may hold passwords: -secrets must be said.
+
+  backdoor -image vmcore environ 1 -secrets`}, AskEnvironment),
+		listing(Listing{Secret: true, Name: "mem", Resource: "UserMemory", Args: "PID ADDR BYTES", Short: "memory of a process",
+			Long: `It is read through the page tables of the process; what is swapped out, or was never touched, is said. -secrets must be said.
+
+  backdoor -image vmcore mem 1 0x7ffd1234a000 256 -secrets`}, AskUserMemory),
 		listing(Listing{Name: "stack", Resource: "Stack", Args: "PID", Short: "where in the kernel a thread sleeps",
 			Long: `The frames are unwound by the tables (ORC) that the kernel carries for that. A thread that runs has its registers in its CPU,
 and cannot be told. If the unwinding comes to a halt, what looks like a return address behind is shown with a "?".

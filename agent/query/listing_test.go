@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"net/netip"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -63,6 +65,25 @@ func TestListingText(t *testing.T) {
 	if err != nil || slabs.Caches[0].Name != evil || slabs.Bytes != 69632 {
 		t.Errorf("slab caches = %+v, %v; want the largest first", slabs, err)
 	}
+	box := kernel.Cgroup{Path: "/docker/" + evil, Tasks: 2, Frozen: true, Memory: &kernel.CgroupMemory{Current: 1 << 20, High: kernel.NoLimit, Max: 64 << 20, OOMKills: 3},
+		PIDs: &kernel.CgroupPIDs{Current: 2, Max: kernel.NoLimit}, CPU: &kernel.CgroupCPU{Usage: 90 * time.Second, Weight: 200, Quota: 50 * time.Millisecond, Period: 100 * time.Millisecond}}
+	groups, err := cgroups(ctx, seq([]kernel.Cgroup{{Path: "/", Tasks: 100}, {Path: "/docker", Dying: 4, CPU: &kernel.CgroupCPU{Quota: kernel.NoLimit}, PIDs: &kernel.CgroupPIDs{Current: 2, Max: 77}}, box}, nil))
+	if err != nil {
+		t.Error(err)
+	}
+	boxes, err := containers(ctx, seq([]kernel.Container{{Runtime: "docker", ID: strings.Repeat("4f1c0ffe", 8), Hostname: evil, Cgroup: box, Tasks: []kernel.ContainerTask{{PID: 9, TGID: 9, Inner: 1, Comm: evil, State: "S"}}}}, nil))
+	if err != nil {
+		t.Error(err)
+	}
+	alice, bob := kernel.LockTask{PID: 7, Comm: "alice", State: "D"}, kernel.LockTask{PID: 8, Comm: evil, State: "D"}
+	held, err := locks(ctx, seq([]kernel.Lock{
+		{Addr: 0xffffffff82000000, Kind: "mutex", Name: "rtnl_mutex", Owner: &alice, Waiters: []kernel.LockWaiter{{LockTask: bob}, {LockTask: kernel.LockTask{PID: 9, Comm: "carol", State: "D"}}}},
+		{Addr: 0xffff888000000000, Kind: "mutex", Owner: &bob, Waiters: []kernel.LockWaiter{{LockTask: alice}}},
+		{Addr: 0xffff888000001000, Kind: "rwsem", Readers: 2, Waiters: []kernel.LockWaiter{{LockTask: bob, Reads: true}}},
+	}, nil))
+	if err != nil || !held.Ill() {
+		t.Errorf("locks = %+v, %v; want a deadlock", held, err)
+	}
 	whole := Extent{At: at, Complete: true}
 	ps, err := PS(ctx, example(), PSOptions{})
 	if err != nil {
@@ -77,6 +98,26 @@ func TestListingText(t *testing.T) {
 		answer Answer
 	}{
 		{"lsmod.txt", mods}, {"ip.txt", links}, {"lsof.txt", files}, {"mount.txt", mnts}, {"ss.txt", socks}, {"slabtop.txt", slabs}, {"pstree.txt", processes},
+		{"cgroups.txt", groups}, {"containers.txt", boxes}, {"locks.txt", held},
+		{"workqueues.txt", WorkerPools{whole, []kernel.WorkerPool{{ID: 0, Workers: 2, Idle: 2}, {ID: 4, CPU: -1, Workers: 3, Idle: 2, Waiting: 31 * time.Second,
+			Running: []kernel.Working{{Work: kernel.Work{Function: "flush_to_ldisc", Queue: evil}, PID: 44, Comm: "kworker/u4:1", Desc: evil}}, Pending: []kernel.Work{{Function: "vmstat_update", Queue: "mm_percpu_wq"}}}}}},
+		{"timers.txt", Timers{whole, []kernel.Timer{{CPU: 1, Clock: "monotonic", Due: -time.Second, Function: "hrtimer_wakeup", PID: 7, Comm: evil}, {Clock: "jiffies", Due: 90 * time.Second, Function: "delayed_work_timer_fn", Work: evil}}}},
+		{"irqs.txt", Interrupts{whole, []kernel.Interrupt{{Name: "4", Chip: "IO-APIC", Users: []string{"ttyS0", evil}, Counts: []uint64{5, 6}}, {Name: "RES", Counts: []uint64{0, 0}}, {Name: "TIMER", Soft: true, Counts: []uint64{7, 8}}}}},
+		{"rcu.txt", RCU{whole, kernel.RCU{GracePeriod: 645, Waiting: true, State: "RCU_GP_WAIT_FQS", Running: 3 * time.Second, Stall: 18 * time.Second, CPUs: []kernel.RCUCPU{{CPU: 1, Callbacks: 12, Seen: 645, Awaited: true}}}}},
+		{"disks.txt", Disks{whole, []kernel.Disk{{Name: "vda", Dev: "254:0", Size: 64 << 20, ReadOnly: true, Reads: 3, ReadBytes: 8192, InFlight: []kernel.Request{{Op: "read", Sector: 2048, Bytes: 4096, Tag: 9, Age: 40 * time.Second}}}, {Name: evil, Dev: "8:0"}}}},
+		{"pipes.txt", Pipes{whole, []kernel.Pipe{{Inode: 9, Path: "/run/" + evil, Bytes: 5, Used: 1, Buffers: 16, Readers: 1, Writers: 2, Owners: []kernel.SocketOwner{{PID: 7, Comm: evil, FD: "3"}}}}}},
+		{"routes.txt", Routes{whole, []kernel.Route{{Netns: 1, Table: 254, Type: "unicast", Dest: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("192.0.2.1"), Device: evil, Metric: 100},
+			{Netns: 1, Table: 255, Type: "local", Dest: netip.MustParsePrefix("127.0.0.1/32"), Device: "lo", Source: netip.MustParseAddr("127.0.0.1")}}}},
+		{"sysctl.txt", Sysctls{whole, []kernel.Sysctl{{Name: "kernel.panic", Value: "0", Known: true}, {Name: "net." + evil, Value: "4096\t" + evil}}}},
+		{"keys.txt", Keys{whole, []kernel.Key{{Serial: 0x1234, Type: "keyring", Description: evil, GID: ^uint32(0), Perm: 0x1f3f0000}}}},
+		{"bpf.txt", BPF{whole, kernel.BPF{Programs: []kernel.BPFProgram{{ID: 3, Type: "cgroup-skb", Name: evil, Tag: "24f7b6700923568d", Insns: 4, Jited: 38, Maps: []uint32{1, 2}}}, Maps: []kernel.BPFMap{{ID: 1, Type: "array", Name: evil, KeySize: 4}}, Links: []kernel.BPFLink{{ID: 2, Type: "cgroup", Program: 3}}}}},
+		{"probes.txt", Probes{whole, []kernel.Probe{{Kind: "kprobe", Place: "do_sys_openat2", Function: evil}, {Kind: "tracepoint", Place: "sched_switch", Function: "f [m]", Disabled: true}}}},
+		{"about.txt", Host{whole, kernel.Host{CommandLine: "quiet " + evil, Tainted: 1 << 12, Boot: at, Now: at, Uptime: time.Hour, TicksPerSec: 250, LSMs: []string{"lockdown", evil}, Swaps: []kernel.Swap{{Path: "/" + evil, Size: 1 << 30, Used: 1 << 20, Priority: -2}}}}},
+		{"proc.txt", ProcessDetails{whole, kernel.Process{Task: kernel.Task{PID: 8, TGID: 7, Comm: evil, State: "S"}, Parents: []int{3, 1}, IDs: []kernel.PIDIn{{Namespace: 1, PID: 8}, {Namespace: 2, PID: 1}}, Namespaces: &kernel.Namespaces{Hostname: evil},
+			Credentials: kernel.Credentials{UID: 1000, Groups: []uint32{4, 24}, Effective: 1 << 13, Bounding: 1<<41 - 1}, Policy: "SCHED_FIFO", Nice: 5, CPUs: []int{0, 1}, Seccomp: "filter", SeccompFilters: 2, Memory: &kernel.ProcessMemory{Virtual: 1 << 30}, Exe: evil, Cgroup: evil, WaitChannel: evil}}},
+		{"maps.txt", Mappings{whole, 7, []kernel.Mapping{{Start: 0x400000, End: 0x401000, Perms: "r-xp", Name: evil, Present: 1}, {Start: 0x7ffd00000000, End: 0x7ffd00002000, Perms: "rw-p", Name: "[stack]", Swapped: 2}}}},
+		{"environ.txt", Environment{Extent{At: at, Doubts: []string{"page at 0x1000 is swapped out"}}, 7, []string{"init", evil}, []string{"A=" + evil}}},
+		{"mem.txt", UserMemory{whole, 7, 0x7ffd00001ff8, []byte(evil + "0123456789")}},
 		{"vmstat.txt", Memory{whole, kernel.MemoryUse{Total: 8 << 30, Free: 1 << 30, Available: 4 << 30, Zones: []kernel.Zone{{Name: "DMA32", Managed: 1 << 30, Free: 1 << 20, Min: 4096, Low: 8192, High: 16384, Buddies: []uint64{1, 2, 3}}},
 			Counters: kernel.Counters{{Name: "pgfault", Value: 7}, {Name: "allocstall_dma", Value: 1}, {Name: "allocstall_normal", Value: 2}}, Pressure: &kernel.Pressure{IO: kernel.Stall{Some: kernel.StallTime{Avg10: 1.5}}}}}},
 		{"load.txt", RunQueues{whole, kernel.Load{Averages: [3]float64{0.5, 1.25, 2}, Queues: []kernel.RunQueue{{CPU: 0, Switches: 10}, {CPU: 1, Running: 2, Fair: 2, CurrPID: 7, CurrComm: evil}}}}},

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"strings"
 
@@ -14,9 +15,20 @@ import (
 func listingVerbs() []verb {
 	out := []verb{attachVerb}
 	for _, l := range query.Listings() {
+		secrets := new(bool)
 		out = append(out, verb{
 			name: l.Name, args: l.Args, short: l.Short, long: l.Long,
-			run: func(ctx context.Context, e *env, args []string) (int, error) { return e.list(ctx, l, args) },
+			flags: func(fs *flag.FlagSet, _ *options) {
+				if l.Secret {
+					fs.BoolVar(secrets, "secrets", false, "show memory of programs, whatever it holds")
+				}
+			},
+			run: func(ctx context.Context, e *env, args []string) (int, error) {
+				if l.Secret && !*secrets {
+					return 0, &usageError{verb: l.Name, msg: l.Name + " shows memory of programs, which may hold passwords: if you mean to, say -secrets"}
+				}
+				return e.list(ctx, l, args)
+			},
 		})
 	}
 	return append(out, rdmaVerbs()...)

@@ -32,6 +32,25 @@
 //	slabtop      what the host's kernel uses its own memory for
 //	vmstat       what the host's memory is used for
 //	load         the host's load averages and run queues
+//	cgroups      the host's control groups: limits and use
+//	containers   the host's containers and what runs in them
+//	locks        who waits for whose locks, and deadlocks among them
+//	workqueues   what the kernel's workers do, and what waits for them
+//	disks        the host's block devices and the requests under way
+//	bpf          the eBPF programs, maps and links of the host
+//	probes       what is hooked into the kernel's code: kprobes, ftrace, tracepoints
+//	about        the kernel's command line, taint, clock, security modules and swap
+//	rcu          whether RCU gets on, and which CPUs it waits for
+//	timers       what the kernel's timers will do next
+//	irqs         interrupts and softirqs of each CPU
+//	pipes        the pipes that processes have open, and what waits in them
+//	routes       the host's IPv4 routes
+//	sysctl       the kernel's settings
+//	keys         the names of the keys that the kernel keeps
+//	proc         all about one thread: credentials, namespaces, scheduling, memory
+//	maps         what is mapped into a process, and how much of it is in memory
+//	environ      the arguments and the environment of a process; -secrets must be said
+//	mem          memory of a process: mem PID ADDR BYTES; -secrets must be said
 //	stack        where in the kernel a thread sleeps: stack PID
 //	sym          the address of a symbol of the kernel, or what is at an address
 //	print        an object of the kernel, by its type: print task_struct init_task

@@ -37,6 +37,15 @@ func listings() []listed {
 		list[query.SlabCaches]("slabtop"),
 		list[query.Memory]("vmstat"),
 		list[query.RunQueues]("load"),
+		list[query.Cgroups]("cgroups"),
+		list[query.Containers]("containers"),
+		list[query.Locks]("locks"),
+		list[query.WorkerPools]("workqueues"),
+		list[query.Disks]("disks"),
+		list[query.BPF]("bpf"),
+		list[query.Probes]("probes"),
+		list[query.Host]("about"),
+		list[query.RCU]("rcu"),
 	}
 }
 

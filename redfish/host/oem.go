@@ -107,6 +107,15 @@ type systemOEM struct {
 	Memory          *schema.Link `json:"memory" doc:"The link to what the host's memory is used for."`
 	Load            *schema.Link `json:"load" doc:"The link to the load averages and run queues of the host."`
 	MemoryLeases    *schema.Link `json:"memoryLeases" doc:"The link to the leases of the host's memory."`
+	ControlGroups   *schema.Link `json:"controlGroups" doc:"The link to the control groups of the host with their limits and use."`
+	Containers      *schema.Link `json:"containers" doc:"The link to the containers of the host and what runs in them."`
+	Locks           *schema.Link `json:"locks" doc:"The link to the locks that tasks of the host wait for, and deadlocks among them."`
+	WorkerPools     *schema.Link `json:"workerPools" doc:"The link to what the workers of the host's kernel do and what waits for them."`
+	Disks           *schema.Link `json:"disks" doc:"The link to the block devices of the host and the requests under way."`
+	BPF             *schema.Link `json:"bPF" doc:"The link to the eBPF programs, maps and links of the host."`
+	Probes          *schema.Link `json:"probes" doc:"The link to what is hooked into the code of the host's kernel."`
+	KernelState     *schema.Link `json:"kernelState" doc:"The link to the command line, taint, clock, security modules and swap of the host's kernel."`
+	RCU             *schema.Link `json:"rCU" doc:"The link to the state of RCU in the host's kernel."`
 }
 
 // stateResource is the resource …/Oem/dev_backdoor/State.

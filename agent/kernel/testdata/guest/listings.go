@@ -22,7 +22,7 @@ type Interface struct {
 }
 
 // listing answers the commands whose answer is what the kernel says of one of its subsystems: "world" makes something to
-// say, "read FILE" is a file of /proc or /sys, "links DIR" where its links lead, "interfaces" the network interfaces, "stacks" the kernel
+// say, "objects" more of it, "read FILE" is a file of /proc or /sys, "links DIR" where its links lead, "interfaces" the network interfaces, "stacks" the kernel
 // stacks of all threads, "modulesyms" the lines of /proc/kallsyms that are of modules, "tree DIR:NAMES" small files below a
 // directory, "status" what /proc says of each thread, "pagemap PID" and "memory PID:ADDRESS:LENGTH" the memory of a process, "bpf KIND" what
 // bpf(2) says; "readers N" starts reads of the first disk.
@@ -30,6 +30,11 @@ func listing(command, arg string) any {
 	switch command {
 	case "world":
 		if err := world(); err != nil {
+			return err.Error()
+		}
+		return "ok"
+	case "objects":
+		if err := objects(); err != nil {
 			return err.Error()
 		}
 		return "ok"
@@ -123,10 +128,7 @@ func world() error {
 	if err := addresses(); err != nil {
 		return err
 	}
-	if err := open(); err != nil {
-		return err
-	}
-	return objects()
+	return open()
 }
 
 // addresses brings up lo, and eth0 if there is one.

@@ -111,6 +111,8 @@ func child(kind string) {
 		confined()
 	case "locks":
 		locks()
+	case "churn":
+		churn()
 	case "spin":
 		for {
 		}

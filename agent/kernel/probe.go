@@ -1,0 +1,217 @@
+package kernel
+
+import (
+	"fmt"
+	"iter"
+	"strings"
+)
+
+// Probe is a place of the kernel's code into which something was hooked while it runs.
+type Probe struct {
+	Addr VirtAddr `json:"addr"` // of the kernel's record of it
+	Kind string   `json:"kind"` // kprobe, ftrace or tracepoint
+	// Place is the function, the tracepoint, or who uses ftrace.
+	Place    string `json:"place"`
+	Function string `json:"function"` // that is called there
+	Disabled bool   `json:"disabled,omitempty"`
+}
+
+const (
+	maxProbes      = 1 << 16
+	maxTracepoints = 1 << 16
+
+	// include/linux/kprobes.h; the same since v2.6.
+	kprobeGone, kprobeDisabled = 1, 2
+)
+
+// Probes lists the kprobes, the users of ftrace and of tracepoints.
+func (v *View) Probes() iter.Seq2[Probe, error] {
+	return settled(v, "walk probes", func() ([]Probe, error) {
+		all, err := v.kprobes()
+		if err != nil {
+			return all, err
+		}
+		for _, more := range []func() ([]Probe, error){v.ftraceUsers, v.tracepointUsers} {
+			list, err := more()
+			all = append(all, list...)
+			if err != nil {
+				return all, err
+			}
+		}
+		return all, nil
+	})
+}
+
+func (v *View) kprobes() ([]Probe, error) {
+	table, err := v.img.syms.symbol("kprobe_table")
+	if err != nil {
+		return []Probe{}, nil // built without
+	}
+	r := resolver{img: v.img}
+	s := r.shape("kprobe", "hlist[]", "list[]", "addr", "pre_handler", "post_handler", "flags")
+	if r.err != nil {
+		return nil, r.err
+	}
+	all := []Probe{}
+	aggregate, _ := v.img.syms.symbol("aggr_pre_handler")
+	add := func(t *thing) error {
+		place, err := v.function(t.ptr("addr"))
+		if err != nil {
+			return err
+		}
+		handler := t.ptr("pre_handler")
+		if handler == 0 {
+			handler = t.ptr("post_handler")
+		}
+		name, err := v.function(handler)
+		if err != nil {
+			return err
+		}
+		all = append(all, Probe{Addr: t.addr(), Kind: "kprobe", Place: place, Function: name, Disabled: t.num("flags")&(kprobeGone|kprobeDisabled) != 0})
+		return nil
+	}
+	heads, err := v.pointers("kprobe_table", table, 64) // KPROBE_TABLE_SIZE
+	if err != nil {
+		return nil, err
+	}
+	for _, first := range heads {
+		err := v.hlist("kprobe", first, s.offset("hlist"), maxProbes-len(all), func(at VirtAddr) error {
+			t, err := v.thing(s, at)
+			if err != nil {
+				return err
+			}
+			if aggregate == 0 || t.ptr("pre_handler") != aggregate {
+				return add(&t)
+			}
+			return v.list("kprobe", t.at("list"), s.offset("list"), maxProbes-len(all), func(at VirtAddr) error {
+				one, err := v.thing(s, at)
+				if err != nil {
+					return err
+				}
+				return add(&one)
+			})
+		})
+		if err != nil {
+			return all, err
+		}
+	}
+	return all, nil
+}
+
+// ftraceUsers lists those who have themselves called at the entry of functions (struct ftrace_ops, include/linux/ftrace.h).
+func (v *View) ftraceUsers() ([]Probe, error) {
+	head, err := v.img.syms.symbol("ftrace_ops_list")
+	if err != nil {
+		return nil, nil // built without
+	}
+	r := resolver{img: v.img}
+	end := r.symbol("ftrace_list_end")
+	s := r.shape("ftrace_ops", "func", "next", "flags")
+	if r.err != nil {
+		return nil, r.err
+	}
+	at, err := v.pointer("ftrace_ops_list", head)
+	if err != nil {
+		return nil, err
+	}
+	var all []Probe
+	for at != end && at != 0 {
+		if len(all) == maxProbes {
+			return all, &CorruptError{"ftrace_ops", at, fmt.Sprintf("more than %d", maxProbes)}
+		}
+		t, err := v.thing(s, at)
+		if err != nil {
+			return all, err
+		}
+		name, err := v.function(t.ptr("func"))
+		if err != nil {
+			return all, err
+		}
+		place, err := v.nameOf(at)
+		if err != nil {
+			return all, err
+		}
+		all = append(all, Probe{Addr: at, Kind: "ftrace", Place: place, Function: name, Disabled: t.num("flags")&1 == 0}) // FTRACE_OPS_FL_ENABLED
+		at = t.ptr("next")
+	}
+	return all, nil
+}
+
+// tracepointUsers lists what is called at tracepoints (struct tracepoint, include/linux/tracepoint-defs.h): those of the kernel
+// image.
+func (v *View) tracepointUsers() ([]Probe, error) {
+	start, err := v.img.syms.symbol("__start___tracepoints_ptrs")
+	if err != nil {
+		return nil, nil
+	}
+	r := resolver{img: v.img}
+	stop := r.symbol("__stop___tracepoints_ptrs")
+	s := r.shape("tracepoint", "name", "funcs")
+	f := r.shape("tracepoint_func", "func", "data")
+	size := r.size("tracepoint_func")
+	if r.err != nil {
+		return nil, r.err
+	}
+	if stop < start || stop-start > 8*maxTracepoints || (stop-start)%4 != 0 {
+		return nil, &CorruptError{"__start___tracepoints_ptrs", start, fmt.Sprintf("ends at %v", stop)}
+	}
+	// Relative addresses of 4 bytes (CONFIG_HAVE_ARCH_PREL32_RELOCATIONS).
+	b := make([]byte, stop-start)
+	if err := v.img.space.object(v, "__start___tracepoints_ptrs", start, b); err != nil {
+		return nil, err
+	}
+	var all []Probe
+	for i := 0; i < len(b); i += 4 {
+		t, err := v.thing(s, start+VirtAddr(i)+VirtAddr(int64(int32(le32(b[i:])))))
+		if err != nil {
+			return all, err
+		}
+		funcs := t.ptr("funcs")
+		if funcs == 0 {
+			continue
+		}
+		name, err := v.cstring("tracepoint", t.ptr("name"), 128)
+		if err != nil {
+			return all, err
+		}
+		for ; ; funcs += VirtAddr(size) {
+			x, err := v.thing(f, funcs)
+			if err != nil {
+				return all, err
+			}
+			if x.ptr("func") == 0 {
+				break
+			}
+			if len(all) == maxProbes {
+				return all, t.corrupt("more than %d users of tracepoints", maxProbes)
+			}
+			function, err := v.function(x.ptr("func"))
+			if err != nil {
+				return all, err
+			}
+			all = append(all, Probe{Addr: funcs, Kind: "tracepoint", Place: name, Function: function})
+		}
+	}
+	return all, nil
+}
+
+// LSMs returns the names of the security modules that are active, in their order.
+func (v *View) LSMs() ([]string, error) {
+	names, err := settle(v, func() ([]string, error) {
+		r := resolver{img: v.img}
+		at := r.symbol("lsm_names")
+		if r.err != nil {
+			return nil, r.err
+		}
+		p, err := v.pointer("lsm_names", at)
+		if err != nil || p == 0 {
+			return []string{}, err
+		}
+		s, err := v.cstring("lsm_names", p, 4096)
+		return strings.Split(s, ","), err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list security modules: %w", err)
+	}
+	return names, nil
+}
