@@ -229,7 +229,7 @@ func TestProblemsAreSafe(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := newParts(cfg, slog.New(slog.DiscardHandler))
-	if len(p.problems) != 3 || p.agreement.Agreement() != nil || p.power != nil {
+	if len(p.problems) != 3 || p.agreement != nil || p.power != nil {
 		t.Errorf("newParts = %+v; want three problems, no agreement and no power", p)
 	}
 	for _, r := range p.policy.Rules {

@@ -24,7 +24,7 @@ import (
 // by what is safe: no agreement permits nothing, the default policy waits, no power controller switches nothing.
 type parts struct {
 	cfg       config.Config
-	agreement *access.Lock // nil if there is no owner to trust
+	agreement *access.Agreement // to be offered to the lock
 	policy    policy.Policy
 	power     heal.Power
 	keys      []export.Key // of RDMA
@@ -35,22 +35,11 @@ func newParts(cfg config.Config, log *slog.Logger) *parts {
 	p := &parts{cfg: cfg, policy: policy.Default()}
 	problem := func(err error) { p.problems = append(p.problems, err) }
 	if cfg.Agreement.File != "" {
-		// The lock's own file decides once there is one; the document that is configured is only offered to it.
-		lock, err := access.OpenLock(filepath.Join(cfg.StateDir, "agreement.lock"), ed25519.PublicKey(cfg.Agreement.OwnerKey), nil)
+		a, err := loadAgreement(cfg.Agreement)
 		if err != nil {
-			problem(fmt.Errorf("%w; without an agreement nothing is written to the host", err))
+			problem(fmt.Errorf("access agreement: %w; without one nothing is written to the host", err))
 		} else {
-			p.agreement = lock
-			a, err := loadAgreement(cfg.Agreement)
-			if err == nil {
-				err = lock.Offer(a)
-			}
-			switch held := lock.Agreement(); {
-			case err != nil && held == nil:
-				problem(fmt.Errorf("access agreement: %w; without one nothing is written to the host", err))
-			case err != nil:
-				problem(fmt.Errorf("access agreement in %s: %w; %s holds, as it was locked", cfg.Agreement.File, err, held.ID))
-			}
+			p.agreement = a
 		}
 	}
 	if cfg.PolicyFile != "" {
@@ -78,6 +67,30 @@ func newParts(cfg config.Config, log *slog.Logger) *parts {
 		}
 	}
 	return p
+}
+
+// lockAgreement opens the lock of the access agreement in the state directory, which decides once it holds one, and offers it the
+// configured document. It returns nil, which permits nothing, if there is no owner to trust.
+func lockAgreement(cfg config.Config, offered *access.Agreement, log *slog.Logger) *access.Lock {
+	if len(cfg.Agreement.OwnerKey) == 0 {
+		return nil
+	}
+	lock, err := access.OpenLock(filepath.Join(cfg.StateDir, "agreement.lock"), ed25519.PublicKey(cfg.Agreement.OwnerKey), nil)
+	if err != nil {
+		log.Error("nothing is permitted", "err", err)
+		return nil
+	}
+	if offered == nil {
+		return lock
+	}
+	if err := lock.Offer(offered); err != nil {
+		if held := lock.Agreement(); held != nil {
+			log.Warn("the configured access agreement is not taken: the locked one holds", "locked", held.ID, "err", err)
+		} else {
+			log.Error("the access agreement is not taken: nothing is permitted", "err", err)
+		}
+	}
+	return lock
 }
 
 func loadAgreement(c config.Agreement) (*access.Agreement, error) {

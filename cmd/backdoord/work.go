@@ -123,7 +123,7 @@ func (w *worker) openEngine(p *parts, why error) {
 		Memory:    memory(w.cfg, w.log, why),
 		Writes:    w.cfg.Writes,
 		HostUUID:  w.cfg.HostUUID,
-		Agreement: p.agreement,
+		Agreement: lockAgreement(w.cfg, p.agreement, w.log),
 		Policy:    p.policy,
 		Journal:   w.journal,
 		Power:     p.power,
