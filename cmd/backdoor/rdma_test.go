@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -30,7 +31,7 @@ import (
 type rdmaHost struct {
 	*fakeAgent
 	mem   hostmem.Memory
-	asked []engine.HealRequest
+	asked []engine.HealRequest // guarded by fakeAgent.do
 }
 
 func (h *rdmaHost) HostMemory() (hostmem.Memory, bool, error) { return h.mem, true, nil }
@@ -42,7 +43,7 @@ func (h *rdmaHost) Grant() access.Grant {
 }
 
 func (h *rdmaHost) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, *heal.Outcome, error) {
-	h.asked = append(h.asked, r)
+	h.do(func() { h.asked = append(h.asked, r) })
 	return h.fakeAgent.Heal(ctx, r)
 }
 
@@ -78,11 +79,12 @@ func TestRDMA(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	denied := ""
+	var denied atomic.Value // a string
+	denied.Store("")
 	x := export.New(export.Options{
 		Device: dev, Host: h, Keys: []export.Key{key}, MemoryByKey: true,
 		Authorize: func(user string, r export.Right) error {
-			if string(r) == denied {
+			if string(r) == denied.Load() {
 				return export.ErrDenied
 			}
 			return nil
@@ -142,11 +144,13 @@ func TestRDMA(t *testing.T) {
 		t.Errorf("watch: %s", out)
 	}
 	ask(exitOK, "heal", h.findings[0].ID, "-dry-run")
-	if len(h.asked) != 1 || !h.asked[0].DryRun || h.asked[0].Caller != "admin" {
-		t.Errorf("heal asked for %+v", h.asked)
-	}
+	h.do(func() {
+		if len(h.asked) != 1 || !h.asked[0].DryRun || h.asked[0].Caller != "admin" {
+			t.Errorf("heal asked for %+v", h.asked)
+		}
+	})
 	ask(exitOK, "power", "cycle", "-y")
-	denied = string(export.RightHeal)
+	denied.Store(string(export.RightHeal))
 	ask(exitDenied, "heal", h.findings[0].ID, "-dry-run")
 	writeFile(t, keyFile, base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{8}, export.KeySize)))
 	ask(exitDenied, "findings")

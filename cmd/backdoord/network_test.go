@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -24,12 +25,26 @@ func TestNetworkChange(t *testing.T) {
 			t.Fatal(err)
 		}
 		n := newNetwork(path, slog.New(slog.DiscardHandler))
-		var did []string
-		var now boot.Interface
-		n.setHostname = func(name string) error { did = append(did, "hostname "+name); return nil }
-		n.nameServers = func(s []netip.Addr) error { did = append(did, "servers "+s[0].String()); return nil }
+		var mu sync.Mutex
+		var did []string       // guarded by mu
+		var now boot.Interface // guarded by mu
+		told := func() []string {
+			mu.Lock()
+			defer mu.Unlock()
+			return slices.Clone(did)
+		}
+		tell := func(what string) {
+			mu.Lock()
+			defer mu.Unlock()
+			did = append(did, what)
+		}
+		n.setHostname = func(name string) error { tell("hostname " + name); return nil }
+		n.nameServers = func(s []netip.Addr) error { tell("servers " + s[0].String()); return nil }
 		n.reconfigure = func(name string, was, is boot.Interface) error {
-			did, now = append(did, "addresses of "+name), is
+			tell("addresses of " + name)
+			mu.Lock()
+			now = is
+			mu.Unlock()
 			if !slices.Equal(was.Addresses, old.Addresses) {
 				t.Errorf("the interface was said to have been %+v", was)
 			}
@@ -50,14 +65,16 @@ func TestNetworkChange(t *testing.T) {
 		if got, err := n.Settings("eth0"); err != nil || got.HostName != s.HostName || !slices.Equal(got.Addresses, s.Addresses) || !slices.Equal(got.NameServers, s.NameServers) {
 			t.Errorf("Settings after the change = %+v, %v", got, err)
 		}
-		if slices.Contains(did, "addresses of eth0") {
+		if slices.Contains(told(), "addresses of eth0") {
 			t.Error("the addresses have changed before the answer is out")
 		}
 		time.Sleep(applyDelay + time.Millisecond)
 		synctest.Wait()
-		if want := []string{"hostname dpu2.example.com", "servers 10.0.2.3", "addresses of eth0"}; !slices.Equal(did, want) {
-			t.Errorf("the machine was told %q; want %q", did, want)
+		if got, want := told(), []string{"hostname dpu2.example.com", "servers 10.0.2.3", "addresses of eth0"}; !slices.Equal(got, want) {
+			t.Errorf("the machine was told %q; want %q", got, want)
 		}
+		mu.Lock()
+		defer mu.Unlock()
 		if now.MTU != 9000 || now.Match != old.Match || !slices.Equal(now.Addresses, s.Addresses) {
 			t.Errorf("the interface is to be %+v", now)
 		}

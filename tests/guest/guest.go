@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -134,6 +135,7 @@ func Start(t testing.TB, kernel string, o Options) *Guest {
 	c.Args = append(c.Args, o.Args...)
 	var stderr bytes.Buffer
 	c.Stderr = &stderr
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // even when a test times out
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}

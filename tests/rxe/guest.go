@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/backdoor-rhs/backdoor/images/initramfs"
 	"github.com/backdoor-rhs/backdoor/images/kernels"
@@ -88,6 +89,7 @@ func (g *Guest) Run(ctx context.Context, w io.Writer) error {
 		"-netdev", netdev+",id=n0", "-device", fmt.Sprintf("virtio-net-pci,netdev=n0,mac=52:54:00:00:00:%02x,romfile=,host_mtu=%d", mac[len(mac)-1], MTU),
 		"-device", "virtio-rng-pci")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = g.Input, w, w
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // even when a test times out
 	if g.Port != nil {
 		cmd.ExtraFiles = []*os.File{g.Port}
 	}
