@@ -41,13 +41,13 @@ const (
 )
 
 type diskWalk struct {
-	v                                                    *View
-	device, disk, queue, ctx, tags, request, inode, stat *shape
-	vfsInode, bdev                                       uint64 // in bdev_inode
-	inFlight                                             int64  // MQ_RQ_IN_FLIGHT
-	ops                                                  map[uint64]string
-	mono                                                 int64
-	requests                                             int
+	v                                             *View
+	device, disk, queue, ctx, tags, request, stat *shape
+	vfsInode, bdev                                uint64 // in bdev_inode
+	inFlight                                      int64  // MQ_RQ_IN_FLIGHT
+	ops                                           map[uint64]string
+	mono                                          int64
+	requests                                      int
 }
 
 // Disks lists the block devices, without their partitions, with what is under way at each.

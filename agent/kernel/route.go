@@ -35,7 +35,7 @@ type routeWalk struct {
 	v                          *View
 	vector, table, alias, info *shape
 	hop, dev                   *shape
-	tnode, leaf, hopAt, kv, tb uint64
+	tnode, leaf, hopAt, kv     uint64
 	hopSize                    uint64
 	netns                      uint64
 	tableID                    uint32

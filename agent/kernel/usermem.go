@@ -210,12 +210,11 @@ func (m *UserMemory) Mappings() iter.Seq2[Mapping, error] {
 }
 
 type mappingWalk struct {
-	m                                     *UserMemory
-	files                                 fileWalk
-	vma, file, inode, super, special, ops *shape
-	specialOps                            VirtAddr
-	vdso                                  uint64
-	left                                  int
+	m                                *UserMemory
+	files                            fileWalk
+	vma, file, inode, super, special *shape
+	specialOps                       VirtAddr
+	left                             int
 }
 
 func (w *mappingWalk) run() ([]Mapping, error) {

@@ -68,9 +68,13 @@ func keyOf(p *ecdsa.PublicKey, template func() tpm2.TPMTPublic) (Key, error) {
 // public is the key's public area in the TPM.
 func (k Key) public() tpm2.TPMTPublic {
 	t := k.template()
+	point, err := k.Public.Bytes() // 4, X, Y (SEC 1, section 2.3.3)
+	if err != nil {
+		panic(err) // keyOf has looked at it
+	}
 	t.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{
-		X: tpm2.TPM2BECCParameter{Buffer: k.Public.X.FillBytes(make([]byte, 32))},
-		Y: tpm2.TPM2BECCParameter{Buffer: k.Public.Y.FillBytes(make([]byte, 32))},
+		X: tpm2.TPM2BECCParameter{Buffer: point[1:33]},
+		Y: tpm2.TPM2BECCParameter{Buffer: point[33:65]},
 	})
 	return t
 }

@@ -108,10 +108,9 @@ type Config struct {
 
 // Gateway is a packet path that runs. It is safe for concurrent use.
 type Gateway struct {
-	pin     string
-	objs    gatewayObjects
-	links   [ports]link.Link
-	generic [ports]bool
+	pin   string
+	objs  gatewayObjects
+	links [ports]link.Link
 
 	mu sync.Mutex // one change of the containment at a time
 }

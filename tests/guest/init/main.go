@@ -209,7 +209,7 @@ func child(kind string) {
 	}
 	switch kind {
 	case "spin", "blockedspin", "threads":
-		for {
+		for spins := 0; ; spins++ { // what it is for
 		}
 	case "nanosleep":
 		for {
