@@ -195,7 +195,8 @@ func planBlink(m model, f detect.Finding) (Plan, error) {
 		return fail(err)
 	}
 	known := false
-	for _, name := range []string{"no_blink", "i8042_panic_blink"} { // kernel/panic.c, drivers/input/serio/i8042.c
+	// kernel/panic.c, drivers/input/serio/i8042.c, drivers/leds/trigger/ledtrig-panic.c
+	for _, name := range []string{"no_blink", "i8042_panic_blink", "led_panic_blink"} {
 		fn, err := m.Symbol(name)
 		known = known || err == nil && fn == kernel.VirtAddr(now)
 	}
