@@ -106,5 +106,5 @@ func (c Config) Keep() (beats, tasks time.Duration) {
 // Detectors returns all detectors with these settings.
 func Detectors(c Config) []Detector {
 	return []Detector{panicDetector(c), hostSilent(c), cpuStall(c), runawayProcess(c), forkBomb(c), memoryHog(c), exhaustion(c),
-		softLockup(c), oops(c), rcuStall(c), hungTask(c), tampering(c), credentials(c)}
+		softLockup(c), oops(c), rcuStall(c), hungTask(c), tampering(c)}
 }

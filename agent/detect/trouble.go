@@ -233,45 +233,6 @@ func tampering(c Config) Detector {
 	}
 }
 
-// credentials reports processes whose user was changed where it lies. The kernel copies credentials to change them
-// (Documentation/security/credentials.rst). A program that is executed gets new ones, perhaps where the old ones were.
-func credentials(c Config) Detector {
-	return Detector{
-		ID: "credentials", Title: "Credentials out of nowhere", Kind: KindTampering, Severity: Critical,
-		Every: c.Tasks, Clear: time.Hour, DependsOn: []Kind{KindPanic, KindHostSilent}, Needs: []Need{NeedTasks},
-		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
-			var out []Finding
-			type cred struct {
-				at   kernel.VirtAddr
-				uid  uint32
-				comm string
-			}
-			first := make(map[taskKey]cred)
-			for i := range p.Tasks {
-				for _, t := range p.Tasks[i].Tasks {
-					k := taskKey{t.PID, t.Start}
-					c, ok := first[k]
-					switch {
-					case t.Cred == 0 || !t.Confident:
-					case !ok || c.at != t.Cred || c.comm != t.Comm:
-						first[k] = cred{t.Cred, t.UID, t.Comm}
-					case t.UID != c.uid && t.Comm == c.comm && i == len(p.Tasks)-1:
-						uid := t.UID
-						out = append(out, Finding{
-							Key: fmt.Sprintf("cred %d@%v", t.PID, t.Start), Kind: KindTampering, Severity: Critical, Confidence: 0.95,
-							Title:    fmt.Sprintf("%q (PID %d) was made user %d", t.Comm, t.PID, t.UID),
-							Detail:   fmt.Sprintf("its credentials were overwritten where they lie; it was user %d", c.uid),
-							Culprit:  Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, UID: &uid, Start: t.Start},
-							Evidence: []Evidence{{"cred", t.Cred.String()}, {"uid", fmt.Sprintf("%d → %d", c.uid, t.UID)}},
-						})
-					}
-				}
-			}
-			return out, nil
-		},
-	}
-}
-
 // preemptDepth are the bits of the preempt count that say how often preemption is disabled, beside interrupts
 // (PREEMPT_MASK of include/linux/preempt.h).
 const preemptDepth = 0xff

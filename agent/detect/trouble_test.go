@@ -139,37 +139,6 @@ func TestTampering(t *testing.T) {
 	}
 }
 
-func TestCredentials(t *testing.T) {
-	d := credentials(DefaultConfig())
-	pass := func(change func(*kernel.Task)) *Pass {
-		p := &Pass{}
-		for i := range 4 {
-			k := kernel.Task{PID: 70, TGID: 70, Comm: "sh", Start: time.Second, UID: 1000, Cred: 0xffff888001234500, Confident: true}
-			if i >= 2 {
-				change(&k)
-			}
-			p.Tasks = append(p.Tasks, TaskSample{At: time.Unix(int64(i), 0), Tasks: []kernel.Task{k}})
-		}
-		return p
-	}
-	for _, tt := range []struct {
-		name   string
-		change func(*kernel.Task)
-		want   int
-	}{
-		{"nothing", func(*kernel.Task) {}, 0},
-		{"root in place", func(k *kernel.Task) { k.UID = 0 }, 1},
-		{"setuid", func(k *kernel.Task) { k.UID, k.Cred = 0, k.Cred+0x100 }, 0},
-		{"sudo is executed, and its credentials lie where the old ones were", func(k *kernel.Task) { k.UID, k.Comm = 0, "sudo" }, 0},
-		{"another process", func(k *kernel.Task) { k.UID, k.Start = 0, time.Hour }, 0},
-		{"read while it changed", func(k *kernel.Task) { k.UID, k.Confident = 0, false }, 0},
-	} {
-		if fs := detect(t, d, pass(tt.change)); len(fs) != tt.want {
-			t.Errorf("%s: %+v; want %d findings", tt.name, fs, tt.want)
-		}
-	}
-}
-
 func TestSoftLockup(t *testing.T) {
 	d := softLockup(DefaultConfig())
 	pass := func(f func(i int, c *kernel.CPU)) *Pass {

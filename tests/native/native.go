@@ -163,7 +163,22 @@ func (o *Options) write(addr string) error {
 }
 
 // agree writes the agreement and returns the owner's key that the agent will trust.
+//
+// An agent that was started in this directory before has locked its agreement, so that it is the one to go on with.
 func (o *Options) agree(path string) (ed25519.PublicKey, error) {
+	keyFile := path + ".owner"
+	if key, err := os.ReadFile(keyFile); err == nil && len(key) == ed25519.PublicKeySize {
+		return key, nil
+	}
+	known, err := o.newAgreement(path)
+	if err != nil {
+		return nil, err
+	}
+	return known, os.WriteFile(keyFile, known, 0o600)
+}
+
+// newAgreement is agree for a new directory.
+func (o *Options) newAgreement(path string) (ed25519.PublicKey, error) {
 	known, owner, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		return nil, err
