@@ -197,17 +197,21 @@ func tampering(c Config) Detector {
 			add := func(key, title, detail string, confidence float64, who Culprit, e ...Evidence) {
 				out = append(out, Finding{Key: key, Kind: KindTampering, Severity: Critical, Title: title, Detail: detail, Confidence: confidence, Culprit: who, Evidence: e})
 			}
-			for _, s := range now.Strays {
-				owner := "no module that is known"
-				if s.Owner != "" {
-					owner = "module " + s.Owner
-				}
-				add(s.Table, s.Table+" leads out of the kernel", fmt.Sprintf("it points to %v, in %s", s.To, owner), 0.99, Culprit{},
-					Evidence{s.Table, s.To.String()}, Evidence{"owner", owner})
-			}
-			// What starts or ends just now is in one list for a moment: it must have been so in the sample before.
+			// What starts or ends just now is in one list for a moment, and a host that is reset in the middle of the look has anything
+			// anywhere: it must have been so in the sample before.
 			if n >= 2 && now.At.Sub(p.Signs[n-2].At) <= signsGap {
 				old := &p.Signs[n-2]
+				for _, s := range now.Strays {
+					if !slices.ContainsFunc(old.Strays, func(o kernel.Stray) bool { return o.Addr == s.Addr && o.To == s.To }) {
+						continue
+					}
+					owner := "no module that is known"
+					if s.Owner != "" {
+						owner = "module " + s.Owner
+					}
+					add(s.Table, s.Table+" leads out of the kernel", fmt.Sprintf("it points to %v, in %s", s.To, owner), 0.99, Culprit{},
+						Evidence{s.Table, s.To.String()}, Evidence{"owner", owner})
+				}
 				for _, t := range now.Hidden {
 					if slices.ContainsFunc(old.Hidden, func(o kernel.Task) bool { return o.PID == t.PID && o.Start == t.Start }) {
 						add(fmt.Sprintf("task %d@%v", t.PID, t.Start), fmt.Sprintf("%q (PID %d) is hidden", t.Comm, t.PID),

@@ -116,10 +116,13 @@ func TestTampering(t *testing.T) {
 	}{
 		{"nothing", func(int, *kernel.Signs) {}, 0},
 		{"a stray entry", func(i int, s *kernel.Signs) {
-			if i == 4 {
-				s.Strays = []kernel.Stray{{Table: "sys_call_table[62]", To: 0xffffffffc0001000, Owner: "bad"}}
+			if i >= 3 {
+				s.Strays = []kernel.Stray{{Table: "sys_call_table[62]", Addr: 0x1000, To: 0xffffffffc0001000, Owner: "bad"}}
 			}
 		}, 1},
+		{"tables of a host that is reset under the look", func(i int, s *kernel.Signs) {
+			s.Strays = []kernel.Stray{{Table: "sys_call_table[62]", Addr: 0x1000, To: kernel.VirtAddr(i)}}
+		}, 0},
 		{"a hidden task", func(_ int, s *kernel.Signs) { s.Hidden = []kernel.Task{hidden} }, 1},
 		{"tasks that just start", func(i int, s *kernel.Signs) {
 			k := hidden

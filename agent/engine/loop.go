@@ -475,11 +475,13 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	}
 	// On a host without any life a look at what stands is as good as many.
 	var serr error
+	alarming := false
 	if !now.Before(w.nextSigns) {
 		w.nextSigns = now.Add(signsEvery)
 		var s kernel.Signs
 		if s, serr = l.Signs(); serr == nil {
 			w.signs = append(w.signs, s)
+			alarming = s.Oopses > 0 || len(s.Strays)+len(s.Hidden)+len(s.HiddenModules)+len(s.Forged) > 0
 			for len(w.signs) > 2 && now.Sub(w.signs[1].At) > e.config.RCUFor+5*time.Second {
 				w.signs = slices.Delete(w.signs, 0, 1)
 			}
@@ -499,7 +501,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	}
 	// What is about to be said of this kernel must be about this kernel: nothing new is believed, and no failure blamed on
 	// it, before it is proven after the reading.
-	if failed != nil || now.After(w.nextProve) || w.wouldSpeak(p) {
+	if failed != nil || alarming || now.After(w.nextProve) || w.wouldSpeak(p) {
 		if err := w.t.Prove(ctx); err != nil && !errors.Is(err, kernel.ErrTorn) {
 			return l.Cost(), err
 		}
