@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/boot/slot"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/tests/lab"
 )
 
@@ -107,6 +109,10 @@ func TestSlots(t *testing.T) {
 			s.wantBad(slot.B, "window")
 		})
 	}
+	epoch1, err := s.dpu.Slots.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
 	s.story("an update keeps the agent's identity, and raises the epoch", func() {
 		file := filepath.Join(s.t.TempDir(), "2.bundle")
 		s.must(s.dpu.Slots.Make(file, lab.Release{Version: "2.0.0", Epoch: 2}))
@@ -114,6 +120,7 @@ func TestSlots(t *testing.T) {
 		s.wantGood(ctx, slot.A, "1.0.0")
 		s.push(ctx, file)
 		s.wantGood(ctx, slot.B, "2.0.0")
+		s.settled(ctx, 2)
 		s.boot(ctx) // the loader raises the TPM's counter
 		s.wantGood(ctx, slot.B, "2.0.0")
 		if s.dpu.Fingerprint != first {
@@ -128,6 +135,39 @@ func TestSlots(t *testing.T) {
 			s.t.Errorf("Attest() against the old image = %v; want it to name 2.0.0", err)
 		}
 	})
+	s.story("the disk of before the epoch rose starts nothing", func() {
+		s.dpu.PowerOff()
+		now, err := s.dpu.Slots.Read()
+		s.must(err)
+		s.must(s.dpu.Slots.Write(epoch1))
+		mark := s.dpu.Console().Mark()
+		s.must(s.dpu.PowerOn(ctx))
+		wait, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		if _, err := s.dpu.Console().Wait(wait, mark, regexp.MustCompile(`backdoor-loader: .*(too-old|no slot).*resetting`)); err != nil {
+			s.t.Errorf("the loader does not refuse the old disk: %v", err)
+		}
+		s.dpu.PowerOff()
+		s.must(s.dpu.Slots.Write(now))
+		s.boot(ctx)
+		s.wantGood(ctx, slot.B, "2.0.0")
+	})
+}
+
+// settled waits until the disk says that nothing below an epoch is started any more: the recovery image was renewed for it.
+func (s *slots) settled(ctx context.Context, epoch uint32) {
+	s.t.Helper()
+	for {
+		st, err := s.dpu.Slots.State()
+		if err == nil && st.Epoch >= epoch {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			s.t.Fatalf("the slots' epoch is %d, %v; want %d", st.Epoch, err, epoch)
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
 }
 
 // story is one thing that happens to the DPU. Each begins where the one before has left the machine.
@@ -220,6 +260,11 @@ func (s *slots) wantBad(n slot.Name, reason string) {
 	}
 	if !s.said("another image runs than the one that was to run") {
 		s.t.Error("the agent's log does not say that another image runs")
+	}
+	var item schema.SoftwareInventory
+	s.must(s.client().Get(s.t.Context(), client.UpdateURI+"/FirmwareInventory/slot-"+string(n), &item))
+	if !slices.ContainsFunc(item.Status.Conditions, func(c schema.Condition) bool { return strings.Contains(c.Message, reason) }) {
+		s.t.Errorf("over Redfish, slot %s has the conditions %+v; want one that says %q", n, item.Status.Conditions, reason)
 	}
 }
 
