@@ -23,8 +23,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/images/initramfs"
 )
 
-// TestBMCArmv7Slots starts the BMC from slots on its eMMC, by the loader and 32-bit Arm's kexec. The image on trial in slot B is damaged, so slot
-// A is started.
+// TestBMCArmv7Slots starts the BMC from slots on its eMMC, by the loader and 32-bit Arm's kexec, until its agent has kept the image.
 func TestBMCArmv7Slots(t *testing.T) {
 	if testing.Short() {
 		t.Skip("boots a machine in QEMU; not with -short")
