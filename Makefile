@@ -14,9 +14,7 @@ FUZZTIME ?= 20s
 MUTATIONS ?= 1000
 BENCH ?= .
 
-.PHONY: bench-rdma conformance help setup build images demo lab test kernels fuzz bench lint powercuts slots clean
-.PHONY: peers torture bench-rdma conformance help setup build images demo lab test kernels fuzz bench lint powercuts clean
-.PHONY: bench-rdma conformance faults help setup build images demo lab test kernels fuzz bench lint powercuts slots clean
+.PHONY: bench bench-rdma build clean conformance demo faults fuzz help images kernels lab lint peers powercuts rdma setup slots test torture
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '%-12s %s\n' "$$t" "$$d"; done
@@ -37,7 +35,6 @@ demo: setup images ## a host falls ill and is healed from outside, with a timeli
 lab: setup images ## start the lab (host, DPU, network) and leave it running
 	@go run ./cmd/backdoor lab up
 
-.PHONY: rdma
 rdma: setup images ## all RDMA clients in all their ways against the lab's DPU, from monitors with kernels 6.1 and 6.12
 	go test -count=1 -timeout 60m -run '^TestRDMA$$' -v ./tests -rdma-whole -rdma-kernels 6.1-generic,6.12-generic
 
@@ -64,10 +61,7 @@ lint: setup ## formatting, go vet, staticcheck
 	go tool staticcheck ./...
 
 fuzz: setup ## run every fuzz target for FUZZTIME (20s), and alter the memory of guests MUTATIONS (1000) times
-	@go test -list '^Fuzz' ./... | awk '/^Fuzz/ {f[n++]=$$1} /^ok/ {for (i=0;i<n;i++) print $$2, f[i]; n=0}' | while read -r pkg f; do
-		echo "$$pkg $$f"
-		go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) "$$pkg" </dev/null
-	done
+	@go run ./tests/fuzz -time $(FUZZTIME)
 	go test -count=1 -timeout 60m ./agent/kernel -run 'TestMutations$$' -mutations $(MUTATIONS)
 
 bench: setup images ## run the benchmarks that match BENCH (all), then measure the healing in the lab
