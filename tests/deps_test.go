@@ -15,6 +15,7 @@ const module = "github.com/backdoor-rhs/backdoor/"
 
 // layers gives each package tree its floor; the longest prefix wins. Imports go down only.
 var layers = map[string]int{
+	"internal":         -1,
 	"nicfw":            0,
 	"agent/journal":    0,
 	"boot":             0,

@@ -8,10 +8,11 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 )
 
 // ErrLocked means that an agreement is not taken because another one holds.
@@ -315,30 +316,9 @@ func (l *Lock) write(next locked) error {
 	if len(b) > maxLock {
 		return fmt.Errorf("write the lock of the access agreement: %d bytes are more than it can hold", len(b))
 	}
-	if err := replaceFile(l.path, append(bytes.TrimSpace(b), '\n')); err != nil {
+	if err := durable.WriteFile(l.path, append(bytes.TrimSpace(b), '\n'), 0o600); err != nil {
 		return fmt.Errorf("write the lock of the access agreement: %w", err)
 	}
 	l.s = next
 	return nil
-}
-
-// replaceFile puts bytes in the place of a file's, so that after a power cut there are the old ones or the new ones.
-func replaceFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }

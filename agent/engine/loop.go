@@ -15,6 +15,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
@@ -818,10 +819,7 @@ func (e *Engine) saveHint(t target) {
 		err = os.MkdirAll(e.o.CacheDir, 0o700)
 	}
 	if err == nil {
-		err = os.WriteFile(e.hintPath()+".new", b, 0o600)
-	}
-	if err == nil {
-		err = os.Rename(e.hintPath()+".new", e.hintPath())
+		err = durable.WriteFile(e.hintPath(), b, 0o600)
 	}
 	if err != nil {
 		e.mu.Lock()

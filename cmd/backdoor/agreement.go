@@ -19,6 +19,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/agent/query"
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 )
 
 // agreementFlags are the flags of the verb agreement.
@@ -408,11 +409,7 @@ func (e *env) signAgreement(path string) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("sign %s: %w", path, err)
 	}
-	tmp := path + ".new"
-	if err := os.WriteFile(tmp, append(b, '\n'), 0o644); err != nil {
-		return 0, fmt.Errorf("sign %s: %w", path, err)
-	}
-	if err := os.Rename(tmp, path); err != nil {
+	if err := durable.WriteFile(path, append(b, '\n'), 0o644); err != nil {
 		return 0, fmt.Errorf("sign %s: %w", path, err)
 	}
 	missing, n := []string{}, 0

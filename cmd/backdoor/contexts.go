@@ -10,6 +10,7 @@ import (
 	"slices"
 
 	"github.com/backdoor-rhs/backdoor/cmd/internal/strictjson"
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 )
 
 // contextsVersion is the version of the configuration file.
@@ -97,27 +98,7 @@ func (c contexts) write(path string) (err error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".config-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(f.Name())
-		}
-	}()
-	if _, err := f.Write(append(data, '\n')); err != nil {
-		f.Close()
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		f.Close()
-		return err
-	}
-	if err := f.Close(); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
+	return durable.WriteFile(path, append(data, '\n'), 0o600)
 }
 
 // find returns a context by its name.

@@ -25,6 +25,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/boot/slot"
 	"github.com/backdoor-rhs/backdoor/images/bundler"
 	"github.com/backdoor-rhs/backdoor/images/export"
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"golang.org/x/crypto/ssh"
 	sshagent "golang.org/x/crypto/ssh/agent"
 )
@@ -375,7 +376,7 @@ func (e *env) imageRoots(word, path string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := bundler.WriteFile(path, func(f *os.File) error { _, err := f.Write(append(text, '\n')); return err }); err != nil {
+	if err := durable.WriteFile(path, append(text, '\n'), 0o644); err != nil {
 		return 0, fmt.Errorf("write key sets: %w", err)
 	}
 	_, err = e.showRoots(chain) // signatures may well be missing yet
@@ -463,7 +464,7 @@ func (e *env) signImage(path string) (int, error) {
 			return 0, fmt.Errorf("sign %s: %w", path, err)
 		}
 	}
-	if err := bundler.WriteFile(path, func(f *os.File) error { return bundle.Write(f, roots, man, parts) }); err != nil {
+	if err := durable.Write(path, 0o644, func(f *os.File) error { return bundle.Write(f, roots, man, parts) }); err != nil {
 		return 0, fmt.Errorf("sign %s: %w", path, err)
 	}
 	return e.inspectImage(path)
@@ -620,7 +621,7 @@ func (e *env) exportImage(form, path string) (int, error) {
 	default:
 		return 0, &usageError{verb: "image", msg: fmt.Sprintf("image export: %q is neither bfb nor openbmc", form)}
 	}
-	if err := bundler.WriteFile(f.out, write); err != nil {
+	if err := durable.Write(f.out, 0o644, write); err != nil {
 		return 0, fmt.Errorf("export %s: %w", path, err)
 	}
 	return exitOK, e.answer(map[string]string{"file": f.out}, func(w io.Writer) error {

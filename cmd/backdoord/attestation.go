@@ -11,6 +11,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/boot/handover"
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/redfish/host"
 )
 
@@ -123,11 +124,7 @@ func (a *attestation) identify(spki attest.Digest) error {
 	if err := os.MkdirAll(filepath.Dir(a.path), 0o700); err != nil {
 		return err
 	}
-	next := a.path + ".new"
-	if err := os.WriteFile(next, b, 0o600); err != nil {
-		return err
-	}
-	if err := os.Rename(next, a.path); err != nil {
+	if err := durable.WriteFile(a.path, b, 0o600); err != nil {
 		return err
 	}
 	a.log = log

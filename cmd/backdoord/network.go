@@ -103,10 +103,7 @@ func (n *network) Change(name string, s host.NetworkSettings) error {
 	case addressed:
 		cfg.Boot.Interfaces = append(cfg.Boot.Interfaces, now)
 	}
-	if err := cfg.Write(n.path + ".new"); err != nil {
-		return fmt.Errorf("change network settings: %w", err)
-	}
-	if err := os.Rename(n.path+".new", n.path); err != nil {
+	if err := cfg.Write(n.path); err != nil {
 		return fmt.Errorf("change network settings: %w", err)
 	}
 	n.log.Warn("the network settings were changed over Redfish", "interface", name)

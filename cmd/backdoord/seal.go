@@ -20,6 +20,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/boot/bundle"
 	"github.com/backdoor-rhs/backdoor/boot/handover"
 	"github.com/backdoor-rhs/backdoor/boot/slot"
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/redfish/service"
 )
 
@@ -92,7 +93,7 @@ func (k *keySeal) refresh() error {
 	if err != nil {
 		return err
 	}
-	if err := replace(k.file, b); err != nil {
+	if err := durable.WriteFile(k.file, b, 0o600); err != nil {
 		return err
 	}
 	k.to = to
@@ -133,27 +134,6 @@ func (n noKey) Open(b []byte) ([]byte, bool, error) {
 		return b, false, nil
 	}
 	return nil, true, n.why
-}
-
-// replace puts a file into place at once and durably.
-func replace(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(b)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // configureSeal gives the Redfish service a vault for its keys, if this image was measured into a TPM.

@@ -30,6 +30,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/images/initramfs"
 	"github.com/backdoor-rhs/backdoor/images/kernels"
 	"github.com/backdoor-rhs/backdoor/images/modpack"
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
@@ -394,16 +395,7 @@ func write(name string, data []byte) error {
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(name), ".new-")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(data)
-	if err := errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), name)
+	return durable.WriteFile(name, data, 0o644)
 }
 
 // lockFile takes an advisory lock and waits for it as long as ctx allows.

@@ -22,6 +22,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/boot/slot"
 	"github.com/backdoor-rhs/backdoor/images/builder"
 	"github.com/backdoor-rhs/backdoor/images/initramfs"
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 )
 
 // Product is what the manifests of the project's images say.
@@ -93,20 +94,7 @@ func Make(w io.Writer, o Options) error {
 
 // MakeFile writes a bundle to a file, which is there whole or not at all.
 func MakeFile(path string, o Options) error {
-	return WriteFile(path, func(f *os.File) error { return Make(f, o) })
-}
-
-// WriteFile has a file written under another name, and then puts it in its place.
-func WriteFile(path string, write func(*os.File) error) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	if err := errors.Join(write(f), f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
+	return durable.Write(path, 0o644, func(f *os.File) error { return Make(f, o) })
 }
 
 // Burn formats a disk, or a file that becomes the image of one, and puts a bundle on it as its first image. A file that is not there yet is
@@ -160,7 +148,7 @@ func Loader(path, image string, roots []bundle.Envelope) error {
 		return err
 	}
 	// The kernel takes several archives one after the other, each on a multiple of 4 bytes (Documentation/driver-api/early-userspace/buffer-format.rst).
-	return WriteFile(path, func(f *os.File) error {
+	return durable.Write(path, 0o644, func(f *os.File) error {
 		_, err := f.Write(append(append(b, make([]byte, -len(b)&3)...), more...))
 		return err
 	})
@@ -196,7 +184,7 @@ func Development(dir string) (ed25519.PrivateKey, []bundle.Envelope, error) {
 			text, err = json.MarshalIndent([]bundle.Envelope{e}, "", "\t")
 		}
 		if err == nil {
-			err = WriteFile(rootsFile, func(f *os.File) error { _, err := f.Write(append(text, '\n')); return err })
+			err = durable.WriteFile(rootsFile, append(text, '\n'), 0o644)
 		}
 		if err != nil {
 			return nil, nil, fmt.Errorf("make key set: %w", err)

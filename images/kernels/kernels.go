@@ -27,6 +27,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 )
 
 // ErrNotFound says that no package archive of this machine has the kernel, or that no target has the name.
@@ -383,11 +385,10 @@ func save(dir string, k Kernel) error {
 	if err != nil {
 		return err
 	}
-	tmp := record(dir, k.Target) + ".new"
-	if err := os.WriteFile(tmp, append(b, '\n'), 0o644); err != nil {
+	if err := durable.WriteFile(record(dir, k.Target), append(b, '\n'), 0o644); err != nil {
 		return fmt.Errorf("write the kernel cache: %w", err)
 	}
-	return os.Rename(tmp, record(dir, k.Target))
+	return nil
 }
 
 func isFile(p string) bool {

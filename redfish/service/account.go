@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -17,6 +16,7 @@ import (
 
 	"golang.org/x/crypto/argon2"
 
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
 
@@ -301,41 +301,13 @@ func (a *accounts) store(next accountFile) error {
 		if err != nil {
 			return fmt.Errorf("store accounts: %w", err)
 		}
-		if err := writeFile(a.path, b); err != nil {
+		if err := durable.WriteFile(a.path, b, 0o600); err != nil {
 			return fmt.Errorf("store accounts: %w", err)
 		}
 	}
 	a.file = next
 	a.epoch++
 	return nil
-}
-
-// writeFile replaces a file so that a loss of power leaves either the old or the new content.
-func writeFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".new*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // of no effect after the rename
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if e := f.Close(); err == nil {
-		err = e
-	}
-	if err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
 }
 
 const accountsURI = "/redfish/v1/AccountService/Accounts"

@@ -24,6 +24,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
 
@@ -259,7 +260,7 @@ func (c *certificates) store(next clientFile) error {
 	if c.svc.o.StateDir != "" {
 		b, err := json.MarshalIndent(next, "", "\t")
 		if err == nil {
-			err = writeFile(c.svc.path("clients.json"), b)
+			err = durable.WriteFile(c.svc.path("clients.json"), b, 0o600)
 		}
 		if err != nil {
 			return fmt.Errorf("store client authorities: %w", err)

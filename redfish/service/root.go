@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
 
@@ -369,7 +370,7 @@ func (s *Service) loadUUID() (string, error) {
 	b[8] = b[8]&0x3f | 0x80
 	uuid := fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 	if s.o.StateDir != "" {
-		if err := writeFile(s.path("uuid"), []byte(uuid+"\n")); err != nil {
+		if err := durable.WriteFile(s.path("uuid"), []byte(uuid+"\n"), 0o600); err != nil {
 			return "", fmt.Errorf("store UUID: %w", err)
 		}
 	}

@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
 
@@ -115,7 +116,7 @@ func (t *subscriptions) store() error {
 	kept.Subscriptions = slices.DeleteFunc(slices.Clone(kept.Subscriptions), func(c *subscription) bool { return c.stream })
 	b, err := json.MarshalIndent(kept, "", "\t")
 	if err == nil {
-		err = writeFile(t.path, b)
+		err = durable.WriteFile(t.path, b, 0o600)
 	}
 	if err != nil {
 		return fmt.Errorf("store subscriptions: %w", err)

@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
 
@@ -196,7 +197,7 @@ func (t *telemetry) update(f func(*telemetryFile) error) error {
 	if t.path != "" {
 		b, err := json.MarshalIndent(next, "", "\t")
 		if err == nil {
-			err = writeFile(t.path, b)
+			err = durable.WriteFile(t.path, b, 0o600)
 		}
 		if err != nil {
 			return fmt.Errorf("store telemetry: %w", err)

@@ -2,6 +2,8 @@ package service
 
 import (
 	"os"
+
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 )
 
 // A Vault keeps private keys where they are stored such that others than this service on this machine cannot use them.
@@ -37,11 +39,11 @@ func (o *Options) readKey(path string) ([]byte, error) {
 // writeKey writes a file with a private key.
 func (o *Options) writeKey(path string, plain []byte) error {
 	if o.Vault == nil {
-		return writeFile(path, plain)
+		return durable.WriteFile(path, plain, 0o600)
 	}
 	b, err := o.Vault.Seal(plain)
 	if err != nil {
 		return vaultError{err}
 	}
-	return writeFile(path, b)
+	return durable.WriteFile(path, b, 0o600)
 }

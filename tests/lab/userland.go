@@ -17,6 +17,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/images/initramfs"
 	"github.com/backdoor-rhs/backdoor/images/kernels"
 	"github.com/backdoor-rhs/backdoor/images/modpack"
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 )
 
 const modulePath = "github.com/backdoor-rhs/backdoor"
@@ -89,25 +90,11 @@ func userland(ctx context.Context, cache, root string, k kernels.Kernel) (string
 	if err != nil {
 		return "", &InfraError{Op: "pack the host's userland", Err: err}
 	}
-	if err := replace(path, archive); err != nil {
+	if err := durable.WriteFile(path, archive, 0o644); err != nil {
 		return "", &InfraError{Op: "pack the host's userland", Err: err}
 	}
 	prune(dir)
 	return path, nil
-}
-
-// replace writes a file so that no reader ever sees half of it.
-func replace(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // gone already if all went well
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
 }
 
 // prune drops userlands that nobody has used for two weeks.
@@ -169,7 +156,7 @@ func busybox(ctx context.Context, dir string) ([]byte, error) {
 		if static(p) {
 			b, err := os.ReadFile(p)
 			if err == nil {
-				err = replace(kept, b)
+				err = durable.WriteFile(kept, b, 0o644)
 			}
 			if err != nil {
 				return nil, &InfraError{Op: "keep busybox", Err: err}

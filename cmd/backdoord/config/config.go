@@ -64,6 +64,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/boot"
 	"github.com/backdoor-rhs/backdoor/cmd/internal/strictjson"
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
@@ -411,7 +412,7 @@ func (c Config) Write(path string) error {
 	if err != nil {
 		return fmt.Errorf("write configuration: %w", err)
 	}
-	if err := os.WriteFile(path, append(data, '\n'), 0o600); err != nil {
+	if err := durable.WriteFile(path, append(data, '\n'), 0o600); err != nil {
 		return fmt.Errorf("write configuration: %w", err)
 	}
 	return nil
