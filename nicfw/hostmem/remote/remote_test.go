@@ -48,6 +48,7 @@ type agent struct {
 	monitor, device *roce.Device
 	mem             *hostmem.RAMFile
 	how             roce.Access
+	patience        time.Duration // with one attempt
 	connects        atomic.Int64
 	down            atomic.Bool
 	qp              *roce.QP // of the agent, of the latest connection
@@ -66,7 +67,11 @@ func newAgent(t testing.TB, how roce.Access, wrap func(roce.Link) roce.Link, fau
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { mem.Close() })
-	a := &agent{mem: mem, how: how}
+	// Eight time-outs end a connection, and with it a swap: on a busy machine an agent may not run for some hundredths of a second.
+	a := &agent{mem: mem, how: how, patience: 50 * time.Millisecond}
+	if faults != (roce.Faults{}) {
+		a.patience = 5 * time.Millisecond // reads only, which are done again
+	}
 	la, lb := roce.NewPipe(netip.MustParseAddrPort("10.0.0.1:4791"), netip.MustParseAddrPort("10.0.0.2:4791"), 4096, faults)
 	if wrap != nil {
 		la, lb = wrap(la), wrap(lb)
@@ -103,7 +108,7 @@ func (a *agent) connect(context.Context) (w remote.Window, err error) {
 	if a.mr, err = pd.Register(region{a.mem}, roce.MRConfig{Length: 1 << 40, Access: a.how}); err != nil {
 		return w, err
 	}
-	ours, err := a.monitor.NewQP(a.monitor.NewPD(), nil, roce.QPConfig{AckTimeout: 5 * time.Millisecond})
+	ours, err := a.monitor.NewQP(a.monitor.NewPD(), nil, roce.QPConfig{AckTimeout: a.patience})
 	if err != nil {
 		return w, err
 	}
