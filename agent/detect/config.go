@@ -38,6 +38,9 @@ type Config struct {
 	HogFloor float64
 	// RCUFor is how long one grace period of RCU may last, HungFor how long a task may wait in the kernel without being woken.
 	RCUFor, HungFor time.Duration
+	// FloodPackets is how many frames a second of the host are a flood, and FloodSYNs how many connections a second that it begins and
+	// does not use.
+	FloodPackets, FloodSYNs int
 }
 
 // DefaultConfig returns the settings that suit a server.
@@ -56,6 +59,8 @@ func DefaultConfig() Config {
 		HogFloor:     0.05,
 		RCUFor:       12 * time.Second,
 		HungFor:      30 * time.Second,
+		FloodPackets: 200000,
+		FloodSYNs:    1000,
 	}
 }
 
@@ -89,6 +94,9 @@ func (c Config) Check() error {
 	}
 	if !(c.HogFloor >= 0 && c.HogFloor < 1) {
 		return fmt.Errorf("detector setting hogFloor is %v; it is a share of the memory, from 0 to below 1", c.HogFloor)
+	}
+	if c.FloodPackets < 1 || c.FloodSYNs < 1 {
+		return fmt.Errorf("detector settings floodPackets %d and floodSYNs %d: they are numbers a second, at least 1", c.FloodPackets, c.FloodSYNs)
 	}
 	for _, r := range c.RunawayExempt {
 		if r.First > r.Last {

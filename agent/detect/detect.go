@@ -38,12 +38,14 @@ const (
 	KindHungTask       Kind = "hung-task"       // a task waits in the kernel without being woken
 	KindSoftLockup     Kind = "soft-lockup"     // a CPU ticks, but stays in one stretch of the kernel's code
 	KindTampering      Kind = "tampering"       // somebody has changed the kernel
+	KindNetworkFlood   Kind = "network-flood"   // the host floods the network
+	KindNetworkSilent  Kind = "network-silent"  // the host runs, and does not answer on the network
 )
 
 // Kinds returns the whole vocabulary.
 func Kinds() []Kind {
 	return []Kind{KindPanic, KindCPUStall, KindRunawayProcess, KindHostSilent, KindForkBomb, KindMemoryHog, KindExhaustion,
-		KindOops, KindRCUStall, KindHungTask, KindSoftLockup, KindTampering}
+		KindOops, KindRCUStall, KindHungTask, KindSoftLockup, KindTampering, KindNetworkFlood, KindNetworkSilent}
 }
 
 // Evidence is one observed fact that supports a finding.
@@ -104,6 +106,7 @@ const (
 	NeedTasks      Need = "tasks"      // Pass.Tasks, one of them from this pass
 	NeedUsage      Need = "usage"      // Pass.Usage, one of them from this pass
 	NeedSigns      Need = "signs"      // Pass.Signs
+	NeedNetwork    Need = "network"    // Pass.Network, one of them from lately
 )
 
 // TaskSample is the whole task list as it was once.
@@ -128,6 +131,8 @@ type Pass struct {
 	// Usage is what may run out, oldest first: close together lately, ten seconds apart before.
 	Usage []kernel.Usage `json:"usage,omitempty"`
 	Signs []kernel.Signs `json:"signs,omitempty"` // oldest first
+	// Network is what the packet path between the host and the wire has seen, oldest first.
+	Network []NetworkSample `json:"network,omitempty"`
 	View  *kernel.View   `json:"-"`               // the fresh view; nil in a replayed series
 	// Tickless says that CPUs of this host may run a task without timer ticks (nohz_full): the scheduler then looks after
 	// them from another CPU once a second.

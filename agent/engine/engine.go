@@ -30,6 +30,7 @@ type Engine struct {
 	journal   chan entry
 	wake      chan struct{}   // has the loop begin a pass at once
 	healing   chan struct{}   // holds one token: one repair at a time
+	network   sync.Mutex      // held while containment changes
 	running   context.Context // ends with Run; every repair is broken off then
 	end       context.CancelFunc
 	builds    kernel.Cache // of the kernels that were attached
@@ -88,6 +89,9 @@ func New(o Options) *Engine {
 		e.config.Tasks = max(e.config.Tasks, o.Interval)
 	}
 	e.detectors = detect.Detectors(e.config)
+	if o.Network != nil {
+		e.detectors = append(e.detectors, detect.NetworkDetectors(e.config)...)
+	}
 	for _, d := range e.detectors {
 		e.status = append(e.status, DetectorStatus{ID: d.ID, Title: d.Title, Health: CouldNotTell, Error: "has not run yet"})
 	}
@@ -130,12 +134,14 @@ func (e *Engine) agreementID() string {
 
 // State returns a snapshot.
 func (e *Engine) State() State {
+	contained := e.contained()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	s := State{
 		Phase: e.phase, Since: e.since, Started: e.started, Why: e.why, Dead: e.dead, HostUUID: e.uuid,
 		AttachTook: e.attachTook, Attaches: e.attaches, Health: e.health(), Detectors: slices.Clone(e.status),
 		Passes: e.passes, LastPass: e.cost, Writes: e.o.Writes, Healing: e.current, Errors: slices.Clone(e.faults),
+		Contained: contained,
 	}
 	if s.HostUUID == "" {
 		s.HostUUID = e.o.HostUUID

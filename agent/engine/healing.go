@@ -474,7 +474,7 @@ func (e *Engine) Outcomes(finding string) []heal.Outcome {
 }
 
 func (e *Engine) executor(mem hostmem.Memory, img *kernel.Image, grant access.Grant, f detect.Finding, boot string) *heal.Executor {
-	o := heal.Options{Memory: mem, Grant: grant, Power: e.o.Power, Logger: e.log}
+	o := heal.Options{Memory: mem, Grant: grant, Power: e.o.Power, Network: e.o.Network, Logger: e.log}
 	if img != nil {
 		// Whatever a plan made from a hostile kernel's tables says, no store leaves what that kernel itself calls RAM.
 		o.Kernel, o.Memory = img, hostmem.Narrow(mem, img.RAM())

@@ -89,6 +89,7 @@ type watcher struct {
 	tasks      []detect.TaskSample
 	usage      []kernel.Usage
 	signs      []kernel.Signs
+	network    []detect.NetworkSample
 	nextSigns  time.Time
 	nextTasks  time.Time
 	nextProve  time.Time
@@ -186,6 +187,9 @@ func (w *watcher) probe(ctx context.Context, why string) {
 		p.PathDown = w.down
 	}
 	w.judge(ctx, p)
+	w.e.mu.Lock()
+	defer w.e.mu.Unlock()
+	w.e.tellChanged()
 }
 
 func (w *watcher) openMemory(ctx context.Context) error {
@@ -402,8 +406,7 @@ func (w *watcher) watch(ctx context.Context) error {
 	if late {
 		c.Late++
 	}
-	close(e.changed)
-	e.changed = make(chan struct{})
+	e.tellChanged()
 	e.mu.Unlock()
 
 	switch {
@@ -428,6 +431,12 @@ func (w *watcher) watch(ctx context.Context) error {
 		return err
 	}
 	return nil
+}
+
+// tellChanged wakes those who wait for a pass. e.mu is held.
+func (e *Engine) tellChanged() {
+	close(e.changed)
+	e.changed = make(chan struct{})
 }
 
 // pass reads and judges once.
@@ -658,6 +667,7 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 	if w.nextRun == nil {
 		w.nextRun = make(map[string]time.Time)
 	}
+	p.Network = w.sampleNetwork(p.Now)
 	for i := range e.detectors {
 		d := &e.detectors[i]
 		e.mu.Lock()
@@ -730,6 +740,8 @@ func lacking(d *detect.Detector, p *detect.Pass) detect.Need {
 			has = len(p.Usage) > 0
 		case detect.NeedSigns:
 			has = len(p.Signs) > 0
+		case detect.NeedNetwork:
+			has = len(p.Network) > 0
 		}
 		if !has {
 			return n

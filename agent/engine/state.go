@@ -39,6 +39,8 @@ type Options struct {
 	Journal *journal.Journal
 	// Power is the host's power controller; nil if there is none.
 	Power heal.Power
+	// Network is the packet path between the host and the wire; nil if this agent does not stand there.
+	Network Network
 	// Interval overrides the policy's time between two heartbeats; zero leaves it.
 	Interval time.Duration
 	// CacheDir keeps hints between starts, such as where the kernel's note was found last. Empty means none are kept.
@@ -150,6 +152,8 @@ type State struct {
 	Agreement  *AgreementState  `json:"agreement,omitempty"`
 	Healing    string           `json:"healing,omitempty"` // ID of the plan that is being carried out
 	Errors     []FaultNote      `json:"errors,omitempty"`
+	// Contained is what keeps the host's traffic back; nil if nothing does.
+	Contained *heal.Containment `json:"contained,omitempty"`
 }
 
 // EventType is what an event tells.

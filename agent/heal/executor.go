@@ -49,13 +49,14 @@ type Kernel interface {
 }
 
 // Options are what an Executor works with. Journal, Grant and Confirm are needed for everything, Memory and Kernel for
-// plans that store, Power for plans that use it.
+// plans that store, Power and Network for plans that use them.
 type Options struct {
 	Memory  hostmem.Memory
 	Kernel  Kernel
 	Journal Journal
 	Grant   access.Grant
 	Power   Power
+	Network Network
 	// Confirm returns nil if the fault of a plan is there in a fresh look at the host.
 	Confirm func(context.Context, Plan) error
 	// Cured returns nil once the finding's detector has gone quiet; it waits as long as that may take.
@@ -318,6 +319,10 @@ func (r *run) permitted() error {
 			if err := x.o.Grant.Permit(access.Power); err != nil {
 				return err
 			}
+		case OpNetwork: // is the action itself
+			if x.o.Network == nil {
+				return fmt.Errorf("%s: %w", r.p.Action, ErrNoNetwork)
+			}
 		default:
 			memory = true
 			right := access.Read
@@ -425,6 +430,13 @@ func checkForm(p Plan) error {
 				}
 			}
 		case OpPower:
+		case OpNetwork:
+			if s.Network == nil {
+				return bad(i, "has no order for the network")
+			}
+			if err := s.Network.Check(); err != nil {
+				return bad(i, err.Error())
+			}
 		default:
 			return bad(i, fmt.Sprintf("unknown operation %q", s.Op))
 		}
@@ -465,6 +477,8 @@ func (r *run) step(i int, s *Step, o *StepOutcome) error {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), PowerTimeout)
 		defer cancel()
 		err = DoPower(ctx, r.x.o.Power, s.Power)
+	case OpNetwork:
+		err = r.contain(i, s, o)
 	}
 	return err
 }
@@ -706,6 +720,10 @@ func (r *run) undo() {
 	for k := len(r.done) - 1; k >= 0; k-- {
 		i := r.done[k]
 		s := &r.p.Steps[i]
+		if s.Op == OpNetwork {
+			undone = r.uncontain(i) && undone
+			continue
+		}
 		if ran || !s.Undo {
 			undone = false
 			left(i)

@@ -25,7 +25,7 @@ type Risk int
 
 const (
 	RiskNone    Risk = iota // observes only
-	RiskTask                // ends or stops tasks
+	RiskTask                // ends or stops tasks, or keeps traffic back
 	RiskKernel              // changes the kernel's own state
 	RiskRestart             // takes the host down
 )
@@ -123,6 +123,8 @@ const (
 	OpAwait Op = "await"
 	// OpPower does Power through the host's power controller.
 	OpPower Op = "power"
+	// OpNetwork gives Network to the packet path between the host and the wire.
+	OpNetwork Op = "network"
 )
 
 // Cond is a condition on an aligned word of host memory, 4 or 8 bytes, little-endian.
@@ -171,7 +173,8 @@ type Step struct {
 	// then everything that was laid down for the host must stay.
 	Runs bool `json:"runs,omitempty"`
 	// Power is "on", "off", "cycle", "nmi" or "shutdown".
-	Power string `json:"power,omitempty"`
+	Power   string        `json:"power,omitempty"`
+	Network *NetworkOrder `json:"network,omitempty"`
 }
 
 // Call is a function of the host's kernel that the host will run because of a plan.
@@ -257,6 +260,7 @@ const StoreAction = "store-memory"
 func Actions() []Action {
 	return []Action{
 		killProcess(), stopProcess(), continueProcess(), stopForkBomb(), restartHost(), powerCycle(),
+		quarantine(), rateLimit(), release(),
 		called(SyncDisks, "Write to disks what is dirty", RiskKernel, emergencySync, everyKind()...),
 		called(RemountDisks, "Remount all file systems read-only", RiskKernel, emergencyRemount, everyKind()...),
 		called(RebootHost, "Have the host reboot in an orderly way", RiskRestart, orderlyReboot, everyKind()...),
@@ -315,10 +319,12 @@ type StepOutcome struct {
 	Took    time.Duration `json:"took"`
 	Old     Bytes         `json:"old,omitempty"` // what was there
 	// How says how a store was made: "compare-and-swap", or "read-compare-write-verify" on a path without atomics.
-	How    string `json:"how,omitempty"`
-	Met    string `json:"met,omitempty"` // the condition that ended an await
-	Undone bool   `json:"undone,omitempty"`
-	Error  string `json:"error,omitempty"`
+	How string `json:"how,omitempty"`
+	Met string `json:"met,omitempty"` // the condition that ended an await
+	// Contained is what kept the host's traffic back before a step of the network.
+	Contained *Containment `json:"contained,omitempty"`
+	Undone    bool         `json:"undone,omitempty"`
+	Error     string       `json:"error,omitempty"`
 }
 
 // FunctionRun is a function of the host's kernel that the host has run because of us.

@@ -110,6 +110,12 @@ func (p Policy) DetectConfig() detect.Config {
 	if s.BombGrowth != 0 {
 		c.BombGrowth = s.BombGrowth
 	}
+	if s.FloodPackets != 0 {
+		c.FloodPackets = s.FloodPackets
+	}
+	if s.FloodSYNs != 0 {
+		c.FloodSYNs = s.FloodSYNs
+	}
 	if s.HogFloor != 0 {
 		c.HogFloor = s.HogFloor
 	}

@@ -21,7 +21,9 @@
 //	    "hogETA": "3s",
 //	    "hogFloor": 0.05,
 //	    "rcuFor": "12s",
-//	    "hungFor": "30s"
+//	    "hungFor": "30s",
+//	    "floodPackets": 200000,
+//	    "floodSYNs": 1000
 //	  },
 //	  "rules": [
 //	    {"finding": "runaway-process", "action": "kill-process", "mode": "automatic", "minConfidence": 0.9,
@@ -35,7 +37,9 @@
 //	    {"finding": "rcu-stall", "action": "restart-host", "mode": "wait"},
 //	    {"finding": "soft-lockup", "action": "restart-host", "mode": "wait"},
 //	    {"finding": "hung-task", "action": "reboot-host", "mode": "wait"},
-//	    {"finding": "tampering", "action": "restart-host", "mode": "wait"}
+//	    {"finding": "tampering", "action": "restart-host", "mode": "wait"},
+//	    {"finding": "network-flood", "action": "rate-limit", "mode": "automatic", "maxPerHour": 6, "then": "quarantine"},
+//	    {"finding": "network-silent", "action": "reboot-host", "mode": "wait"}
 //	  ]
 //	}
 //
@@ -121,6 +125,8 @@ type Detectors struct {
 	HogFloor      float64  `json:"hogFloor,omitempty"`
 	RCUFor        Duration `json:"rcuFor,omitempty"`
 	HungFor       Duration `json:"hungFor,omitempty"`
+	FloodPackets  int      `json:"floodPackets,omitempty"`
+	FloodSYNs     int      `json:"floodSYNs,omitempty"`
 }
 
 // Policy is the document.
@@ -144,5 +150,7 @@ func Default() Policy {
 		{Finding: "soft-lockup", Action: "restart-host", Mode: Wait},
 		{Finding: "hung-task", Action: "reboot-host", Mode: Wait},
 		{Finding: "tampering", Action: "restart-host", Mode: Wait},
+		{Finding: "network-flood", Action: "rate-limit", Mode: Wait},
+		{Finding: "network-silent", Action: "reboot-host", Mode: Wait},
 	}}
 }

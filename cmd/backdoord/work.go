@@ -51,6 +51,7 @@ func work(ctx context.Context, f flags, level *slog.LevelVar, log *slog.Logger, 
 		log.Error("configuration", "err", err)
 	}
 	w.openRDMA(p)
+	w.gateway = newGateway(cfg, log)
 	w.openEngine(p, why)
 	w.openImages()
 	if w.machine { // another's TPM is left alone
@@ -88,7 +89,8 @@ type worker struct {
 	seal        atomic.Pointer[keySeal] // nil: the keys are not sealed
 	service     atomic.Pointer[service.Service]
 
-	remote *remote // nil if RDMA is not served
+	remote  *remote  // nil if RDMA is not served
+	gateway *gateway // nil if the agent does not stand between the host and the wire
 }
 
 // reset is how Redfish restarts the agent's machine: this process ends, and its keeper does it.
@@ -118,7 +120,7 @@ func (w *worker) openEngine(p *parts, why error) {
 		w.log.Warn("make cache directory", "err", err)
 		cache = ""
 	}
-	w.engine = engine.New(engine.Options{
+	o := engine.Options{
 		Logger:    w.log,
 		Memory:    memory(w.cfg, w.log, why),
 		Writes:    w.cfg.Writes,
@@ -129,7 +131,11 @@ func (w *worker) openEngine(p *parts, why error) {
 		Power:     p.power,
 		Interval:  w.cfg.Intervals.Pass.Std(),
 		CacheDir:  cache,
-	})
+	}
+	if w.gateway != nil {
+		o.Network = w.gateway
+	}
+	w.engine = engine.New(o)
 }
 
 // newService makes the Redfish service. What is wrong with its part of the state directory keeps it from being made, and must
@@ -188,6 +194,9 @@ func (w *worker) run(ctx context.Context) int {
 	var wg sync.WaitGroup
 	wg.Go(func() { supervise(ctx, w.log, "engine", w.engine.Run) })
 	w.serveRDMA(ctx, &wg)
+	if w.gateway != nil {
+		wg.Go(func() { supervise(ctx, w.log, "datapath", w.gateway.run) })
+	}
 	wg.Go(func() {
 		var svc *service.Service
 		supervise(ctx, w.log, "redfish", func(ctx context.Context) (err error) {

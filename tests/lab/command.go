@@ -187,6 +187,7 @@ func upFlags(s *flag.FlagSet, c *command) {
 	s.StringVar(&c.cfg.Engine, "engine", EngineWindow, "the agent's `path` to the host's memory: window or dma")
 	s.StringVar(&c.cfg.DPUImage, "image", "", "the DPU's initramfs `file` instead of build/images/dpu-arm64")
 	s.StringVar(&c.cfg.DPUKernel, "dpu-kernel", "", "the DPU's kernel `file`")
+	s.BoolVar(&c.cfg.Datapath, "datapath", false, "put the DPU between the host and the wire")
 	s.StringVar(&c.cfg.WireCapture, "capture", "", "write the traffic on the wire to a pcap `file`")
 }
 
@@ -298,7 +299,8 @@ func runUp(c *command) (int, error) {
 	args := []string{"lab", "supervise", "-name", c.name, "-kernel", c.cfg.HostKernel, "-memory", c.memory,
 		"-cpus", fmt.Sprint(c.cfg.HostCPUs), "-append", c.cfg.HostArgs, "-engine", c.cfg.Engine,
 		"-image", c.cfg.DPUImage, "-dpu-kernel", c.cfg.DPUKernel, "-capture", c.cfg.WireCapture, "-policy", c.policy,
-		fmt.Sprintf("-no-dpu=%v", c.cfg.NoDPU), fmt.Sprintf("-no-writes=%v", c.cfg.NoWrites), fmt.Sprintf("-slots=%v", c.cfg.Slots)}
+		fmt.Sprintf("-no-dpu=%v", c.cfg.NoDPU), fmt.Sprintf("-no-writes=%v", c.cfg.NoWrites), fmt.Sprintf("-slots=%v", c.cfg.Slots),
+		fmt.Sprintf("-datapath=%v", c.cfg.Datapath)}
 	sup := exec.Command(self, args...)
 	sup.ExtraFiles = []*os.File{w}
 	sup.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // it outlives this terminal

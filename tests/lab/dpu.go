@@ -56,6 +56,7 @@ type DPU struct {
 	mu    sync.Mutex
 	swtpm *process   // guarded by mu; nil while the DPU is off
 	port  *wire.Port // guarded by mu; nil while the DPU is off
+	cable *wire.Port // guarded by mu; nil while the DPU is off, and without Config.Datapath
 }
 
 // What the agent prints on the console.
@@ -66,7 +67,7 @@ var (
 )
 
 // newDPU prepares the DPU; it is off.
-func newDPU(dir string, cfg Config, h *Host, b *bmc.BMC, sw *wire.Switch) (*DPU, error) {
+func newDPU(dir string, cfg Config, h *Host, b *bmc.BMC, sw, cable *wire.Switch) (*DPU, error) {
 	d := &DPU{StateDir: filepath.Join(dir, "dpu-state"), events: newTrail[Event](10000)}
 	tpm := filepath.Join(dir, "tpm")
 	for _, sub := range []string{d.StateDir, tpm} {
@@ -121,7 +122,22 @@ func newDPU(dir string, cfg Config, h *Host, b *bmc.BMC, sw *wire.Switch) (*DPU,
 			d.mu.Lock()
 			d.port = p
 			d.mu.Unlock()
-			start := []string{"-kernel", cfg.DPUKernel, "-initrd", cfg.DPUImage, "-append", "console=ttyAMA0 panic=-1 quiet"}
+			var host []string // the card that HOST's cable leads to
+			if cable != nil {
+				p, far, err := cable.Socket("dpu")
+				if err != nil {
+					return nil, &InfraError{Op: "plug the DPU into the host's cable", Err: err}
+				}
+				d.mu.Lock()
+				d.cable = p
+				d.mu.Unlock()
+				host = []string{
+					"-netdev", fmt.Sprintf("dgram,id=cable,local.type=fd,local.str=%d", f.add(far)),
+					"-device", "virtio-net-pci,netdev=cable,romfile=,mac=" + dpuCableMAC,
+				}
+			}
+			// With the magic sysrq tests can kill the agent.
+			start := []string{"-kernel", cfg.DPUKernel, "-initrd", cfg.DPUImage, "-append", "console=ttyAMA0 panic=-1 quiet sysrq_always_enabled"}
 			if d.Slots != nil {
 				start = d.Slots.args(cfg)
 			}
@@ -135,8 +151,8 @@ func newDPU(dir string, cfg Config, h *Host, b *bmc.BMC, sw *wire.Switch) (*DPU,
 				"-drive", "if=none,id=state,format=raw,file=" + disk, "-device", "virtio-blk-pci,drive=state",
 				"-netdev", fmt.Sprintf("user,id=net0,hostfwd=tcp:%v-:443", d.redfish), "-device", "virtio-net-pci,netdev=net0,romfile=,mac=" + dpuMAC,
 				"-netdev", fmt.Sprintf("dgram,id=wire,local.type=fd,local.str=%d", wireFD),
-				"-device", fmt.Sprintf("virtio-net-pci,netdev=wire,romfile=,host_mtu=%d,mac=%s", wire.MTU, dpuWireMAC),
-			}, start...), nil
+				"-device", fmt.Sprintf("virtio-net-pci,netdev=wire,romfile=,host_mtu=%d,mac=%s", cfg.wireMTU(), dpuWireMAC),
+			}, append(host, start...)...), nil
 		},
 	}
 	return d, nil
@@ -168,11 +184,13 @@ func (d *DPU) startTPM(f *fds, dir string) (int, error) {
 // ended clears up after a run of QEMU.
 func (d *DPU) ended() {
 	d.mu.Lock()
-	p, tpm := d.port, d.swtpm
-	d.port, d.swtpm = nil, nil
+	ports, tpm := []*wire.Port{d.port, d.cable}, d.swtpm
+	d.port, d.cable, d.swtpm = nil, nil, nil
 	d.mu.Unlock()
-	if p != nil {
-		p.Close()
+	for _, p := range ports {
+		if p != nil {
+			p.Close()
+		}
 	}
 	if tpm != nil {
 		tpm.terminate(2 * time.Second) // it ends by itself when QEMU is gone
@@ -270,6 +288,16 @@ func (d *DPU) setPassword(ctx context.Context) error {
 	}
 	d.Password = to // and the service has ended the session
 	return nil
+}
+
+// KillAgent kills the process that does the agent's work, which its keeper then starts again: the kernel's magic sysrq on the console
+// ends the largest process.
+func (d *DPU) KillAgent(ctx context.Context) error {
+	if err := d.QMP(ctx, "chardev-send-break", map[string]string{"id": "console"}, nil); err != nil {
+		return err
+	}
+	_, err := d.machine.console.Write([]byte("f"))
+	return err
 }
 
 // Redfish returns a client of the DPU's Redfish service that trusts exactly the DPU's certificate.

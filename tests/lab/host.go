@@ -16,6 +16,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/images/kernels"
 	"github.com/backdoor-rhs/backdoor/tests/lab/control"
 	"github.com/backdoor-rhs/backdoor/tests/lab/qmp"
+	"github.com/backdoor-rhs/backdoor/tests/lab/wire"
 )
 
 // Event is something that happened to HOST, as QMP, the control line or the process table tell it.
@@ -47,11 +48,13 @@ type Host struct {
 	ram     *ram
 	service *port
 	media   media
+	cable   *wire.Switch // into the DPU; nil if HOST is on QEMU's user network
 	events  *trail[Event]
 	log     *os.File
 
 	mu   sync.Mutex
-	line *line // guarded by mu; nil while HOST is off
+	line *line      // guarded by mu; nil while HOST is off
+	port *wire.Port // on the cable; guarded by mu; nil while HOST is off
 	// boots is how often the userland has come up; guarded by mu.
 	boots int
 	ready control.Ready // guarded by mu; of the last boot
@@ -62,8 +65,8 @@ type Host struct {
 const bootTime = 3 * time.Minute
 
 // newHost prepares HOST; it is off.
-func newHost(dir string, cfg Config, k kernels.Kernel, initramfs string) (*Host, error) {
-	h := &Host{UUID: newUUID(), Kernel: k, events: newTrail[Event](10000)}
+func newHost(dir string, cfg Config, k kernels.Kernel, initramfs string, cable *wire.Switch) (*Host, error) {
+	h := &Host{UUID: newUUID(), Kernel: k, cable: cable, events: newTrail[Event](10000)}
 	var err error
 	if h.log, err = logFile(filepath.Join(dir, "host-console.log")); err != nil {
 		return nil, err
@@ -100,7 +103,11 @@ func newHost(dir string, cfg Config, k kernels.Kernel, initramfs string) (*Host,
 			h.mu.Lock()
 			h.line = newLine(ctl, h.fromUserland)
 			h.mu.Unlock()
-			args := []string{
+			network, err := h.network(f)
+			if err != nil {
+				return nil, err
+			}
+			args := append(network,
 				"-machine", "q35,memory-backend=ram0", "-accel", "tcg,thread=multi", "-cpu", cfg.HostCPU,
 				// With one CPU, QEMU's atomic instructions would not be atomic against the other machine.
 				"-smp", fmt.Sprintf("%d,maxcpus=%d", cfg.HostCPUs, max(cfg.HostCPUs, 2)),
@@ -108,10 +115,9 @@ func newHost(dir string, cfg Config, k kernels.Kernel, initramfs string) (*Host,
 				"-object", fmt.Sprintf("memory-backend-file,id=ram0,size=%dM,mem-path=/proc/self/fd/%d,share=on", cfg.HostMemory>>20, memFD),
 				"-uuid", h.UUID, "-rtc", "base=utc",
 				"-chardev", fmt.Sprintf("socket,id=control,fd=%d", ctlFD), "-serial", "chardev:control",
-				"-netdev", fmt.Sprintf("user,id=net0,hostfwd=tcp:%v-:%d", h.service, control.ServicePort),
-				"-device", "virtio-net-pci,netdev=net0,romfile=",
+				"-device", "virtio-net-pci,netdev=net0,romfile=,mac="+hostMAC,
 				"-drive", h.media.drive(), "-device", "ide-cd,id=cdrom,drive=cd0,bus=ide.0",
-			}
+			)
 			if order := h.media.takeBoot(); order != "" {
 				return append(args, "-boot", "order="+order), nil
 			}
@@ -119,6 +125,29 @@ func newHost(dir string, cfg Config, k kernels.Kernel, initramfs string) (*Host,
 		},
 	}
 	return h, nil
+}
+
+// hostMAC is the address of HOST's network card.
+const hostMAC = "52:54:00:12:34:56"
+
+// network returns what HOST's network card is plugged into, for one run of its QEMU.
+func (h *Host) network(f *fds) ([]string, error) {
+	if h.cable == nil {
+		return []string{"-netdev", "user,id=net0," + h.forward()}, nil
+	}
+	p, far, err := h.cable.Socket("host")
+	if err != nil {
+		return nil, &InfraError{Op: "plug the host into its cable", Err: err}
+	}
+	h.mu.Lock()
+	h.port = p
+	h.mu.Unlock()
+	return []string{"-netdev", fmt.Sprintf("dgram,id=net0,local.type=fd,local.str=%d", f.add(far))}, nil
+}
+
+// forward has a user network of QEMU lead connections to HOST's service.
+func (h *Host) forward() string {
+	return fmt.Sprintf("hostfwd=tcp:%v-:%d", h.service, control.ServicePort)
 }
 
 func newUUID() string {
@@ -165,6 +194,10 @@ func (h *Host) ended() {
 	if h.line != nil {
 		h.line.conn.Close()
 		h.line = nil
+	}
+	if h.port != nil {
+		h.port.Close()
+		h.port = nil
 	}
 	h.mu.Unlock()
 	h.events.add(Event{At: time.Now(), Name: EventOff})

@@ -65,6 +65,9 @@ type Config struct {
 	Log io.Writer
 	// InitialPassword leaves the DPU's initial password as it is; with it, nothing but changing it is allowed.
 	InitialPassword bool
+	// Datapath puts the DPU between HOST and the wire: HOST's only network is a cable into the DPU, which forwards to the wire, and
+	// there a router leads HOST's traffic on as QEMU's user network does without.
+	Datapath bool
 	// WireCapture, if not empty, is a file that gets every frame on the wire in pcap format.
 	WireCapture string
 }
@@ -105,6 +108,9 @@ func (c *Config) fill() error {
 	if c.Engine != EngineWindow && c.Engine != EngineDMA {
 		errs = append(errs, fmt.Errorf("the engine is %q or %q, not %q", EngineWindow, EngineDMA, c.Engine))
 	}
+	if c.Datapath && c.NoDPU {
+		errs = append(errs, errors.New("the host's cable leads into the DPU: there is no datapath without one"))
+	}
 	if c.CacheDir == "" {
 		dir, err := os.UserCacheDir()
 		if err != nil {
@@ -124,6 +130,8 @@ type Lab struct {
 	DPU  *DPU // nil with Config.NoDPU
 	BMC  *bmc.BMC
 	Wire *wire.Switch
+	// Cable is the wire between HOST and the DPU; nil without Config.Datapath.
+	Cable *wire.Switch
 
 	dir       string
 	temporary bool
@@ -179,10 +187,24 @@ func Up(ctx context.Context, cfg Config) (l *Lab, err error) {
 		return l, err
 	}
 	say("host: Linux %s, %d CPUs, %d MiB", k.Release, cfg.HostCPUs, cfg.HostMemory>>20)
-	if l.Host, err = newHost(l.dir, cfg, k, initramfs); err != nil {
+	if err := l.makeWire(cfg.WireCapture); err != nil {
+		return l, err
+	}
+	if cfg.Datapath {
+		if l.Cable, err = wire.New(wire.Options{}); err != nil {
+			return l, &InfraError{Op: "make the host's cable", Err: err}
+		}
+		l.closers = append(l.closers, l.Cable.Close)
+	}
+	if l.Host, err = newHost(l.dir, cfg, k, initramfs, l.Cable); err != nil {
 		return l, err
 	}
 	l.closers = append(l.closers, l.Host.close)
+	if cfg.Datapath {
+		if err := l.startRouter(); err != nil {
+			return l, err
+		}
+	}
 	l.BMC, err = bmc.Start(bmc.Options{
 		Machine: l.Host, UUID: l.Host.UUID, MemoryGiB: float64(cfg.HostMemory) / (1 << 30), CPUs: cfg.HostCPUs,
 		Names: []string{gateway}, StateDir: filepath.Join(l.dir, "bmc"),
@@ -191,11 +213,8 @@ func Up(ctx context.Context, cfg Config) (l *Lab, err error) {
 		return l, &InfraError{Op: "start the host's BMC", Err: err}
 	}
 	l.closers = append(l.closers, l.BMC.Close)
-	if err := l.makeWire(cfg.WireCapture); err != nil {
-		return l, err
-	}
 	if !cfg.NoDPU {
-		if l.DPU, err = newDPU(l.dir, cfg, l.Host, l.BMC, l.Wire); err != nil {
+		if l.DPU, err = newDPU(l.dir, cfg, l.Host, l.BMC, l.Wire, l.Cable); err != nil {
 			return l, err
 		}
 		l.closers = append(l.closers, l.DPU.close)

@@ -30,7 +30,19 @@ const (
 	dpuMAC     = "52:54:00:bd:00:01"
 	dpuWireMAC = "52:54:00:bd:00:02"
 	gateway    = "10.0.2.2" // also: how the DPU reaches loopback services of this machine
+	// dpuCableMAC is of the card at the other end of HOST's cable; no frame ever carries it.
+	dpuCableMAC = "52:54:00:bd:00:03"
+	// datapathMTU is what XDP takes in virtio_net's driver of Linux 6.1.
+	datapathMTU = 3500
 )
+
+// wireMTU is the MTU of the DPU's card on the wire.
+func (c *Config) wireMTU() int {
+	if c.Datapath {
+		return datapathMTU
+	}
+	return wire.MTU
+}
 
 // DPUWireAddress and DPUWireAddress6 are the DPU's addresses on the wire, where its agent serves RDMA.
 var (
@@ -118,9 +130,12 @@ func writeState(dir string, cfg Config, h *Host, b *bmc.BMC) (parties, error) {
 			Hostname: "dpu",
 			Interfaces: []boot.Interface{
 				{Match: dpuMAC, Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.2.15/24")}, Gateway: netip.MustParseAddr(gateway)},
-				{Match: dpuWireMAC, Addresses: []netip.Prefix{DPUWireAddress, DPUWireAddress6}, MTU: wire.MTU},
+				{Match: dpuWireMAC, Addresses: []netip.Prefix{DPUWireAddress, DPUWireAddress6}, MTU: cfg.wireMTU()},
 			},
 		},
+	}
+	if cfg.Datapath {
+		c.Datapath = &config.Datapath{Host: dpuCableMAC, Uplink: dpuWireMAC}
 	}
 	if err := c.Write(filepath.Join(dir, "config.json")); err != nil {
 		return parties{}, err

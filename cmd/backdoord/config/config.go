@@ -33,6 +33,7 @@
 //	    "keys": [{"user": "ops", "file": "ops.rdma-key"}],
 //	    "memoryByKey": false
 //	  },
+//	  "datapath": {"host": "52:54:00:bd:00:03", "uplink": "eth1", "allow": ["10.77.0.0/24"]},
 //	  "intervals": {"pass": "250ms"},
 //	  "logLevel": "info",
 //	  "boot": {"hostname": "dpu", "interfaces": [{"match": "eth0", "dhcp": true}]}
@@ -91,7 +92,8 @@ type Config struct {
 	PolicyFile string    `json:"policyFile,omitempty"` // empty: every finding waits for an operator
 	HostBMC    *HostBMC  `json:"hostBMC,omitempty"`    // absent: the agent cannot power-cycle the host
 	Redfish    Redfish   `json:"redfish,omitzero"`
-	RDMA       RDMA      `json:"rdma,omitzero"` // without addresses: not served
+	RDMA       RDMA      `json:"rdma,omitzero"`      // without addresses: not served
+	Datapath   *Datapath `json:"datapath,omitempty"` // absent: the host's traffic is none of the agent's business
 	Intervals  Intervals `json:"intervals,omitzero"`
 	LogLevel   string    `json:"logLevel,omitempty"` // debug, info (default), warn, error
 	// Boot says how the machine comes up when the agent is its first program; elsewhere it is ignored.
@@ -315,6 +317,18 @@ type RDMAKey struct {
 	File string `json:"file"` // 32 random bytes in base64
 }
 
+// Datapath has the agent's machine forward between the host and the wire, see package nicfw/datapath. The interfaces are given by name
+// or hardware address. The one that leads to the host must not be among boot.interfaces; the uplink has static addresses there, if the agent
+// is to be reached on it.
+type Datapath struct {
+	Host   string `json:"host"`
+	Uplink string `json:"uplink"`
+	// Allow are remotes that the host may talk to in any quarantine.
+	Allow []netip.Prefix `json:"allow,omitempty"`
+	// Generic runs the programs behind the drivers instead of in them.
+	Generic bool `json:"generic,omitempty"`
+}
+
 // Intervals pace the agent. Zero means the default.
 type Intervals struct {
 	Pass Duration `json:"pass,omitempty"` // between two looks at the host
@@ -519,6 +533,21 @@ func (c Config) Validate() error {
 	for i, k := range r.Keys {
 		if k.User == "" || k.File == "" {
 			bad(fmt.Sprintf("rdma.keys[%d]", i), "user and file must be given")
+		}
+	}
+	if d := c.Datapath; d != nil {
+		switch {
+		case d.Host == "" || d.Uplink == "" || strings.EqualFold(d.Host, d.Uplink):
+			bad("datapath", "host and uplink must name two interfaces")
+		case len(c.Boot.Interfaces) == 0:
+			bad("datapath", "give boot.interfaces: without them all interfaces ask for DHCP, also the one that leads to the host")
+		case slices.ContainsFunc(c.Boot.Interfaces, func(i boot.Interface) bool { return strings.EqualFold(i.Match, d.Host) }):
+			bad("datapath.host", "%s is among boot.interfaces; the host must not see the agent's machine on it", d.Host)
+		}
+		for i, p := range d.Allow {
+			if !p.IsValid() {
+				bad(fmt.Sprintf("datapath.allow[%d]", i), "want a prefix, as in 10.77.0.0/24")
+			}
 		}
 	}
 	if p := time.Duration(c.Intervals.Pass); p != 0 && (p < time.Millisecond || p > time.Hour) {
