@@ -22,9 +22,9 @@ const (
 const (
 	ContainFor   = 10 * time.Minute
 	LongestOrder = 30 * 24 * time.Hour
-	LimitRate    = 1 << 20   // bytes/s
-	LimitBurst   = 128 << 10 // bytes
-	leastBurst   = 9216      // a whole frame
+	LimitRate    = 32 << 10 // bytes/s
+	LimitBurst   = 32 << 10 // bytes
+	leastBurst   = 9216     // a whole frame
 	mostAllowed  = 64
 )
 

@@ -65,6 +65,7 @@ type options struct {
 	attested                                                                string
 	img                                                                     imageFlags
 	flash                                                                   flashFlags
+	network                                                                 networkFlags
 }
 
 func (o *options) global(fs *flag.FlagSet) {
@@ -112,7 +113,7 @@ func (e *codeError) Unwrap() error { return e.err }
 
 func verbs() []verb {
 	return slices.Concat([]verb{statusVerb, findingsVerb, psVerb, topVerb, dmesgVerb}, listingVerbs(), []verb{
-		healVerb, powerVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, incidentsVerb, policyVerb, attestVerb, loginVerb, configVerb, agreementVerb, imageVerb, flashVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
+		healVerb, powerVerb, networkVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, incidentsVerb, policyVerb, attestVerb, loginVerb, configVerb, agreementVerb, imageVerb, flashVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
 	})
 }
 

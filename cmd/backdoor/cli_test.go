@@ -52,6 +52,7 @@ type fakeAgent struct {
 	samples  int
 	detached bool
 	lock     *access.Lock // nil if no owner is trusted
+	orders   []heal.NetworkOrder
 }
 
 func newFakeAgent() *fakeAgent {
@@ -166,6 +167,10 @@ func (a *fakeAgent) Store(_ context.Context, r engine.StoreRequest) (heal.Outcom
 	a.stores = append(a.stores, r)
 	return heal.Outcome{Plan: heal.Plan{ID: "plan-7"}}, nil
 }
+func (a *fakeAgent) Contain(_ context.Context, o heal.NetworkOrder, _ string) (heal.Outcome, error) {
+	a.orders = append(a.orders, o)
+	return heal.Outcome{}, nil
+}
 func (a *fakeAgent) Control(ctx context.Context, _, _, _ string, do func(context.Context) error) error {
 	return do(ctx)
 }
@@ -277,7 +282,7 @@ func newBench(t *testing.T) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.Handle(host.Routes(s, host.Options{Agent: b.agent, Journal: fakeJournal{}, Version: "1.0.0", View: b.agent.look, Memory: fakeRAM, DumpDir: b.path("dumps")})...)
+	s.Handle(host.Routes(s, host.Options{Agent: b.agent, Journal: fakeJournal{}, Version: "1.0.0", View: b.agent.look, Memory: fakeRAM, DumpDir: b.path("dumps"), Datapath: fakeDatapath{}})...)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -60,6 +60,7 @@
 //	cas          compare and swap a word of the host's memory, by RDMA: break-glass
 //	heal         repair a finding: heal FINDING [-dry-run] [-action A] [-y]
 //	power        the host's power: status, on, off, cycle, reset, nmi, soft
+//	network      the host's traffic: status, quarantine, limit, release
 //	events       what happened to the host and to the agent; -f goes on with what comes
 //	metrics      what the agent measures of the host and of itself
 //	collect      diagnostic data of the host as files: dmesg, memory; downloads resume

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,7 +21,9 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/nicfw/datapath"
+	"github.com/backdoor-rhs/backdoor/redfish/host"
 )
 
 const (
@@ -120,7 +123,7 @@ func (g *gateway) let() {
 
 // follow opens the packet path, and again when the agent's addresses on the uplink have changed.
 func (g *gateway) follow() error {
-	host, err := findInterface(g.cfg.Host)
+	inner, err := findInterface(g.cfg.Host)
 	if err != nil {
 		return err
 	}
@@ -147,7 +150,7 @@ func (g *gateway) follow() error {
 	if same {
 		return nil
 	}
-	now, err := datapath.Open(datapath.Config{Host: host.Name, Uplink: uplink.Name, Own: own, Services: g.services, Generic: g.cfg.Generic})
+	now, err := datapath.Open(datapath.Config{Host: inner.Name, Uplink: uplink.Name, Own: own, Services: g.services, Generic: g.cfg.Generic})
 	if err != nil {
 		return err
 	}
@@ -162,7 +165,7 @@ func (g *gateway) follow() error {
 		g.open.Close()
 	}
 	g.open, g.own, g.why = now, own, nil
-	g.log.Info("the packet path runs", "host", host.Name, "uplink", uplink.Name, "own", own, "services", g.services)
+	g.log.Info("the packet path runs", "host", inner.Name, "uplink", uplink.Name, "own", own, "services", g.services)
 	return nil
 }
 
@@ -268,13 +271,9 @@ func (g *gateway) remember(open *datapath.Gateway) error {
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(g.dir, containFile)
 	b, err := json.Marshal(c)
 	if err == nil {
-		err = os.WriteFile(path+".new", b, 0o600)
-	}
-	if err == nil {
-		err = os.Rename(path+".new", path)
+		err = durable.WriteFile(filepath.Join(g.dir, containFile), b, 0o600)
 	}
 	if err != nil {
 		return fmt.Errorf("keep what holds back the host's traffic, so that it outlives a restart: %w", err)
@@ -300,6 +299,52 @@ func (g *gateway) recall(open *datapath.Gateway) error {
 		return err
 	}
 	return impose(open, c)
+}
+
+// mostFlows are shown.
+const mostFlows = 100
+
+// State implements host.Datapath.
+func (g *gateway) State() (host.DatapathState, error) {
+	var s host.DatapathState
+	open, err := g.running()
+	if err != nil {
+		return s, err
+	}
+	for to, match := range map[*string]string{&s.HostPort: g.cfg.Host, &s.UplinkPort: g.cfg.Uplink} {
+		i, err := findInterface(match)
+		if err != nil {
+			return s, err
+		}
+		*to = i.Name
+	}
+	c, err := open.Counters()
+	if err != nil {
+		return s, err
+	}
+	for p := range c {
+		for v, n := range c[p] {
+			s.Counters = append(s.Counters, host.DatapathCounter{
+				Port: datapath.Port(p).String(), Verdict: datapath.Verdict(v).String(), Frames: n.Packets, Bytes: n.Bytes,
+			})
+		}
+	}
+	seen, err := open.Seen()
+	if err != nil {
+		return s, err
+	}
+	s.LastFrame, s.Flows = seen.Last, []host.DatapathFlow{}
+	for f, err := range open.Flows() {
+		if err != nil {
+			return s, err
+		}
+		s.Flows = append(s.Flows, host.DatapathFlow{
+			Host: f.Host.String(), Remote: f.Remote.String(), Protocol: int(f.Proto), Sent: f.Out.Packets, Received: f.In.Packets, Held: f.Held, Last: f.Last,
+		})
+	}
+	slices.SortFunc(s.Flows, func(a, b host.DatapathFlow) int { return cmp.Compare(b.Sent+b.Received, a.Sent+a.Received) })
+	s.Flows = s.Flows[:min(len(s.Flows), mostFlows)]
+	return s, nil
 }
 
 // Sample implements engine.Network.

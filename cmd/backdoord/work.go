@@ -160,6 +160,9 @@ func (w *worker) newService() (*service.Service, error) {
 	}
 	ho := host.Options{Agent: w.engine, Version: version.Get().Version, ResetAgent: w.reset, DumpDir: filepath.Join(w.cfg.StateDir, "dumps")}
 	w.offerRDMA(&ho, svc)
+	if w.gateway != nil {
+		ho.Datapath = w.gateway
+	}
 	if c, ok := w.engine.Power().(host.Controller); ok {
 		ho.Controller = c
 	}

@@ -36,6 +36,7 @@ const (
 	DmesgURI    = "/redfish/v1/Systems/system/LogServices/Dmesg/Entries"
 	LeasesURI   = "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/MemoryLeases"
 	JournalURI  = "/redfish/v1/Managers/bmc/LogServices/Journal/Entries"
+	NetworkURI  = "/redfish/v1/Systems/system/Oem/" + oem.Identifier + "/Datapath"
 )
 
 // HealRequest asks for the repair of a finding.

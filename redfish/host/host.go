@@ -50,6 +50,8 @@ type Agent interface {
 	MayLease(r hostmem.Range, write bool) error
 	// Store stores to the host's memory by address.
 	Store(context.Context, engine.StoreRequest) (heal.Outcome, error)
+	// Contain keeps the host's traffic back, or lets it go.
+	Contain(context.Context, heal.NetworkOrder, string) (heal.Outcome, error)
 }
 
 // Journal is the agent's journal. *journal.Journal has it.
@@ -84,6 +86,8 @@ type Options struct {
 	Network Network
 	// RDMA is the agent's remote access by RDMA; nil leaves it out.
 	RDMA RDMA
+	// Datapath is the packet path between the host and the wire; nil if the agent does not stand there.
+	Datapath Datapath
 	// ResetAgent restarts the agent's machine; nil leaves the action out.
 	ResetAgent func(ctx context.Context, graceful bool) error
 	// View opens a view of the host; nil means Agent.View. Tests give a host of their own.
@@ -163,6 +167,7 @@ func Routes(svc *service.Service, o Options) []service.Route {
 	routes = append(routes, h.listingResources()...)
 	routes = append(routes, h.leaseRoutes()...)
 	routes = append(routes, h.rdmaRoutes()...)
+	routes = append(routes, h.datapathRoutes()...)
 	return append(routes, h.oemResources()...)
 }
 

@@ -56,6 +56,8 @@ type fakeAgent struct {
 	attestor   Attestor      // nil: the machine has no TPM
 	network    *fakeNetwork  // nil if there is nothing to configure
 	image      *kernel.Image // what listings are made of; nil if the agent is not attached
+	orders     []heal.NetworkOrder
+	contained  *heal.Containment
 }
 
 func newFakeAgent() *fakeAgent {
@@ -91,7 +93,9 @@ func newFakeAgent() *fakeAgent {
 func (a *fakeAgent) State() engine.State {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.state
+	s := a.state
+	s.Contained = a.contained
+	return s
 }
 
 func (a *fakeAgent) Findings() []detect.Finding {
@@ -419,7 +423,7 @@ func newTestServiceWith(t testing.TB, a *fakeAgent, o service.Options, change fu
 		}, Version: "1.0.0", ResetAgent: func(context.Context, bool) error { return nil },
 		View: func(context.Context) (query.View, error) { return fakeView{records: 700}, nil },
 	}
-	ho.RDMA = &fakeRDMA{}
+	ho.RDMA, ho.Datapath = &fakeRDMA{}, fakeDatapath{}
 	change(&ho)
 	s.Handle(Routes(s, ho)...)
 	return s

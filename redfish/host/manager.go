@@ -38,7 +38,7 @@ func (h *host) managerParts() []service.Route {
 			return ids, nil
 		}
 	}
-	return []service.Route{
+	routes := []service.Route{
 		{
 			URI: managerURI + "/ManagerDiagnosticData", Type: schema.TypeManagerDiagnosticData,
 			Get: func(*service.Request) (schema.Object, error) { return h.diagnostics(&usage), nil },
@@ -52,13 +52,18 @@ func (h *host) managerParts() []service.Route {
 				return &schema.NetworkAdapter{
 					Resource:     schema.Resource{Name: "Network adapter of the card"},
 					Manufacturer: h.o.Manufacturer, Model: h.o.Model, Ports: schema.LinkTo(adapterURI + "/Ports"),
-					Status: &schema.Status{State: schema.StateEnabled},
+					Functions: h.linked(adapterURI + "/NetworkDeviceFunctions"),
+					Status:    &schema.Status{State: schema.StateEnabled},
 				}, nil
 			},
 		},
 		{URI: adapterURI + "/Ports", Type: schema.TypePortCollection, Name: "Ports", Members: ids(h.ports)},
 		{URI: adapterURI + "/Ports/{port}", Type: schema.TypePort, Get: h.port},
 	}
+	if h.o.Datapath != nil {
+		routes = append(routes, service.Route{URI: adapterURI + "/Ports/{port}/Metrics", Type: schema.TypePortMetrics, Get: h.portMetrics})
+	}
+	return routes
 }
 
 // read returns a small file of the agent's machine, trimmed, or nothing.
@@ -262,7 +267,7 @@ func (h *host) port(r *service.Request) (schema.Object, error) {
 	up := i.Flags&net.FlagUp != 0
 	out := &schema.Port{
 		Resource: schema.Resource{Name: i.Name}, PortID: i.Name, PortProtocol: "Ethernet", InterfaceEnabled: &up, MaxFrameSize: i.MTU,
-		Ethernet: &schema.PortEthernet{AssociatedMACAddresses: []string{i.HardwareAddr.String()}},
+		Ethernet: &schema.PortEthernet{AssociatedMACAddresses: []string{i.HardwareAddr.String()}}, Metrics: h.metered(i.Name),
 	}
 	out.LinkStatus, out.Status = linkStatus(i)
 	if mbps, ok := h.speed(i.Name); ok {

@@ -71,7 +71,7 @@ func schemas() (out []service.Schema) {
 	for _, l := range listings() {
 		out = append(out, served(l.schema))
 	}
-	out = append(out, served(rdmaSchema()))
+	out = append(out, served(rdmaSchema()), served(datapathSchema()))
 	return out
 }
 
@@ -96,6 +96,7 @@ type systemOEM struct {
 	State        *schema.Link `json:"state" doc:"The link to the whole state of the agent's engine."`
 	Tasks        *schema.Link `json:"tasks" doc:"The link to the processes of the host."`
 	RDMA         *schema.Link `json:"RDMA,omitempty" doc:"The link to remote access by RDMA; absent where the agent does not serve it."`
+	Datapath     *schema.Link `json:"datapath,omitempty" doc:"The link to the packet path between the host and the wire; absent where the agent does not stand there."`
 	// gofish 0.20, and with it bmclib, takes the system's standard property of this name for text and then reads no system at all.
 	OperatingSystem *schema.Link `json:"operatingSystem,omitempty" doc:"The link to the operating system of the host; absent while the agent is not attached to its kernel."`
 	Modules         *schema.Link `json:"modules" doc:"The link to the modules of the host's kernel."`
@@ -225,6 +226,8 @@ func (h *host) heal(ctx context.Context, t *service.Task, req engine.HealRequest
 		t.Progress(99, fmt.Sprintf("The plan %q has %d steps. Nothing was written to the host.", plan.Title, len(plan.Steps)))
 	case outcome.Verified:
 		t.Progress(99, fmt.Sprintf("%s: done and verified.", plan.Title))
+	case plan.More && outcome.Error == "":
+		t.Progress(99, fmt.Sprintf("%s: done. The finding stands.", plan.Title))
 	default:
 		text := plan.Title + ": the fault is still there, or it could not be told."
 		if outcome.Error != "" {

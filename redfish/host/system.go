@@ -54,7 +54,7 @@ func (h *host) system() service.Route {
 			}
 			var err error
 			out.OEM, err = oem.Object(systemSchema.Type("ComputerSystem"), systemOEM{
-				RDMA:            h.rdmaLink(),
+				RDMA: h.rdmaLink(), Datapath: h.linked(datapathURI),
 				OperatingSystem: running,
 				Phase:           string(state.Phase), Since: state.Since, Health: string(state.Health), Why: state.Why, OpenFindings: len(open),
 				State: schema.LinkTo(stateURI), Tasks: schema.LinkTo(tasksURI),
@@ -82,6 +82,7 @@ func (h *host) system() service.Route {
 	}
 	route.Actions = append(route.Actions, h.memoryActions()...)
 	route.Actions = append(route.Actions, h.rdmaActions()...)
+	route.Actions = append(route.Actions, h.datapathActions()...)
 	if h.o.Controller != nil {
 		route.Patch = h.bootOverride()
 	}

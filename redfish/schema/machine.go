@@ -12,6 +12,10 @@ const (
 	TypeManagerDiagnosticData = "ManagerDiagnosticData.v1_2_3.ManagerDiagnosticData"
 	TypeNetworkAdapter        = "NetworkAdapter.v1_14_0.NetworkAdapter"
 	TypePort                  = "Port.v1_18_0.Port"
+	TypePortMetrics           = "PortMetrics.v1_8_1.PortMetrics"
+
+	TypeNetworkDeviceFunction        = "NetworkDeviceFunction.v1_11_1.NetworkDeviceFunction"
+	TypeNetworkDeviceFunctionMetrics = "NetworkDeviceFunctionMetrics.v1_2_0.NetworkDeviceFunctionMetrics"
 
 	TypeProcessorCollection         = "ProcessorCollection.ProcessorCollection"
 	TypeMemoryCollection            = "MemoryCollection.MemoryCollection"
@@ -19,6 +23,8 @@ const (
 	TypeVirtualMediaCollection      = "VirtualMediaCollection.VirtualMediaCollection"
 	TypeNetworkAdapterCollection    = "NetworkAdapterCollection.NetworkAdapterCollection"
 	TypePortCollection              = "PortCollection.PortCollection"
+
+	TypeNetworkDeviceFunctionCollection = "NetworkDeviceFunctionCollection.NetworkDeviceFunctionCollection"
 )
 
 // OperatingSystem is OperatingSystem.v1_0_2.OperatingSystem.
@@ -169,7 +175,55 @@ type NetworkAdapter struct {
 	Manufacturer string  `json:"Manufacturer,omitempty"`
 	Model        string  `json:"Model,omitempty"`
 	Ports        *Link   `json:"Ports,omitempty"`
+	Functions    *Link   `json:"NetworkDeviceFunctions,omitempty"`
 	Status       *Status `json:"Status,omitempty"`
+}
+
+// NetworkDeviceFunction is NetworkDeviceFunction.v1_11_1.NetworkDeviceFunction.
+type NetworkDeviceFunction struct {
+	Resource
+	NetDevFuncType string                      `json:"NetDevFuncType,omitempty"` // Ethernet
+	DeviceEnabled  *bool                       `json:"DeviceEnabled,omitempty"`
+	Limits         []NetworkLimit              `json:"Limits,omitempty"`
+	Metrics        *Link                       `json:"Metrics,omitempty"`
+	Links          *NetworkDeviceFunctionLinks `json:"Links,omitempty"`
+	Status         *Status                     `json:"Status,omitempty"`
+}
+
+// NetworkLimit is NetworkDeviceFunction.v1_11_1.Limit.
+type NetworkLimit struct {
+	Direction               string `json:"Direction"` // Ingress, Egress
+	SustainedBytesPerSecond uint64 `json:"SustainedBytesPerSecond"`
+	BurstBytesPerSecond     uint64 `json:"BurstBytesPerSecond"`
+}
+
+// NetworkDeviceFunctionLinks is NetworkDeviceFunction.v1_11_1.Links.
+type NetworkDeviceFunctionLinks struct {
+	PhysicalNetworkPortAssignment *Link `json:"PhysicalNetworkPortAssignment,omitempty"`
+}
+
+// NetworkDeviceFunctionMetrics is NetworkDeviceFunctionMetrics.v1_2_0.NetworkDeviceFunctionMetrics.
+type NetworkDeviceFunctionMetrics struct {
+	Resource
+	RXFrames uint64 `json:"RXFrames"`
+	RXBytes  uint64 `json:"RXBytes"`
+	TXFrames uint64 `json:"TXFrames"`
+	TXBytes  uint64 `json:"TXBytes"`
+}
+
+// PortMetrics is PortMetrics.v1_8_1.PortMetrics.
+type PortMetrics struct {
+	Resource
+	RXBytes    uint64          `json:"RXBytes"`
+	TXBytes    uint64          `json:"TXBytes"`
+	Networking *PortNetworking `json:"Networking,omitempty"`
+}
+
+// PortNetworking is PortMetrics.v1_8_1.Networking.
+type PortNetworking struct {
+	RXFrames   uint64 `json:"RXFrames"`
+	TXFrames   uint64 `json:"TXFrames"`
+	RXDiscards uint64 `json:"RXDiscards"`
 }
 
 // Port is Port.v1_18_0.Port.
@@ -182,6 +236,7 @@ type Port struct {
 	CurrentSpeedGbps *float64      `json:"CurrentSpeedGbps,omitempty"`
 	MaxFrameSize     int           `json:"MaxFrameSize,omitempty"`
 	Ethernet         *PortEthernet `json:"Ethernet,omitempty"`
+	Metrics          *Link         `json:"Metrics,omitempty"`
 	Status           *Status       `json:"Status,omitempty"`
 }
 

@@ -207,6 +207,7 @@ const (
 	StateInTest             State = "InTest"
 	StateAbsent             State = "Absent"
 	StateUpdating           State = "Updating"
+	StateQuiesced           State = "Quiesced"
 )
 
 // Health is Resource.Health. The zero value, which is absent from JSON, means that it could not be told.
