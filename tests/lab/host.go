@@ -368,6 +368,13 @@ func (h *Host) Traced(ctx context.Context) ([]control.FunctionCost, error) {
 	return list, err
 }
 
+// Frames has HOST's root send raw Ethernet frames.
+func (h *Host) Frames(ctx context.Context, a control.FramesArgs) (control.FramesResult, error) {
+	var r control.FramesResult
+	err := h.Do(ctx, control.OpFrames, a, &r)
+	return r, err
+}
+
 // Dial connects to HOST's TCP service.
 func (h *Host) Dial(ctx context.Context) (net.Conn, error) {
 	var d net.Dialer

@@ -44,6 +44,7 @@ const (
 	OpSysrq  = "sysrq"  // SysrqArgs → Fired; the key is pressed at Fired.At
 	OpKill   = "kill"   // KillArgs
 	OpTrace  = "trace"  // TraceArgs: start counting functions
+	OpFrames = "frames" // FramesArgs → FramesResult: send raw frames on eth0
 	OpTraced = "traced" // → []FunctionCost: stop counting and report
 )
 
@@ -147,6 +148,22 @@ type Fired struct {
 type KillArgs struct {
 	PID    int `json:"pid"`
 	Signal int `json:"signal"`
+}
+
+// FramesArgs are Ethernet frames to send as they are, one after the other and again from the first, until Count were sent or, if For is
+// given, that time is over.
+type FramesArgs struct {
+	Frames [][]byte      `json:"frames"`
+	Count  int           `json:"count,omitempty"`
+	For    time.Duration `json:"for,omitempty"`
+	Gap    time.Duration `json:"gap,omitempty"`  // between two; zero means as fast as it goes
+	Vary   int           `json:"vary,omitempty"` // where in each a 16-bit number is raised from frame to frame; zero means nowhere
+}
+
+// FramesResult says how many went out, and how many the device had no room for.
+type FramesResult struct {
+	Sent    int `json:"sent"`
+	Dropped int `json:"dropped"`
 }
 
 // TraceArgs name kernel functions to watch; names that the kernel does not know, or cannot trace, are left out.

@@ -103,6 +103,12 @@ func (s *server) do(req control.Request) (any, error) {
 			return nil, err
 		}
 		return named(pid, a.Comm)
+	case control.OpFrames:
+		var a control.FramesArgs
+		if err := args(req, &a); err != nil {
+			return nil, err
+		}
+		return sendFrames(a)
 	case control.OpPS:
 		return processes()
 	case control.OpRead:
