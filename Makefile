@@ -52,6 +52,10 @@ powercuts: setup images ## cut a DPU's power at 50 random moments of an update (
 slots: setup images ## have a DPU start from slots whose images are broken in every way, hangs among them (some minutes)
 	go test -count=1 -timeout 60m -run '^TestSlots$$' -v ./tests -thorough
 
+.PHONY: principles
+principles: setup images ## the seven principles, each by experiment and with a violation planted against it; the table is put into build/principles.md
+	go test -count=1 -timeout 40m ./tests/principles -run TestPrinciples -whole -out $(CURDIR)/build/principles.md -v
+
 faults: setup ## let kernels fall ill in every way that the fault suite knows; the table is put into build/faults
 	go test -count=1 -timeout 60m ./tests/faults -run TestFaults -kernels 6.1,6.12 -rows all -out $(CURDIR)/build/faults -v
 

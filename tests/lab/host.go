@@ -368,6 +368,13 @@ func (h *Host) Traced(ctx context.Context) ([]control.FunctionCost, error) {
 	return list, err
 }
 
+// CablePort is HOST's port on the cable into the DPU; nil while it is off, and without Config.Datapath.
+func (h *Host) CablePort() *wire.Port {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.port
+}
+
 // Frames has HOST's root send raw Ethernet frames.
 func (h *Host) Frames(ctx context.Context, a control.FramesArgs) (control.FramesResult, error) {
 	var r control.FramesResult

@@ -191,7 +191,7 @@ func Up(ctx context.Context, cfg Config) (l *Lab, err error) {
 		return l, err
 	}
 	if cfg.Datapath {
-		if l.Cable, err = wire.New(wire.Options{}); err != nil {
+		if l.Cable, err = wire.New(wire.Options{Hub: true}); err != nil {
 			return l, &InfraError{Op: "make the host's cable", Err: err}
 		}
 		l.closers = append(l.closers, l.Cable.Close)

@@ -63,11 +63,14 @@ type Options struct {
 	Capture io.Writer
 	// Seed makes the impairments repeatable.
 	Seed uint64
+	// Hub sends every frame out of all other ports, as a cable does, and learns no addresses: who forges them cannot turn frames aside.
+	Hub bool
 }
 
 // Switch forwards frames between its ports until Close. It is safe for concurrent use.
 type Switch struct {
 	seed uint64
+	hub  bool
 
 	capture *capture // nil if there is none
 
@@ -76,6 +79,7 @@ type Switch struct {
 	table  map[MAC]entry  // guarded by mu
 	serial uint64         // guarded by mu
 	closed bool           // guarded by mu
+	taps   map[*Tap]bool  // guarded by mu
 	ends   []io.Closer    // guarded by mu; listeners
 }
 
@@ -86,7 +90,7 @@ type entry struct {
 
 // New makes a switch without ports.
 func New(o Options) (*Switch, error) {
-	s := &Switch{seed: o.Seed, ports: make(map[*Port]bool), table: make(map[MAC]entry)}
+	s := &Switch{seed: o.Seed, hub: o.Hub, ports: make(map[*Port]bool), table: make(map[MAC]entry), taps: make(map[*Tap]bool)}
 	if o.Capture != nil {
 		c, err := newCapture(o.Capture)
 		if err != nil {
@@ -239,7 +243,10 @@ func (s *Switch) forward(from *Port, frame []byte) {
 	}
 	dst, src := MAC(frame[:6]), MAC(frame[6:12])
 	s.mu.Lock()
-	if !src.group() {
+	for t := range s.taps {
+		t.see(frame)
+	}
+	if !src.group() && !s.hub {
 		if _, known := s.table[src]; known || len(s.table) < learnt {
 			s.table[src] = entry{from, now}
 		}

@@ -230,3 +230,31 @@ func TestOtherProcess(t *testing.T) {
 		t.Errorf("Receive after the end = %v; want net.ErrClosed", err)
 	}
 }
+
+// On a hub a forged address turns nothing aside, and a tap sees what enters.
+func TestHub(t *testing.T) {
+	s := newSwitch(t, Options{Hub: true})
+	a, b := newEnd(t, s, "a"), newEnd(t, s, "b")
+	tap, err := s.Tap()
+	if err != nil {
+		t.Fatal(err)
+	}
+	send(t, a, frame(broadcast, mac(2), "as b"))
+	send(t, a, frame(mac(2), mac(1), "to b"))
+	for _, want := range []string{"as b", "to b"} {
+		if got := receive(t, b); got != want {
+			t.Errorf("b got %q; want %q", got, want)
+		}
+	}
+	if f, err := tap.Wait(t.Context(), func(f []byte) bool { return string(f[header:]) == "to b" }); err != nil || len(tap.Frames()) != 2 {
+		t.Errorf("the tap saw %q, %v and %d frames", f, err, len(tap.Frames()))
+	}
+	if err := tap.Close(); err != nil {
+		t.Error(err)
+	}
+	send(t, a, frame(mac(2), mac(1), "later"))
+	receive(t, b)
+	if n := len(tap.Frames()); n != 2 {
+		t.Errorf("a closed tap has %d frames", n)
+	}
+}

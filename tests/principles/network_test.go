@@ -1,0 +1,400 @@
+package principles
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/redfish/client"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
+	"github.com/backdoor-rhs/backdoor/tests/lab/control"
+)
+
+// target is who the host attacks.
+type target struct {
+	mac net.HardwareAddr
+	ip  netip.Addr
+}
+
+var (
+	theAgent = target{agentMAC, agentIP}
+	thePeer  = target{peerMAC, peerIP}
+)
+
+// forged are frames by which a host tries to reach the target, or to speak in its name. Each has a mark in it, but those without room.
+func forged(to target, mark string) map[string][]byte {
+	broadcast := mac("ff:ff:ff:ff:ff:ff")
+	roce := ip4(hostIP, to.ip, 17, 0, nil, udp(49152, 4791, mark))
+	vlan := append([]byte{0, 5, 8, 0}, roce...)
+	v6 := func(next uint8, payload []byte) []byte {
+		h := make([]byte, 40)
+		h[0], h[6], h[7] = 0x60, next, 255
+		binary.BigEndian.PutUint16(h[4:], uint16(len(payload)))
+		copy(h[8:], netip.MustParseAddr("fd00:bd::15").AsSlice())
+		copy(h[24:], netip.MustParseAddr("fd00:bd::2").AsSlice())
+		return append(h, payload...)
+	}
+	frames := map[string][]byte{
+		"RoCE":                   eth(to.mac, hostMAC, 0x0800, roce),
+		"RoCE by broadcast":      eth(broadcast, hostMAC, 0x0800, roce),
+		"RoCE in a VLAN":         eth(to.mac, hostMAC, 0x8100, vlan),
+		"RoCE with IP options":   eth(to.mac, hostMAC, 0x0800, ip4(hostIP, to.ip, 17, 0, []byte{7, 4, 0, 0}, udp(49152, 4791, mark))),
+		"a fragment":             eth(to.mac, hostMAC, 0x0800, ip4(hostIP, to.ip, 17, 0x2000, nil, udp(49152, 4791, mark))),
+		"a later fragment":       eth(to.mac, hostMAC, 0x0800, ip4(hostIP, to.ip, 17, 5, nil, []byte(mark))),
+		"Redfish":                eth(to.mac, hostMAC, 0x0800, ip4(hostIP, to.ip, 6, 0, nil, append(syn(49152, 443), mark...))),
+		"in the target's name":   eth(peerMAC, hostMAC, 0x0800, ip4(to.ip, peerIP, 17, 0, nil, udp(4791, 4791, mark))),
+		"by its hardware":        eth(peerMAC, to.mac, 0x0800, ip4(hostIP, peerIP, 17, 0, nil, udp(1, 9, mark))),
+		"a question for it":      eth(broadcast, hostMAC, 0x0806, append(arp(1, hostMAC, hostIP, make(net.HardwareAddr, 6), to.ip), mark...)),
+		"an answer in its place": eth(broadcast, hostMAC, 0x0806, append(arp(2, hostMAC, to.ip, hostMAC, hostIP), mark...)),
+	}
+	if to.ip == agentIP {
+		frames["RoCE by IPv6"] = eth(to.mac, hostMAC, 0x86dd, v6(17, udp(49152, 4791, mark)))
+		frames["RoCE by IPv6 behind options"] = eth(to.mac, hostMAC, 0x86dd, v6(60, append([]byte{17, 0, 1, 4, 0, 0, 0, 0}, udp(49152, 4791, mark)...)))
+	}
+	return frames
+}
+
+// guard has the host's root forge frames for the agent; none may pass.
+func guard(ctx context.Context, b *bench) (string, error) {
+	before, err := b.agent.Network(ctx)
+	if err != nil {
+		return "", err
+	}
+	mark := b.peer.mark()
+	const text = "forged-by-the-host"
+	var frames [][]byte
+	var names []string
+	for n, f := range forged(b.target, text) {
+		names, frames = append(names, n), append(frames, f)
+	}
+	r, err := b.host.Frames(ctx, control.FramesArgs{Frames: frames, Count: 10 * len(frames), Gap: time.Millisecond})
+	if err != nil {
+		return "", err
+	}
+	// A frame that may pass, behind them, shows that all the others have been judged.
+	const last = "this one may pass"
+	if _, err := b.host.Frames(ctx, control.FramesArgs{Frames: [][]byte{eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 17, 0, nil, udp(9, 9, last)))}}); err != nil {
+		return "", err
+	}
+	if _, err := b.peer.wait(ctx, mark, carries(last)); err != nil {
+		return "", fmt.Errorf("a frame that may pass does not: %w", err)
+	}
+	if got := b.peer.since(mark, carries(text)); len(got) > 0 {
+		return "", fmt.Errorf("%d forged frames have passed, the first %x", len(got), got[0].frame)
+	}
+	after, err := b.agent.Network(ctx)
+	if err != nil {
+		return "", err
+	}
+	held := uint64(0)
+	for _, v := range []string{"guarded", "malformed", "unparsed"} {
+		held += after.Frames("host", v) - before.Frames("host", v)
+	}
+	if held < uint64(r.Sent) {
+		return "", fmt.Errorf("the host has sent %d forged frames of %d kinds, and the packet path counts %d", r.Sent, len(names), held)
+	}
+	if n := after.Frames("host", "passed") - before.Frames("host", "passed"); n > 0 {
+		return "", fmt.Errorf("%d frames of the host were passed to the agent's network stack", n)
+	}
+	return fmt.Sprintf("%d frames of %d kinds: 0 passed", r.Sent, len(names)), nil
+}
+
+// invisible looks whether any frame of the agent's machine is on the host's cable.
+func invisible(ctx context.Context, b *bench) (string, error) {
+	before, err := b.agent.Network(ctx)
+	if err != nil {
+		return "", err
+	}
+	own := []net.HardwareAddr{agentMAC, mac("52:54:00:bd:00:01"), mac("52:54:00:bd:00:03")}
+	if b.target.ip == thePeer.ip {
+		own = append(own, peerMAC)
+	}
+	tap, err := b.lab.Cable.Tap()
+	if err != nil {
+		return "", err
+	}
+	defer tap.Close()
+	// What would have the agent's machine show itself: a call by everybody, and to everybody.
+	bc := mac("ff:ff:ff:ff:ff:ff")
+	if _, err := b.host.Exec(ctx, "ping -c 1 -W 1 10.0.2.2; ping -c 1 -W 1 10.0.2.15; ping -c 2 -W 1 255.255.255.255; arping -c 1 -w 1 -I eth0 192.168.190.2; arping -c 1 -w 1 -I eth0 10.0.2.2; true"); err != nil {
+		return "", err
+	}
+	if err := b.peer.end.Send(eth(bc, peerMAC, 0x0806, arp(1, peerMAC, peerIP, make(net.HardwareAddr, 6), agentIP))); err != nil {
+		return "", err
+	}
+	if err := b.peer.end.Send(eth(bc, peerMAC, 0x0806, arp(1, peerMAC, peerIP, make(net.HardwareAddr, 6), hostIP))); err != nil {
+		return "", err
+	}
+	if _, err := tap.Wait(ctx, func(f []byte) bool {
+		return len(f) > 22 && string(f[6:12]) == string(hostMAC) && f[12] == 8 && f[13] == 6 && f[21] == 2
+	}); err != nil {
+		return "", fmt.Errorf("the host does not answer who asks for it: %w", err)
+	}
+	n := 0
+	for _, f := range tap.Frames() {
+		n++
+		if i := slices.IndexFunc(own, func(m net.HardwareAddr) bool { return string(f[6:12]) == string(m) }); i >= 0 {
+			return "", fmt.Errorf("a frame of %v is on the host's cable: %x", own[i], f)
+		}
+	}
+	after, err := b.agent.Network(ctx)
+	if err != nil {
+		return "", err
+	}
+	_ = before
+	if after.Frames("host", "passed") != 0 {
+		return "", errors.New("frames of the host were passed to the agent's network stack")
+	}
+	return fmt.Sprintf("%d frames on the cable, 0 of the agent's machine", n), nil
+}
+
+// stream has the host send a datagram each millisecond to the peer, for a time.
+func (b *bench) stream(ctx context.Context, text string, d time.Duration) (wait func() error) {
+	done := make(chan error, 1)
+	go func() {
+		_, err := b.host.Frames(ctx, control.FramesArgs{
+			Frames: [][]byte{eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 17, 0, nil, udp(7777, 7777, text)))}, For: d, Gap: time.Millisecond,
+		})
+		done <- err
+	}()
+	return func() error { return <-done }
+}
+
+// order gives the packet path an order the short way, and tells how long the answer took.
+func (b *bench) order(ctx context.Context, o client.NetworkOrder) (time.Duration, error) {
+	began := time.Now()
+	_, err := b.agent.Post(ctx, "/redfish/v1/Systems/system/Actions/Oem/BackdoorDatapath."+o.Do, o, nil)
+	return time.Since(began), err
+}
+
+// contain quarantines a host that sends all the time, and measures when its last frame gets through.
+func contain(ctx context.Context, b *bench) (string, error) {
+	const text = "contain me"
+	mark := b.peer.mark()
+	ended := b.stream(ctx, text, 12*time.Second)
+	if _, err := b.peer.wait(ctx, mark, carries(text)); err != nil {
+		return "", fmt.Errorf("the host's traffic does not get through: %w", err)
+	}
+	var worst time.Duration
+	var took time.Duration
+	const rounds = 3
+	for range rounds {
+		asked := time.Now()
+		d, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkQuarantine, Seconds: 60, Allow: b.allow})
+		if err != nil {
+			return "", err
+		}
+		took = max(took, d)
+		quiet := b.peer.mark()
+		time.Sleep(300 * time.Millisecond) // in which 300 frames would come
+		// What had left the packet path before is on its way still for a moment.
+		late := b.peer.since(quiet, carries(text))
+		if len(late) > 20 {
+			return "", fmt.Errorf("%d frames of a quarantined host come through", len(late))
+		}
+		all := b.peer.since(0, carries(text))
+		worst = max(worst, all[len(all)-1].at.Sub(asked))
+		mark = b.peer.mark()
+		if _, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkRelease}); err != nil {
+			return "", err
+		}
+		if _, err := b.peer.wait(ctx, mark, carries(text)); err != nil {
+			return "", fmt.Errorf("a released host's traffic does not get through: %w", err)
+		}
+	}
+	if err := ended(); err != nil {
+		return "", err
+	}
+	if worst > 5*time.Second {
+		return "", fmt.Errorf("the quarantine takes %v to be in force", worst)
+	}
+	return fmt.Sprintf("last frame %v after the order was sent, the answer within %v (worst of %d; frames 1 ms apart)", worst.Round(time.Millisecond), took.Round(time.Millisecond), rounds), nil
+}
+
+// expires lets a quarantine end by itself, with an exception in force meanwhile.
+func expires(ctx context.Context, b *bench) (string, error) {
+	const text = "wait for the end"
+	asked := time.Now()
+	if _, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkQuarantine, Seconds: 2, Allow: []string{"10.0.2.2"}}); err != nil {
+		return "", err
+	}
+	mark := b.peer.mark()
+	ended := b.stream(ctx, text, 4*time.Second)
+	// Its service is reached through the router, which is allowed.
+	conn, err := b.host.Dial(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(time.Minute))
+	fmt.Fprintln(conn, "HELLO")
+	if _, err := conn.Read(make([]byte, 100)); err != nil {
+		return "", fmt.Errorf("an exception of the quarantine is not let through: %w", err)
+	}
+	first, err := b.peer.wait(ctx, mark, carries(text))
+	if err != nil {
+		return "", fmt.Errorf("the quarantine does not end: %w", err)
+	}
+	if err := ended(); err != nil {
+		return "", err
+	}
+	after := first.at.Sub(asked)
+	if after < 1900*time.Millisecond { // the two machines' clocks need not agree to the last
+		return "", fmt.Errorf("a quarantine of 2 s lets through after %v", after)
+	}
+	return fmt.Sprintf("a quarantine of 2 s ended %v after the order was sent, an exception worked meanwhile", after.Round(10*time.Millisecond)), nil
+}
+
+// flood has the host flood the network; policy bounds it without asking.
+func flood(ctx context.Context, b *bench) (string, error) {
+	if _, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkRelease}); err != nil {
+		return "", err
+	}
+	began := time.Now()
+	done := make(chan error, 1)
+	go func() {
+		gap := time.Millisecond
+		if b.calm {
+			gap = 50 * time.Millisecond
+		}
+		_, err := b.host.Frames(ctx, control.FramesArgs{
+			Frames: [][]byte{eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 6, 0, nil, syn(1024, 80)))}, Vary: 14 + 20, For: 15 * time.Second, Gap: gap,
+		})
+		done <- err
+	}()
+	defer func() { <-done }()
+	fctx, cancel := context.WithTimeoutCause(ctx, 25*time.Second, errors.New("the flood is not found"))
+	defer cancel()
+	f, err := b.agent.WaitFinding(fctx, func(f detect.Finding) bool {
+		return f.Kind == detect.KindNetworkFlood && f.FirstSeen.After(began.Add(-time.Minute)) && f.Resolved == nil
+	})
+	if err != nil {
+		return "", err
+	}
+	found := time.Since(began)
+	f, err = b.agent.WaitFinding(fctx, func(g detect.Finding) bool { return g.ID == f.ID && g.Resolved != nil })
+	if err != nil {
+		return "", fmt.Errorf("it is not bounded: %w; %s", err, b.agent.Explain(ctx, f.ID))
+	}
+	bounded := time.Since(began)
+	n, err := b.agent.Network(ctx)
+	if err != nil {
+		return "", err
+	}
+	if n.Containment.LimitUntil.IsZero() || len(f.Repairs) == 0 {
+		return "", fmt.Errorf("no limit is in force after %s: %s", f.ID, f.Resolution)
+	}
+	if n.Frames("host", "limited") == 0 {
+		return "", errors.New("no frame was kept back by the limit")
+	}
+	_, err = b.order(ctx, client.NetworkOrder{Do: client.NetworkRelease})
+	return fmt.Sprintf("found after %.1f s, bounded after %.1f s", found.Seconds(), bounded.Seconds()), err
+}
+
+// survive kills the agent's process while the host's service is used, with a containment in force.
+func survive(ctx context.Context, b *bench) (string, error) {
+	if _, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkQuarantine, Remote: "203.0.113.9", Seconds: 600}); err != nil {
+		return "", err
+	}
+	conn, err := b.host.Dial(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	hello := func() error {
+		conn.SetDeadline(time.Now().Add(20 * time.Second))
+		fmt.Fprintln(conn, "HELLO")
+		_, err := conn.Read(make([]byte, 100))
+		return err
+	}
+	if err := hello(); err != nil {
+		return "", err
+	}
+	console := b.lab.DPU.Console()
+	mark := console.Mark()
+	if err := b.lab.DPU.KillAgent(ctx); err != nil {
+		return "", err
+	}
+	dead, back := make(chan error, 1), make(chan error, 1)
+	go func() { _, err := console.Wait(ctx, mark, workerEnded); dead <- err }()
+	go func() { _, err := console.Wait(ctx, mark, pathRuns); back <- err }()
+	var longest time.Duration
+	n := 0
+	for ended := false; !ended; n++ {
+		at := time.Now()
+		if err := hello(); err != nil {
+			return "", fmt.Errorf("the host's service is lost with the agent: %w", err)
+		}
+		longest = max(longest, time.Since(at))
+		select {
+		case err := <-back:
+			if err != nil {
+				return "", fmt.Errorf("the agent does not come back: %w", err)
+			}
+			ended = true
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	if err := <-dead; err != nil {
+		return "", fmt.Errorf("the agent was not killed: %w", err)
+	}
+	if b.calm && longest > 2*time.Second {
+		return "", fmt.Errorf("the longest answer took %v", longest)
+	}
+	// The service of Redfish needs a moment more.
+	var net client.Network
+	for {
+		if net, err = b.agent.Network(ctx); err == nil {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return "", fmt.Errorf("the agent does not answer again: %w", err)
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+	if len(net.Containment.Blocked) != 1 || net.Containment.Blocked[0].Remote != "203.0.113.9" {
+		return "", fmt.Errorf("what was contained is not any more: %+v", net.Containment)
+	}
+	_, err = b.order(ctx, client.NetworkOrder{Do: client.NetworkRelease})
+	return fmt.Sprintf("%d requests to the host's service meanwhile, all answered, the slowest in %v", n, longest.Round(time.Millisecond)), err
+}
+
+// functions looks at the standard resources of the packet path.
+func functions(ctx context.Context, b *bench) (string, error) {
+	const adapter = "/redfish/v1/Chassis/dpu/NetworkAdapters/nic0"
+	var f schema.NetworkDeviceFunction
+	var m schema.NetworkDeviceFunctionMetrics
+	var p schema.Port
+	var pm schema.PortMetrics
+	if err := b.agent.Get(ctx, adapter+"/NetworkDeviceFunctions/host", &f); err != nil {
+		return "", err
+	}
+	if err := b.agent.Get(ctx, f.Metrics.ID, &m); err != nil {
+		return "", err
+	}
+	if f.Links == nil || f.Links.PhysicalNetworkPortAssignment == nil {
+		return "", errors.New("the host's function names no port")
+	}
+	if err := b.agent.Get(ctx, f.Links.PhysicalNetworkPortAssignment.ID, &p); err != nil {
+		return "", err
+	}
+	if p.Metrics == nil {
+		return "", errors.New("the uplink has no metrics")
+	}
+	if err := b.agent.Get(ctx, p.Metrics.ID, &pm); err != nil {
+		return "", err
+	}
+	// The cable's own count is the oracle: what the host has put on it has come in.
+	sent := b.lab.Host.CablePort().Counters().In
+	if m.TXFrames == 0 || m.TXFrames > sent+10 {
+		return "", fmt.Errorf("the function has sent %d frames, and the cable has carried %d", m.TXFrames, sent)
+	}
+	return fmt.Sprintf("%d frames of the host, %d on its cable", m.TXFrames, sent), nil
+}
