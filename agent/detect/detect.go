@@ -133,7 +133,7 @@ type Pass struct {
 	Signs []kernel.Signs `json:"signs,omitempty"` // oldest first
 	// Network is what the packet path between the host and the wire has seen, oldest first.
 	Network []NetworkSample `json:"network,omitempty"`
-	View  *kernel.View   `json:"-"`               // the fresh view; nil in a replayed series
+	View    *kernel.View    `json:"-"` // the fresh view; nil in a replayed series
 	// Tickless says that CPUs of this host may run a task without timer ticks (nohz_full): the scheduler then looks after
 	// them from another CPU once a second.
 	Tickless bool `json:"tickless,omitempty"`
