@@ -36,7 +36,8 @@ func (i *ICRC) Sum(src, dst netip.AddrPort, id, flags uint16, data []byte) uint3
 // goroutines at once.
 type checker struct {
 	scratch [ipv6Len + udpLen]byte
-	recent  [32]prefix
+	recent  [64]prefix
+	masks   []uint32 // what a masked byte before n more adds to the CRC, by n, as far as it was needed
 	inverse []uint32 // x^-8n in the field of the CRC, by n, as far as it was needed
 	off     bool     // leave it out, to measure what it costs
 }
@@ -61,19 +62,33 @@ func (c *checker) sum(src, dst netip.AddrPort, id, flags uint16, data []byte) ui
 		return 0
 	}
 	key := prefixKey{src, dst, id, flags, len(data)}
-	p := &c.recent[(len(data)>>2+int(id))%len(c.recent)]
+	p := &c.recent[(len(data)>>2*prefixSpread+int(id))%len(c.recent)]
 	if p.key != key {
 		*p = prefix{key, c.headers(&key)}
 	}
-	// The masked byte of the BTH goes through the register by itself, so that data is not touched.
-	crc := ^p.crc
-	for i, b := range data[:bthLen] {
-		if i == 4 {
-			b = 0xff
-		}
-		crc = crc32.IEEETable[byte(crc)^b] ^ crc>>8
+	const masked = 4 // the byte of the BTH that counts as 0xff
+	if data[masked] == 0 {
+		// A CRC is linear: what the byte would add is added afterwards, so that data is gone through once and not touched.
+		return crc32.Update(p.crc, crc32.IEEETable, data) ^ c.mask(len(data)-masked-1)
 	}
-	return crc32.Update(^crc, crc32.IEEETable, data[bthLen:])
+	h := [bthLen]byte(data)
+	h[masked] = 0xff
+	return crc32.Update(crc32.Update(p.crc, crc32.IEEETable, h[:]), crc32.IEEETable, data[bthLen:])
+}
+
+// prefixSpread keeps the packets of one segmented datagram, whose identifications count up, away from those of the next size.
+const prefixSpread = 37
+
+// mask returns what a byte of 0xff instead of 0, n bytes before the end, changes of a CRC. Precondition: n < maxDatagram.
+func (c *checker) mask(n int) uint32 {
+	if c.masks == nil {
+		c.masks = append(make([]uint32, 0, maxDatagram), crc32.IEEETable[0xff])
+	}
+	for len(c.masks) <= n {
+		m := c.masks[len(c.masks)-1]
+		c.masks = append(c.masks, crc32.IEEETable[byte(m)]^m>>8)
+	}
+	return c.masks[n]
 }
 
 // headers returns the CRC register after the IP and UDP headers.

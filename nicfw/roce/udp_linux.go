@@ -390,13 +390,21 @@ func (l *udpLink) recvmmsg(flags uintptr) error {
 	for {
 		var n uintptr
 		var errno unix.Errno
-		if flags == unix.MSG_DONTWAIT { // the scheduler need not know
+		switch {
+		case ask == 1 && flags == unix.MSG_DONTWAIT: // the scheduler need not know
+			n, _, errno = unix.RawSyscall(unix.SYS_RECVMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0].hdr)), flags)
+		case ask == 1:
+			n, _, errno = unix.Syscall(unix.SYS_RECVMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0].hdr)), 0)
+		case flags == unix.MSG_DONTWAIT:
 			n, _, errno = unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0])), uintptr(ask), flags, 0, 0)
-		} else {
+		default:
 			n, _, errno = unix.Syscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&l.rxMsgs[0])), uintptr(ask), flags, 0, 0)
 		}
 		switch errno {
 		case 0:
+			if ask == 1 {
+				l.rxMsgs[0].len, n = uint32(n), 1
+			}
 			l.rxHave, l.rxNext, l.rxOff, l.rxID = int(n), 0, 0, 0
 			l.idle = int(n) < len(l.rxMsgs)
 			if l.singles++; n > 1 {
