@@ -468,10 +468,13 @@ func BenchmarkLatency(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// BenchmarkScatter reads 1000 pages at random places, all at once and one by one.
+// BenchmarkScatter reads 1000 pages at random places, all at once and one by one. Client and server have a CPU each, where there
+// are two, as a monitor and an agent have.
 func BenchmarkScatter(b *testing.B) {
 	const pages = 1000
-	t := benchTarget(b, UDPConfig{}, 64<<20, true)
+	pin(b, 0)
+	defer pin(b, -1)
+	t := newTarget(b, UDPConfig{}, invitation{Size: 64 << 20, CPU: min(runtime.NumCPU(), 2)})
 	wrs, out := make([]WorkRequest, pages), make([]Completion, pages)
 	for i := range wrs {
 		wrs[i] = WorkRequest{Verb: VerbRead, Buf: make([]byte, 4096), Addr: uint64(random32()%(64<<20>>12)) << 12, RKey: t.rkey}

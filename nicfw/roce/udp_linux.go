@@ -325,7 +325,7 @@ func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 // Busy polling holds the CPU for as long as an answer usually takes. When none came by then, whom we wait for may need this
 // very CPU: it is then yielded at each turn, and so from the start for the next receives.
 const (
-	patience   = 10 * time.Microsecond
+	patience   = 20 * time.Microsecond
 	starvedFor = 64
 )
 
