@@ -34,7 +34,7 @@ type Guest struct {
 	// Programs are added to /bin, by the name they have there.
 	Programs map[string]string
 	Files    map[string]string // further files: content by path
-	Modules  []string          // further kernel modules to load
+	Modules  []string          // further kernel modules, which programs can load
 	// Plain leaves out the RDMA device, which holds the UDP port that a program of ours needs.
 	Plain bool
 }
@@ -166,7 +166,16 @@ func (g *Guest) initramfs(k kernels.Kernel) ([]byte, error) {
 	for name, content := range g.Files {
 		a.File(strings.TrimPrefix(name, "/"), []byte(content), 0o600)
 	}
-	pack, err := modpack.Make(k.ModulesDir, append(slices.Clone(load), g.Modules...))
+	if len(g.Modules) > 0 {
+		pack, err := modpack.Make(k.ModulesDir, g.Modules)
+		if err != nil {
+			return nil, err
+		}
+		for _, f := range pack.Files() {
+			a.File("lib/modules/"+pack.Release+"/"+f.Name, f.Data, 0o644)
+		}
+	}
+	pack, err := modpack.Make(k.ModulesDir, load)
 	if err != nil {
 		return nil, err
 	}

@@ -76,6 +76,7 @@ func TestTunnel(t *testing.T) {
 	var client bytes.Buffer
 	b := guest(1, `try() { n=0; while ! rxepeer -addr $1 -rping $2:7174 2>/log && [ $n -lt 20 ]; do sleep 1; n=$((n+1)); done; [ $n -lt 20 ] && echo "result $3 ok" || cat /log; }
 try 10.80.0.2 10.80.0.1 tunnel
+rxepeer -addr 10.80.0.2 -check 10.80.0.1:7175 && echo "result memory ok"
 tunnel -state wg0
 try 10.81.0.3 10.81.0.2 clear
 `)
@@ -86,12 +87,12 @@ try 10.81.0.3 10.81.0.2 clear
 	if err != nil {
 		t.Fatalf("%v\n%s\n%s", err, &client, &server)
 	}
-	for _, want := range []string{"result tunnel ok", "result clear ok", "peer " + keys[0].Public().String() + " handshake true", "public key " + keys[1].Public().String()} {
+	for _, want := range []string{"result tunnel ok", "result memory ok", "result clear ok", "peer " + keys[0].Public().String() + " handshake true", "public key " + keys[1].Public().String()} {
 		if !strings.Contains(client.String(), want) {
 			t.Errorf("the client does not say %q:\n%s\n%s", want, &client, &server)
 		}
 	}
-	if got.tunnel < 50 || got.inside != 0 || got.insideText != 0 {
+	if got.tunnel < 1000 || got.inside != 0 || got.insideText != 0 {
 		t.Errorf("on the wire: %+v; want datagrams of the tunnel, and none from inside", got)
 	}
 	if got.clear == 0 || got.clearText == 0 {
