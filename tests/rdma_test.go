@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -20,6 +21,7 @@ import (
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/boot/wireguard"
 	"github.com/backdoor-rhs/backdoor/images/builder"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
 	"github.com/backdoor-rhs/backdoor/tests/lab"
@@ -125,6 +127,18 @@ func buildCommand(t *testing.T) string {
 	return out
 }
 
+// buildTunnel builds the program that makes a tunnel as the image does at boot.
+func buildTunnel(t *testing.T) string {
+	t.Helper()
+	out := filepath.Join(t.TempDir(), "tunnel")
+	c := exec.Command("go", "build", "-trimpath", "-o", out, "../boot/wireguard/testdata/tunnel")
+	c.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH=amd64")
+	if b, err := c.CombinedOutput(); err != nil {
+		t.Fatalf("build tunnel: %v: %s", err, b)
+	}
+	return out
+}
+
 // steps are the RDMA clients that the monitor runs against the DPU, by name: the host's memory is on port 18515, scratch memory on
 // 18516.
 func steps(whole bool) string {
@@ -161,19 +175,26 @@ func steps(whole bool) string {
 var pieces = [][2]uint64{{16 << 20, 24 << 20}, {0x1234567, 3000001}}
 
 // TestRDMA: unmodified RDMA programs on a stock kernel reach the host's memory through the DPU, while the host runs, stands still and is
-// dead; what they read is what is in its RAM file; and the operator's command does its work over the same wire.
+// dead; what they read is what is in its RAM file; and the operator's command does its work over the same wire, through the tunnel that
+// policy demands for it and that the DPU has made at boot.
 func TestRDMA(t *testing.T) {
 	needLab(t)
-	image, fetch, command := labImage(t), buildFetch(t), buildCommand(t)
+	image := labImage(t)
+	programs := map[string]string{"fetch": buildFetch(t), "backdoor": buildCommand(t), "tunnel": buildTunnel(t)}
 	for kernel := range strings.SplitSeq(*rdmaKernels, ",") {
-		t.Run(kernel, func(t *testing.T) { testRDMA(t, kernel, image, fetch, command) })
+		t.Run(kernel, func(t *testing.T) { testRDMA(t, kernel, image, programs) })
 	}
 }
 
-func testRDMA(t *testing.T, kernel, image, fetch, command string) {
+func testRDMA(t *testing.T, kernel, image string, programs map[string]string) {
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 10*time.Minute, errors.New("not within ten minutes"))
 	defer cancel()
-	l, err := lab.Up(ctx, lab.Config{DPUImage: image + ".cpio.zst", DPUKernel: image + ".vmlinuz"})
+	keyFile := filepath.Join(t.TempDir(), "key")
+	monitorKey, err := wireguard.LoadKey(keyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := lab.Up(ctx, lab.Config{DPUImage: image + ".cpio.zst", DPUKernel: image + ".vmlinuz", Tunnel: monitorKey.Public()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,6 +207,20 @@ func testRDMA(t *testing.T, kernel, image, fetch, command string) {
 		t.Fatal(err)
 	}
 	key, err := os.ReadFile(filepath.Join(l.DPU.StateDir, "rdma-key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dpuKey, err := wireguard.LoadKey(filepath.Join(l.DPU.StateDir, "tunnel-key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tunnel, err := json.Marshal(wireguard.Config{
+		Name: "wg0", PrivateKeyFile: "/wg-key", Addresses: []netip.Prefix{lab.MonitorTunnelAddress},
+		Peers: []wireguard.Peer{{
+			PublicKey: dpuKey.Public(), AllowedIPs: []netip.Prefix{netip.PrefixFrom(lab.DPUTunnelAddress.Addr(), 32)},
+			Endpoint: netip.AddrPortFrom(lab.DPUWireAddress.Addr(), lab.TunnelPort),
+		}},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -209,7 +244,10 @@ try dead_bw ib_read_bw -F -s 65536 -n 40 -p 18515 ` + lab.DPUWireAddress.Addr().
 rdma link delete rxe0
 rmmod rdma_rxe
 echo '` + strings.TrimSpace(string(key)) + `' >/key
-b="backdoor -rdma ` + lab.DPUWireAddress.Addr().String() + ` -rdma-key /key -timeout 60s"
+b="backdoor -rdma-key /key -timeout 60s -rdma ` + lab.DPUWireAddress.Addr().String() + `"
+try cli_outside_refused sh -c "$b findings >/out2 2>&1; [ \$? = 5 ] && grep rdma.encrypted /out2"
+try tunnel tunnel /wg0.json
+b="backdoor -rdma-key /key -timeout 60s -rdma ` + lab.DPUTunnelAddress.Addr().String() + `"
 try cli_status_3 sh -c "$b status; [ \$? = 3 ]"
 try cli_ps sh -c "$b ps | grep -q init"
 try cli_dmesg sh -c "$b dmesg | grep -q 'Kernel panic'"
@@ -218,6 +256,7 @@ try cli_watch sh -c "$b watch -n 1 | grep -q 'kernel is dead'"
 try cli_dry_run sh -c "$b heal panic-1 -action power-cycle -dry-run"
 try cli_write_refused sh -c "$b write 0x1000000 00 -y; [ \$? = 5 ]"
 try cli_cycle $b power cycle -y
+try tunnel_used sh -c "tunnel -state wg0 | grep 'handshake true'"
 pause end
 `
 	r, w, err := os.Pipe()
@@ -232,7 +271,7 @@ pause end
 	defer port.Close()
 	m := &monitor{t: t, input: w, done: make(chan error, 1), news: make(chan struct{})}
 	g := rxe.Guest{Kernel: kernel, Addr: netip.MustParsePrefix("192.168.190.3/24"), Port: far, Input: r, Script: script,
-		Programs: map[string]string{"fetch": fetch, "backdoor": command}}
+		Programs: programs, Modules: []string{"wireguard"}, Files: map[string]string{"/wg0.json": string(tunnel), "/wg-key": monitorKey.String()}}
 	guest, halt := context.WithCancel(ctx)
 	ended := make(chan struct{})
 	go func() {
@@ -310,7 +349,7 @@ func (m *monitor) results() {
 			m.t.Errorf("%s: %s", r[1], r[2])
 		}
 	}
-	want := strings.Count(steps(*rdmaWhole), "try ") + strings.Count(steps(*rdmaWhole), " & back=$!") + 2 + 8
+	want := strings.Count(steps(*rdmaWhole), "try ") + strings.Count(steps(*rdmaWhole), " & back=$!") + 2 + 11
 	if n != want {
 		m.t.Errorf("%d steps said how they ended; want %d", n, want)
 	}

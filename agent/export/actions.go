@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -189,6 +190,13 @@ var operations = map[string]operation{
 		cancel()
 		return struct{}{}, nil
 	}},
+	OpRestore: {RightStore, true, func(ctx context.Context, a *actions, num uint32, args json.RawMessage) (any, error) {
+		var r RestoreRequest
+		if err := strict(args, &r); err != nil {
+			return nil, err
+		}
+		return a.restore(ctx, num, r.Record)
+	}},
 	OpPower: {RightPower, true, func(ctx context.Context, a *actions, num uint32, args json.RawMessage) (any, error) {
 		var r PowerRequest
 		if err := strict(args, &r); err != nil {
@@ -226,12 +234,34 @@ func (a *actions) heal(ctx context.Context, num uint32, r HealRequest) (any, err
 	return reply, nil // the outcome says what went wrong
 }
 
+// restore takes back a store.
+func (a *actions) restore(ctx context.Context, num uint32, seq uint64) (any, error) {
+	if a.x.o.Journal == nil {
+		return nil, &ActionError{"not-found", "this agent has no journal"}
+	}
+	for rec, err := range a.x.o.Journal.From(seq) {
+		if err != nil || rec.Seq != seq || rec.Kind != RecordStore {
+			break
+		}
+		var s stored
+		if err := json.Unmarshal(rec.Data, &s); err != nil || len(s.Old) != len(s.New) || len(s.New) == 0 {
+			return nil, &ActionError{"failed", fmt.Sprintf("record %d is damaged: %v", seq, err)}
+		}
+		a.report(num, fmt.Sprintf("%d bytes at %v are compared and put back", len(s.Old), s.Addr))
+		return a.x.o.Host.Store(ctx, engine.StoreRequest{
+			Addr: s.Addr, Expect: heal.Bytes(s.New), Put: heal.Bytes(s.Old), Caller: a.l.User,
+			Why: fmt.Sprintf("take back what record %d says that %s stored under lease %s", seq, s.User, s.Lease),
+		})
+	}
+	return nil, &ActionError{"not-found", fmt.Sprintf("record %d of the journal is none of a store by RDMA, or is not there any more", seq)}
+}
+
 // alike reports whether two plans do the same to the same target.
 func alike(a, b heal.Plan) bool {
 	if a.Action != b.Action || a.Finding != b.Finding || a.Title != b.Title || len(a.Steps) != len(b.Steps) || (a.Target == nil) != (b.Target == nil) {
 		return false
 	}
-	if a.Target != nil && *a.Target != *b.Target {
+	if a.Target != nil && *a.Target != *b.Target || !slices.Equal(a.Targets, b.Targets) {
 		return false
 	}
 	for i := range a.Steps {

@@ -18,7 +18,8 @@
 // A lease ends when its time is over, when it is revoked, when its user or the agreement loses the right to it, when its peer
 // disconnects or is not heard of for a while: from that moment on each packet is refused with a remote access error.
 //
-// None of it is encrypted or proof against somebody on the path: run it inside a tunnel where the path is not trusted.
+// None of it is encrypted or proof against somebody on the path: run it inside a tunnel where the path is not trusted, and let
+// Options.Closed refuse all leases outside.
 package export
 
 import (
@@ -30,6 +31,7 @@ import (
 	"iter"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -53,6 +55,7 @@ type Host interface {
 	Heartbeat() kernel.Heartbeat
 	Heal(context.Context, engine.HealRequest) (heal.Plan, *heal.Outcome, error)
 	PowerControl(ctx context.Context, op, caller string) error
+	Store(context.Context, engine.StoreRequest) (heal.Outcome, error)
 }
 
 // Journal is the agent's journal. *journal.Journal has it.
@@ -111,6 +114,9 @@ type Options struct {
 	Keys []Key
 	// MemoryByKey lets keys reach the host's memory without Redfish.
 	MemoryByKey bool
+	// Closed, if not nil, is why nobody gets a lease at the device's address, such as a policy that wants an encrypted path. It
+	// should wrap ErrDenied. Who asks with a good token, or over Redfish, is told.
+	Closed error
 	// Alarm is told when packets are dropped or refused; nil tells nobody.
 	Alarm func(Event)
 	// MaxLifetime bounds leases; default an hour.
@@ -154,8 +160,8 @@ type Exporter struct {
 	leases  map[string]*lease // by ID; guarded by mu
 	acked   map[string]uint64 // by user, the newest journal record that it has; guarded by mu
 	health  Health            // as it was written last; guarded by mu
-	refused roce.Counters     // at the latest alarm; guarded by mu
-	alarmed time.Time         // guarded by mu
+	counted map[string]uint64 // packets, when alarms were last thought of; guarded by mu
+	alarmed time.Time         // when one was raised; guarded by mu
 	wrote   Writes            // guarded by mu
 }
 
@@ -281,51 +287,77 @@ func (x *Exporter) writePage() {
 type Stats struct {
 	Leases  int               `json:"leases"`
 	Writes  Writes            `json:"writes"`
-	Dropped uint64            `json:"dropped"` // packets that no peer of a lease sends
+	Dropped uint64            `json:"dropped"` // packets, for whatever reason but loss on the way
 	Refused uint64            `json:"refused"` // requests, for want of a right
 	Packets map[string]uint64 `json:"packets"` // by the names of roce.Counters and roce.LinkCounters
 }
 
 // Stats returns the counts since the start.
 func (x *Exporter) Stats() Stats {
-	s := Stats{Packets: map[string]uint64{}}
-	c := x.o.Device.Counters()
-	for name, n := range c.All() {
-		s.Packets[name] = n
-	}
-	s.Dropped, s.Refused = suspect(c)
-	if l, ok := x.o.Device.Link().(interface{ Counters() roce.LinkCounters }); ok {
-		c := l.Counters()
-		s.Packets["BadICRC"], s.Packets["BadLength"] = c.BadICRC, c.BadLength
-	}
+	s := Stats{Packets: x.packets()}
+	s.Dropped, _ = risen(dropped, nil, s.Packets)
+	s.Refused, _ = risen(refused, nil, s.Packets)
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	s.Leases, s.Writes = len(x.leases), x.wrote
 	return s
 }
 
-// suspect sums up what no honest peer causes.
-func suspect(c roce.Counters) (dropped, refused uint64) {
-	dropped = c.Malformed + c.UnknownQPN + c.WrongSource + c.BadPKey + c.CMMalformed
-	return dropped, c.BadKey + c.BadBounds + c.BadRights + c.Revoked + c.NAKInvalid + c.ConnectionsRefused
+// packets returns the counters of the device and of its link by name.
+func (x *Exporter) packets() map[string]uint64 {
+	m := map[string]uint64{}
+	for name, n := range x.o.Device.Counters().All() {
+		m[name] = n
+	}
+	if l, ok := x.o.Device.Link().(interface{ Counters() roce.LinkCounters }); ok {
+		c := l.Counters()
+		m["BadICRC"], m["BadLength"], m["SendErrors"], m["Overflow"] = c.BadICRC, c.BadLength, c.SendErrors, c.Overflow
+	}
+	return m
+}
+
+// The counters of what is dropped and of what is refused. Missing are those that count what a network with loss does by itself:
+// repeated and reordered packets, and answers that come twice.
+var (
+	dropped = []string{
+		"BadICRC", "BadLength", "Overflow", "Malformed", "UnknownQPN", "WrongSource", "BadPKey", "BadState", "UnknownDuplicate", "BadResponse",
+		"CMMalformed", "CMUnmatched", "CMDropped",
+	}
+	refused = []string{"BadKey", "BadBounds", "BadRights", "Revoked", "NAKInvalid", "NAKOperation", "ConnectionsRefused"}
+)
+
+// risen returns by how much some counters have risen together since they were was, and which.
+func risen(names []string, was, is map[string]uint64) (n uint64, which string) {
+	var b strings.Builder
+	for _, name := range names {
+		if d := is[name] - was[name]; d > 0 {
+			n += d
+			fmt.Fprintf(&b, " %s=%d", name, d)
+		}
+	}
+	return n, strings.TrimPrefix(b.String(), " ")
 }
 
 // alarm tells operators when packets were dropped or refused, at most every alarmEvery.
 func (x *Exporter) alarm(now time.Time) {
-	c := x.o.Device.Counters()
-	dropped, refused := suspect(c)
+	is := x.packets()
 	x.mu.Lock()
-	wasDropped, wasRefused := suspect(x.refused)
-	if x.o.Alarm == nil || now.Sub(x.alarmed) < alarmEvery || dropped == wasDropped && refused == wasRefused {
+	was := x.counted
+	if x.o.Alarm == nil || now.Sub(x.alarmed) < alarmEvery {
 		x.mu.Unlock()
 		return
 	}
-	x.refused, x.alarmed = c, now
-	x.mu.Unlock()
-	if n := dropped - wasDropped; n > 0 {
-		x.o.Alarm(Event{"dropped", fmt.Sprintf("%d RDMA packets were dropped that no peer of a lease sends: %v", n, c), n})
+	x.counted = is
+	drops, whichDrops := risen(dropped, was, is)
+	refusals, whichRefusals := risen(refused, was, is)
+	if drops+refusals > 0 {
+		x.alarmed = now
 	}
-	if n := refused - wasRefused; n > 0 {
-		x.o.Alarm(Event{"refused", fmt.Sprintf("%d RDMA requests were refused: %v", n, c), n})
+	x.mu.Unlock()
+	if drops > 0 {
+		x.o.Alarm(Event{"dropped", fmt.Sprintf("%d RDMA packets were dropped: %s", drops, whichDrops), drops})
+	}
+	if refusals > 0 {
+		x.o.Alarm(Event{"refused", fmt.Sprintf("%d RDMA requests were refused: %s", refusals, whichRefusals), refusals})
 	}
 }

@@ -106,6 +106,19 @@ func (h *fakeHost) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, *
 	return p, &heal.Outcome{Plan: p, Verified: true, Caller: r.Caller}, nil
 }
 
+// Store does what the engine does, without its rules.
+func (h *fakeHost) Store(_ context.Context, r engine.StoreRequest) (heal.Outcome, error) {
+	got := make([]byte, len(r.Expect))
+	if _, err := h.mem.ReadAt(got, int64(r.Addr)); err != nil {
+		return heal.Outcome{}, err
+	}
+	if !bytes.Equal(got, r.Expect) {
+		return heal.Outcome{}, fmt.Errorf("%v: %w", r.Addr, heal.ErrMismatch)
+	}
+	_, err := h.mem.WriteAt(r.Put, int64(r.Addr))
+	return heal.Outcome{Verified: true, Caller: r.Caller}, err
+}
+
 func (h *fakeHost) PowerControl(_ context.Context, op, _ string) error {
 	if op != "cycle" {
 		return fmt.Errorf("power %s: %w", op, kernel.ErrNotSupported)
@@ -784,6 +797,82 @@ func TestActions(t *testing.T) {
 		if !slices.Contains(what, w) {
 			t.Errorf("the audit trail has %v, and no %s", what, w)
 		}
+	}
+}
+
+// What peers stored by WRITE and by an atomic operation is put back, if it is still there, for who may store.
+func TestRestore(t *testing.T) {
+	r := newRig(t, nil)
+	r.host.agree(func(a *access.Agreement) {
+		a.Rights.Memory = []access.Memory{{Start: 0x8000, Size: 0x2000, Read: true, Write: true, Atomic: true}}
+	})
+	qp, l := r.dial(r.lease("ops"), Request{Kind: KindMemory, Start: 0x8000, Length: 0x2000, Write: true, Atomic: true})
+	before, now := make([]byte, 0x40), make([]byte, 0x40)
+	if err := qp.Read(t.Context(), before, 0x8000, l.RKey); err != nil {
+		t.Fatal(err)
+	}
+	word := binary.LittleEndian.Uint64(before[0x20:])
+	if _, err := qp.CompareAndSwap(t.Context(), 0x8020, l.RKey, word, ^word); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(qp.Write(t.Context(), []byte("one"), 0x8001, l.RKey), qp.Write(t.Context(), []byte("two"), 0x8001, l.RKey)); err != nil {
+		t.Fatal(err)
+	}
+	var seqs []uint64
+	for _, rec := range r.records(RecordStore) {
+		seqs = append(seqs, rec.Seq)
+	}
+	if len(seqs) != 3 {
+		t.Fatalf("%d records of 3 stores", len(seqs))
+	}
+	a, err := OpenActions(t.Context(), r.monitor, r.lease("ops"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	for _, c := range []struct {
+		record uint64
+		code   string // of the error; empty: done
+	}{{seqs[1], "stale"}, {seqs[2], ""}, {seqs[1], ""}, {seqs[1], "stale"}, {seqs[0], ""}, {seqs[2] + 1, "not-found"}, {1 << 60, "not-found"}} {
+		var o heal.Outcome
+		var e *ActionError
+		err := a.Do(t.Context(), OpRestore, RestoreRequest{c.record}, &o, nil)
+		if c.code == "" && (err != nil || o.Caller != "ops") || c.code != "" && (!errors.As(err, &e) || e.Code != c.code) {
+			t.Errorf("restore %d: %+v, %v; want code %q", c.record, o, err, c.code)
+		}
+	}
+	if err := qp.Read(t.Context(), now, 0x8000, l.RKey); err != nil || !bytes.Equal(now, before) {
+		t.Errorf("memory is % x, %v; was % x", now, err, before)
+	}
+	b, err := OpenActions(t.Context(), r.monitor, r.lease("reader"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	var e *ActionError
+	if err := b.Do(t.Context(), OpRestore, RestoreRequest{seqs[0]}, nil, nil); !errors.As(err, &e) || e.Code != "denied" {
+		t.Errorf("restore by who may not store: %v", err)
+	}
+}
+
+// Where policy wants another path, nobody gets a lease of any kind, and who has proved who it is is told why.
+func TestClosed(t *testing.T) {
+	r := newRig(t, func(o *Options, _ *fakeHost) {
+		o.MemoryByKey, o.Closed = true, fmt.Errorf("through the tunnel only: %w", ErrDenied)
+	})
+	for _, kind := range []Kind{KindMemory, KindHealth, KindActions} {
+		for name, dial := range map[string]Dial{"lease": r.lease("ops"), "key": DialKey(r.monitor, agentAddr, r.key)} {
+			if _, _, err := dial(t.Context(), r.monitor.NewPD(), r.monitor.NewCQ(), Request{Kind: kind}); !errors.Is(err, ErrDenied) || !strings.Contains(err.Error(), "through the tunnel only") {
+				t.Errorf("%v by %s: %v", kind, name, err)
+			}
+		}
+	}
+	var rejected *roce.RejectError
+	if _, _, err := r.monitor.Dial(t.Context(), agentAddr, roce.ServiceTCP(ServicePort), r.monitor.NewPD(), nil, roce.QPConfig{}, nil); !errors.As(err, &rejected) || strings.Contains(string(rejected.Private), "tunnel") {
+		t.Errorf("without a token: %v, %q", err, rejected.Private)
+	}
+	if n := len(r.x.Leases()); n != 0 {
+		t.Errorf("%d leases", n)
 	}
 }
 

@@ -147,6 +147,9 @@ func (x *Exporter) lease(r Request, connect connector) (_ *lease, err error) {
 	if r.User == "" {
 		return nil, fmt.Errorf("nobody asks for it: %w", ErrDenied)
 	}
+	if x.o.Closed != nil {
+		return nil, x.o.Closed
+	}
 	if err := x.o.Authorize(r.User, right(r.Kind, r.Write || r.Atomic)); err != nil {
 		return nil, err
 	}

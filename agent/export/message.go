@@ -85,6 +85,7 @@ const (
 	OpJournal  = "journal"  // JournalRequest → JournalReply
 	OpHeal     = "heal"     // HealRequest → HealReply; progress reports tell how it goes
 	OpUndo     = "undo"     // UndoRequest: breaks off a repair that this connection has begun, which takes back what it stored
+	OpRestore  = "restore"  // RestoreRequest → heal.Outcome: takes back a store that a peer made by WRITE or by an atomic operation
 	OpPower    = "power"    // PowerRequest
 )
 
@@ -100,8 +101,18 @@ type HealRequest struct {
 	Action  string `json:"action,omitempty"` // empty is what policy proposes
 	DryRun  bool   `json:"dryRun,omitempty"` // plan only
 	// Plan, if given, is the plan that somebody has agreed to: the repair is refused unless the fresh one does the same to the
-	// same target.
+	// same target. What Agreed leaves of a plan is enough.
 	Plan *heal.Plan `json:"plan,omitempty"`
+}
+
+// Agreed returns what of a plan is compared when it is carried out: action, finding, title, targets, and what each step does to
+// which object. Addresses and bytes may be others by then. It fits into a request, which is one message.
+func Agreed(p heal.Plan) *heal.Plan {
+	a := &heal.Plan{ID: p.ID, Action: p.Action, Finding: p.Finding, Title: p.Title, Risk: p.Risk, Made: p.Made, Target: p.Target, Targets: p.Targets, Steps: []heal.Step{}}
+	for _, s := range p.Steps {
+		a.Steps = append(a.Steps, heal.Step{Op: s.Op, Object: s.Object})
+	}
+	return a
 }
 
 // HealReply is what came of it. The outcome is absent if nothing was begun.
@@ -113,6 +124,12 @@ type HealReply struct {
 // UndoRequest names the request to break off.
 type UndoRequest struct {
 	Number uint32 `json:"number"`
+}
+
+// RestoreRequest names a record of the journal of kind RecordStore. What was there before is put back if what the store put is
+// still there; else nothing is stored. It goes through the executor, as a repair does, with records of its own.
+type RestoreRequest struct {
+	Record uint64 `json:"record"`
 }
 
 // PowerRequest is an order about the host's power: "on", "off", "cycle", "nmi", "shutdown" or an order of package heal.

@@ -49,7 +49,10 @@ type window struct {
 	pending stored // what is about to be stored
 }
 
-// stored is the journal's record of a store by a peer: kind "rdma-store". Bytes are base64.
+// RecordStore is the kind of the journal's records of stores by peers.
+const RecordStore = "rdma-store"
+
+// stored is the journal's record of a store by a peer, of kind RecordStore. Bytes are base64.
 type stored struct {
 	Lease string           `json:"lease"`
 	User  string           `json:"user"`
@@ -119,7 +122,7 @@ func (w *window) allow(op string, r hostmem.Range) error {
 	if w.x.o.Journal == nil {
 		return fmt.Errorf("there is no journal, and nothing is stored without one: %w", hostmem.ErrReadOnly)
 	}
-	if _, err := w.x.o.Journal.Write("rdma-store", w.pending); err != nil {
+	if _, err := w.x.o.Journal.Write(RecordStore, w.pending); err != nil {
 		return fmt.Errorf("journal the store: %w", err)
 	}
 	w.l.stored += r.Size

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	"sync"
 
 	"github.com/backdoor-rhs/backdoor/agent/export"
+	"github.com/backdoor-rhs/backdoor/boot/wireguard"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
 	"github.com/backdoor-rhs/backdoor/nicfw/roce"
 	"github.com/backdoor-rhs/backdoor/redfish/host"
@@ -88,7 +90,12 @@ func (r *remote) know(svc *service.Service) {
 
 // serve serves one address until ctx ends.
 func (r *remote) serve(ctx context.Context, addr netip.Addr) error {
-	link, err := roce.ListenUDP(roce.UDPConfig{Addr: netip.AddrPortFrom(addr, 0), PathMTU: r.cfg.PathMTU, Spin: r.cfg.Spin.Std()})
+	tunnel, err := wireguard.Covers(addr)
+	if err != nil && r.cfg.Encrypted {
+		return err
+	}
+	// What is inside a tunnel must come through it.
+	link, err := roce.ListenUDP(roce.UDPConfig{Addr: netip.AddrPortFrom(addr, 0), PathMTU: r.cfg.PathMTU, Spin: r.cfg.Spin.Std(), OwnInterface: tunnel})
 	if err != nil {
 		return err
 	}
@@ -105,6 +112,9 @@ func (r *remote) serve(ctx context.Context, addr netip.Addr) error {
 	if r.w.journal != nil {
 		o.Journal = r.w.journal
 	}
+	if r.cfg.Encrypted && !tunnel {
+		o.Closed = fmt.Errorf("the policy rdma.encrypted gives leases through a tunnel only, and %v is not in one: %w", addr, export.ErrDenied)
+	}
 	x := export.New(o)
 	r.mu.Lock()
 	r.at[addr] = x
@@ -114,7 +124,7 @@ func (r *remote) serve(ctx context.Context, addr netip.Addr) error {
 		defer r.mu.Unlock()
 		delete(r.at, addr)
 	}()
-	r.w.log.Info("RDMA is served", "addr", addr, "pathMTU", dev.PathMTU())
+	r.w.log.Info("RDMA is served", "addr", addr, "pathMTU", dev.PathMTU(), "tunnel", tunnel, "leases", o.Closed == nil)
 	stop := serveLab(ctx, r.w, dev)
 	defer stop()
 	return x.Run(ctx)
@@ -199,6 +209,9 @@ func (r *remote) Lease(q host.RDMARequest) (host.RDMALease, error) {
 		return host.RDMALease{}, err
 	}
 	addrs, all := r.running()
+	if from := sourceFor(q.Peer); slices.Contains(addrs, from) {
+		addrs, all = []netip.Addr{from}, []*export.Exporter{all[slices.Index(addrs, from)]}
+	}
 	for i, a := range addrs {
 		if a.Is4() != q.Peer.Is4() {
 			continue
@@ -218,6 +231,16 @@ func (r *remote) Lease(q host.RDMARequest) (host.RDMALease, error) {
 		return shownLease(a, l), nil
 	}
 	return host.RDMALease{}, service.Because(503, "ServiceTemporarilyUnavailable", fmt.Sprintf("RDMA is not served now on an address that %v can reach.", q.Peer), "5")
+}
+
+// sourceFor returns the address that packets to a peer leave from, as far as this machine knows a way; it sends nothing.
+func sourceFor(peer netip.Addr) netip.Addr {
+	c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer, roce.Port)))
+	if err != nil {
+		return netip.Addr{}
+	}
+	defer c.Close()
+	return c.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap().WithZone("")
 }
 
 func shownLease(at netip.Addr, l export.Lease) host.RDMALease {

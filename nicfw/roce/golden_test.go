@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"net/netip"
 	"os"
 	"testing"
@@ -320,4 +321,28 @@ func byteSize(n int) string {
 		return fmt.Sprintf("%dKiB", n/1024)
 	}
 	return fmt.Sprintf("%dB", n)
+}
+
+// TestICRCMask: the byte of the BTH that routers change counts as 0xff, whatever stands there.
+func TestICRCMask(t *testing.T) {
+	src, dst := netip.MustParseAddrPort("192.0.2.1:49152"), netip.MustParseAddrPort("192.0.2.2:4791")
+	var c checker
+	for _, n := range []int{bthLen, 16, 28, 1040, 4112} {
+		data := make([]byte, n)
+		for i := range data {
+			data[i] = byte(random32())
+		}
+		data[4] = 0xff
+		key := prefixKey{src, dst, 7, DontFragment, n}
+		want := crc32.Update(c.headers(&key), crc32.IEEETable, data)
+		for _, b := range []byte{0, 1, 0x40, 0x80, 0xc0, 0xff} {
+			data[4] = b
+			if got := c.sum(src, dst, 7, DontFragment, data); got != want {
+				t.Errorf("%d bytes with %#x there: ICRC %#x; want %#x", n, b, got, want)
+			}
+			if data[4] != b {
+				t.Errorf("the packet was changed")
+			}
+		}
+	}
 }

@@ -85,6 +85,9 @@ type UDPConfig struct {
 	RecvBuffer int            // bytes; default 8 MiB; less if the system's limit is lower and we may not exceed it
 	SendBuffer int            // bytes; default 1 MiB; the smaller, the earlier Send waits for a slow wire
 	NoOffload  bool           // do without UDP_SEGMENT and UDP_GRO
+	// OwnInterface takes and sends packets by the interface that has the address, and no other. Linux by itself takes a packet
+	// for any address of the machine from any interface: without this, what should come through a tunnel could come past it.
+	OwnInterface bool
 }
 
 // ListenUDP opens a link on a UDP socket.
@@ -152,6 +155,11 @@ func listenUDP(cfg UDPConfig) (_ *udpLink, err error) {
 	}
 	buffer(cfg.RecvBuffer, 8<<20, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF)
 	buffer(cfg.SendBuffer, 1<<20, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF)
+	if cfg.OwnInterface {
+		if err := unix.BindToDevice(l.fd, ifi.Name); err != nil {
+			return nil, fmt.Errorf("keep to %s: %w", ifi.Name, err)
+		}
+	}
 	gro := false
 	if !cfg.NoOffload {
 		_, err := unix.GetsockoptInt(l.fd, unix.IPPROTO_UDP, unix.UDP_SEGMENT)

@@ -22,6 +22,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/boot/wireguard"
 	"github.com/backdoor-rhs/backdoor/images/kernels"
 	"github.com/backdoor-rhs/backdoor/tests/lab/bmc"
 	"github.com/backdoor-rhs/backdoor/tests/lab/wire"
@@ -68,6 +69,10 @@ type Config struct {
 	// Datapath puts the DPU between HOST and the wire: HOST's only network is a cable into the DPU, which forwards to the wire, and
 	// there a router leads HOST's traffic on as QEMU's user network does without.
 	Datapath bool
+	// Tunnel, if not zero, is a monitor's WireGuard key: the DPU makes a tunnel for it at boot, between DPUTunnelAddress and
+	// MonitorTunnelAddress, serves RDMA inside as well, and gives leases nowhere else. Its own key is in StateDir, in the file
+	// tunnel-key.
+	Tunnel wireguard.Key
 	// WireCapture, if not empty, is a file that gets every frame on the wire in pcap format.
 	WireCapture string
 }

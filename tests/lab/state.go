@@ -20,6 +20,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/agent/policy"
 	"github.com/backdoor-rhs/backdoor/boot"
+	"github.com/backdoor-rhs/backdoor/boot/wireguard"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
 	"github.com/backdoor-rhs/backdoor/tests/lab/bmc"
 	"github.com/backdoor-rhs/backdoor/tests/lab/wire"
@@ -49,6 +50,14 @@ var (
 	DPUWireAddress  = netip.MustParsePrefix("192.168.190.2/24")
 	DPUWireAddress6 = netip.MustParsePrefix("fd00:bd::2/64")
 )
+
+// The ends of the tunnel that Config.Tunnel asks for, and the DPU's UDP port for it.
+var (
+	DPUTunnelAddress     = netip.MustParsePrefix("10.190.0.2/24")
+	MonitorTunnelAddress = netip.MustParsePrefix("10.190.0.3/24")
+)
+
+const TunnelPort = 51820
 
 // parties are the keys of one run.
 type parties struct {
@@ -136,6 +145,16 @@ func writeState(dir string, cfg Config, h *Host, b *bmc.BMC) (parties, error) {
 	}
 	if cfg.Datapath {
 		c.Datapath = &config.Datapath{Host: dpuCableMAC, Uplink: dpuWireMAC}
+	}
+	if cfg.Tunnel != (wireguard.Key{}) {
+		if _, err := wireguard.LoadKey(filepath.Join(dir, "tunnel-key")); err != nil {
+			return parties{}, &InfraError{Op: "write the DPU's state", Err: err}
+		}
+		peer := wireguard.Peer{PublicKey: cfg.Tunnel, AllowedIPs: []netip.Prefix{netip.PrefixFrom(MonitorTunnelAddress.Addr(), 32)}}
+		c.Boot.Tunnels = []wireguard.Config{{
+			Name: "wg0", PrivateKeyFile: "tunnel-key", ListenPort: TunnelPort, Addresses: []netip.Prefix{DPUTunnelAddress}, Peers: []wireguard.Peer{peer},
+		}}
+		c.RDMA.Addresses, c.RDMA.Encrypted = append(c.RDMA.Addresses, DPUTunnelAddress.Addr()), true
 	}
 	if err := c.Write(filepath.Join(dir, "config.json")); err != nil {
 		return parties{}, err

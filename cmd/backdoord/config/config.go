@@ -31,7 +31,8 @@
 //	    "pathMTU": 4096,
 //	    "bytesPerSecond": "500MiB",
 //	    "keys": [{"user": "ops", "file": "ops.rdma-key"}],
-//	    "memoryByKey": false
+//	    "memoryByKey": false,
+//	    "encrypted": false
 //	  },
 //	  "datapath": {"host": "52:54:00:bd:00:03", "uplink": "eth1", "allow": ["10.77.0.0/24"]},
 //	  "intervals": {"pass": "250ms"},
@@ -309,6 +310,8 @@ type RDMA struct {
 	Keys []RDMAKey `json:"keys,omitempty"`
 	// MemoryByKey lets keys reach the host's memory, which else takes a lease over Redfish.
 	MemoryByKey bool `json:"memoryByKey,omitempty"`
+	// Encrypted gives leases at addresses of tunnels only (see boot.Config), to peers inside of them.
+	Encrypted bool `json:"encrypted,omitempty"`
 }
 
 // RDMAKey lets a monitor connect without Redfish, with what the user's Redfish account may do.

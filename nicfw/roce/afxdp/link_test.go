@@ -296,3 +296,58 @@ func TestAllocations(t *testing.T) {
 		t.Errorf("%g allocations for %d packets", n, len(packets))
 	}
 }
+
+// TestUDPOwnInterface: a link that keeps to its interface carries packets there and hears nothing that comes in by another one,
+// which a link that does not keep to it hears.
+func TestUDPOwnInterface(t *testing.T) {
+	w := newWire(t, 4300)
+	inside := netip.MustParseAddr("10.98.0.1")
+	if err := w.ends[0].Do(func() error {
+		d := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "inside"}, PeerName: "unused"}
+		return errors.Join(netlink.LinkAdd(d), netlink.AddrAdd(d, &netlink.Addr{IPNet: &net.IPNet{IP: inside.AsSlice(), Mask: net.CIDRMask(24, 32)}}), netlink.LinkSetUp(d))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.ends[1].Do(func() error {
+		return netlink.RouteAdd(&netlink.Route{Dst: &net.IPNet{IP: inside.AsSlice(), Mask: net.CIDRMask(32, 32)}, Gw: w.ends[0].v4.AsSlice()})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	listen := func(i int, addr netip.Addr, own bool) roce.Link {
+		t.Helper()
+		var l roce.Link
+		if err := w.ends[i].Do(func() (err error) {
+			l, err = roce.ListenUDP(roce.UDPConfig{Addr: netip.AddrPortFrom(addr, 0), PathMTU: 1024, NoOffload: true, OwnInterface: own})
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		return l
+	}
+	far := listen(1, w.ends[1].v4, true)
+	rx := make([]roce.Packet, 8)
+	for _, own := range []bool{false, true, false} {
+		near := listen(0, inside, own)
+		got := 0
+		for range 20 {
+			if err := far.Send([]roce.Packet{linktest.Packet(near.LocalAddr(), 100, 1)}); err != nil {
+				t.Fatal(err)
+			}
+			n, err := near.Recv(rx, 20*time.Millisecond)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got += n; n > 0 && !own {
+				break
+			}
+		}
+		if (got == 0) != own {
+			t.Errorf("keeping to its interface %v, it heard %d packets from another", own, got)
+		}
+		near.Close()
+	}
+	a := listen(0, w.ends[0].v4, true)
+	meet(t, a, far)
+	linktest.Test(t, a, far, 1024)
+}
