@@ -298,7 +298,7 @@ type healed struct {
 }
 
 // Heal plans, or plans and carries out, a repair.
-func (a *agent) Heal(ctx context.Context, finding, action string, dryRun bool, progress func(string)) (healed, error) {
+func (a *agent) Heal(ctx context.Context, finding, action string, dryRun bool, _ *heal.Plan, progress func(string)) (healed, error) {
 	task, err := a.c.Heal(ctx, client.HealRequest{Finding: finding, Action: action, DryRun: dryRun}, func(t schema.Task) {
 		if progress != nil && t.PercentComplete != nil {
 			progress(fmt.Sprintf("task %s: %s, %d %%", t.ID, t.TaskState, *t.PercentComplete))

@@ -18,6 +18,7 @@ var healVerb = verb{
 	short: "repair a finding",
 	long: `The agent makes a plan, which is shown; then it asks, and carries the repair out. With -dry-run it stops at the plan. What is
 carried out is planned anew at that moment, for addresses and CPUs may have changed; the outcome and the journal have that plan.
+With -rdma the plan goes over the action queue pair, and the repair is refused if what would be done now is not what it says.
 Nothing is written to the host unless its access agreement permits it, and each write is in the agent's journal before it happens.
 
 Exit status: 0 repaired and verified (or planned, with -dry-run), 3 carried out but not verified, 5 denied.
@@ -42,8 +43,9 @@ func runHeal(ctx context.Context, e *env, args []string) (int, error) {
 		return 0, err
 	}
 	defer a.Close()
+	var plan *heal.Plan
 	if e.o.dryRun || !e.o.yes {
-		h, err := a.Heal(ctx, id, e.o.action, true, nil)
+		h, err := a.Heal(ctx, id, e.o.action, true, nil, nil)
 		if err != nil {
 			return 0, fmt.Errorf("plan a repair of %s: %w", id, err)
 		}
@@ -53,6 +55,7 @@ func runHeal(ctx context.Context, e *env, args []string) (int, error) {
 		if e.o.dryRun {
 			return exitOK, e.answer(h, func(w io.Writer) error { return planText(w, *h.Plan) })
 		}
+		plan = h.Plan
 		// The plan is a question, not the answer: with -json only the outcome goes to standard output.
 		w := e.stdout
 		if e.o.json {
@@ -69,7 +72,7 @@ func runHeal(ctx context.Context, e *env, args []string) (int, error) {
 			return 0, fmt.Errorf("nothing was done")
 		}
 	}
-	h, err := a.Heal(ctx, id, e.o.action, false, func(text string) {
+	h, err := a.Heal(ctx, id, e.o.action, false, plan, func(text string) {
 		if f := file(e.stderr); f != nil && isTerminal(f) {
 			fmt.Fprintf(e.stderr, "backdoor: %s\n", query.Clean(text))
 		}

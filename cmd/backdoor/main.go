@@ -58,6 +58,7 @@
 //	read         bytes of the host's memory, by RDMA
 //	write        store bytes in the host's memory, by RDMA: break-glass
 //	cas          compare and swap a word of the host's memory, by RDMA: break-glass
+//	restore      take back what write or cas stored, by RDMA
 //	heal         repair a finding: heal FINDING [-dry-run] [-action A] [-y]
 //	power        the host's power: status, on, off, cycle, reset, nmi, soft
 //	network      the host's traffic: status, quarantine, limit, release

@@ -3,13 +3,16 @@ package main
 import (
 	"context"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -28,7 +31,7 @@ import (
 )
 
 // rdmaVerbs are those that need -rdma.
-func rdmaVerbs() []verb { return []verb{watchVerb, readVerb, writeVerb, casVerb} }
+func rdmaVerbs() []verb { return []verb{watchVerb, readVerb, writeVerb, casVerb, restoreVerb} }
 
 // rdmaFlags are those that lead to an agent by RDMA.
 func (o *options) rdmaFlags(fs *flag.FlagSet) {
@@ -41,7 +44,8 @@ func (o *options) rdmaFlags(fs *flag.FlagSet) {
 type operator interface {
 	Findings(context.Context) (query.Findings, error)
 	Finding(ctx context.Context, id string) (detect.Finding, error)
-	Heal(ctx context.Context, finding, action string, dryRun bool, progress func(string)) (healed, error)
+	// Heal plans a repair or, without dryRun, carries one out; plan is what somebody has agreed to, if anybody was asked.
+	Heal(ctx context.Context, finding, action string, dryRun bool, plan *heal.Plan, progress func(string)) (healed, error)
 	Journal(ctx context.Context, from uint64) ([]journal.Record, error)
 	PowerState(context.Context) (schema.PowerState, error)
 	Reset(context.Context, schema.ResetType) error
@@ -243,10 +247,24 @@ func (r *rdma) Finding(ctx context.Context, id string) (detect.Finding, error) {
 	return detect.Finding{}, fmt.Errorf("there is no finding %q; see: backdoor findings -all", id)
 }
 
-// Heal implements operator.
-func (r *rdma) Heal(ctx context.Context, finding, action string, dryRun bool, progress func(string)) (healed, error) {
+// Heal implements operator. What is carried out is always a plan that was made before and is sent along: the agent's executor
+// refuses it if the host has moved on to something else.
+func (r *rdma) Heal(ctx context.Context, finding, action string, dryRun bool, plan *heal.Plan, progress func(string)) (healed, error) {
 	var h export.HealReply
-	err := r.do(ctx, export.OpHeal, export.HealRequest{Finding: finding, Action: action, DryRun: dryRun}, &h, progress)
+	q := export.HealRequest{Finding: finding, Action: action, DryRun: dryRun}
+	if !dryRun {
+		if plan == nil {
+			planned, err := r.Heal(ctx, finding, action, true, nil, progress)
+			if err != nil {
+				return planned, err
+			}
+			if plan = planned.Plan; plan == nil {
+				return healed{}, errors.New("the agent sent no plan")
+			}
+		}
+		q.Action, q.Plan = plan.Action, export.Agreed(*plan)
+	}
+	err := r.do(ctx, export.OpHeal, q, &h, progress)
 	if err == nil && h.Outcome != nil && h.Outcome.Error != "" {
 		err = errors.New(h.Outcome.Error)
 	}
@@ -411,19 +429,56 @@ func healthText(h export.Health) string {
 }
 
 // rawMemory opens a part of the host's memory for a verb that works on bytes.
-func (e *env) rawMemory(ctx context.Context, name string, q export.Request) (hostmem.Memory, func() error, error) {
+func (e *env) rawMemory(ctx context.Context, name string, q export.Request) (remoteMemory, error) {
 	if e.o.rdma == "" {
-		return nil, nil, &usageError{verb: name, msg: name + " needs -rdma HOST"}
+		return remoteMemory{}, &usageError{verb: name, msg: name + " needs -rdma HOST"}
 	}
 	r, err := e.openRDMA(ctx)
 	if err != nil {
-		return nil, nil, err
+		return remoteMemory{}, err
 	}
 	mem, err := export.OpenMemory(ctx, r.dev, r.dial, q)
 	if err != nil {
-		return nil, nil, errors.Join(rdmaError(err), r.Close())
+		return remoteMemory{}, errors.Join(rdmaError(err), r.Close())
 	}
-	return mem, remoteMemory{mem, r}.Close, nil
+	return remoteMemory{mem, r}, nil
+}
+
+// head returns the number of the journal's newest record.
+func (r *rdma) head(ctx context.Context) (uint64, error) {
+	var got export.JournalReply
+	err := r.do(ctx, export.OpJournal, export.JournalRequest{From: math.MaxUint64, Max: 1}, &got, nil)
+	return got.Head, err
+}
+
+// stored returns the records of stores at an address that the journal has behind another record.
+func (r *rdma) stored(ctx context.Context, pa, n, behind uint64) ([]uint64, error) {
+	var got export.JournalReply
+	if err := r.do(ctx, export.OpJournal, export.JournalRequest{From: behind + 1}, &got, nil); err != nil {
+		return nil, fmt.Errorf("the store is done, but which record of the journal has what was there before is not known: %w", err)
+	}
+	out := []uint64{}
+	for _, rec := range got.Records {
+		var s struct {
+			Addr hostmem.PhysAddr `json:"addr"`
+		}
+		if rec.Kind == export.RecordStore && json.Unmarshal(rec.Data, &s) == nil && uint64(s.Addr) >= pa && uint64(s.Addr) < pa+n {
+			out = append(out, rec.Seq)
+		}
+	}
+	return out, nil
+}
+
+// takeBack says how to undo stores.
+func takeBack(records []uint64) string {
+	if len(records) == 0 {
+		return ""
+	}
+	s := "; take it back with: restore"
+	for _, n := range slices.Backward(records) {
+		s += " " + strconv.FormatUint(n, 10)
+	}
+	return s
 }
 
 // number reads an address or a word.
@@ -461,11 +516,11 @@ host's memory. To a terminal the bytes go as a hex dump, else as they are; -json
 		if n == 0 || n > maxRaw {
 			return 0, &usageError{verb: "read", msg: fmt.Sprintf("read: want 1 to %d bytes", maxRaw)}
 		}
-		mem, done, err := e.rawMemory(ctx, "read", export.Request{Start: pa, Length: n})
+		mem, err := e.rawMemory(ctx, "read", export.Request{Start: pa, Length: n})
 		if err != nil {
 			return 0, err
 		}
-		defer done()
+		defer mem.Close()
 		buf := make([]byte, min(n, 1<<20))
 		for at := uint64(0); at < n; {
 			part := buf[:min(uint64(len(buf)), n-at)]
@@ -518,9 +573,9 @@ var writeVerb = verb{
 	name:  "write",
 	args:  "ADDRESS HEX",
 	short: "store bytes in the host's memory, by RDMA: break-glass",
-	long: `Stores bytes at a physical address. This is no repair: nothing is planned, compared or taken back, and a wrong byte may end the host.
+	long: `Stores bytes at a physical address. This is no repair: nothing is planned or compared, and a wrong byte may end the host.
 It needs -rdma, the privilege BackdoorMemory and a range of the access agreement (rights.memory) that gives stores there. The agent's journal has the
-old and the new bytes before they are stored.
+old and the new bytes before they are stored: the answer names the records, and restore takes them back.
 
   backdoor -rdma 10.77.0.2 write 0x7ff0000 00000000 -y`,
 	flags: func(fs *flag.FlagSet, o *options) {
@@ -538,11 +593,11 @@ old and the new bytes before they are stored.
 		if err != nil || len(b) == 0 {
 			return 0, &usageError{verb: "write", msg: fmt.Sprintf("write: %q is no bytes in hexadecimal", args[1])}
 		}
-		mem, done, err := e.rawMemory(ctx, "write", export.Request{Start: pa, Length: uint64(len(b)), Write: true})
+		mem, err := e.rawMemory(ctx, "write", export.Request{Start: pa, Length: uint64(len(b)), Write: true})
 		if err != nil {
 			return 0, err
 		}
-		defer done()
+		defer mem.Close()
 		old := make([]byte, len(b))
 		if _, err := mem.ReadAt(old, int64(pa)); err != nil {
 			return 0, err
@@ -550,15 +605,23 @@ old and the new bytes before they are stored.
 		if ok, err := e.breakGlass(fmt.Sprintf("Replace %x by %x at %#x of the host behind %s?", old, b, pa, e.o.rdma)); !ok {
 			return 0, err
 		}
-		w, ok := hostmem.AsWriter(mem)
+		w, ok := hostmem.AsWriter(mem.Memory)
 		if !ok {
 			return 0, errors.New("the agent gave a lease that cannot be written to")
+		}
+		head, err := mem.r.head(ctx)
+		if err != nil {
+			return 0, err
 		}
 		if _, err := w.WriteAt(b, int64(pa)); err != nil {
 			return 0, err
 		}
-		return exitOK, e.answer(map[string]string{"address": fmt.Sprintf("%#x", pa), "old": hex.EncodeToString(old), "new": hex.EncodeToString(b)}, func(w io.Writer) error {
-			_, err := fmt.Fprintf(w, "%#x: %x -> %x\n", pa, old, b)
+		records, err := mem.r.stored(ctx, pa, uint64(len(b)), head)
+		if err != nil {
+			return 0, err
+		}
+		return exitOK, e.answer(map[string]any{"address": fmt.Sprintf("%#x", pa), "old": hex.EncodeToString(old), "new": hex.EncodeToString(b), "records": records}, func(w io.Writer) error {
+			_, err := fmt.Fprintf(w, "%#x: %x -> %x%s\n", pa, old, b, takeBack(records))
 			return err
 		})
 	},
@@ -599,29 +662,90 @@ Exit status: 0 swapped, 1 the word was another.
 				return 0, err
 			}
 		}
-		mem, done, err := e.rawMemory(ctx, "cas", export.Request{Start: n[0], Length: 8, Atomic: true})
+		mem, err := e.rawMemory(ctx, "cas", export.Request{Start: n[0], Length: 8, Atomic: true})
 		if err != nil {
 			return 0, err
 		}
-		defer done()
+		defer mem.Close()
 		if ok, err := e.breakGlass(fmt.Sprintf("Swap %#x for %#x at %#x of the host behind %s?", n[1], n[2], n[0], e.o.rdma)); !ok {
 			return 0, err
 		}
-		s, ok := hostmem.AsSwapper(mem)
+		s, ok := hostmem.AsSwapper(mem.Memory)
 		if !ok {
 			return 0, errors.New("the agent gave a lease without atomic operations")
+		}
+		head, err := mem.r.head(ctx)
+		if err != nil {
+			return 0, err
 		}
 		prev, err := s.CompareAndSwap(hostmem.PhysAddr(n[0]), n[1], n[2])
 		if err != nil {
 			return 0, err
 		}
-		code := exitOK
-		if prev != n[1] {
-			code = exitError
+		code, records := exitError, []uint64{}
+		if prev == n[1] {
+			code = exitOK
+			if records, err = mem.r.stored(ctx, n[0], 8, head); err != nil {
+				return 0, err
+			}
 		}
-		return code, e.answer(map[string]any{"found": fmt.Sprintf("%#x", prev), "swapped": prev == n[1]}, func(w io.Writer) error {
-			_, err := fmt.Fprintf(w, "found %#x, swapped: %v\n", prev, prev == n[1])
+		return code, e.answer(map[string]any{"found": fmt.Sprintf("%#x", prev), "swapped": prev == n[1], "records": records}, func(w io.Writer) error {
+			_, err := fmt.Fprintf(w, "found %#x, swapped: %v%s\n", prev, prev == n[1], takeBack(records))
 			return err
 		})
+	},
+}
+
+var restoreVerb = verb{
+	name:  "restore",
+	args:  "RECORD...",
+	short: "take back what write or cas stored, by RDMA",
+	long: `Puts back the bytes that were there before a store, which a record of the agent's journal of kind rdma-store has, if what was stored is
+still there. The agent's executor does it, one record after the other, with records of its own; it needs what write needs, and a kernel of the
+host that the agent is attached to. Several stores to one place are taken back from the latest on.
+
+Exit status: 0 all are taken back, 3 memory holds something else by now, 5 denied.
+
+  backdoor -rdma 10.77.0.2 restore 1207 -y`,
+	flags: func(fs *flag.FlagSet, o *options) {
+		fs.BoolVar(&o.yes, "y", false, "do not ask")
+	},
+	run: func(ctx context.Context, e *env, args []string) (int, error) {
+		if len(args) == 0 {
+			return 0, &usageError{verb: "restore", msg: "restore takes the numbers of records; see: backdoor journal"}
+		}
+		var records []uint64
+		for _, a := range args {
+			n, err := number("restore", a)
+			if err != nil {
+				return 0, err
+			}
+			records = append(records, n)
+		}
+		if e.o.rdma == "" {
+			return 0, &usageError{verb: "restore", msg: "restore needs -rdma HOST"}
+		}
+		if ok, err := e.breakGlass(fmt.Sprintf("Put back what was at the places of records %v of the host behind %s?", records, e.o.rdma)); !ok {
+			return 0, err
+		}
+		r, err := e.openRDMA(ctx)
+		if err != nil {
+			return 0, err
+		}
+		defer r.Close()
+		for _, n := range records {
+			var o heal.Outcome
+			if err := r.do(ctx, export.OpRestore, export.RestoreRequest{Record: n}, &o, nil); err != nil {
+				var refused *export.ActionError
+				if errors.As(err, &refused) && refused.Code == "stale" {
+					return 0, &codeError{exitIll, fmt.Errorf("restore %d: %w", n, err)}
+				}
+				return 0, fmt.Errorf("restore %d: %w", n, err)
+			}
+			if err := e.answer(o, func(w io.Writer) error { return outcomeText(w, o) }); err != nil {
+				return 0, err
+			}
+		}
+		return exitOK, nil
 	},
 }

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -21,9 +23,11 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/export"
 	"github.com/backdoor-rhs/backdoor/agent/heal"
+	"github.com/backdoor-rhs/backdoor/agent/journal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/query"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem/hostmemtest"
 	"github.com/backdoor-rhs/backdoor/nicfw/roce"
 )
 
@@ -32,6 +36,7 @@ type rdmaHost struct {
 	*fakeAgent
 	mem   hostmem.Memory
 	asked []engine.HealRequest // guarded by fakeAgent.do
+	moves bool                 // another plan each time; guarded by fakeAgent.do
 }
 
 func (h *rdmaHost) HostMemory() (hostmem.Memory, bool, error) { return h.mem, true, nil }
@@ -43,8 +48,18 @@ func (h *rdmaHost) Grant() access.Grant {
 }
 
 func (h *rdmaHost) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, *heal.Outcome, error) {
-	h.do(func() { h.asked = append(h.asked, r) })
-	return h.fakeAgent.Heal(ctx, r)
+	n := 0
+	h.do(func() {
+		h.asked = append(h.asked, r)
+		if h.moves {
+			n = len(h.asked)
+		}
+	})
+	p, o, err := h.fakeAgent.Heal(ctx, r)
+	if n > 0 {
+		p.Title = fmt.Sprintf("kill another (%d)", n)
+	}
+	return p, o, err
 }
 
 // TestRDMA runs the command against an exporter over loopback: the memory is a real host's, recorded, and the answers must be
@@ -149,11 +164,132 @@ func TestRDMA(t *testing.T) {
 			t.Errorf("heal asked for %+v", h.asked)
 		}
 	})
+	// A plan is sent and compared before anything is done.
+	h.do(func() { h.moves, h.asked = true, nil })
+	if code, _, stderr := command(t, append(over[:len(over):len(over)], "heal", h.findings[0].ID, "-y")...); code != exitError || !strings.Contains(stderr, "moved on") {
+		t.Errorf("heal of a host that moves on: exit %d: %s", code, stderr)
+	}
+	h.do(func() {
+		for _, r := range h.asked {
+			if !r.DryRun {
+				t.Errorf("carried out %+v", r)
+			}
+		}
+		h.moves, h.asked = false, nil
+	})
+	if out := ask(exitOK, "heal", h.findings[0].ID, "-y"); !strings.Contains(out, "Repaired and verified") {
+		t.Errorf("heal: %s", out)
+	}
+	h.do(func() {
+		if n := len(h.asked); n != 3 || h.asked[n-1].DryRun || h.asked[n-1].Action != "kill-process" {
+			t.Errorf("heal asked for %+v", h.asked)
+		}
+	})
 	ask(exitOK, "power", "cycle", "-y")
 	denied.Store(string(export.RightHeal))
 	ask(exitDenied, "heal", h.findings[0].ID, "-dry-run")
 	writeFile(t, keyFile, base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{8}, export.KeySize)))
 	ask(exitDenied, "findings")
+}
+
+// storeHost is a host whose memory is a RAM file that stores are allowed to.
+type storeHost struct {
+	*fakeAgent
+	mem *hostmem.RAMFile
+}
+
+func (h *storeHost) HostMemory() (hostmem.Memory, bool, error) { return h.mem, true, nil }
+func (h *storeHost) WritesOn() error                           { return nil }
+func (h *storeHost) Heartbeat() kernel.Heartbeat               { return kernel.Heartbeat{} }
+func (h *storeHost) Grant() access.Grant {
+	a := &access.Agreement{
+		ID: "test", Host: access.Host{UUID: "x"}, Rights: access.Rights{Read: true, Write: true, Memory: []access.Memory{{Size: 1 << 40, Read: true, Write: true, Atomic: true}}},
+		ValidUntil: time.Now().Add(time.Hour),
+	}
+	return a.Grant("x", time.Now)
+}
+
+// Store does what the engine does, without its rules.
+func (h *storeHost) Store(_ context.Context, r engine.StoreRequest) (heal.Outcome, error) {
+	got := make([]byte, len(r.Expect))
+	if _, err := h.mem.ReadAt(got, int64(r.Addr)); err != nil {
+		return heal.Outcome{}, err
+	}
+	if !bytes.Equal(got, r.Expect) {
+		return heal.Outcome{}, fmt.Errorf("%v: %w", r.Addr, heal.ErrMismatch)
+	}
+	_, err := h.mem.WriteAt(r.Put, int64(r.Addr))
+	return heal.Outcome{Verified: true, Plan: heal.Plan{Title: "Store"}}, err
+}
+
+// TestRDMAStores stores by hand and takes it back.
+func TestRDMAStores(t *testing.T) {
+	dir := t.TempDir()
+	layout, size := hostmemtest.Layout(hostmemtest.Map())
+	writeFile(t, filepath.Join(dir, "ram"), string(hostmemtest.File(layout, size)))
+	mem, err := hostmem.OpenRAMFile(filepath.Join(dir, "ram"), layout, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mem.Close()
+	j, err := journal.OpenFile(filepath.Join(dir, "journal"), 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
+	link, err := roce.ListenUDP(roce.UDPConfig{Addr: netip.MustParseAddrPort("127.0.0.73:0")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev, err := roce.Open(link, roce.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{7}, export.KeySize))
+	writeFile(t, filepath.Join(dir, "key"), secret)
+	key, err := export.ParseKey("admin", secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	x := export.New(export.Options{
+		Device: dev, Host: &storeHost{newFakeAgent(), mem}, Journal: j, Keys: []export.Key{key}, MemoryByKey: true,
+		Authorize: func(string, export.Right) error { return nil },
+	})
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- x.Run(ctx) }()
+	defer func() { stop(); <-done; dev.Close() }()
+	ask := func(want int, args ...string) string {
+		t.Helper()
+		code, stdout, stderr := command(t, append([]string{"-rdma", "127.0.0.73", "-rdma-local", "127.0.0.74", "-rdma-key", filepath.Join(dir, "key")}, args...)...)
+		if code != want {
+			t.Fatalf("%v: exit %d: %s%s; want %d", args, code, stdout, stderr, want)
+		}
+		return stdout
+	}
+	before := ask(exitOK, "read", "0x8000", "64")
+	var did struct{ Records []uint64 }
+	var back []string
+	for _, args := range [][]string{
+		{"write", "0x8003", "0a0b0c0d0e"}, {"cas", "0x8008", fmt.Sprintf("%#x", binary.LittleEndian.Uint64([]byte(before[8:16]))), "0x1122334455667788"}, {"write", "0x8005", "ffff"},
+	} {
+		if err := json.Unmarshal([]byte(ask(exitOK, append(args, "-y", "-json")...)), &did); err != nil || len(did.Records) != 1 {
+			t.Fatalf("%v: records %v, %v", args, did.Records, err)
+		}
+		back = append([]string{strconv.FormatUint(did.Records[0], 10)}, back...)
+	}
+	if now := ask(exitOK, "read", "0x8000", "64"); now == before || now[5:8] != "\xff\xff\x0e" {
+		t.Errorf("stored, memory is % x", now)
+	}
+	ask(exitIll, "restore", back[2], "-y") // a later store is in the way
+	ask(exitOK, append(append([]string{"restore"}, back...), "-y")...)
+	if now := ask(exitOK, "read", "0x8000", "64"); now != before {
+		t.Errorf("taken back, memory is % x; was % x", now, before)
+	}
+	ask(exitIll, "restore", back[0], "-y")
+	ask(exitError, "restore", "999999", "-y")
+	ask(exitUsage, "restore", "all", "-y")
+	ask(exitUsage, "restore")
 }
 
 func writeFile(t *testing.T, path, text string) {
