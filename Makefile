@@ -12,6 +12,7 @@ export PATH := $(CURDIR)/build/go/bin:$(PATH)
 
 FUZZTIME ?= 20s
 MUTATIONS ?= 1000
+PASSES ?= 10000
 BENCH ?= .
 
 .PHONY: bench bench-rdma build clean conformance demo faults fuzz help images kernels lab lint peers powercuts rdma setup slots test torture
@@ -79,8 +80,8 @@ peers: setup ## hold agent/kernel against drgn and crash: RAM=file of a q35 mach
 	@test -n "$(RAM)" -a -n "$(VMLINUX)" || { echo "say: make peers RAM=file VMLINUX=file; see go doc ./tests/peers"; exit 2; }
 	@go run ./tests/peers -ram "$(RAM)" -vmlinux "$(VMLINUX)"
 
-torture: setup ## list hosts 10000 times while they fork, open sockets, mount and load modules
-	go test ./agent/kernel -run TestTorture -count=1 -timeout 4h -v -passes 10000
+torture: setup ## list hosts PASSES (10000) times while they fork, open sockets, mount and load modules
+	go test ./agent/kernel -run 'TestListings$$/./^torture$$' -guests 6.1,6.12 -count=1 -timeout 4h -v -passes $(PASSES)
 
 conformance: setup ## run DMTF's Redfish validators, from the checkouts in VALIDATORS, against a fake host, or TARGET=lab
 	@test -n "$(VALIDATORS)" || { echo "say where the checkouts are: make conformance VALIDATORS=dir"; exit 2; }

@@ -29,6 +29,9 @@ func (l live) Close() error                             { return nil } // it is 
 func (l live) Writer() (hostmem.Writer, bool)           { return hostmem.AsWriter(l.now()) }
 func (l live) Swapper() (hostmem.Swapper, bool)         { return hostmem.AsSwapper(l.now()) }
 func (l live) ReadScatter(segs []hostmem.Segment) error { return hostmem.ReadScatter(l.now(), segs) }
+func (l live) ScatterReader() (hostmem.ScatterReader, bool) {
+	return hostmem.AsScatterReader(l.now())
+}
 
 // none is a memory that is not there.
 type none struct{ err error }

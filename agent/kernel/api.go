@@ -16,7 +16,7 @@
 // and a cycle check, every object is validated, and what breaks an invariant is a *CorruptError, never a panic.
 //
 // Memory use: an Image keeps the compressed symbol table and the BTF, 7 to 10 MiB for a Debian kernel; Open needs up to
-// 25 MiB. A View keeps at most 8 MiB of pages.
+// 25 MiB. A View keeps at most 16 MiB of pages.
 package kernel
 
 import (

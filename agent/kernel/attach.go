@@ -663,6 +663,7 @@ func (img *Image) compareLayouts() (agree int, err error) {
 // is asked for.
 func (img *Image) findLayout(src source) (string, error) {
 	img.lay.task = img.taskLayout()
+	img.lay.ahead = img.aheadLayout()
 	img.lay.keeper = img.keeperLayout(src)
 	img.lay.ring = img.ringLayout()
 	img.lay.res = img.resourceLayout()

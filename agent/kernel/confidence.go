@@ -15,16 +15,32 @@ type Confidence struct {
 	Broken   int `json:"broken"`   // walks that were given up: torn again and again, or broken the same way twice
 }
 
+// Since returns what of the evidence is newer than before: that of a single answer, if the View gave no other meanwhile.
+func (c Confidence) Since(before Confidence) Confidence {
+	return Confidence{
+		Objects: c.Objects - before.Objects, Twice: c.Twice - before.Twice, Changed: c.Changed - before.Changed,
+		Lists: c.Lists - before.Lists, Restarts: c.Restarts - before.Restarts, Clocks: c.Clocks - before.Clocks,
+		Retries: c.Retries - before.Retries, Broken: c.Broken - before.Broken,
+	}
+}
+
+// What Level says.
+const (
+	HighConfidence = "high"
+	FairConfidence = "fair"
+	LowConfidence  = "low"
+)
+
 // Level condenses the evidence: "high" if nothing that was looked at twice had changed, "fair" if all that was torn was read
 // anew and is whole now, "low" if something was given up, or changed behind the answer.
 func (c Confidence) Level() string {
 	switch {
 	case c.Broken > 0 || c.Changed > 0:
-		return "low"
+		return LowConfidence
 	case c.Restarts > 0 || c.Objects+c.Lists+c.Clocks == 0:
-		return "fair"
+		return FairConfidence
 	}
-	return "high"
+	return HighConfidence
 }
 
 // String says it in a line.

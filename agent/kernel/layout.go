@@ -11,6 +11,7 @@ type layout struct {
 	text, end VirtAddr // _text and _end: the kernel image
 
 	task   taskLayout
+	ahead  aheadLayout
 	ring   ringLayout
 	keeper keeperLayout
 	res    resourceLayout

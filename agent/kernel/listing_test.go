@@ -193,6 +193,9 @@ func TestListings(t *testing.T) {
 		if slices.Contains(objectKernels, kernel) {
 			tests = append(tests, objectTests...)
 		}
+		if kernel == "6.1" || kernel == "6.12" || *guestsFlag != "" {
+			tests = append(tests, guestTest{"torture", testTorture}) // behind all others, which need quiet
+		}
 		for _, l := range tests {
 			t.Run(l.name, func(t *testing.T) {
 				g.t = t

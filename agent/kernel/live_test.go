@@ -8,6 +8,7 @@ import (
 	"math"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -41,6 +42,7 @@ func TestGuest(t *testing.T) {
 		t.Run("identity", func(t *testing.T) { testIdentity(t, g, img) })
 		t.Run("symbols", func(t *testing.T) { testSymbols(t, g, img) })
 		t.Run("RAM", func(t *testing.T) { testRAM(t, g, img) })
+		t.Run("processors", func(t *testing.T) { testProcessors(t, g, img) })
 		t.Run("clock", func(t *testing.T) { testClock(t, g, img) })
 		t.Run("counters", func(t *testing.T) { testCounters(t, g, img) })
 		t.Run("log", func(t *testing.T) { testLog(t, g, img) })
@@ -307,6 +309,46 @@ func testTasks(t *testing.T, g *guest, img *Image) {
 	}
 	compareTasks(t, got, want)
 	t.Logf("%d threads, cost %+v", len(want), v.Cost())
+	testAhead(t, g, img, got)
+}
+
+// testAhead walks the tasks over a path on which reads are under way together: the same must come out, in few round trips.
+func testAhead(t *testing.T, g *guest, img *Image, want map[int]Task) {
+	t.Helper()
+	far := &trips{Memory: g.mem}
+	v := img.with(far).View(t.Context())
+	n := 0
+	for task, err := range v.Tasks() {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n++; task != want[task.PID] {
+			t.Errorf("over a far path %+v; near %+v", task, want[task.PID])
+		}
+	}
+	t.Logf("over a far path %d tasks in %d round trips, %+v", n, far.n.Load(), v.Cost())
+	if n != len(want) || int(far.n.Load()) > 30+n/16 {
+		t.Errorf("%d of %d tasks in %d round trips", n, len(want), far.n.Load())
+	}
+	if c := v.Cost(); c.Pages != len(v.pages) && c.Pages <= viewPages {
+		t.Errorf("%d pages were read for %d", c.Pages, len(v.pages))
+	}
+}
+
+// trips is a memory that reads many pieces at once, and counts how often it was asked.
+type trips struct {
+	hostmem.Memory
+	n atomic.Int64
+}
+
+func (m *trips) ReadAt(b []byte, off int64) (int, error) {
+	m.n.Add(1)
+	return m.Memory.ReadAt(b, off)
+}
+
+func (m *trips) ReadScatter(segs []hostmem.Segment) error {
+	m.n.Add(1)
+	return hostmem.ReadScatter(m.Memory, segs)
 }
 
 // compareTasks compares the model's tasks with those of /proc.

@@ -188,6 +188,7 @@ func (g *logRing) record(id uint64) (rec LogRecord, ok bool, err error) {
 	if le64(b) != id {
 		return rec, false, nil // the block is another record's by now
 	}
+	g.v.note(func(c *Confidence) { c.Objects++ })
 	rec.Text = printable(b[8:])
 	return rec, true, nil
 }

@@ -4,7 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 	"time"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
 // taskLayout is where the fields of task_struct and of what hangs on it are (include/linux/sched.h; the alternatives are
@@ -163,7 +166,12 @@ type taskWalk struct {
 	obj     object
 	mm      VirtAddr // of which rss is known
 	rss     uint64
+	ahead   *readAhead // nil where it gains nothing
+	held    []Task     // read once, and to be looked at again
 }
+
+// secondLooks is how many tasks are looked at again together before they are handed out.
+const secondLooks = 128
 
 func (w *taskWalk) run() error {
 	if err := w.v.img.lay.task.err; err != nil {
@@ -171,7 +179,14 @@ func (w *taskWalk) run() error {
 	}
 	var last *CorruptError
 	for w.attempt = 1; w.attempt <= maxTaskWalks; w.attempt++ {
+		w.ahead = w.v.readAhead()
 		err := w.processes()
+		if err != errWalkStopped {
+			// What came before an error stands.
+			if late := w.handOut(); late != nil {
+				err = late
+			}
+		}
 		var corrupt *CorruptError
 		if !errors.As(err, &corrupt) {
 			return err
@@ -285,9 +300,55 @@ func (w *taskWalk) emit(t *taskRecord) error {
 	if err := w.complete(t); err != nil {
 		return err
 	}
-	w.seen[key] = taskMark{w.attempt, true}
-	if !w.yield(t.Task, nil) {
-		return errWalkStopped
+	if w.held = append(w.held, t.Task); len(w.held) < secondLooks {
+		return nil
+	}
+	return w.handOut()
+}
+
+// handOut looks a second time, past the cache, whether the tasks that are held are still those that were read, and hands them out.
+func (w *taskWalk) handOut() error {
+	held := w.held
+	w.held = held[:0]
+	segs := make([]hostmem.Segment, len(held))
+	pids := make([]byte, 4*len(held))
+	for i, t := range held {
+		pa, err := w.v.Phys(t.Addr + VirtAddr(w.v.img.lay.task.pid))
+		if errors.Is(err, ErrNotMapped) {
+			return &CorruptError{"task_struct", t.Addr, err.Error()}
+		}
+		if err != nil {
+			return err
+		}
+		segs[i] = hostmem.Segment{Addr: pa, Buf: pids[4*i:][:4]}
+	}
+	if len(held) == 0 {
+		return nil
+	}
+	if err := w.v.readScattered(segs); err != nil && !slices.ContainsFunc(segs, func(s hostmem.Segment) bool { return s.Err != nil }) {
+		return err // it was not begun
+	}
+	for i, t := range held {
+		switch err := segs[i].Err; {
+		case errors.Is(err, hostmem.ErrNotMapped):
+			return &CorruptError{"task_struct", t.Addr, fmt.Sprintf("points to no memory (%v)", err)}
+		case err != nil:
+			return fmt.Errorf("read task_struct at %v again: %w", t.Addr, err)
+		}
+		if int(le32(segs[i].Buf)) != t.PID {
+			t.Confident = false
+		}
+		w.v.note(func(c *Confidence) {
+			c.Objects++
+			c.Twice++
+			if !t.Confident {
+				c.Changed++
+			}
+		})
+		w.seen[taskKey{t.Addr, uint32(t.PID)}] = taskMark{w.attempt, true}
+		if !w.yield(t, nil) {
+			return errWalkStopped
+		}
 	}
 	return nil
 }
@@ -305,6 +366,7 @@ type taskRecord struct {
 // read reads and validates one task_struct: in one piece, so that its fields belong together as well as can be. signal, if
 // not zero, is the signal_struct that the task must have.
 func (w *taskWalk) read(addr, signal VirtAddr) (taskRecord, error) {
+	w.ahead.before(addr)
 	return w.v.img.readTask(w.v, &w.obj, addr, signal)
 }
 
@@ -359,9 +421,9 @@ func (img *Image) readTask(src source, o *object, addr, signal VirtAddr) (taskRe
 	return t, nil
 }
 
-// complete adds what other objects tell, and looks a second time whether the task is still the one that was read.
+// complete adds what other objects tell.
 func (w *taskWalk) complete(t *taskRecord) error {
-	img, l := w.v.img, &w.v.img.lay.task
+	img := w.v.img
 	if err := img.related(w.v, t); err != nil {
 		return err
 	}
@@ -373,20 +435,6 @@ func (w *taskWalk) complete(t *taskRecord) error {
 		w.mm, w.rss = t.mm, rss
 	}
 	t.RSS = w.rss
-	var b [4]byte
-	if err := img.space.object(fresh{w.v}, "task_struct", t.Addr+VirtAddr(l.pid), b[:]); err != nil {
-		return err
-	}
-	if int(le32(b[:])) != t.PID {
-		t.Confident = false
-	}
-	w.v.note(func(c *Confidence) {
-		c.Objects++
-		c.Twice++
-		if !t.Confident {
-			c.Changed++
-		}
-	})
 	return nil
 }
 

@@ -14,8 +14,8 @@ import (
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
-// viewPages is how many pages a View keeps: 8 MiB. A pass over more reads the oldest again when it needs them again.
-const viewPages = 2048
+// viewPages is how many pages a View keeps: 16 MiB. A pass over more reads the oldest again when it needs them again.
+const viewPages = 4096
 
 // View is one pass over a host's memory. It keeps the pages that it read, so that the same question gets the same answer
 // and no page is read twice; Heartbeat and Panic alone read fresh each time. It is not atomic: the host runs while it reads.
@@ -106,10 +106,7 @@ func (v *View) page(pa hostmem.PhysAddr) ([]byte, error) {
 	if err := v.ctx.Err(); err != nil {
 		return nil, err
 	}
-	if len(v.slab) == 0 {
-		v.slab = make([]byte, 16*hostmem.PageSize)
-	}
-	p := v.slab[:hostmem.PageSize:hostmem.PageSize]
+	p := v.free()
 	began := time.Now()
 	n, err := v.img.mem.ReadAt(p, int64(pa))
 	v.count(n, began)
@@ -117,6 +114,20 @@ func (v *View) page(pa hostmem.PhysAddr) ([]byte, error) {
 		return nil, err
 	}
 	v.slab = v.slab[hostmem.PageSize:]
+	v.keep(pa, p)
+	return p, nil
+}
+
+// free returns the next unused page of the slab; mu is held.
+func (v *View) free() []byte {
+	if len(v.slab) == 0 {
+		v.slab = make([]byte, 16*hostmem.PageSize)
+	}
+	return v.slab[:hostmem.PageSize:hostmem.PageSize]
+}
+
+// keep puts a page into the cache, where the oldest makes room; mu is held.
+func (v *View) keep(pa hostmem.PhysAddr, p []byte) {
 	v.cost.Pages++
 	if len(v.order) < viewPages {
 		v.order = append(v.order, pa)
@@ -126,7 +137,40 @@ func (v *View) page(pa hostmem.PhysAddr) ([]byte, error) {
 		v.next = (v.next + 1) % viewPages
 	}
 	v.pages[pa] = p
-	return p, nil
+}
+
+// fetch reads pages, sorted, into the cache, all under way together. Those that cannot be read are left to whoever needs them; the
+// error is of the first of these whose reason is not that there is no memory.
+func (v *View) fetch(pages []hostmem.PhysAddr) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if err := v.ctx.Err(); err != nil {
+		return err
+	}
+	var segs []hostmem.Segment
+	for _, pa := range pages {
+		if v.pages[pa] == nil {
+			segs = append(segs, hostmem.Segment{Addr: pa, Buf: v.free()})
+			v.slab = v.slab[hostmem.PageSize:]
+		}
+	}
+	if len(segs) == 0 {
+		return nil
+	}
+	began := time.Now()
+	_ = hostmem.ReadScatter(v.img.mem, segs) // each segment has its own error
+	v.cost.Elapsed += time.Since(began)
+	v.cost.Reads += len(segs)
+	var first error
+	for _, s := range segs {
+		if s.Err == nil {
+			v.cost.Bytes += hostmem.PageSize
+			v.keep(s.Addr, s.Buf)
+		} else if first == nil && !errors.Is(s.Err, hostmem.ErrNotMapped) {
+			first = s.Err
+		}
+	}
+	return first
 }
 
 // count books an access; mu is held.

@@ -58,7 +58,7 @@ func (c Cgroups) Text(w io.Writer) error {
 		rows = append(rows, append(r, path))
 	}
 	p.table(">>>>>>>>>><", rows)
-	p.doubts(c.Complete, c.Doubts)
+	p.extent(c.Extent)
 	return p.err
 }
 
@@ -141,7 +141,7 @@ func (c Containers) Text(w io.Writer) error {
 		}
 		p.table(">>><<", rows)
 	}
-	p.doubts(c.Complete, c.Doubts)
+	p.extent(c.Extent)
 	return p.err
 }
 

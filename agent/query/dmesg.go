@@ -17,6 +17,8 @@ type Log struct {
 	Next     uint64   `json:"next"`
 	Complete bool     `json:"complete"`
 	Doubts   []string `json:"doubts,omitempty"`
+	// Confidence is how sure it is that the records were read whole.
+	Confidence Confidence `json:"confidence,omitzero"`
 }
 
 // DmesgOptions tune Dmesg. The zero value reads the whole ring.
@@ -37,6 +39,7 @@ const (
 // Dmesg reads the printk ring of the host. It errors only if nothing at all could be read.
 func Dmesg(ctx context.Context, v View, o DmesgOptions) (Log, error) {
 	l := Log{At: time.Now(), Complete: true, Records: []kernel.LogRecord{}}
+	before := v.Confidence()
 	var why doubts
 	var first error
 	read, text, cut := 0, 0, 0
@@ -73,6 +76,6 @@ func Dmesg(ctx context.Context, v View, o DmesgOptions) (Log, error) {
 	if read == 0 && first != nil {
 		return Log{}, fmt.Errorf("read kernel log: %w", first)
 	}
-	l.Doubts = why
+	l.Doubts, l.Confidence = why, confidence(v, before)
 	return l, nil
 }

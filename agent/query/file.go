@@ -61,6 +61,6 @@ func (f OpenFiles) Text(w io.Writer) error {
 		rows = append(rows, []string{strconv.Itoa(x.PID), Clean(x.Comm), fd, x.Kind, x.Dev, size, strconv.FormatUint(x.Inode, 10), Clean(x.Path)})
 	}
 	p.table("><><>>><", rows)
-	p.doubts(f.Complete, f.Doubts)
+	p.extent(f.Extent)
 	return p.err
 }

@@ -55,7 +55,7 @@ func (n Interfaces) Text(w io.Writer) error {
 		}
 	}
 	p.table("<<<>>><<", rows)
-	p.doubts(n.Complete, n.Doubts)
+	p.extent(n.Extent)
 	return p.err
 }
 

@@ -23,10 +23,30 @@ type Extent struct {
 	At       time.Time `json:"at"`       // the reader's clock
 	Complete bool      `json:"complete"` // every walk came to its end
 	Doubts   []string  `json:"doubts,omitempty"`
+	// Confidence is how sure it is that the parts of the answer belong together, which the host may have changed meanwhile.
+	Confidence Confidence `json:"confidence,omitzero"`
+}
+
+// Confidence is a level, "high", "fair" or "low", and the evidence for it, as kernel.View gathered it for one answer. Of an answer
+// that nothing was read for it is empty.
+type Confidence struct {
+	Level string `json:"level"`
+	kernel.Confidence
+}
+
+// confidence is what a view has gathered since it had the evidence before.
+func confidence(v View, before kernel.Confidence) Confidence {
+	c := v.Confidence().Since(before)
+	if c == (kernel.Confidence{}) {
+		return Confidence{}
+	}
+	return Confidence{c.Level(), c}
 }
 
 // Whole returns the extent itself.
 func (e Extent) Whole() Extent { return e }
+
+func (e *Extent) believe(c Confidence) { e.Confidence = c }
 
 // Listing is a question about one of the kernel's subsystems.
 type Listing struct {
@@ -175,12 +195,17 @@ and cannot be told. If the unwinding comes to a halt, what looks like a return a
 }
 
 // listing ties a question to the type of its answer.
-func listing[A Answer](l Listing, ask func(context.Context, *kernel.View, []string) (A, error)) Listing {
+func listing[A Answer, P interface {
+	*A
+	believe(Confidence)
+}](l Listing, ask func(context.Context, *kernel.View, []string) (A, error)) Listing {
 	l.Ask = func(ctx context.Context, v *kernel.View, args []string) (Answer, error) {
+		before := v.Confidence()
 		a, err := ask(ctx, v, args)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", l.Name, err)
 		}
+		P(&a).believe(confidence(v, before))
 		return a, nil
 	}
 	l.Empty = func() Answer { return reflect.New(reflect.TypeFor[A]()).Interface().(Answer) }

@@ -74,7 +74,7 @@ func (l Locks) Text(w io.Writer) error {
 		}
 		p.printf("DEADLOCK: %s\n", strings.Join(pids, " waits for "))
 	}
-	p.doubts(l.Complete, l.Doubts)
+	p.extent(l.Extent)
 	return p.err
 }
 

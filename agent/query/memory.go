@@ -82,7 +82,7 @@ func (m Memory) Text(w io.Writer) error {
 		}
 	}
 	p.table("<>", append(rows, []string{"allocstall", strconv.FormatUint(stalls, 10)}))
-	p.doubts(m.Complete, m.Doubts)
+	p.extent(m.Extent)
 	return p.err
 }
 
@@ -114,6 +114,6 @@ func (l RunQueues) Text(w io.Writer) error {
 			strconv.Itoa(q.Deadline), strconv.Itoa(q.IOWait), strconv.FormatUint(q.Switches, 10), runs})
 	}
 	p.table(">>>>>>><", rows)
-	p.doubts(l.Complete, l.Doubts)
+	p.extent(l.Extent)
 	return p.err
 }

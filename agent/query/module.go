@@ -63,6 +63,6 @@ func (m Modules) Text(w io.Writer) error {
 		rows = append(rows, []string{Clean(x.Name), strconv.FormatUint(x.Size, 10), strconv.Itoa(x.Refs), Clean(strings.Join(x.UsedBy, ",")), strings.Join(notes, ", ")})
 	}
 	p.table("<>><<", rows)
-	p.doubts(m.Complete, m.Doubts)
+	p.extent(m.Extent)
 	return p.err
 }

@@ -41,6 +41,6 @@ func (m Mounts) Text(w io.Writer) error {
 		}
 		p.printf("\n")
 	}
-	p.doubts(m.Complete, m.Doubts)
+	p.extent(m.Extent)
 	return p.err
 }

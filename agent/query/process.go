@@ -74,7 +74,7 @@ func (d ProcessDetails) Text(w io.Writer) error {
 	}
 	row("signals", "pending %#x, of the process %#x, blocked %#x", x.Pending, x.Shared, x.Blocked)
 	p.table("<<", rows)
-	p.doubts(d.Complete, d.Doubts)
+	p.extent(d.Extent)
 	return p.err
 }
 
@@ -130,7 +130,7 @@ func (m Mappings) Text(w io.Writer) error {
 		rows = append(rows, []string{fmt.Sprintf("%012x", x.Start), Bytes(x.End - x.Start), Bytes(x.Present << 12), Bytes(x.Swapped << 12), x.Perms, fmt.Sprintf("%#x", x.Offset), Clean(x.Name)})
 	}
 	p.table(">>>><><", rows)
-	p.doubts(m.Complete, m.Doubts)
+	p.extent(m.Extent)
 	return p.err
 }
 
@@ -177,7 +177,7 @@ func (e Environment) Text(w io.Writer) error {
 	for _, a := range e.Environment {
 		p.printf("environment  %s\n", Clean(a))
 	}
-	p.doubts(e.Complete, e.Doubts)
+	p.extent(e.Extent)
 	return p.err
 }
 
@@ -226,6 +226,6 @@ func (m UserMemory) Text(w io.Writer) error {
 		line := hex.Dump(m.Data[i:min(i+16, len(m.Data))])
 		p.printf("%012x%s", m.Addr+uint64(i), line[8:])
 	}
-	p.doubts(m.Complete, m.Doubts)
+	p.extent(m.Extent)
 	return p.err
 }

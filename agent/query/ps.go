@@ -42,6 +42,8 @@ type Processes struct {
 	Processes []Process     `json:"processes"`
 	Complete  bool          `json:"complete"` // the walk closed: no task is missing for a broken list
 	Doubts    []string      `json:"doubts,omitempty"`
+	// Confidence is how sure it is that all this was so at one time.
+	Confidence Confidence `json:"confidence,omitzero"`
 }
 
 // PSOptions tune PS. The zero value lists whole processes.
@@ -53,6 +55,7 @@ type PSOptions struct {
 // breaks off later is an answer with Complete false.
 func PS(ctx context.Context, v View, o PSOptions) (Processes, error) {
 	p := Processes{At: time.Now(), Complete: true}
+	before := v.Confidence()
 	var why doubts
 	var first error
 	incomplete := func(doing string, err error) {
@@ -97,7 +100,7 @@ func PS(ctx context.Context, v View, o PSOptions) (Processes, error) {
 	} else {
 		p.Processes = group(threads)
 	}
-	p.Doubts = why
+	p.Doubts, p.Confidence = why, confidence(v, before)
 	return p, nil
 }
 

@@ -37,7 +37,7 @@ func AskTree(ctx context.Context, v *kernel.View, args []string) (Tree, error) {
 
 // tree sorts processes into a tree. One whose parent is not there, or is its own descendant, is a root.
 func tree(ps Processes, below int) (Tree, error) {
-	t := Tree{Extent: Extent{At: ps.At, Complete: ps.Complete, Doubts: ps.Doubts}}
+	t := Tree{Extent: Extent{At: ps.At, Complete: ps.Complete, Doubts: ps.Doubts, Confidence: ps.Confidence}}
 	children := make(map[int][]Process)
 	there := make(map[int]bool)
 	for _, p := range ps.Processes {
@@ -112,6 +112,6 @@ func (t Tree) Text(w io.Writer) error {
 		}
 		p.printf("%d %s%s\n", b.PID, command(b.Process), threads)
 	}
-	p.doubts(t.Complete, t.Doubts)
+	p.extent(t.Extent)
 	return p.err
 }

@@ -4,7 +4,8 @@
 // Redfish resources.
 //
 // An answer is a plain struct: it marshals to JSON, and its Text method prints it for people. The answers say how far
-// they can be trusted: a walk that broke off is not Complete and names its Doubts. What comes from the host (names of
+// they can be trusted: a walk that broke off is not Complete and names its Doubts, and what the host changed while it was
+// read lowers the Confidence. What comes from the host (names of
 // processes, its log) is kept as it was read in JSON, and is escaped by Clean in every Text, so that a host cannot send
 // control sequences to the terminal of whoever examines it.
 package query
@@ -22,6 +23,8 @@ type View interface {
 	Heartbeat() (kernel.Heartbeat, error)
 	Panic() (kernel.PanicState, error)
 	Log() iter.Seq2[kernel.LogRecord, error]
+	// Confidence is the evidence for all that was answered so far.
+	Confidence() kernel.Confidence
 }
 
 var _ View = (*kernel.View)(nil)

@@ -52,6 +52,7 @@ type host struct {
 	panicErr error
 	log      []kernel.LogRecord
 	logErr   error
+	sure     func() kernel.Confidence
 }
 
 func seq[T any](all []T, err error) iter.Seq2[T, error] {
@@ -72,6 +73,14 @@ func (h host) Tasks() iter.Seq2[kernel.Task, error]    { return seq(h.tasks, h.t
 func (h host) Heartbeat() (kernel.Heartbeat, error)    { return h.hb, h.hbErr }
 func (h host) Panic() (kernel.PanicState, error)       { return h.panic, h.panicErr }
 func (h host) Log() iter.Seq2[kernel.LogRecord, error] { return seq(h.log, h.logErr) }
+
+// Confidence has the evidence for the tasks once they were read.
+func (h host) Confidence() kernel.Confidence {
+	if h.sure == nil {
+		return kernel.Confidence{}
+	}
+	return h.sure()
+}
 
 var at = time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC)
 
@@ -97,6 +106,38 @@ func example() host {
 			{Seq: 11, Time: 12345678 * time.Microsecond, Level: 3, Text: "disk broken\nsecond line"},
 			{Seq: 12, Time: 99999 * sec, Level: 6, Text: "evil \x1b[2J\x1b[1;1Hroot login ok \u202etxt.exe"},
 		},
+	}
+}
+
+// TestConfidence checks that an answer carries the evidence that was gathered for it alone, and that people see it when it is weak.
+func TestConfidence(t *testing.T) {
+	h := example()
+	for _, c := range []struct {
+		more kernel.Confidence
+		want string
+	}{
+		{kernel.Confidence{Objects: 7, Twice: 7, Lists: 1}, ""},
+		{kernel.Confidence{Objects: 7, Twice: 7, Lists: 1, Restarts: 2}, "confidence fair: "},
+		{kernel.Confidence{Objects: 7, Twice: 7, Lists: 1, Changed: 1}, "confidence low: 7 objects, 1 of 7 changed"},
+	} {
+		asked := false
+		h.sure = func() kernel.Confidence {
+			sum := kernel.Confidence{Objects: 3, Restarts: 1, Changed: 1} // of an answer before
+			if asked {
+				sum.Objects, sum.Twice, sum.Lists = sum.Objects+c.more.Objects, c.more.Twice, c.more.Lists
+				sum.Restarts, sum.Changed = sum.Restarts+c.more.Restarts, sum.Changed+c.more.Changed
+			}
+			asked = true
+			return sum
+		}
+		p, err := PS(t.Context(), h, PSOptions{})
+		if err != nil || p.Confidence.Confidence != c.more || p.Confidence.Level != c.more.Level() {
+			t.Errorf("PS says %+v, %v; want %+v", p.Confidence, err, c.more)
+		}
+		var b bytes.Buffer
+		if err := p.Text(&b); err != nil || strings.Contains(b.String(), "confidence") != (c.want != "") || !strings.Contains(b.String(), c.want) {
+			t.Errorf("PS with %+v prints %q; want %q", c.more, b.String(), c.want)
+		}
 	}
 }
 

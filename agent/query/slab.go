@@ -41,6 +41,6 @@ func (s SlabCaches) Text(w io.Writer) error {
 		rows = append(rows, []string{Bytes(c.Bytes), strconv.FormatUint(c.Objects, 10), strconv.FormatUint(c.Size, 10), strconv.FormatUint(c.Slabs, 10), Clean(c.Name)})
 	}
 	p.table(">>>><", rows)
-	p.doubts(s.Complete, s.Doubts)
+	p.extent(s.Extent)
 	return p.err
 }

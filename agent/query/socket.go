@@ -55,7 +55,7 @@ func (s Sockets) Text(w io.Writer) error {
 			strconv.FormatUint(uint64(x.UID), 10), strings.Join(owners, " ")})
 	}
 	p.table("<<>><<><", rows)
-	p.doubts(s.Complete, s.Doubts)
+	p.extent(s.Extent)
 	return p.err
 }
 

@@ -58,7 +58,7 @@ func (a WorkerPools) Text(w io.Writer) error {
 		p.printf("\n")
 		p.table("><><<<", append([][]string{{"POOL", "WORK", "PID", "QUEUE", "FUNCTION", "NOTE"}}, works...))
 	}
-	p.doubts(a.Complete, a.Doubts)
+	p.extent(a.Extent)
 	return p.err
 }
 
@@ -90,7 +90,7 @@ func (t Timers) Text(w io.Writer) error {
 		rows = append(rows, []string{strconv.FormatFloat(x.Due.Seconds(), 'f', 3, 64), strconv.Itoa(x.CPU), x.Clock, Clean(x.Function), whom})
 	}
 	p.table(">><<<", rows)
-	p.doubts(t.Complete, t.Doubts)
+	p.extent(t.Extent)
 	return p.err
 }
 
@@ -129,7 +129,7 @@ func (a Interrupts) Text(w io.Writer) error {
 		rows = append(rows, []string{name, strconv.FormatUint(total, 10), join(i.Counts, " "), Clean(i.Chip), Clean(strings.Join(i.Users, ", "))})
 	}
 	p.table("<><<<", rows)
-	p.doubts(a.Complete, a.Doubts)
+	p.extent(a.Extent)
 	return p.err
 }
 
@@ -160,7 +160,7 @@ func (r RCU) Text(w io.Writer) error {
 		rows = append(rows, []string{strconv.Itoa(c.CPU), strconv.FormatInt(c.Callbacks, 10), strconv.FormatUint(c.Seen, 10), strconv.FormatBool(c.Awaited)})
 	}
 	p.table(">>>>", rows)
-	p.doubts(r.Complete, r.Doubts)
+	p.extent(r.Extent)
 	return p.err
 }
 
@@ -205,7 +205,7 @@ func (d Disks) Text(w io.Writer) error {
 		p.printf("\n")
 		p.table("<<>>>>", append([][]string{{"DISK", "OP", "SECTOR", "SIZE", "TAG", "AGE"}}, requests...))
 	}
-	p.doubts(d.Complete, d.Doubts)
+	p.extent(d.Extent)
 	return p.err
 }
 
@@ -233,7 +233,7 @@ func (a Pipes) Text(w io.Writer) error {
 		rows = append(rows, []string{strconv.FormatUint(x.Inode, 10), strconv.FormatUint(x.Bytes, 10), fmt.Sprintf("%d/%d", x.Used, x.Buffers), strconv.Itoa(x.Readers), strconv.Itoa(x.Writers), Clean(x.Path), owners(x.Owners)})
 	}
 	p.table(">>>>><<", rows)
-	p.doubts(a.Complete, a.Doubts)
+	p.extent(a.Extent)
 	return p.err
 }
 
@@ -287,7 +287,7 @@ func (r Routes) Text(w io.Writer) error {
 		rows = append(rows, []string{strconv.FormatUint(x.Netns, 10), table, x.Type, dest, gateway, Clean(x.Device), source, strconv.FormatUint(uint64(x.Metric), 10)})
 	}
 	p.table("><<<<<<>", rows)
-	p.doubts(r.Complete, r.Doubts)
+	p.extent(r.Extent)
 	return p.err
 }
 
@@ -330,7 +330,7 @@ func (s Sysctls) Text(w io.Writer) error {
 		}
 		p.printf("%s = %s%s\n", Clean(x.Name), Clean(strings.ReplaceAll(x.Value, "\t", " ")), sure)
 	}
-	p.doubts(s.Complete, s.Doubts)
+	p.extent(s.Extent)
 	return p.err
 }
 
@@ -358,7 +358,7 @@ func (k Keys) Text(w io.Writer) error {
 		rows = append(rows, []string{fmt.Sprintf("%08x", x.Serial), strconv.Itoa(int(int32(x.UID))), strconv.Itoa(int(int32(x.GID))), fmt.Sprintf("%08x", x.Perm), Clean(x.Type), Clean(x.Description)})
 	}
 	p.table(">>>><<", rows)
-	p.doubts(k.Complete, k.Doubts)
+	p.extent(k.Extent)
 	return p.err
 }
 
@@ -395,7 +395,7 @@ func (b BPF) Text(w io.Writer) error {
 		rows = append(rows, []string{strconv.FormatUint(uint64(x.ID), 10), Clean(x.Type), strconv.FormatUint(uint64(x.Program), 10)})
 	}
 	p.table("><>", rows)
-	p.doubts(b.Complete, b.Doubts)
+	p.extent(b.Extent)
 	return p.err
 }
 
@@ -427,7 +427,7 @@ func (a Probes) Text(w io.Writer) error {
 		rows = append(rows, []string{x.Kind, Clean(x.Place), Clean(x.Function), state})
 	}
 	p.table("<<<<", rows)
-	p.doubts(a.Complete, a.Doubts)
+	p.extent(a.Extent)
 	return p.err
 }
 
@@ -457,6 +457,6 @@ func (a Host) Text(w io.Writer) error {
 		rows = append(rows, []string{"swap", fmt.Sprintf("%s, %s of %s used, priority %d", Clean(s.Path), Bytes(s.Used), Bytes(s.Size), s.Priority)})
 	}
 	p.table("<<", rows)
-	p.doubts(a.Complete, a.Doubts)
+	p.extent(a.Extent)
 	return p.err
 }

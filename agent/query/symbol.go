@@ -44,7 +44,9 @@ func (s Stack) Text(w io.Writer) error {
 		}
 		p.printf("%s %s\n", mark, place(f))
 	}
-	p.doubts(true, s.Doubts)
+	e := s.Extent
+	e.Complete = true // of the frames is said above which are guessed
+	p.extent(e)
 	return p.err
 }
 

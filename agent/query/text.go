@@ -83,13 +83,16 @@ func (p *printer) table(align string, rows [][]string) {
 	}
 }
 
-// doubts prints why an answer is not the whole truth.
-func (p *printer) doubts(complete bool, why []string) {
-	if !complete {
+// extent prints why an answer is not the whole truth, and how sure it is if it is not quite.
+func (p *printer) extent(e Extent) {
+	if !e.Complete {
 		p.printf("This list is not complete.\n")
 	}
-	for _, d := range why {
+	for _, d := range e.Doubts {
 		p.printf("could not tell: %s\n", Clean(d))
+	}
+	if e.Confidence.Level != "" && e.Confidence.Level != kernel.HighConfidence {
+		p.printf("confidence %s\n", e.Confidence)
 	}
 }
 
@@ -116,7 +119,7 @@ func (ps Processes) Text(w io.Writer) error {
 			strconv.Itoa(t.CPU), strconv.Itoa(t.Threads), Bytes(t.RSS), age(t.Start), clock(t.Runtime), command(t)))
 	}
 	p.table(align, rows)
-	p.doubts(ps.Complete, ps.Doubts)
+	p.extent(Extent{Complete: ps.Complete, Doubts: ps.Doubts, Confidence: ps.Confidence})
 	return p.err
 }
 
@@ -148,7 +151,7 @@ func (l Load) Text(w io.Writer, rows int) error {
 			fmt.Sprintf("%.1f", 100*b.Share), Bytes(b.RSS), clock(b.Runtime), command(b.Process)})
 	}
 	p.table(">><>>>><", tab)
-	p.doubts(l.Complete, l.Doubts)
+	p.extent(Extent{Complete: l.Complete, Doubts: l.Doubts, Confidence: l.Confidence})
 	return p.err
 }
 
@@ -161,7 +164,7 @@ func (l Log) Text(w io.Writer) error {
 	for _, r := range l.Records {
 		p.record(r)
 	}
-	p.doubts(l.Complete, l.Doubts)
+	p.extent(Extent{Complete: l.Complete, Doubts: l.Doubts, Confidence: l.Confidence})
 	return p.err
 }
 

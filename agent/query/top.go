@@ -28,6 +28,8 @@ type Load struct {
 	Processes []Busy        `json:"processes"`
 	Complete  bool          `json:"complete"`
 	Doubts    []string      `json:"doubts,omitempty"`
+	// Confidence is that of the later sample.
+	Confidence Confidence `json:"confidence,omitzero"`
 }
 
 // Top compares two samples of the same host, or judges one alone if before is nil. Time is the host's own where it is
@@ -35,7 +37,7 @@ type Load struct {
 func Top(before *Processes, after Processes) (Load, error) {
 	l := Load{
 		At: after.At, Uptime: after.Uptime, CPUs: after.CPUs, Tasks: after.Tasks,
-		Complete: after.Complete, Doubts: slices.Clone(after.Doubts),
+		Complete: after.Complete, Doubts: slices.Clone(after.Doubts), Confidence: after.Confidence,
 	}
 	type identity struct {
 		pid, tid int

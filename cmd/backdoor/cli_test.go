@@ -237,6 +237,8 @@ func (v fakeView) Heartbeat() (kernel.Heartbeat, error) {
 	return kernel.Heartbeat{At: boot.Add(time.Hour), Jiffies: uint64(v.n), Mono: int64(time.Hour) + int64(v.n)*2e9, CPUs: make([]kernel.CPU, 2)}, nil
 }
 
+func (fakeView) Confidence() kernel.Confidence { return kernel.Confidence{Objects: 1} }
+
 func (fakeView) Panic() (kernel.PanicState, error) { return kernel.PanicState{CPU: -1}, nil }
 
 func (v fakeView) Log() iter.Seq2[kernel.LogRecord, error] {

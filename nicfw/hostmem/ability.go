@@ -14,10 +14,11 @@ var ErrUnaligned = errors.New("address is not aligned to 8 bytes")
 
 // A type assertion tells what a type can do. Whether a value can do it may only be known at run time: a RAM file was
 // opened read-only, a wrapper has only the abilities of what it wraps. Such types have one of the methods below; ask
-// with AsWriter and AsSwapper, which know both ways.
+// with AsWriter, AsSwapper and AsScatterReader, which know both ways.
 type (
-	mayWrite interface{ Writer() (Writer, bool) }
-	maySwap  interface{ Swapper() (Swapper, bool) }
+	mayWrite   interface{ Writer() (Writer, bool) }
+	maySwap    interface{ Swapper() (Swapper, bool) }
+	mayScatter interface{ ScatterReader() (ScatterReader, bool) }
 )
 
 // AsWriter returns the ability of this very memory to store, or false.
@@ -35,6 +36,16 @@ func AsSwapper(mem Memory) (Swapper, bool) {
 		return m.Swapper()
 	}
 	s, ok := mem.(Swapper)
+	return s, ok
+}
+
+// AsScatterReader returns the ability of this very memory to read many pieces for about the latency of one, or false: then nothing
+// is gained by reading ahead.
+func AsScatterReader(mem Memory) (ScatterReader, bool) {
+	if m, ok := mem.(mayScatter); ok {
+		return m.ScatterReader()
+	}
+	s, ok := mem.(ScatterReader)
 	return s, ok
 }
 

@@ -38,6 +38,9 @@ func (g *Guard) ReadAt(p []byte, off int64) (int, error) { return g.mem.ReadAt(p
 // ReadScatter implements ScatterReader.
 func (g *Guard) ReadScatter(segs []Segment) error { return ReadScatter(g.mem, segs) }
 
+// ScatterReader implements mayScatter.
+func (g *Guard) ScatterReader() (ScatterReader, bool) { return AsScatterReader(g.mem) }
+
 // Map implements Memory.
 func (g *Guard) Map() []Range { return g.mem.Map() }
 

@@ -47,6 +47,12 @@ func (m *narrowed) ReadAt(p []byte, off int64) (int, error) {
 
 func (m *narrowed) ReadScatter(segs []Segment) error { return scatterMapped(m.mem, m.ram, segs) }
 
+// ScatterReader implements mayScatter.
+func (m *narrowed) ScatterReader() (ScatterReader, bool) {
+	_, ok := AsScatterReader(m.mem)
+	return m, ok
+}
+
 type narrowedWriter struct {
 	m *narrowed
 	w Writer

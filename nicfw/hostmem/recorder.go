@@ -96,6 +96,9 @@ func (r *Recorder) ReadScatter(segs []Segment) error {
 	return scatterMapped(recorderScatter{r}, r.mem.Map(), segs)
 }
 
+// ScatterReader says no: what is read ahead would be recorded, needed or not.
+func (r *Recorder) ScatterReader() (ScatterReader, bool) { return nil, false }
+
 // recorderScatter is the Recorder for segments that are known to be in the map.
 type recorderScatter struct{ *Recorder }
 

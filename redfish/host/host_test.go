@@ -257,6 +257,8 @@ func (fakeView) Heartbeat() (kernel.Heartbeat, error) {
 	return kernel.Heartbeat{At: bootTime.Add(time.Minute), Jiffies: 1000, Mono: 1e9, CPUs: make([]kernel.CPU, 2)}, nil
 }
 
+func (fakeView) Confidence() kernel.Confidence { return kernel.Confidence{Objects: 1} }
+
 func (fakeView) Panic() (kernel.PanicState, error) { return kernel.PanicState{CPU: -1}, nil }
 
 func (v fakeView) Log() iter.Seq2[kernel.LogRecord, error] {
