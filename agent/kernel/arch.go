@@ -28,9 +28,10 @@ type arch struct {
 	unwind func(v *View, t Task) (stackWalk, error)
 	// located finds variables that no table names in the code of functions that use them; see decoded. May be nil.
 	located func(img *Image, src source, function VirtAddr, size uint64) []VirtAddr
-	// absent says what a table entry of a process stands for that is not present and not zero, when so many swap areas were made;
-	// nil if that is not known of the architecture.
-	absent func(e, swaps uint64) (hostmem.PhysAddr, PageState)
+	// absent says what a table entry of a process stands for that is not present and not zero, when so many swap areas were made.
+	absent func(level tableLevel, e, swaps uint64) (hostmem.PhysAddr, PageState)
+	// userTables says that processes have tables for themselves alone; else they have the lower half of their tables.
+	userTables bool
 }
 
 // stackWalk is an unwinding under way.

@@ -26,6 +26,8 @@ func archAArch64() *arch {
 		preemptMask:   0x7fffffff,
 		unwind:        func(v *View, t Task) (stackWalk, error) { return v.frameRecords(t) },
 		located:       aarch64Located,
+		absent:        aarch64Absent,
+		userTables:    true,
 	}
 }
 
@@ -107,6 +109,22 @@ func aarch64Levels(pageSize uint64, t1sz int64) ([]tableLevel, uint8, error) {
 	levels[n-1].entry = last
 	levels[0].bits = vaBits - levels[0].shift
 	return levels, vaBits, nil
+}
+
+// aarch64Absent is arch/arm64/include/asm/pgtable.h. A page that only the kernel may touch (PAGE_NONE: PROT_NONE, NUMA hinting) is as one
+// that is present, without bit 0 (PTE_VALID); bit 1 is left. In a swap entry both are zero, and the kind is in bits 2 to 7; since commit
+// 570ef363509b ("arm64/pgtable: support __HAVE_ARCH_PTE_SWP_EXCLUSIVE") (in v5.19) in bits 3 to 7; since the rework of
+// PTE_PRESENT_INVALID (in v6.11) in bits 6 to 10. The memory does not tell which: a kind that fits by either reading is
+// taken for swap, which an entry of a page that is being moved may be, too.
+func aarch64Absent(level tableLevel, e, swaps uint64) (hostmem.PhysAddr, PageState) {
+	switch {
+	case e&3 == 2:
+		pa, _, _ := level.entry(e | 1)
+		return pa, PagePresent
+	case e>>3&0x1f < swaps, e>>6&0x1f < swaps:
+		return 0, PageSwapped
+	}
+	return 0, PageOther
 }
 
 // aarch64DirectMap: PAGE_OFFSET is minus two to the power of the configured VA_BITS, also where the kernel runs with fewer;

@@ -109,7 +109,7 @@ func x8664DirectMap(_ *vmcoreinfo, read func(string) (uint64, error), _, top hos
 // x8664Absent is arch/x86/include/asm/pgtable_64.h: the kind of a swap entry is in the highest 5 bits, the kinds from the number of
 // swap areas on are migration, poison, devices and markers. A page that only the kernel may touch (PROT_NONE, NUMA hinting) has
 // _PAGE_PROTNONE, which is the global bit, and its address inverted (pgtable-invert.h, since v4.18).
-func x8664Absent(e, swaps uint64) (hostmem.PhysAddr, PageState) {
+func x8664Absent(_ tableLevel, e, swaps uint64) (hostmem.PhysAddr, PageState) {
 	const protNone = 1 << 8
 	switch {
 	case e&protNone != 0:

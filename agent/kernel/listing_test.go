@@ -193,6 +193,9 @@ func TestListings(t *testing.T) {
 		if slices.Contains(objectKernels, kernel) {
 			tests = append(tests, objectTests...)
 		}
+		if img.Info().Arch == "aarch64" {
+			tests = append(tests, guestTest{"user memory", testUserMemory})
+		}
 		if kernel == "6.1" || kernel == "6.12" || *guestsFlag != "" {
 			tests = append(tests, guestTest{"torture", testTorture}) // behind all others, which need quiet
 		}

@@ -558,6 +558,36 @@ func testRoutes(t *testing.T, g *guest, img *Image) {
 	}
 }
 
+// testRoutes6 compares the routes of IPv6 with /proc/net/ipv6_route, which has those of all tables but does not say of which.
+func testRoutes6(t *testing.T, g *guest, img *Image) {
+	text := g.read("/proc/net/ipv6_route")
+	v := g.frozenView(img)
+	var got, want []string
+	tables := make(map[uint32]int)
+	for _, r := range gather(t, v, v.Routes6()) {
+		gateway := netip.IPv6Unspecified()
+		if r.Gateway.IsValid() {
+			gateway = r.Gateway
+		}
+		a, gw := r.Dest.Addr().As16(), gateway.As16()
+		got = append(got, fmt.Sprintf("%x %02x %x %08x %s", a, r.Dest.Bits(), gw, r.Metric, r.Device))
+		tables[r.Table]++
+	}
+	for line := range strings.Lines(text) {
+		// destination, length, source, length, next hop, metric, references, uses, flags, device
+		f := strings.Fields(line)
+		if f[5] == "ffffffff" && f[9] == "lo" {
+			continue // the entry that stands where there is none
+		}
+		want = append(want, strings.Join([]string{f[0], f[1], f[4], f[5], f[9]}, " "))
+	}
+	slices.Sort(got)
+	slices.Sort(want)
+	if d := cmp.Diff(want, got); d != "" || tables[254] == 0 || tables[255] == 0 {
+		t.Errorf("tables %v; -the guest says, +got\n%s", tables, d)
+	}
+}
+
 func testSysctls(t *testing.T, g *guest, img *Image) {
 	said := make(map[string]string)
 	for _, dir := range []string{"kernel", "vm", "fs", "net/ipv4", "net/core"} {

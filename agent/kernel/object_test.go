@@ -34,6 +34,7 @@ var objectTests = []guestTest{
 	{"keys", testKeys},
 	{"pipes", testPipes},
 	{"routes", testRoutes},
+	{"routes6", testRoutes6},
 	{"sysctls", testSysctls},
 	{"host", testHost},
 }

@@ -101,14 +101,27 @@ func (v *View) Process(pid int) (Process, error) {
 	return p, nil
 }
 
-// taskOf finds a thread, and returns all, too, by their PIDs.
+// maxKeptTasks is how many tasks a View keeps, so that questions about each of them do not walk all of them each time.
+const maxKeptTasks = 1 << 14
+
+// taskOf finds a thread, and returns all, too, by their PIDs; the caller must not change them.
 func (v *View) taskOf(pid int) (Task, map[int]Task, error) {
-	all := make(map[int]Task)
-	for t, err := range v.Tasks() {
-		if err != nil {
-			return Task{}, nil, err
+	v.mu.Lock()
+	all := v.tasks
+	v.mu.Unlock()
+	if all == nil {
+		all = make(map[int]Task)
+		for t, err := range v.Tasks() {
+			if err != nil {
+				return Task{}, nil, err
+			}
+			all[t.PID] = t
 		}
-		all[t.PID] = t
+		if len(all) <= maxKeptTasks {
+			v.mu.Lock()
+			v.tasks = all
+			v.mu.Unlock()
+		}
 	}
 	t, ok := all[pid]
 	if !ok {

@@ -8,7 +8,7 @@ import (
 	"slices"
 )
 
-// Route is a route of IPv4, as ip-route(8) has it (struct fib_alias, net/ipv4/fib_lookup.h).
+// Route is a route, as ip-route(8) has it (struct fib_alias, net/ipv4/fib_lookup.h; of IPv6 see Routes6).
 type Route struct {
 	Netns    uint64       `json:"netns"`
 	Table    uint32       `json:"table"`    // 254 main, 255 local
@@ -19,7 +19,7 @@ type Route struct {
 	Source   netip.Addr   `json:"source"`   // preferred
 	Metric   uint32       `json:"metric"`   // fib_info.fib_priority
 	Protocol uint8        `json:"protocol"` // RTPROT_…: 2 the kernel, 3 boot, 4 static
-	Scope    uint8        `json:"scope"`    // RT_SCOPE_…: 0 global, 253 link, 254 host
+	Scope    uint8        `json:"scope"`    // RT_SCOPE_… of IPv4: 0 global, 253 link, 254 host
 	Hops     int          `json:"hops"`     // next hops; the first is told
 }
 

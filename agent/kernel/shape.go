@@ -114,6 +114,15 @@ func (t *thing) ipv4(path string) netip.Addr {
 	return netip.AddrFrom4([4]byte(binary.LittleEndian.AppendUint32(nil, uint32(t.num(path)))))
 }
 
+// ipv6 returns a struct in6_addr, or the unspecified address if the field is not of 16 bytes.
+func (t *thing) ipv6(path string) netip.Addr {
+	b := t.bytes(path)
+	if len(b) != 16 {
+		return netip.IPv6Unspecified()
+	}
+	return netip.AddrFrom16([16]byte(b))
+}
+
 // at returns the address of a field.
 func (t *thing) at(path string) VirtAddr { return t.o.addr + VirtAddr(t.offset(path)) }
 

@@ -44,15 +44,11 @@ func (v *View) Stack(pid int) (Stack, error) {
 }
 
 func (v *View) stack(pid int) (Stack, error) {
-	for t, err := range v.Tasks() {
-		if err != nil {
-			return Stack{}, err
-		}
-		if t.PID == pid {
-			return v.stackOf(t)
-		}
+	t, _, err := v.taskOf(pid)
+	if err != nil {
+		return Stack{}, err
 	}
-	return Stack{}, fmt.Errorf("thread %d: %w", pid, ErrNotFound)
+	return v.stackOf(t)
 }
 
 func (v *View) stackOf(t Task) (Stack, error) {

@@ -54,6 +54,9 @@ const (
 	maxArguments = 1 << 21 // bytes, of arguments or environment
 	maxWalked    = 1 << 24 // page-table entries that a listing of mappings looks at
 
+	// leastSwapfiles is how many swap areas every kernel can have: MAX_SWAPFILES is 22 at least.
+	leastSwapfiles = 16
+
 	vmRead, vmWrite, vmExec, vmMayShare = 1, 2, 4, 0x80
 )
 
@@ -81,9 +84,6 @@ func (v *View) UserMemory(pid int) (*UserMemory, error) {
 }
 
 func (v *View) userMemory(t Task) (*UserMemory, error) {
-	if v.img.arch.absent == nil {
-		return nil, fmt.Errorf("memory of processes on %s: %w", v.img.arch.name, ErrNotSupported)
-	}
 	r := resolver{img: v.img}
 	task := r.shape("task_struct", "mm")
 	// VMAs are in a maple tree since v6.1; before they were linked.
@@ -108,6 +108,7 @@ func (v *View) userMemory(t Task) (*UserMemory, error) {
 		return nil, m.mm.corrupt("page tables: %v", err)
 	}
 	m.space = addressSpace{root: root, levels: v.img.space.levels}
+	m.swaps = leastSwapfiles
 	if at, err := v.img.syms.symbol("nr_swapfiles"); err == nil {
 		n, err := v.Uint32(at)
 		if err != nil {
@@ -120,7 +121,11 @@ func (v *View) userMemory(t Task) (*UserMemory, error) {
 
 // page finds where a page is: its physical address if it is in memory, and how far what was found goes, in bytes.
 func (m *UserMemory) page(va uint64) (pa hostmem.PhysAddr, size uint64, state PageState, err error) {
-	if top := m.space.levels[0]; va>>(top.shift+top.bits-1) != 0 {
+	top := m.space.levels[0].shift + m.space.levels[0].bits
+	if !m.v.img.arch.userTables {
+		top--
+	}
+	if va>>top != 0 {
 		return 0, 0, PageAbsent, fmt.Errorf("address %#x is not of a process: %w", va, ErrNotMapped)
 	}
 	table := m.space.root
@@ -142,7 +147,7 @@ func (m *UserMemory) page(va uint64) (pa hostmem.PhysAddr, size uint64, state Pa
 			if e == 0 {
 				return 0, left, PageAbsent, nil
 			}
-			pa, state := m.v.img.arch.absent(e, m.swaps)
+			pa, state := m.v.img.arch.absent(level, e, m.swaps)
 			if state == PagePresent {
 				pa = pa&^hostmem.PhysAddr(size-1) + hostmem.PhysAddr(va&(size-1))
 			}

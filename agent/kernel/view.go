@@ -32,6 +32,7 @@ type View struct {
 	order []hostmem.PhysAddr          // guarded by mu; ring of the keys of pages, oldest at next
 	next  int                         // guarded by mu
 	slab  []byte                      // guarded by mu; unused pages
+	tasks map[int]Task                // guarded by mu; nil if they were not all read; not changed once it is here
 }
 
 // View begins a pass. When ctx ends, whatever the View is asked fails with the context's error.
@@ -216,6 +217,7 @@ func (v *View) forget() {
 	defer v.mu.Unlock()
 	v.sure.Restarts++
 	clear(v.pages)
+	v.tasks = nil
 	v.order, v.next = v.order[:0], 0
 }
 

@@ -157,6 +157,10 @@ The exit status is 3 if tasks wait for each other.
 			Long: `Of all network namespaces and tables.
 
   backdoor -image vmcore routes`}, AskRoutes),
+		listing(Listing{Name: "routes6", Resource: "Routes6", Short: "the host's IPv6 routes",
+			Long: `Of all network namespaces and tables.
+
+  backdoor -image vmcore routes6`}, AskRoutes6),
 		listing(Listing{Name: "sysctl", Resource: "Settings", Args: "[NAME]", Short: "the kernel's settings",
 			Long: `With a NAME, that setting and those below it. What a handler of its own may show otherwise there has a "?".
 

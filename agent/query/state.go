@@ -257,6 +257,11 @@ func AskRoutes(ctx context.Context, v *kernel.View, _ []string) (Routes, error) 
 	return routes(ctx, v.Routes())
 }
 
+// AskRoutes6 lists the routes of IPv6.
+func AskRoutes6(ctx context.Context, v *kernel.View, _ []string) (Routes, error) {
+	return routes(ctx, v.Routes6())
+}
+
 func routes(ctx context.Context, seq iter.Seq2[kernel.Route, error]) (r Routes, err error) {
 	r.Routes, err = gather(ctx, &r.Extent, seq)
 	return r, err

@@ -115,6 +115,8 @@ func TestRecordedHosts(t *testing.T) {
 					continue // what these read is only in the recordings of 6.1 and 6.12
 				}
 				switch q.Name {
+				case "routes6":
+					continue // the recordings are older, and do not hold what it reads
 				case "sym":
 					ask(exitOK, answer, "sym", "init_task")
 				case "stack":
