@@ -2,8 +2,12 @@ package kernel
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"os"
+	"runtime"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -116,4 +120,150 @@ func BenchmarkLog(b *testing.B) {
 
 func BenchmarkProve(b *testing.B) {
 	benchmarkPass(b, "kernels", func(v *View) (int, error) { return 1, v.img.Prove(v.ctx) })
+}
+
+// crowded starts the guest of -guests with 1 GiB, something of everything, and a thousand tasks, and freezes it.
+func crowded(b *testing.B) (*guest, *Image) {
+	if *guestsFlag == "" || strings.Contains(*guestsFlag, ",") {
+		b.Skip("boots a kernel in QEMU: say which by -guests")
+	}
+	g := startObjects(b, *guestsFlag, guestOptions{mib: 1024})
+	img := g.attach(Options{})
+	for n := 0; n < 1000; {
+		g.ask(nil, "spawn sleep 25")
+		var err error
+		if n, err = drain(img.View(b.Context()).Tasks()); err != nil {
+			b.Log(err)
+		}
+	}
+	time.Sleep(3 * time.Second) // until they have come to rest
+	g.execute("stop")
+	return g, img
+}
+
+// late is a memory of which each access takes a while, whatever it brings, and each page of it a little longer.
+type late struct {
+	hostmem.Memory
+	trip, page time.Duration
+}
+
+func (m late) wait(pages int) {
+	for end := time.Now().Add(m.trip + time.Duration(pages)*m.page); time.Now().Before(end); {
+	}
+}
+
+func (m late) ReadAt(b []byte, off int64) (int, error) {
+	m.wait(1)
+	return m.Memory.ReadAt(b, off)
+}
+
+func (m late) ReadScatter(segs []hostmem.Segment) error {
+	m.wait(len(segs))
+	return hostmem.ReadScatter(m.Memory, segs)
+}
+
+// BenchmarkCrowd lists a thousand tasks: near; over a model of RDMA with round trips of 100 µs and 1 GB/s, ahead of the list and by the list
+// alone; and through the model of a DMA engine.
+//
+//	go test ./agent/kernel -run '^$' -bench 'Crowd|Model' -guests 6.1
+func BenchmarkCrowd(b *testing.B) {
+	g, img := crowded(b)
+	far := late{g.mem, 100 * time.Microsecond, 4 * time.Microsecond}
+	for _, c := range []struct {
+		name string
+		mem  hostmem.Memory
+	}{{"near", img.mem}, {"far", far}, {"far-one-by-one", struct{ hostmem.Memory }{far}}, {"engine", hostmem.NewEngine(g.mem, hostmem.EngineOptions{})}} {
+		b.Run(c.name, func(b *testing.B) {
+			n, cost := 0, Cost{}
+			for b.Loop() {
+				v := img.with(c.mem).View(b.Context())
+				var err error
+				if n, err = drain(v.Tasks()); err != nil {
+					b.Fatal(err)
+				}
+				cost = v.Cost()
+			}
+			b.ReportMetric(float64(n), "tasks")
+			b.ReportMetric(float64(cost.Pages), "pages/op")
+			b.ReportMetric(float64(b.Elapsed().Milliseconds())/float64(b.N)*1000/float64(n), "ms/1000tasks")
+		})
+	}
+}
+
+// BenchmarkModel measures a pass over all that the model has, and all of it for each thread and process. What is alive then is "heapMB".
+func BenchmarkModel(b *testing.B) {
+	_, img := crowded(b)
+	parts := slices.Concat(listings, objectListings, []listing{
+		{"log", func(v *View) (int, error) { return drain(v.Log()) }},
+		{"IPv6 routes", func(v *View) (int, error) { return drain(v.Routes6()) }},
+		{"signs", func(v *View) (int, error) {
+			_, err := v.Signs()
+			return 1, err
+		}},
+		{"processes", func(v *View) (int, error) {
+			return eachTask(v, func(t Task) error { _, err := v.Process(t.PID); return err })
+		}},
+		{"all stacks", func(v *View) (int, error) {
+			return eachTask(v, func(t Task) error {
+				if t.OnCPU || t.State == "Z" {
+					return nil
+				}
+				_, err := v.Stack(t.PID)
+				return err
+			})
+		}},
+		{"mappings", func(v *View) (int, error) {
+			return eachTask(v, func(t Task) error {
+				if t.PID != t.TGID || t.KThread || t.State == "Z" {
+					return nil
+				}
+				m, err := v.UserMemory(t.PID)
+				if err == nil {
+					_, err = drain(m.Mappings())
+				}
+				return err
+			})
+		}},
+	})
+	took := make(map[string]time.Duration)
+	b.ReportAllocs()
+	n := 0
+	for b.Loop() {
+		v := img.View(context.Background())
+		n = 0
+		for _, l := range parts {
+			began := time.Now()
+			items, err := l.ask(v)
+			if n += items; err != nil {
+				b.Logf("%s: %v", l.name, err)
+			}
+			took[l.name] += time.Since(began)
+		}
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		b.ReportMetric(float64(m.HeapAlloc)/(1<<20), "heapMB")
+		b.ReportMetric(float64(v.Cost().Pages), "pages/op")
+		b.ReportMetric(float64(v.Cost().Bytes)/(1<<20), "hostMB/op")
+	}
+	b.ReportMetric(float64(n), "things")
+	for name, d := range took {
+		if d /= time.Duration(b.N); d > 5*time.Millisecond {
+			b.Logf("%-14s %v", name, d.Round(10*time.Microsecond))
+		}
+	}
+}
+
+// eachTask calls f for each thread, and returns how many there are.
+func eachTask(v *View, f func(Task) error) (n int, last error) {
+	for t, err := range v.Tasks() {
+		if err == nil {
+			err = f(t)
+		}
+		n++
+		if err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrNotSupported) {
+			last = err
+		}
+	}
+	return n, last
 }

@@ -66,7 +66,7 @@ func someGuests(t *testing.T, n int, f func(t *testing.T, kernel string)) {
 
 // guest is a running virtual machine whose RAM is a file.
 type guest struct {
-	t      *testing.T
+	t      testing.TB
 	mem    *hostmem.RAMFile
 	dir    string
 	ram    string // the file
@@ -144,7 +144,7 @@ func cpio(init []byte, files map[string][]byte, modules ...modpack.Module) []byt
 	return b.Bytes()
 }
 
-func startGuest(t *testing.T, kernel string, o guestOptions) *guest {
+func startGuest(t testing.TB, kernel string, o guestOptions) *guest {
 	t.Helper()
 	target, err := kernels.Lookup(kernel)
 	if err != nil {

@@ -209,7 +209,7 @@ func TestListings(t *testing.T) {
 }
 
 // startListed starts a guest that has something of everything to list.
-func startListed(t *testing.T, kernel string, o guestOptions) *guest {
+func startListed(t testing.TB, kernel string, o guestOptions) *guest {
 	t.Helper()
 	o.modules = append([]string{"virtio_pci", "virtio_net", "dummy"}, o.modules...)
 	o.args = append([]string{"-netdev", "user,id=n0,restrict=on", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56"}, o.args...)

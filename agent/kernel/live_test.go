@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"maps"
 	"math"
 	"strconv"
 	"strings"
@@ -307,9 +308,10 @@ func testTasks(t *testing.T, g *guest, img *Image) {
 		}
 		got[task.PID] = task
 	}
+	all := maps.Clone(got)
 	compareTasks(t, got, want)
 	t.Logf("%d threads, cost %+v", len(want), v.Cost())
-	testAhead(t, g, img, got)
+	testAhead(t, g, img, all)
 }
 
 // testAhead walks the tasks over a path on which reads are under way together: the same must come out, in few round trips.

@@ -469,6 +469,41 @@ func testProbes(t *testing.T, g *guest, img *Image) {
 	}
 }
 
+func testUprobes(t *testing.T, g *guest, img *Image) {
+	events := g.read("/sys/kernel/tracing/uprobe_events")
+	v := g.frozenView(img)
+	got := gather(t, v, v.Uprobes())
+	if len(got) != 1 || got[0].Kind != "uprobe" || got[0].Place != "/init:0x2000" || !strings.Contains(events, "/init:0x0000000000002000") {
+		t.Errorf("%+v; the guest has %s", got, events)
+	}
+}
+
+// testLSMHooks compares what the security modules have hooked with their names; the functions must begin where the kernel's symbols say.
+func testLSMHooks(t *testing.T, g *guest, img *Image) {
+	names := strings.Split(strings.TrimSpace(g.read("/sys/kernel/security/lsm")), ",")
+	v := g.frozenView(img)
+	hooks, calls := make(map[string]int), make(map[string]int)
+	for _, p := range gather(t, v, v.LSMHooks()) {
+		module, hook, _ := strings.Cut(p.Place, ":")
+		hooks[module]++
+		calls[hook+" "+p.Function]++
+		if !slices.Contains(names, module) || p.Function == "" || strings.ContainsAny(p.Function, "+[") || strings.HasPrefix(p.Function, "0x") {
+			t.Errorf("%+v; want the start of a function of the kernel, of one of the modules %v", p, names)
+		}
+	}
+	for _, name := range names {
+		if hooks[name] == 0 && name != "integrity" {
+			t.Errorf("%s has no hooks; those that have: %v", name, hooks)
+		}
+	}
+	for _, want := range []string{"capable cap_capable", "ptrace_access_check cap_ptrace_access_check", "ptrace_access_check yama_ptrace_access_check", "locked_down lockdown_is_locked_down"} {
+		if calls[want] != 1 {
+			t.Errorf("%q is there %d times", want, calls[want])
+		}
+	}
+	t.Logf("%v", hooks)
+}
+
 func testKeys(t *testing.T, g *guest, img *Image) {
 	said := g.read("/proc/keys")
 	v := g.frozenView(img)

@@ -35,13 +35,15 @@ var objectTests = []guestTest{
 	{"pipes", testPipes},
 	{"routes", testRoutes},
 	{"routes6", testRoutes6},
+	{"uprobes", testUprobes},
+	{"LSM hooks", testLSMHooks},
 	{"sysctls", testSysctls},
 	{"host", testHost},
 }
 
 // startObjects starts a guest that has, beyond startListed, a container, tasks that wait for locks, eBPF, probes, keys, swap, and I/O
 // that does not end.
-func startObjects(t *testing.T, kernel string, o guestOptions) *guest {
+func startObjects(t testing.TB, kernel string, o guestOptions) *guest {
 	t.Helper()
 	o.modules = append(o.modules, "virtio_blk")
 	disk := filepath.Join(t.TempDir(), "swap")

@@ -9,8 +9,8 @@ import (
 // Probe is a place of the kernel's code into which something was hooked while it runs.
 type Probe struct {
 	Addr VirtAddr `json:"addr"` // of the kernel's record of it
-	Kind string   `json:"kind"` // kprobe, ftrace or tracepoint
-	// Place is the function, the tracepoint, or who uses ftrace.
+	Kind string   `json:"kind"` // kprobe, ftrace, tracepoint, uprobe or lsm
+	// Place is the function, the tracepoint, who uses ftrace, where in a program, or the hook and whose it is.
 	Place    string `json:"place"`
 	Function string `json:"function"` // that is called there
 	Disabled bool   `json:"disabled,omitempty"`
@@ -193,6 +193,48 @@ func (v *View) tracepointUsers() ([]Probe, error) {
 		}
 	}
 	return all, nil
+}
+
+// Uprobes lists the probes in the code of programs (struct uprobe, kernel/events/uprobes.c): each a Probe of kind "uprobe", whose place
+// is the path within the file's own file system, and the offset.
+func (v *View) Uprobes() iter.Seq2[Probe, error] {
+	return settled(v, "walk uprobes", func() ([]Probe, error) {
+		root, err := v.img.syms.symbol("uprobes_tree")
+		if err != nil {
+			return nil, nil // built without
+		}
+		r := resolver{img: v.img}
+		s := r.shape("uprobe", "rb_node[]", "inode", "offset")
+		inode := r.shape("inode", "i_ino", "i_dentry.first")
+		alias := r.field("dentry", 0, "d_u.d_alias")
+		if r.err != nil {
+			return nil, r.err
+		}
+		paths, err := v.pathWalk()
+		if err != nil {
+			return nil, err
+		}
+		all := []Probe{}
+		err = v.rbtree("uprobe", root, s.offset("rb_node"), maxProbes, func(at VirtAddr) error {
+			t, err := v.thing(s, at)
+			if err != nil {
+				return err
+			}
+			i, err := v.thing(inode, t.ptr("inode"))
+			if err != nil {
+				return err
+			}
+			name := fmt.Sprintf("inode %d", i.num("i_ino")) // it has no name in memory
+			if d := i.ptr("i_dentry.first"); d != 0 {
+				if name, err = paths.within(d - VirtAddr(alias)); err != nil {
+					return err
+				}
+			}
+			all = append(all, Probe{Addr: at, Kind: "uprobe", Place: fmt.Sprintf("%s:%#x", name, t.num("offset"))})
+			return nil
+		})
+		return all, err
+	})
 }
 
 // LSMs returns the names of the security modules that are active, in their order.

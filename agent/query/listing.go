@@ -139,6 +139,13 @@ The exit status is 3 if tasks wait for each other.
 			Long: `  backdoor -image vmcore bpf`}, AskBPF),
 		listing(Listing{Served: true, Name: "probes", Resource: "Probes", Short: "what is hooked into the kernel's code: kprobes, ftrace, tracepoints",
 			Long: `  backdoor -image vmcore probes`}, AskProbes),
+		listing(Listing{Name: "uprobes", Resource: "Uprobes", Short: "what is hooked into the code of the host's programs",
+			Long: `The path is that within the file system that the program is in.
+
+  backdoor -image vmcore uprobes`}, AskUprobes),
+		listing(Listing{Name: "lsm", Resource: "SecurityHooks", Short: "what the host's security modules have called at the kernel's hooks",
+			Long: `  backdoor -image vmcore lsm
+  backdoor -image vmcore lsm -json | jq '.probes[] | select(.function | contains("["))'`}, AskLSM),
 		listing(Listing{Served: true, Name: "about", Resource: "KernelState", Short: "the kernel's command line, taint, clock, security modules and swap",
 			Long: `  backdoor -image vmcore about`}, AskHost),
 		listing(Listing{Served: true, Name: "rcu", Resource: "RCU", Short: "whether RCU gets on, and which CPUs it waits for",

@@ -415,6 +415,16 @@ func AskProbes(ctx context.Context, v *kernel.View, _ []string) (Probes, error) 
 	return probes(ctx, v.Probes())
 }
 
+// AskUprobes lists probes in programs.
+func AskUprobes(ctx context.Context, v *kernel.View, _ []string) (Probes, error) {
+	return probes(ctx, v.Uprobes())
+}
+
+// AskLSM lists the hooks of the security modules.
+func AskLSM(ctx context.Context, v *kernel.View, _ []string) (Probes, error) {
+	return probes(ctx, v.LSMHooks())
+}
+
 func probes(ctx context.Context, seq iter.Seq2[kernel.Probe, error]) (x Probes, err error) {
 	x.Probes, err = gather(ctx, &x.Extent, seq)
 	return x, err

@@ -336,13 +336,16 @@ func bpfInfo(kind string) any {
 	}
 }
 
-// probes sets a kprobe and enables an event.
+// probes sets a kprobe and a uprobe, and enables an event.
 func probes() error {
 	os.MkdirAll("/sys/kernel/tracing", 0o755)
 	if err := first(unix.Mount("tracefs", "/sys/kernel/tracing", "tracefs", 0, ""), unix.Mount("debugfs", "/sys/kernel/debug", "debugfs", 0, "")); err != nil {
 		return err
 	}
 	unix.Mount("securityfs", "/sys/kernel/security", "securityfs", 0, "")
+	if err := first(write("/sys/kernel/tracing/uprobe_events", "p:guest/uprobe /init:0x2000\n"), write("/sys/kernel/tracing/events/guest/uprobe/enable", "1")); err != nil {
+		return err
+	}
 	return first(write("/sys/kernel/tracing/kprobe_events", "p:guest/probe do_sys_openat2\n"), write("/sys/kernel/tracing/events/guest/probe/enable", "1"),
 		write("/sys/kernel/tracing/events/task/task_rename/enable", "1"))
 }
