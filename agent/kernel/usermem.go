@@ -60,12 +60,33 @@ const (
 	vmRead, vmWrite, vmExec, vmMayShare = 1, 2, 4, 0x80
 )
 
-// UserMemory is the memory of a process, as its own page tables map it.
+// UserMemory is the memory of a process, as its own page tables map it. It is not safe for concurrent use.
 type UserMemory struct {
 	v     *View
 	mm    thing
 	space addressSpace // of the process
 	swaps uint64       // kinds of entries that are of swap areas
+	// tables are the page-table pages that were used last, of each level: neighbours are in the same.
+	tables [maxLevels]struct {
+		at   hostmem.PhysAddr
+		page []byte // nil if there is none yet
+	}
+}
+
+const maxLevels = 8 // of page tables, on any architecture
+
+// entry reads an entry of a page table of a level.
+func (m *UserMemory) entry(level int, at hostmem.PhysAddr) (uint64, error) {
+	offset := at % hostmem.PageSize
+	last := &m.tables[level]
+	if last.page == nil || last.at != at-offset {
+		page, err := m.v.page(at - offset)
+		if err != nil {
+			return 0, err
+		}
+		last.at, last.page = at-offset, page
+	}
+	return le64(last.page[offset:]), nil
 }
 
 // UserMemory returns the memory of the process that the thread with the given PID is of; ErrNotFound if it has none.
@@ -107,6 +128,9 @@ func (v *View) userMemory(t Task) (*UserMemory, error) {
 	if err != nil {
 		return nil, m.mm.corrupt("page tables: %v", err)
 	}
+	if root%8 != 0 {
+		return nil, m.mm.corrupt("page tables at %v", root)
+	}
 	m.space = addressSpace{root: root, levels: v.img.space.levels}
 	m.swaps = leastSwapfiles
 	if at, err := v.img.syms.symbol("nr_swapfiles"); err == nil {
@@ -130,18 +154,17 @@ func (m *UserMemory) page(va uint64) (pa hostmem.PhysAddr, size uint64, state Pa
 	}
 	table := m.space.root
 	for i, level := range m.space.levels {
-		var b [8]byte
 		index := va >> level.shift & (1<<level.bits - 1)
 		size := uint64(1) << level.shift
 		left := size - va&(size-1)
 		at := table + hostmem.PhysAddr(index*8)
-		if err := m.v.readPhys(at, b[:]); err != nil {
+		e, err := m.entry(i, at)
+		if err != nil {
 			if errors.Is(err, hostmem.ErrNotMapped) {
 				return 0, 0, PageAbsent, &CorruptError{"page table", VirtAddr(va), fmt.Sprintf("level %d is at %v, where no memory is", len(m.space.levels)-i, at)}
 			}
 			return 0, 0, PageAbsent, err
 		}
-		e := le64(b[:])
 		pa, page, present := level.entry(e)
 		if !present {
 			if e == 0 {

@@ -39,12 +39,15 @@
 //	disks        the host's block devices and the requests under way
 //	bpf          the eBPF programs, maps and links of the host
 //	probes       what is hooked into the kernel's code: kprobes, ftrace, tracepoints
+//	uprobes      what is hooked into the code of the host's programs
+//	lsm          what the host's security modules have called at the kernel's hooks
 //	about        the kernel's command line, taint, clock, security modules and swap
 //	rcu          whether RCU gets on, and which CPUs it waits for
 //	timers       what the kernel's timers will do next
 //	irqs         interrupts and softirqs of each CPU
 //	pipes        the pipes that processes have open, and what waits in them
 //	routes       the host's IPv4 routes
+//	routes6      the host's IPv6 routes
 //	sysctl       the kernel's settings
 //	keys         the names of the keys that the kernel keeps
 //	proc         all about one thread: credentials, namespaces, scheduling, memory
