@@ -241,8 +241,10 @@ type mappingWalk struct {
 	m                                *UserMemory
 	files                            fileWalk
 	vma, file, inode, super, special *shape
-	specialOps                       VirtAddr
-	left                             int
+	// What tells a special mapping is its operations, or, where variables have no symbols, the function among these that names it.
+	specialOps, specialName VirtAddr
+	ops                     *shape
+	left                    int
 }
 
 func (w *mappingWalk) run() ([]Mapping, error) {
@@ -262,6 +264,11 @@ func (w *mappingWalk) run() ([]Mapping, error) {
 	}
 	if at, err := v.img.syms.symbol("special_mapping_vmops"); err == nil {
 		w.specialOps = at
+	} else if at, err := v.img.syms.symbol("special_mapping_name"); err == nil {
+		if w.ops = r.shape("vm_operations_struct", "name"); r.err != nil {
+			return nil, r.err
+		}
+		w.specialName = at
 	}
 	var all []Mapping
 	see := func(at VirtAddr) (thing, error) {
@@ -348,6 +355,15 @@ func (w *mappingWalk) read(t *thing) (Mapping, error) {
 // name names what is not of a file, as show_map_vma of fs/proc/task_mmu.c does.
 func (w *mappingWalk) name(m *Mapping, t *thing) error {
 	v, mm := w.m.v, &w.m.mm
+	if at := t.ptr("vm_ops"); w.specialOps == 0 && w.specialName != 0 && at != 0 {
+		ops, err := v.thing(w.ops, at)
+		if err != nil {
+			return err
+		}
+		if ops.ptr("name") == w.specialName {
+			w.specialOps = at
+		}
+	}
 	switch {
 	case w.specialOps != 0 && t.ptr("vm_ops") == w.specialOps:
 		s, err := v.thing(w.special, t.ptr("vm_private_data"))
