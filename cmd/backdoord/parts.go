@@ -175,6 +175,9 @@ func memory(cfg config.Config, log *slog.Logger, why error) func(context.Context
 		if m.Engine.Enabled {
 			mem = hostmem.NewEngine(mem, hostmem.EngineOptions{})
 		}
+		if m.BytesPerSecond != 0 {
+			mem = hostmem.Budget(mem, uint64(m.BytesPerSecond))
+		}
 		return mem, nil
 	}
 }

@@ -200,6 +200,8 @@ func TestConformance(t *testing.T) {
 		truth hostmemtest.Truth
 	}{
 		{"RAM file", func(t *testing.T) hostmem.Memory { return ramFile(t, true) }, rw},
+		{"budget over RAM file", func(t *testing.T) hostmem.Memory { return hostmem.Budget(ramFile(t, true), 1<<40) }, rw},
+		{"budget over RAM file read-only", func(t *testing.T) hostmem.Memory { return hostmem.Budget(ramFile(t, false), 1<<40) }, ro},
 		{"RAM file read-only", func(t *testing.T) hostmem.Memory { return ramFile(t, false) }, ro},
 		{"window", func(t *testing.T) hostmem.Memory { return newDevice(t, "resource2").open(t, true) },
 			hostmemtest.Truth{Map: m, Writer: true, Swapper: hostmemtest.Atomic64}},

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/redfish/client"
 	"github.com/backdoor-rhs/backdoor/tests/lab"
 	"github.com/backdoor-rhs/backdoor/tests/operator"
 )
@@ -43,7 +45,13 @@ type bench struct {
 	// What plants change.
 	target target
 	allow  []string
-	calm   bool
+	calm   bool // something is left undone, or done, so that the row must turn red
+	onHost bool // the counted guest has an agent of its own
+	guest  *counted
+	alone  []uint64 // the counted guest's marks when nobody observes it
+	held   *access.Agreement
+	dir    string
+	memory *client.Client // of who may reach memory
 }
 
 // policy bounds a flood without asking, as a fleet's would.
@@ -64,7 +72,7 @@ func TestPrinciples(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	b := &bench{lab: l, host: l.Host, target: theAgent}
+	b := &bench{lab: l, host: l.Host, target: theAgent, dir: t.TempDir()}
 	if b.agent, err = operator.DialDPU(ctx, l.DPU); err != nil {
 		t.Fatal(err)
 	}

@@ -11,6 +11,12 @@ var (
 	pathRuns    = regexp.MustCompile(`the packet path runs`)
 )
 
+// calm turns an experiment's cause off, or a stranger's deed on.
+func calm(_ context.Context, b *bench) (func() error, error) {
+	b.calm = true
+	return func() error { b.calm = false; return nil }, nil
+}
+
 // retarget has the experiments take the machine on the wire for the agent: what is not guarded must be found reachable.
 func retarget(_ context.Context, b *bench) (func() error, error) {
 	b.target = thePeer
@@ -51,10 +57,7 @@ func rows() []row {
 			principle: "6 access control", mechanism: "network-flood, rate-limit, policy",
 			experiment: "the host sends a SYN flood",
 			run:        flood,
-			plant: func(_ context.Context, b *bench) (func() error, error) {
-				b.calm = true
-				return func() error { b.calm = false; return nil }, nil
-			},
+			plant:      calm,
 		},
 		{
 			principle: "3 availability", mechanism: "datapath: pinned programs", quick: true,
@@ -65,6 +68,65 @@ func rows() []row {
 			principle: "1 bidirectional access", mechanism: "Redfish: NetworkDeviceFunctions, Ports",
 			experiment: "the counts of the host's network function against those of its cable",
 			run:        functions,
+		},
+		{
+			principle: "1, 2 remote memory, atomics", mechanism: "PCI window, lease, journal, compare-and-swap",
+			experiment: "memory read, stored and put back over Redfish, against the RAM file",
+			run:        remote, plant: calm,
+		},
+		{
+			principle: "1, 2 remote memory, atomics", mechanism: "RDMA", experiment: "the same by RDMA READ, WRITE and atomics", missing: "here; by TestRDMA, with perftest and rxe",
+		},
+		{
+			principle: "1 remote I/O", mechanism: "MMIO of the host", experiment: "the host's device registers", missing: "no path of the laboratory reaches them",
+		},
+		{
+			principle: "4 nonintrusiveness", mechanism: "reading by DMA",
+			experiment: "instructions that a guest executes with an observer at the highest rate and without (icount)",
+			run:        notOneInstruction,
+			plant: func(_ context.Context, b *bench) (func() error, error) {
+				b.onHost = true
+				return func() error { b.onHost = false; return nil }, nil
+			},
+		},
+		{
+			principle: "5 transparency", mechanism: "no driver, no device, no traffic on the host",
+			experiment: "the host's root looks for the agent: PCI, ACPI, iomem, interrupts, devices, log, neighbours, scans; while it stands still and while it works",
+			run:        transparent, plant: calm,
+		},
+		{
+			principle: "5 transparency", mechanism: "reading by DMA", experiment: "timing of the host's own memory", missing: "an emulated machine has no memory bus to measure on",
+		},
+		{
+			principle: "6 access control", mechanism: "access.Lock",
+			experiment: "the agreement: widened, narrowed, closed, paused by who may not alone; paused by its owner",
+			run:        locked, plant: calm,
+		},
+		{
+			principle: "7 tamper resistance", mechanism: "several independent walks",
+			experiment: "the host's root takes a process off init_task's list",
+			run:        hide, plant: calm,
+		},
+		{
+			principle: "7 tamper resistance", mechanism: "the kernel is proven before it is believed",
+			experiment: "the host's root overwrites the kernel's VMCOREINFO note",
+			run:        renote, plant: calm,
+		},
+		{
+			principle: "7 tamper resistance", mechanism: "IOMMU", experiment: "the host reprograms its IOMMU, or points it elsewhere", missing: "the laboratory's window is not behind an IOMMU",
+		},
+		{
+			principle: "3 availability", mechanism: "the DPU is a machine of its own",
+			experiment: "the DPU restarts alone",
+			run:        undisturbed, plant: calm,
+		},
+		{
+			principle: "3 availability", mechanism: "the DPU is a machine of its own",
+			experiment: "Redfish while the host floods, is paused, reset, has interrupts off, panics, is off",
+			run:        available,
+			plant: func(ctx context.Context, b *bench) (func() error, error) {
+				return func() error { return b.lab.DPU.QMP(context.WithoutCancel(ctx), "cont", nil, nil) }, b.lab.DPU.QMP(ctx, "stop", nil, nil)
+			},
 		},
 	}
 }

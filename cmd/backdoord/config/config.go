@@ -12,7 +12,8 @@
 //	    "bar": 2,
 //	    "layout": "q35",
 //	    "size": "1GiB",
-//	    "engine": {"enabled": true}
+//	    "engine": {"enabled": true},
+//	    "bytesPerSecond": "100MiB"
 //	  },
 //	  "hostUUID": "1b4e28ba-2fa1-11d2-883f-0016d3cca427",
 //	  "writes": true,
@@ -126,6 +127,9 @@ type Memory struct {
 	Layout Layout `json:"layout,omitzero"` // pci, ramfile
 	Size   Size   `json:"size,omitempty"`  // of the host's RAM, for a named layout
 	Engine Engine `json:"engine,omitzero"`
+	// BytesPerSecond is a hard cap on what the agent moves from and to the host's memory; default none. Below some MiB the agent sees
+	// less often than it would.
+	BytesPerSecond Size `json:"bytesPerSecond,omitempty"`
 }
 
 // Engine puts the model of a real DMA engine before the path: bursts, latency, no compare-and-swap. For laboratories.
@@ -473,6 +477,9 @@ func (c Config) Validate() error {
 		default:
 			bad("memory.layout", `want "q35", "flat" or a list of extents, found %q`, m.Layout.Name)
 		}
+	}
+	if m.BytesPerSecond != 0 && (m.BytesPerSecond < hostmem.BudgetFloor || m.BytesPerSecond > 1<<50) {
+		bad("memory.bytesPerSecond", "want 256KiB to 1024TiB, found %d", uint64(m.BytesPerSecond))
 	}
 	if c.Writes && (c.Agreement.File == "" || len(c.Agreement.OwnerKey) == 0) {
 		bad("writes", "true needs agreement.file and agreement.ownerKey: without an access agreement nothing may be stored")
