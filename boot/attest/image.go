@@ -11,7 +11,7 @@ import (
 const (
 	// ImagePCR has what the loader has verified, loaded and is about to start (PCR 11, "kernel-boot").
 	ImagePCR = 11
-	// IdentityPCR has the agent's TLS key (PCR 15, "system-identity").
+	// IdentityPCR has the agent's TLS key and the access agreement that it obeys (PCR 15, "system-identity").
 	IdentityPCR = 15
 )
 
@@ -33,6 +33,7 @@ const (
 	manifestTag = "backdoor manifest\n"
 	partTag     = "backdoor part "
 	tlsTag      = "backdoor tls "
+	agreedTag   = "backdoor agreement "
 )
 
 // Events are what is measured into [ImagePCR] when the image is started, in order.
@@ -73,16 +74,29 @@ func TLSEvent(spki Digest) Event {
 	return Event{PCR: IdentityPCR, Type: EventTag, Digest: sha256.Sum256(text), Data: text}
 }
 
+// AgreementEvent says that the agent obeys the access agreement with that digest; the zero digest says that it obeys none.
+func AgreementEvent(digest Digest) Event {
+	text := []byte(agreedTag + digest.String())
+	return Event{PCR: IdentityPCR, Type: EventTag, Digest: sha256.Sum256(text), Data: text}
+}
+
 // TLSKey returns the SHA-256 of the SubjectPublicKeyInfo that the log names last.
-func (l Log) TLSKey() (spki Digest, ok bool) {
+func (l Log) TLSKey() (spki Digest, ok bool) { return l.last(tlsTag) }
+
+// Agreement returns the digest of the access agreement that the log names last.
+func (l Log) Agreement() (digest Digest, ok bool) { return l.last(agreedTag) }
+
+// last returns the digest of the latest event about the agent's identity that begins with a tag.
+func (l Log) last(tag string) (d Digest, ok bool) {
 	for _, e := range l {
-		text, tls := bytes.CutPrefix(e.Data, []byte(tlsTag))
-		if e.PCR != IdentityPCR || !tls || Digest(sha256.Sum256(e.Data)) != e.Digest || hex.DecodedLen(len(text)) != len(spki) {
+		text, is := bytes.CutPrefix(e.Data, []byte(tag))
+		if e.PCR != IdentityPCR || !is || Digest(sha256.Sum256(e.Data)) != e.Digest || hex.DecodedLen(len(text)) != len(d) {
 			continue
 		}
-		if _, err := hex.Decode(spki[:], text); err == nil {
-			ok = true
+		var this Digest
+		if _, err := hex.Decode(this[:], text); err == nil {
+			d, ok = this, true
 		}
 	}
-	return spki, ok
+	return d, ok
 }

@@ -145,6 +145,8 @@ type Policy struct {
 	Images []Image
 	// Epoch is the lowest security epoch that a running image may have.
 	Epoch uint64
+	// Agreement is the digest of the access agreement that the agent must obey; zero leaves that open.
+	Agreement Digest
 	// Now is the time that certificates are judged by; zero means time.Now.
 	Now time.Time
 }
@@ -271,6 +273,17 @@ func Verify(e Evidence, p Policy) (Result, error) {
 		err = differs("TLS key", e.PeerKey.String()+" on the connection", spki.String()+", which the attested agent has: somebody is in between")
 	}
 	check("TLS key", "the connection ends in the attested agent", err)
+
+	agreed, ok := log.Agreement()
+	said := agreed.String()
+	if !ok || agreed == (Digest{}) {
+		said = "none"
+	}
+	err = nil
+	if p.Agreement != (Digest{}) && agreed != p.Agreement {
+		err = differs("access agreement", said, p.Agreement.String())
+	}
+	check("access agreement", said, err)
 	return r, errors.Join(errs...)
 }
 

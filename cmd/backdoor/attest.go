@@ -24,6 +24,7 @@ type attestFlags struct {
 	eks, aks, bundles list
 	akCA              string
 	epoch             uint64
+	agreement         string
 }
 
 var attestVerb = verb{
@@ -50,6 +51,7 @@ Exit status: 0 proven, 3 something differs, 4 unattested: there is no TPM, or no
 		fs.StringVar(&f.akCA, "ak-ca", "", "PEM `file` with the authority that certifies attestation keys")
 		fs.Var(&f.bundles, "bundle", "update `file` whose image may run; may be given several times (default: any image)")
 		fs.Uint64Var(&f.epoch, "epoch", 0, "lowest security `epoch` that may run")
+		fs.StringVar(&f.agreement, "agreement", "", "`digest` of the access agreement that it must obey, as backdoor agreement show prints it")
 	},
 	run: runAttest,
 }
@@ -62,12 +64,19 @@ type attestFile struct {
 	AttestationCA string   `json:"attestationCA,omitempty"`
 	Bundles       []string `json:"bundles,omitempty"`
 	Epoch         uint64   `json:"epoch,omitempty"`
+	// Agreement is the digest of the access agreement that the agent must obey.
+	Agreement attest.Digest `json:"agreement,omitzero"`
 
 	dir string
 }
 
 func (f attestFlags) file() (attestFile, error) {
 	out := attestFile{AttestationCA: f.akCA, Bundles: f.bundles, Epoch: f.epoch}
+	if f.agreement != "" {
+		if err := out.Agreement.UnmarshalText([]byte(f.agreement)); err != nil {
+			return out, &usageError{verb: "attest", msg: fmt.Sprintf("-agreement %s: %v", f.agreement, err)}
+		}
+	}
 	for _, k := range []struct {
 		flag string
 		from list
@@ -112,7 +121,7 @@ func (f attestFile) at(path string) string {
 
 // attestation reads the files.
 func (f attestFile) attestation() (client.Attestation, error) {
-	a := client.Attestation{EndorsementKeys: f.EndorsementKeys, Policy: attest.Policy{Keys: f.AttestationKeys, Epoch: f.Epoch}}
+	a := client.Attestation{EndorsementKeys: f.EndorsementKeys, Policy: attest.Policy{Keys: f.AttestationKeys, Epoch: f.Epoch, Agreement: f.Agreement}}
 	if f.AttestationCA != "" {
 		pem, err := os.ReadFile(f.at(f.AttestationCA))
 		if err != nil {

@@ -25,6 +25,8 @@ type attestation struct {
 	path string
 	// shown is the SHA-256 of the SubjectPublicKeyInfo of the key that the service shows now; nil before there is a service.
 	shown func() attest.Digest
+	// agreed is the digest of the access agreement that the agent obeys now, zero if there is none; nil before there is an engine.
+	agreed func() attest.Digest
 
 	mu  sync.Mutex // guards log, and keeps measuring and logging together
 	log attest.Log
@@ -110,12 +112,21 @@ func (a *attestation) complete() error {
 
 // identify measures the key that the service shows, unless it is the one that was measured last.
 func (a *attestation) identify(spki attest.Digest) error {
+	return a.measure(attest.TLSEvent(spki), spki, attest.Log.TLSKey)
+}
+
+// agree measures the access agreement that the agent obeys, unless it is the one that was measured last.
+func (a *attestation) agree(digest attest.Digest) error {
+	return a.measure(attest.AgreementEvent(digest), digest, attest.Log.Agreement)
+}
+
+// measure measures an event, unless the last of its kind says the same.
+func (a *attestation) measure(e attest.Event, now attest.Digest, last func(attest.Log) (attest.Digest, bool)) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if last, ok := a.log.TLSKey(); ok && last == spki {
+	if was, ok := last(a.log); ok && was == now {
 		return nil
 	}
-	e := attest.TLSEvent(spki)
 	log := append(a.log[:len(a.log):len(a.log)], e)
 	b, err := log.MarshalBinary()
 	if err != nil {
@@ -142,10 +153,15 @@ func (a *attestation) measured() bool {
 // Identity implements host.Attestor.
 func (a *attestation) Identity() host.Identity { return a.id }
 
-// Quote implements host.Attestor. The key that the service shows is measured first, if it is another one than before.
+// Quote implements host.Attestor. The key that the service shows and the agreement are measured first, if they are others than before.
 func (a *attestation) Quote(nonce []byte, pcrs ...int) (attest.Quote, error) {
 	if a.shown != nil {
 		if err := a.identify(a.shown()); err != nil {
+			return attest.Quote{}, err
+		}
+	}
+	if a.agreed != nil {
+		if err := a.agree(a.agreed()); err != nil {
 			return attest.Quote{}, err
 		}
 	}

@@ -87,6 +87,29 @@ func TestAttestation(t *testing.T) {
 		t.Errorf("Verify() = %v", err)
 	}
 
+	// The agreement that holds is measured, and a quote names it.
+	agreement := attest.Digest{7}
+	a.agreed = func() attest.Digest { return agreement }
+	for _, want := range []attest.Digest{{7}, {8}} {
+		agreement = want
+		if e.Quote, err = a.Quote(e.Nonce, attest.ImagePCR, attest.IdentityPCR); err != nil {
+			t.Fatal(err)
+		}
+		if e.Log, err = a.EventLog(); err != nil {
+			t.Fatal(err)
+		}
+		policy := attest.Policy{Keys: []attest.Digest{e.AK.Fingerprint()}, Agreement: want}
+		if _, err := attest.Verify(e, policy); err != nil {
+			t.Errorf("Verify() with agreement %v = %v", want, err)
+		}
+		policy.Agreement = attest.Digest{9}
+		var differs *attest.MismatchError
+		if _, err := attest.Verify(e, policy); !errors.As(err, &differs) || differs.What != "access agreement" {
+			t.Errorf("Verify() with another agreement = %v", err)
+		}
+	}
+	inStep(a, 5)
+
 	// A worker that ends after it has logged and before it has measured.
 	log := append(a.log[:len(a.log):len(a.log)], attest.TLSEvent(attest.Digest{3}))
 	b, err := log.MarshalBinary()
@@ -99,7 +122,7 @@ func TestAttestation(t *testing.T) {
 	if a, err = newAttestation(tpm, start, path); err != nil {
 		t.Fatal(err)
 	}
-	inStep(a, 4)
+	inStep(a, 6)
 }
 
 func TestKeySeal(t *testing.T) {

@@ -177,6 +177,16 @@ func (w *worker) newService() (*service.Service, error) {
 		if err := a.identify(a.shown()); err != nil {
 			w.log.Error("measure the service's key", "err", err)
 		}
+		a.agreed = func() attest.Digest {
+			var d attest.Digest
+			if s := w.engine.State(); s.Agreement == nil || d.UnmarshalText([]byte(s.Agreement.Digest)) != nil {
+				return attest.Digest{}
+			}
+			return d
+		}
+		if err := a.agree(a.agreed()); err != nil {
+			w.log.Error("measure the access agreement", "err", err)
+		}
 		ho.Attestor = a
 	}
 	svc.Handle(host.Routes(svc, ho)...)
