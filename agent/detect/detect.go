@@ -62,6 +62,9 @@ type Culprit struct {
 	Comm  string        `json:"comm,omitempty"`
 	UID   *uint32       `json:"uid,omitempty"`
 	Start time.Duration `json:"start,omitempty"` // task_struct.start_time: tells reused PIDs apart
+	// Module is the name of a kernel module, Lock that of a lock of the kernel.
+	Module string `json:"module,omitempty"`
+	Lock   string `json:"lock,omitempty"`
 	// Tree is how many tasks are meant: those that the user of the process has started since Since, on the host's clock, as
 	// Offspring finds them. Zero if only the process is meant.
 	Tree  int           `json:"tree,omitempty"`
@@ -87,6 +90,8 @@ type Finding struct {
 	LastSeen   time.Time  `json:"lastSeen"`
 	Resolved   *time.Time `json:"resolved,omitempty"` // when the detector went quiet or the repair was verified
 	Resolution string     `json:"resolution,omitempty"`
+	// Changes is what was changed in the kernel, with what was there before, as far as that is known.
+	Changes []kernel.Change `json:"changes,omitempty"`
 	// Repairs are the IDs of the plans that have been begun against it, the oldest first.
 	Repairs []string `json:"repairs,omitempty"`
 	// Cause is the ID of another open finding that explains this one; while it stands nothing is done about this one.
@@ -133,6 +138,8 @@ type Pass struct {
 	Signs []kernel.Signs `json:"signs,omitempty"` // oldest first
 	// Network is what the packet path between the host and the wire has seen, oldest first.
 	Network []NetworkSample `json:"network,omitempty"`
+	// Changes is where the kernel's code, its constants and its table of interrupts are not as they were when the agent first looked.
+	Changes []kernel.Change `json:"changes,omitempty"`
 	View    *kernel.View    `json:"-"` // the fresh view; nil in a replayed series
 	// Tickless says that CPUs of this host may run a task without timer ticks (nohz_full): the scheduler then looks after
 	// them from another CPU once a second.

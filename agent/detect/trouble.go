@@ -209,8 +209,9 @@ func tampering(c Config) Detector {
 					if s.Owner != "" {
 						owner = "module " + s.Owner
 					}
-					add(s.Table, s.Table+" leads out of the kernel", fmt.Sprintf("it points to %v, in %s", s.To, owner), 0.99, Culprit{},
+					add(s.Table, s.Table+" leads out of the kernel", fmt.Sprintf("it points to %v, in %s", s.To, owner), 0.99, Culprit{Module: s.Owner},
 						Evidence{s.Table, s.To.String()}, Evidence{"owner", owner})
+					out[len(out)-1].Changes = changesAt(p.Changes, s.Addr)
 				}
 				for _, t := range now.Hidden {
 					if slices.ContainsFunc(old.Hidden, func(o kernel.Task) bool { return o.PID == t.PID && o.Start == t.Start }) {
@@ -220,7 +221,7 @@ func tampering(c Config) Detector {
 					}
 				}
 				for _, t := range now.Forged {
-					if slices.ContainsFunc(old.Forged, func(o kernel.Task) bool { return o.PID == t.PID && o.Start == t.Start }) {
+					if slices.ContainsFunc(old.Forged, func(o kernel.Task) bool { return o.PID == t.PID && o.Start == t.Start && o.Cred == t.Cred }) {
 						add(fmt.Sprintf("cred %d@%v", t.PID, t.Start), fmt.Sprintf("%q (PID %d) has forged credentials", t.Comm, t.PID),
 							fmt.Sprintf("they are accounted to user %d and say another", t.UID), 0.97,
 							Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, Start: t.Start}, Evidence{"cred", t.Cred.String()}, Evidence{"cred.user", fmt.Sprint(t.UID)})
@@ -228,13 +229,65 @@ func tampering(c Config) Detector {
 				}
 				for _, m := range now.HiddenModules {
 					if slices.Contains(old.HiddenModules, m) {
-						add("module "+m, fmt.Sprintf("module %q is hidden", m), "it is live, and not in all of the kernel's lists of modules", 0.95, Culprit{}, Evidence{"module", m})
+						add("module "+m, fmt.Sprintf("module %q is hidden", m), "it is live, and not in all of the kernel's lists of modules", 0.95, Culprit{Module: m}, Evidence{"module", m})
 					}
 				}
 			}
-			return out, nil
+			return append(out, changed(p.Changes, out)...), nil
 		},
 	}
+}
+
+// changesAt returns the changes that an address is in.
+func changesAt(all []kernel.Change, at kernel.VirtAddr) []kernel.Change {
+	var in []kernel.Change
+	for _, c := range all {
+		if at >= c.Addr && at < c.Addr+kernel.VirtAddr(len(c.Now)) {
+			in = append(in, c)
+		}
+	}
+	return in
+}
+
+// changed reports changes that no other finding tells of, those of a symbol together.
+func changed(all []kernel.Change, told []Finding) []Finding {
+	var out []Finding
+	at := make(map[string]int)
+	for _, c := range all {
+		if slices.ContainsFunc(told, func(f Finding) bool { return len(changesAt(f.Changes, c.Addr)) > 0 }) {
+			continue
+		}
+		where := c.Symbol
+		if where == "" {
+			where = c.Addr.String()
+		}
+		if i, ok := at[where]; ok {
+			out[i].Changes = append(out[i].Changes, c)
+			continue
+		}
+		if len(out) == maxHung {
+			break
+		}
+		at[where] = len(out)
+		what := "a constant of the kernel"
+		switch c.Region {
+		case "text":
+			what = "code of the kernel"
+		case "idt":
+			what = "the table of interrupts"
+		}
+		place := fmt.Sprintf("%s+%#x", where, c.Offset)
+		out = append(out, Finding{
+			Key: c.Region + " " + where, Kind: KindTampering, Severity: Critical, Confidence: 0.95, Changes: []kernel.Change{c},
+			Title:    fmt.Sprintf("%s was changed: %s", what, place),
+			Detail:   fmt.Sprintf("%d bytes at %v are not as they were when the agent first looked, and not as the kernel itself patches them", len(c.Now), c.Addr),
+			Evidence: []Evidence{{place, fmt.Sprintf("%x", []byte(c.Now[:min(len(c.Now), 32)]))}},
+		})
+		if len(c.Was) > 0 {
+			out[len(out)-1].Evidence = append(out[len(out)-1].Evidence, Evidence{"was", fmt.Sprintf("%x", []byte(c.Was[:min(len(c.Was), 32)]))})
+		}
+	}
+	return out
 }
 
 // preemptDepth are the bits of the preempt count that say how often preemption is disabled, beside interrupts

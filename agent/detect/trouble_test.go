@@ -1,6 +1,7 @@
 package detect
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -169,6 +170,40 @@ func TestSoftLockup(t *testing.T) {
 	} {
 		if fs := detect(t, d, pass(tt.f)); verdicts(fs) != tt.want {
 			t.Errorf("%s: %+v; want %d verdicts", tt.name, fs, tt.want)
+		}
+	}
+}
+
+func TestChanges(t *testing.T) {
+	d := tampering(DefaultConfig())
+	change := func(region, symbol string, at kernel.VirtAddr) kernel.Change {
+		return kernel.Change{Region: region, Symbol: symbol, Addr: at, Now: make(kernel.HexBytes, 8), Was: kernel.HexBytes("12345678")}
+	}
+	for _, tt := range []struct {
+		name    string
+		stray   bool
+		changes []kernel.Change
+		want    []int // changes of each finding
+	}{
+		{"nothing", false, nil, nil},
+		{"a stray entry that was there when the agent came", true, nil, []int{0}},
+		{"a stray entry, and what was there", true, []kernel.Change{change("rodata", "sys_call_table", 0x1000)}, []int{1}},
+		{"two in one table, one elsewhere", false, []kernel.Change{change("rodata", "x_fops", 0x2000), change("rodata", "x_fops", 0x2010), change("text", "f", 0x3000)}, []int{2, 1}},
+		{"without a name", false, []kernel.Change{change("idt", "", 0x4000)}, []int{1}},
+	} {
+		fs := detect(t, d, &Pass{Changes: tt.changes, Signs: signs(5, func(_ int, s *kernel.Signs) {
+			if tt.stray {
+				s.Strays = []kernel.Stray{{Table: "sys_call_table[62]", Addr: 0x1000, To: 0xffffffffc0001000, Owner: "bad"}}
+			}
+		})})
+		var got []int
+		keys := make(map[string]bool)
+		for _, f := range fs {
+			got = append(got, len(f.Changes))
+			keys[f.Key] = true
+		}
+		if !slices.Equal(got, tt.want) || len(keys) != len(fs) {
+			t.Errorf("%s: %+v; want %v", tt.name, fs, tt.want)
 		}
 	}
 }

@@ -69,6 +69,7 @@ type Engine struct {
 	faults      []FaultNote
 	shown       shown
 	beat        kernel.Heartbeat // the latest of the attached kernel
+	compared    *GoldenState     // of the attached kernel; not changed once it is here
 }
 
 // New returns an engine that does nothing until Run.
@@ -140,7 +141,7 @@ func (e *Engine) State() State {
 	s := State{
 		Phase: e.phase, Since: e.since, Started: e.started, Why: e.why, Dead: e.dead, HostUUID: e.uuid,
 		AttachTook: e.attachTook, Attaches: e.attaches, Health: e.health(), Detectors: slices.Clone(e.status),
-		Passes: e.passes, LastPass: e.cost, Writes: e.o.Writes, Healing: e.current, Errors: slices.Clone(e.faults),
+		Passes: e.passes, LastPass: e.cost, Writes: e.o.Writes, Golden: e.compared, Healing: e.current, Errors: slices.Clone(e.faults),
 		Contained: contained,
 	}
 	if s.HostUUID == "" {

@@ -91,6 +91,7 @@ type watcher struct {
 	signs      []kernel.Signs
 	network    []detect.NetworkSample
 	nextSigns  time.Time
+	golden     golden
 	nextTasks  time.Time
 	nextProve  time.Time
 	nextHint   time.Time // when the hint is kept anew
@@ -216,6 +217,7 @@ func (w *watcher) closeMemory() {
 	}
 	w.endSearch()
 	w.searches.Wait() // it reads from this memory
+	w.golden.end()
 	w.detach()
 	e := w.e
 	e.mu.Lock()
@@ -302,6 +304,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	w.beats, w.tasks, w.usage, w.signs, w.nextRun = nil, nil, nil, nil, make(map[string]time.Time)
 	w.nextTasks, w.nextSigns, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now.Add(signsEvery), now, time.Time{}, now, now.Add(searchEvery), now
 	w.nextUUID, w.lived = time.Time{}, time.Time{}
+	w.golden.end()
 	// A kernel that goes on after what looked like a reset shows that this host's firmware writes there while it runs.
 	lies := info.BootID == w.ended
 	w.firmware, w.ended = nil, ""
@@ -319,7 +322,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.target, e.dead, e.uuid, e.attachTook, e.moved, e.beat = t, false, uuid, took, time.Time{}, kernel.Heartbeat{}
+	e.target, e.dead, e.uuid, e.attachTook, e.moved, e.beat, e.compared = t, false, uuid, took, time.Time{}, kernel.Heartbeat{}, nil
 	e.attaches++
 	if e.phase != Attached {
 		e.since = now
@@ -499,6 +502,10 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	}
 	if serr == nil {
 		p.Signs = w.signs
+	}
+	if berr == nil && !panicState.Panicked {
+		p.Changes = w.compare(p.View, now)
+		alarming = alarming || len(p.Changes) > 0
 	}
 	p.Took = time.Since(now)
 	failed := errors.Join(perr, berr, uerr, terr)

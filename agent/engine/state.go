@@ -92,6 +92,15 @@ type PassCost struct {
 	Late          uint64        `json:"late"` // passes that began more than one interval late
 }
 
+// GoldenState says how the kernel's code and constants are compared with what they were when the agent first looked.
+type GoldenState struct {
+	Taken  time.Time `json:"taken"`  // what was changed before is not seen
+	Bytes  uint64    `json:"bytes"`  // that one round compares
+	Hot    uint64    `json:"hot"`    // of these, tables of functions, which are compared every half second
+	Rounds int       `json:"rounds"` // that are complete
+	Kept   bool      `json:"kept"`   // the bytes are kept, so that they can be restored; else only whether they have changed is known
+}
+
 // Progress is how far a search has come.
 type Progress struct {
 	Stage string `json:"stage"`
@@ -148,6 +157,7 @@ type State struct {
 	Suspicions []detect.Finding `json:"suspicions,omitempty"`
 	Passes     uint64           `json:"passes"`
 	LastPass   PassCost         `json:"lastPass"`
+	Golden     *GoldenState     `json:"golden,omitempty"` // nil until the kernel's code is compared with a copy
 	Writes     bool             `json:"writes"`
 	Agreement  *AgreementState  `json:"agreement,omitempty"`
 	Healing    string           `json:"healing,omitempty"` // ID of the plan that is being carried out

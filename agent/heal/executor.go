@@ -545,6 +545,10 @@ func (r *run) arm(i int, s *Step, o *StepOutcome) error {
 	r.out.Stores++
 	r.out.BytesWritten += len(s.Put)
 	r.out.Atomic = how == casStore
+	if !s.Cleanup && !slices.ContainsFunc(r.p.Steps[i:], func(s Step) bool { return s.Runs }) {
+		r.armed = -1 // it hands nothing to the host to run: it is a store like others
+		r.done = append(r.done, i)
+	}
 	return nil
 }
 
@@ -746,7 +750,16 @@ func (r *run) undo() {
 			continue
 		}
 		r.record(i, now, s.Expect)
-		if _, err := r.x.guard.WriteAt(s.Expect, int64(s.Addr)); err != nil {
+		var err error
+		if s.Op == OpArm {
+			var swapped bool
+			if _, swapped, err = r.swap(s.Addr, s.Put, s.Expect); err == nil && !swapped {
+				err = ErrMismatch
+			}
+		} else {
+			_, err = r.x.guard.WriteAt(s.Expect, int64(s.Addr))
+		}
+		if err != nil {
 			r.x.log.Error("cannot undo", "plan", r.p.ID, "step", i, "err", err)
 			undone = false
 			left(i)

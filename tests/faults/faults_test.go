@@ -52,6 +52,50 @@ type fault struct {
 	heal string
 	// dead says that the host is restarted by the repair.
 	dead bool
+	// do lets it happen from outside, instead of the guest.
+	do func(b *bed)
+	// quiet says that nothing is wrong with it: the row is red if anything is found before all of the kernel's code was compared
+	// twice.
+	quiet bool
+	// truth asks the guest itself whether what the fault does is in force.
+	truth func(b *bed) bool
+}
+
+// calls reports whether the rootkit's hook is called by what would call it.
+func calls(provoke func(b *bed)) func(b *bed) bool {
+	count := func(b *bed) string { return strings.SplitN(b.cat("/proc/bdfault"), "\n", 2)[0] }
+	return func(b *bed) bool {
+		before := count(b)
+		provoke(b)
+		return count(b) != before
+	}
+}
+
+// halt is a function that no guest runs before its end; the bytes behind its beginning are no place that the kernel patches.
+const halt, haltAt, haltLen = "kernel_halt", 16, 12
+
+var haltWas = make([]byte, haltLen)
+
+// haltIs returns where these bytes are and what they are now, by the file that is the guest's memory.
+func haltIs(b *bed) (hostmem.PhysAddr, []byte) {
+	b.t.Helper()
+	v, err := b.e.View(b.t.Context())
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	va, err := v.Image().Symbol(halt)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	pa, err := v.Phys(va + haltAt)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	now := make([]byte, haltLen)
+	if _, err := b.g.Memory(false).ReadAt(now, int64(pa)); err != nil {
+		b.t.Fatal(err)
+	}
+	return pa, now
 }
 
 // Rows are in an order in which each host can bear what came before.
@@ -61,10 +105,26 @@ var rows = []fault{
 	{name: "memory-hog", start: "hog", want: []detect.Kind{detect.KindMemoryHog}, by: 20 * time.Second, heal: heal.KillProcess},
 	{name: "memory-hog-exempt", start: "roothog", want: []detect.Kind{detect.KindMemoryHog}, by: 20 * time.Second, heal: heal.KillProcess},
 	{name: "runaway", start: "spin", want: []detect.Kind{detect.KindRunawayProcess}, by: 20 * time.Second, heal: heal.KillProcess},
+	{name: "patching", quiet: true, do: func(b *bed) {
+		var done string
+		b.g.Ask("patch", "patched", &done)
+	}},
 	{name: "root-cred", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second, heal: heal.KillProcess},
-	{name: "hide-module", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second},
-	{name: "hide-task", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second},
-	{name: "hook-syscall", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second},
+	{name: "hide-module", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second, heal: heal.RelinkHidden,
+		truth: func(b *bed) bool { return !strings.Contains(b.cat("/proc/modules"), "bdfault") }},
+	{name: "hide-task", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second, heal: heal.RelinkHidden,
+		truth: func(b *bed) bool { return strings.Contains(b.cat("/proc/bdfault"), "listed=0") }},
+	{name: "hook-syscall", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second, heal: heal.RestoreKernel,
+		truth: calls(func(b *bed) { b.g.Spawn("stopped") })},
+	{name: "hook-fops", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second, heal: heal.RestoreKernel,
+		truth: calls(func(b *bed) { b.cat("/proc") })},
+	{name: "code", want: []detect.Kind{detect.KindTampering}, by: 40 * time.Second, heal: heal.RestoreKernel, do: func(b *bed) {
+		pa, was := haltIs(b)
+		copy(haltWas, was)
+		if _, err := b.g.Memory(true).WriteAt(bytes.Repeat([]byte{0xcc}, haltLen), int64(pa)); err != nil {
+			b.t.Fatal(err)
+		}
+	}, truth: func(b *bed) bool { _, now := haltIs(b); return !bytes.Equal(now, haltWas) }},
 	{name: "d-state", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
 	{name: "mutex-deadlock", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
 	{name: "wq-stall", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
@@ -189,6 +249,7 @@ func newBed(t *testing.T, kernel string) *bed {
 			return hostmem.NewEngine(mem, hostmem.EngineOptions{Seed: 1}), nil
 		},
 		Writes: true, Agreement: access.Hold(agreement(t)), Journal: j, Power: power{b.g},
+		CacheDir: t.TempDir(),
 		Policy: policy.Policy{Version: policy.Version, Detectors: policy.Detectors{
 			RunawayFor: policy.Duration(3 * time.Second), RunawayShare: 0.5, HungFor: policy.Duration(4 * time.Second),
 		}},
@@ -247,6 +308,36 @@ func (b *bed) settle() {
 	}
 }
 
+// cat reads a file of the guest.
+func (b *bed) cat(file string) (text string) {
+	b.t.Helper()
+	b.g.Ask("cat "+file, "text", &text)
+	return text
+}
+
+// silent waits until all of the kernel's code was compared twice, and nothing was found.
+func (b *bed) silent(r result) result {
+	rounds := func() int {
+		if g := b.e.State().Golden; g != nil {
+			return g.Rounds
+		}
+		return 0
+	}
+	to := rounds() + 2
+	for end := time.Now().Add(3 * time.Minute); rounds() < to; {
+		if ev, err := b.wait(time.Second, func(e engine.Event) bool { return e.Type == engine.EventFinding }); err == nil {
+			r.Error = fmt.Sprintf("a false finding: %s: %s; %+v", ev.Finding.Title, ev.Finding.Detail, ev.Finding.Evidence)
+			return r
+		}
+		if time.Now().After(end) {
+			r.Error = "the kernel's code is not compared in time"
+			return r
+		}
+	}
+	r.Culprit, r.Serving = true, true
+	return r
+}
+
 // run lets a fault happen.
 func (b *bed) run(f fault) (r result) {
 	r = result{Kernel: b.kernel, Fault: f.name}
@@ -261,7 +352,15 @@ func (b *bed) run(f fault) (r result) {
 	}
 	began := time.Now()
 	pid := 0
-	b.g.Say("spawn " + start) // which may be the last that it ever does
+	if f.quiet {
+		f.do(b)
+		return b.silent(r)
+	}
+	if f.do != nil {
+		f.do(b)
+	} else {
+		b.g.Say("spawn " + start) // which may be the last that it ever does
+	}
 	ev, err := b.wait(f.by, func(e engine.Event) bool {
 		return e.Type == engine.EventFinding && slices.Contains(f.want, e.Finding.Kind)
 	})
@@ -272,7 +371,7 @@ func (b *bed) run(f fault) (r result) {
 	found := *ev.Finding
 	b.t.Logf("%s: %s; %s; %+v %+v", f.name, found.Title, found.Detail, found.Culprit, found.Evidence)
 	r.Detector, r.Title, r.Found = string(found.Kind), found.Title, ev.At.Sub(began)
-	if !f.dead && found.Kind != detect.KindPanic {
+	if f.do == nil && !f.dead && found.Kind != detect.KindPanic {
 		pid = b.g.Answer("pid")
 	}
 	switch {
@@ -283,6 +382,10 @@ func (b *bed) run(f fault) (r result) {
 	default:
 		r.Culprit = true
 	}
+	if f.truth != nil && !f.truth(b) {
+		r.Error = "the fault is not in force"
+		return r
+	}
 	if f.heal != "" {
 		_, out, err := b.e.Heal(b.t.Context(), engine.HealRequest{Finding: found.ID, Action: f.heal, Caller: "suite"})
 		switch {
@@ -292,6 +395,9 @@ func (b *bed) run(f fault) (r result) {
 			r.Error = "not verified"
 		default:
 			r.Rung, r.Healed = f.heal, time.Since(ev.At)
+		}
+		if err == nil && f.truth != nil && f.truth(b) {
+			r.Error = "the fault is still in force"
 		}
 		if f.dead && err == nil {
 			b.g.WaitReady()

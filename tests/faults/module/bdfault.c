@@ -307,9 +307,11 @@ static void hide_task_off(void)
  */
 static unsigned long *syscalls;
 static unsigned long was;
+static atomic_t calls; /* of either hook */
 
 static asmlinkage long hook(const struct pt_regs *regs)
 {
+	atomic_inc(&calls);
 	return ((long (*)(const struct pt_regs *))was)(regs);
 }
 
@@ -324,16 +326,21 @@ static void poke(unsigned long *entry, unsigned long value)
 	vunmap(map);
 }
 
-static void hook_syscall(void)
+static unsigned long find(const char *name)
 {
 	unsigned long (*lookup)(const char *name);
 	struct kprobe probe = { .symbol_name = "kallsyms_lookup_name" };
 
 	if (register_kprobe(&probe))
-		return;
+		return 0;
 	lookup = (void *)probe.addr;
 	unregister_kprobe(&probe);
-	syscalls = (unsigned long *)lookup("sys_call_table");
+	return lookup(name);
+}
+
+static void hook_syscall(void)
+{
+	syscalls = (unsigned long *)find("sys_call_table");
 	if (!syscalls)
 		return;
 	was = syscalls[62];
@@ -345,6 +352,32 @@ static void hook_syscall_off(void)
 	if (syscalls)
 		poke(&syscalls[62], was);
 	syscalls = NULL;
+}
+
+/* The rootkit's other hook: what lists /proc goes through the module, as where processes are hidden from ps(1). */
+static struct file_operations *proc_root;
+static int (*list_proc)(struct file *file, struct dir_context *ctx);
+
+static int hook_list(struct file *file, struct dir_context *ctx)
+{
+	atomic_inc(&calls);
+	return list_proc(file, ctx);
+}
+
+static void hook_fops(void)
+{
+	proc_root = (struct file_operations *)find("proc_root_operations");
+	if (!proc_root)
+		return;
+	list_proc = proc_root->iterate_shared;
+	poke((unsigned long *)&proc_root->iterate_shared, (unsigned long)hook_list);
+}
+
+static void hook_fops_off(void)
+{
+	if (proc_root)
+		poke((unsigned long *)&proc_root->iterate_shared, (unsigned long)list_proc);
+	proc_root = NULL;
 }
 
 static struct fault {
@@ -370,6 +403,7 @@ static struct fault {
 	{ "wild-write", wild_write },
 	{ "root-cred", root_cred },
 	{ "hook-syscall", hook_syscall, hook_syscall_off },
+	{ "hook-fops", hook_fops, hook_fops_off },
 	{ "hide-module", hide_module, hide_module_off },
 	{ "hide-task", hide_task, hide_task_off },
 };
@@ -405,10 +439,18 @@ static ssize_t fault_write(struct file *file, const char __user *from, size_t n,
 	return -ENOENT;
 }
 
+/* What is true, for the suite: how often the hooks were called, and whether the list of tasks has the hidden one. */
 static ssize_t fault_read(struct file *file, char __user *to, size_t n, loff_t *pos)
 {
 	char text[1024];
-	int i, len = 0;
+	int i, len, listed = 0;
+	struct task_struct *p;
+
+	rcu_read_lock();
+	for_each_process(p)
+		listed |= p == hidden;
+	rcu_read_unlock();
+	len = scnprintf(text, sizeof(text), "calls=%d\nlisted=%d\n", atomic_read(&calls), listed);
 
 	for (i = 0; i < ARRAY_SIZE(faults); i++)
 		len += scnprintf(text + len, sizeof(text) - len, "%s\n", faults[i].name);

@@ -9,6 +9,8 @@
 //	dmesg        all records of /dev/kmsg with level 4 (warning) or worse
 //	sysrq X      press the key
 //	uptime       CLOCK_MONOTONIC in ns
+//	cat FILE     what is in it, or in the directory
+//	patch        have the kernel patch its own code: trace all functions, flip a static key
 package main
 
 import (
@@ -124,6 +126,19 @@ func main() {
 			say(map[string]string{"ok": "pressing"})
 			time.Sleep(50 * time.Millisecond)
 			os.WriteFile("/proc/sysrq-trigger", []byte(arg), 0)
+		case "cat":
+			text, err := cat(arg)
+			if err != nil {
+				say(map[string]string{"error": err.Error()})
+				continue
+			}
+			say(map[string]string{"text": text})
+		case "patch":
+			if err := patch(); err != nil {
+				say(map[string]string{"error": err.Error()})
+				continue
+			}
+			say(map[string]string{"patched": "yes"})
 		case "uptime":
 			var ts unix.Timespec
 			unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
@@ -133,6 +148,40 @@ func main() {
 		}
 	}
 	select {}
+}
+
+func cat(file string) (string, error) {
+	if i, err := os.Stat(file); err == nil && i.IsDir() {
+		var names []string
+		all, err := os.ReadDir(file)
+		for _, e := range all {
+			names = append(names, e.Name())
+		}
+		return strings.Join(names, "\n"), err
+	}
+	b, err := os.ReadFile(file)
+	return string(b), err
+}
+
+// patch has some 50000 places of the kernel's code patched, leaves them so for a while, and has them patched back.
+func patch() error {
+	const tracing = "/sys/kernel/tracing"
+	if err := unix.Mount("tracefs", tracing, "tracefs", 0, ""); err != nil && err != unix.EBUSY {
+		return fmt.Errorf("mount tracefs: %w", err)
+	}
+	for _, x := range []struct{ file, text string }{
+		{"/proc/sys/kernel/sched_schedstats", "1"}, {tracing + "/current_tracer", "function"}, {"", ""},
+		{tracing + "/current_tracer", "nop"}, {"/proc/sys/kernel/sched_schedstats", "0"},
+	} {
+		if x.file == "" {
+			time.Sleep(3 * time.Second)
+			continue
+		}
+		if err := os.WriteFile(x.file, []byte(x.text+"\n"), 0); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func load(file string) error {

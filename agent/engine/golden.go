@@ -1,0 +1,127 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+)
+
+const (
+	// All of the kernel's code and constants are compared once in goldenRound, its tables of functions once in hotRound.
+	goldenRound = 20 * time.Second
+	hotRound    = 500 * time.Millisecond
+	// A copy that could not be taken is tried again, for the kernel may have been starting.
+	goldenAgain = 2 * time.Second
+)
+
+// golden has the kernel's code and constants compared with what they were when they were first seen.
+type golden struct {
+	g      *kernel.Golden
+	file   *os.File         // its bytes; has no name, and ends with the agent
+	taking chan takenGolden // nil if none is being taken
+	stop   context.CancelFunc
+	next   time.Time // when one may be taken
+	never  bool      // this kernel's cannot be
+	taken  time.Time
+}
+
+type takenGolden struct {
+	g    *kernel.Golden
+	file *os.File
+	err  error
+}
+
+// end forgets the copy, when the kernel that it is of is gone or its memory is to be closed.
+func (k *golden) end() {
+	if k.taking != nil {
+		k.stop()
+		t := <-k.taking // it reads no more from the memory
+		if t.file != nil {
+			t.file.Close()
+		}
+	}
+	if k.file != nil {
+		k.file.Close()
+	}
+	*k = golden{}
+}
+
+// take has a copy taken in the background; the bytes are kept on disk, in a directory, if one is given.
+func (k *golden) take(ctx context.Context, img *kernel.Image, dir string) {
+	ctx, k.stop = context.WithTimeout(ctx, openTimeout)
+	taking := make(chan takenGolden, 1)
+	k.taking = taking
+	go func() {
+		var t takenGolden
+		defer func() {
+			if r := recover(); r != nil {
+				t.err = fmt.Errorf("panic while the golden copy is taken: %v", r)
+			}
+			taking <- t
+		}()
+		var keep kernel.GoldenStore
+		if dir != "" {
+			if err := os.MkdirAll(dir, 0o700); err != nil {
+				t.err = err
+				return
+			}
+			if t.file, t.err = os.CreateTemp(dir, "golden-*"); t.err != nil {
+				return
+			}
+			os.Remove(t.file.Name()) // it is of no use to another start
+			keep = t.file
+		}
+		t.g, t.err = kernel.TakeGolden(ctx, img, keep)
+	}()
+}
+
+// compare looks at what is next and returns what is not as it was. It does nothing, and returns nothing, until there is a copy.
+func (w *watcher) compare(v *kernel.View, now time.Time) []kernel.Change {
+	k := &w.golden
+	img := w.t.image()
+	if v == nil || img == nil || k.never {
+		return nil
+	}
+	if k.g == nil {
+		if k.taking == nil {
+			if !now.Before(k.next) {
+				k.take(w.root, img, w.e.o.CacheDir)
+			}
+			return nil
+		}
+		var t takenGolden
+		select {
+		case t = <-k.taking:
+		default:
+			return nil
+		}
+		k.stop()
+		k.taking = nil
+		if t.err != nil {
+			if t.file != nil {
+				t.file.Close()
+			}
+			k.next = now.Add(goldenAgain)
+			if !errors.Is(t.err, kernel.ErrNotYet) {
+				k.never = errors.Is(t.err, kernel.ErrNotSupported) || errors.Is(t.err, kernel.ErrNotFound)
+				w.e.log.Warn("changes of the kernel's code are not looked for", "err", t.err, "again", !k.never)
+			}
+			return nil
+		}
+		k.g, k.file, k.taken = t.g, t.file, now
+	}
+	total, hot := k.g.Bytes()
+	share := func(n uint64, in time.Duration) uint64 { return n*uint64(w.e.config.Heartbeat)/uint64(in) + 1 }
+	if err := k.g.Sweep(v, share(total, goldenRound), share(hot, hotRound)); err != nil {
+		w.e.log.Debug("cannot compare the kernel's code", "err", err)
+		return nil
+	}
+	w.e.mu.Lock()
+	w.e.compared = &GoldenState{Taken: k.taken, Bytes: total, Hot: hot, Rounds: k.g.Rounds(), Kept: k.file != nil}
+	w.e.mu.Unlock()
+	return k.g.Changes()
+}
