@@ -40,12 +40,13 @@ const (
 	KindTampering      Kind = "tampering"       // somebody has changed the kernel
 	KindNetworkFlood   Kind = "network-flood"   // the host floods the network
 	KindNetworkSilent  Kind = "network-silent"  // the host runs, and does not answer on the network
+	KindPolicy         Kind = "policy"          // what the operators themselves have asked to be told of
 )
 
 // Kinds returns the whole vocabulary.
 func Kinds() []Kind {
 	return []Kind{KindPanic, KindCPUStall, KindRunawayProcess, KindHostSilent, KindForkBomb, KindMemoryHog, KindExhaustion,
-		KindOops, KindRCUStall, KindHungTask, KindSoftLockup, KindTampering, KindNetworkFlood, KindNetworkSilent}
+		KindOops, KindRCUStall, KindHungTask, KindSoftLockup, KindTampering, KindNetworkFlood, KindNetworkSilent, KindPolicy}
 }
 
 // Evidence is one observed fact that supports a finding.
@@ -92,6 +93,8 @@ type Finding struct {
 	Resolution string     `json:"resolution,omitempty"`
 	// Changes is what was changed in the kernel, with what was there before, as far as that is known.
 	Changes []kernel.Change `json:"changes,omitempty"`
+	// Rule names the operators' own detector that has found it, of the kind "policy".
+	Rule string `json:"rule,omitempty"`
 	// Repairs are the IDs of the plans that have been begun against it, the oldest first.
 	Repairs []string `json:"repairs,omitempty"`
 	// Cause is the ID of another open finding that explains this one; while it stands nothing is done about this one.

@@ -30,7 +30,7 @@ func TestRecorded(t *testing.T) {
 				t.Fatal(err)
 			}
 			fired := map[string]Finding{}
-			Replay(t.Context(), c, whole, func(at time.Time, d *Detector, found []Finding) bool {
+			Replay(t.Context(), c, whole, nil, func(at time.Time, d *Detector, found []Finding) bool {
 				for _, f := range found {
 					if _, ok := fired[d.ID]; !ok && !f.Suspicion {
 						fired[d.ID] = f
@@ -68,6 +68,6 @@ func FuzzRecording(f *testing.F) {
 		if err != nil || len(whole.Beats) > 100 || len(whole.Usage) > 100 || len(whole.Tasks) > 100 {
 			return
 		}
-		Replay(t.Context(), DefaultConfig(), whole, func(time.Time, *Detector, []Finding) bool { return true })
+		Replay(t.Context(), DefaultConfig(), whole, nil, func(time.Time, *Detector, []Finding) bool { return true })
 	})
 }

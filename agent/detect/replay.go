@@ -40,9 +40,9 @@ func ReadRecording(r io.Reader) (Pass, error) {
 }
 
 // Replay judges a series as it was judged when it was taken: one pass for each heartbeat, in which only what was known by then
-// is seen. say is called with what each detector that had what it needs reports, until it returns false.
-func Replay(ctx context.Context, c Config, whole Pass, say func(at time.Time, d *Detector, found []Finding) bool) {
-	detectors := Detectors(c)
+// is seen. more are detectors beside the usual ones. say is called with what each detector that had what it needs reports, until it returns false.
+func Replay(ctx context.Context, c Config, whole Pass, more []Detector, say func(at time.Time, d *Detector, found []Finding) bool) {
+	detectors := append(Detectors(c), more...)
 	for i := range whole.Beats {
 		at := whole.Beats[i].At
 		p := Pass{Now: at, Panic: whole.Panic, Beats: whole.Beats[:i+1], Tickless: whole.Tickless}

@@ -93,6 +93,11 @@ func New(o Options) *Engine {
 	if o.Network != nil {
 		e.detectors = append(e.detectors, detect.NetworkDetectors(e.config)...)
 	}
+	own, err := o.Policy.Watching()
+	if err != nil {
+		e.log.Error("the operators' own detectors do not run", "err", err) // Run says so, too
+	}
+	e.detectors = append(e.detectors, own...)
 	for _, d := range e.detectors {
 		e.status = append(e.status, DetectorStatus{ID: d.ID, Title: d.Title, Health: CouldNotTell, Error: "has not run yet"})
 	}

@@ -39,10 +39,14 @@ func CheckPolicy(p policy.Policy) error {
 		return err
 	}
 	for i, r := range p.Rules {
-		fit := actionsFor(detect.Kind(r.Finding))
+		kind, watch, _ := strings.Cut(r.Finding, "/")
+		fit := actionsFor(detect.Kind(kind))
 		for _, a := range []struct{ name, id string }{{"action", r.Action}, {"then", r.Then}} {
 			if a.id != "" && !slices.Contains(fit, a.id) {
 				return fmt.Errorf("policy: rules[%d].%s: %q is no remedy for a %s; there are %v: %w", i, a.name, a.id, r.Finding, fit, policy.ErrInvalid)
+			}
+			if do, ok := heal.Find(a.id); ok && detect.Kind(kind) == detect.KindPolicy && r.Mode == policy.Automatic && do.Risk > heal.RiskTask {
+				return fmt.Errorf("policy: rules[%d].%s: %q would be done by itself whenever somebody on the host meets the condition of watch %q: have it wait: %w", i, a.name, a.id, watch, policy.ErrInvalid)
 			}
 		}
 	}
@@ -111,7 +115,7 @@ func (e *Engine) decide(ctx context.Context, now time.Time) {
 				return // another repair is under way; the next pass will see
 			}
 			t.tried = append(t.tried, d.Action)
-			e.past = append(e.past, policy.Past{Kind: t.Kind, At: now})
+			e.past = append(e.past, policy.Past{Kind: t.Kind, Rule: t.Rule, At: now})
 			if len(e.past) > 1000 {
 				e.past = e.past[len(e.past)-1000:]
 			}
@@ -152,7 +156,7 @@ func (e *Engine) automatic(ctx context.Context, f detect.Finding, action string)
 			e.mu.Unlock()
 			return // it has gone by itself
 		}
-		next := e.o.Policy.Next(f.Kind, action)
+		next := e.o.Policy.Next(f, action)
 		if next == "" || refused || again != nil || slices.Contains(t.tried, next) {
 			t.told = true
 			what := "has not helped"

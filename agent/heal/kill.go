@@ -52,15 +52,15 @@ var (
 )
 
 func killProcess() Action {
-	return signalled(sigKill, "End the process with SIGKILL, sent by the host's own kernel", detect.KindRunawayProcess, detect.KindMemoryHog, detect.KindTampering)
+	return signalled(sigKill, "End the process with SIGKILL, sent by the host's own kernel", detect.KindRunawayProcess, detect.KindMemoryHog, detect.KindTampering, detect.KindPolicy)
 }
 
 func stopProcess() Action {
-	return signalled(sigStop, "Stop the process with SIGSTOP, sent by the host's own kernel; it can be continued", detect.KindRunawayProcess, detect.KindMemoryHog, detect.KindTampering)
+	return signalled(sigStop, "Stop the process with SIGSTOP, sent by the host's own kernel; it can be continued", detect.KindRunawayProcess, detect.KindMemoryHog, detect.KindTampering, detect.KindPolicy)
 }
 
 func continueProcess() Action {
-	return signalled(sigCont, "Continue a stopped process with SIGCONT, sent by the host's own kernel", detect.KindRunawayProcess, detect.KindMemoryHog, detect.KindTampering)
+	return signalled(sigCont, "Continue a stopped process with SIGCONT, sent by the host's own kernel", detect.KindRunawayProcess, detect.KindMemoryHog, detect.KindTampering, detect.KindPolicy)
 }
 
 func signalled(s signal, title string, kinds ...detect.Kind) Action {

@@ -10,6 +10,7 @@ import (
 // Past is an action that the engine has begun by itself.
 type Past struct {
 	Kind detect.Kind
+	Rule string // the watch, if one has found it
 	At   time.Time
 }
 
@@ -25,10 +26,8 @@ type Decision struct {
 
 // Decide says what to do about a finding at a time, after the actions that the engine has already begun by itself.
 func (p Policy) Decide(f detect.Finding, now time.Time, past []Past) Decision {
-	for _, r := range p.Rules {
-		if r.Finding != string(f.Kind) {
-			continue
-		}
+	if i := p.ruleFor(f); i >= 0 {
+		r := p.Rules[i]
 		d := Decision{Action: r.Action}
 		switch {
 		case r.Mode != Automatic:
@@ -44,7 +43,7 @@ func (p Policy) Decide(f detect.Finding, now time.Time, past []Past) Decision {
 		var last, first time.Time
 		n := 0
 		for _, q := range past {
-			if q.Kind != f.Kind {
+			if q.Kind != f.Kind || q.Rule != f.Rule && r.Finding != string(f.Kind) {
 				continue
 			}
 			if q.At.After(last) {
@@ -71,12 +70,10 @@ func (p Policy) Decide(f detect.Finding, now time.Time, past []Past) Decision {
 	return Decision{Reason: "policy has no rule for it"}
 }
 
-// Next returns the action that follows by itself when one has not helped against a finding of a kind, or "".
-func (p Policy) Next(kind detect.Kind, action string) string {
-	for _, r := range p.Rules {
-		if r.Finding == string(kind) && r.Mode == Automatic && r.Action == action {
-			return r.Then
-		}
+// Next returns the action that follows by itself when one has not helped against a finding, or "".
+func (p Policy) Next(f detect.Finding, action string) string {
+	if i := p.ruleFor(f); i >= 0 && p.Rules[i].Mode == Automatic && p.Rules[i].Action == action {
+		return p.Rules[i].Then
 	}
 	return ""
 }

@@ -54,11 +54,14 @@ func (p Policy) Check(actions []string) error {
 	if err := p.DetectConfig().Check(); err != nil {
 		return bad("detectors", "%v", err)
 	}
+	if _, err := p.compileWatches(); err != nil {
+		return err
+	}
 	seen := map[string]int{}
 	for i, r := range p.Rules {
 		where := fmt.Sprintf("rules[%d]", i)
-		if !slices.Contains(detect.Kinds(), detect.Kind(r.Finding)) {
-			return bad(where+".finding", "%q is none of %v", r.Finding, detect.Kinds())
+		if !p.known(r.Finding) {
+			return bad(where+".finding", "%q is none of %v, and no %s/NAME of a watch", r.Finding, detect.Kinds(), detect.KindPolicy)
 		}
 		if n, ok := seen[r.Finding]; ok {
 			return bad(where+".finding", "%q has its rule in rules[%d] already", r.Finding, n)

@@ -25,6 +25,9 @@
 //	    "floodPackets": 200000,
 //	    "floodSYNs": 1000
 //	  },
+//	  "watches": [
+//	    {"name": "miner", "title": "A miner runs", "if": "tasks.filter(t, t.comm == 'xmrig' && t.used > 60.0)", "for": "5s"}
+//	  ],
 //	  "rules": [
 //	    {"finding": "runaway-process", "action": "kill-process", "mode": "automatic", "minConfidence": 0.9,
 //	     "maxPerHour": 6, "coolDown": "30s"},
@@ -37,15 +40,17 @@
 //	    {"finding": "rcu-stall", "action": "restart-host", "mode": "wait"},
 //	    {"finding": "soft-lockup", "action": "restart-host", "mode": "wait"},
 //	    {"finding": "hung-task", "action": "reboot-host", "mode": "wait"},
-//	    {"finding": "tampering", "action": "restart-host", "mode": "wait"},
+//	    {"finding": "tampering", "action": "restore-kernel", "mode": "wait"},
 //	    {"finding": "network-flood", "action": "rate-limit", "mode": "automatic", "maxPerHour": 6, "then": "quarantine"},
-//	    {"finding": "network-silent", "action": "reboot-host", "mode": "wait"}
+//	    {"finding": "network-silent", "action": "reboot-host", "mode": "wait"},
+//	    {"finding": "policy", "action": "kill-process", "mode": "wait"},
+//	    {"finding": "policy/miner", "action": "kill-process", "mode": "automatic", "maxPerHour": 6}
 //	  ]
 //	}
 //
-// Only version is required. The detectors above have their defaults but for runawayExempt, which is empty; detect.Config says
-// what they mean. A rule's fields are those of Rule; kill-process is a remedy for a runaway-process and a memory-hog,
-// stop-fork-bomb for a fork-bomb, power-cycle for every kind of finding. backdoord -check says whether a document is right.
+// Only version is required. Watches are detectors of the operators' own; see Watch. The detectors above have their defaults but for runawayExempt, which is empty; detect.Config says
+// what they mean. A rule's fields are those of Rule; kill-process is a remedy for a runaway-process, a memory-hog and what a watch
+// finds among tasks, stop-fork-bomb for a fork-bomb, restore-kernel for tampering, power-cycle for every kind of finding. backdoord -check says whether a document is right.
 package policy
 
 import (
@@ -90,7 +95,7 @@ const (
 
 // Rule is one row of the table.
 type Rule struct {
-	Finding string `json:"finding"` // kind
+	Finding string `json:"finding"` // kind, or policy/NAME for the findings of one watch
 	Action  string `json:"action"`
 	Mode    Mode   `json:"mode"`
 	// MinConfidence is the least confidence at which the engine acts by itself.
@@ -133,7 +138,9 @@ type Detectors struct {
 type Policy struct {
 	Version   int       `json:"version"`
 	Detectors Detectors `json:"detectors"`
-	Rules     []Rule    `json:"rules"`
+	// Watches are the operators' own detectors.
+	Watches []Watch `json:"watches,omitempty"`
+	Rules   []Rule  `json:"rules"`
 }
 
 // Default returns the policy that applies where none is given: the usual settings, and everything waits for an operator.
@@ -149,8 +156,9 @@ func Default() Policy {
 		{Finding: "rcu-stall", Action: "restart-host", Mode: Wait},
 		{Finding: "soft-lockup", Action: "restart-host", Mode: Wait},
 		{Finding: "hung-task", Action: "reboot-host", Mode: Wait},
-		{Finding: "tampering", Action: "restart-host", Mode: Wait},
+		{Finding: "tampering", Action: "restore-kernel", Mode: Wait},
 		{Finding: "network-flood", Action: "rate-limit", Mode: Wait},
 		{Finding: "network-silent", Action: "reboot-host", Mode: Wait},
+		{Finding: "policy", Action: "kill-process", Mode: Wait},
 	}}
 }

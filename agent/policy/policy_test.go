@@ -42,7 +42,7 @@ func TestLoad(t *testing.T) {
 	if diff := cmp.Diff(p, q); diff != "" {
 		t.Error(diff)
 	}
-	if err := Default().Check([]string{"kill-process", "power-cycle", "stop-fork-bomb", "reboot-host", "restart-host", "rate-limit"}); err != nil {
+	if err := Default().Check([]string{"kill-process", "power-cycle", "stop-fork-bomb", "reboot-host", "restart-host", "restore-kernel", "rate-limit"}); err != nil {
 		t.Errorf("the default policy: %v", err)
 	}
 	if err := p.Check([]string{"kill-process"}); err == nil || !strings.Contains(err.Error(), `rules[1].action: "power-cycle"`) {
@@ -85,7 +85,7 @@ func TestDecide(t *testing.T) {
 	past := func(ago ...time.Duration) []Past {
 		var out []Past
 		for _, a := range ago {
-			out = append(out, Past{detect.KindRunawayProcess, now.Add(-a)})
+			out = append(out, Past{Kind: detect.KindRunawayProcess, At: now.Add(-a)})
 		}
 		return out
 	}
@@ -106,7 +106,7 @@ func TestDecide(t *testing.T) {
 		{"cooled down", runaway, past(10 * time.Second), Decision{Action: "kill-process", Automatic: true, Reason: "policy allows it"}},
 		{"too often", runaway, past(50*time.Minute, time.Minute), Decision{Action: "kill-process", Reason: "policy allows 2 an hour, and 2 have been done", Again: now.Add(10 * time.Minute)}},
 		{"long ago", runaway, past(2*time.Hour, 61*time.Minute, time.Minute), Decision{Action: "kill-process", Automatic: true, Reason: "policy allows it"}},
-		{"others", runaway, []Past{{detect.KindPanic, now}, {detect.KindPanic, now}}, Decision{Action: "kill-process", Automatic: true, Reason: "policy allows it"}},
+		{"others", runaway, []Past{{Kind: detect.KindPanic, At: now}, {Kind: detect.KindPanic, At: now}}, Decision{Action: "kill-process", Automatic: true, Reason: "policy allows it"}},
 	} {
 		if diff := cmp.Diff(tt.want, p.Decide(tt.f, now, tt.past)); diff != "" {
 			t.Errorf("%s: Decide: %s", tt.name, diff)

@@ -83,11 +83,15 @@ func tryPolicy(ctx context.Context, p policy.Policy, path string) ([]verdict, er
 	if len(whole.Beats) == 0 {
 		return nil, fmt.Errorf("the recording has no heartbeat")
 	}
+	own, err := p.Watching()
+	if err != nil {
+		return nil, err
+	}
 	var out []verdict
 	var past []policy.Past
 	told := make(map[string]bool)
 	standing := make(map[detect.Kind]bool)
-	detect.Replay(ctx, p.DetectConfig(), whole, func(at time.Time, d *detect.Detector, found []detect.Finding) bool {
+	detect.Replay(ctx, p.DetectConfig(), whole, own, func(at time.Time, d *detect.Detector, found []detect.Finding) bool {
 		for _, cause := range d.DependsOn {
 			if standing[cause] {
 				return true // a consequence is not told of while its cause stands
@@ -101,7 +105,7 @@ func tryPolicy(ctx context.Context, p policy.Policy, path string) ([]verdict, er
 			told[key], standing[f.Kind] = true, true
 			dec := p.Decide(f, at, past)
 			if dec.Automatic {
-				past = append(past, policy.Past{Kind: f.Kind, At: at})
+				past = append(past, policy.Past{Kind: f.Kind, Rule: f.Rule, At: at})
 			}
 			out = append(out, verdict{path, at.Sub(whole.Beats[0].At), &f, dec})
 		}
