@@ -53,6 +53,7 @@ var sideways = map[[2]string]bool{
 
 // owners gives each heavy dependency its only importer outside tests.
 var owners = map[string][]string{
+	"cel.dev/cel-go":                      {"agent/policy"},
 	"github.com/bmc-toolbox/bmclib":       {"cmd/internal/hostpower"},
 	"github.com/cilium/ebpf/btf":          {"agent/kernel"},
 	"github.com/cilium/ebpf/link":         {"nicfw/datapath", "nicfw/roce/afxdp"},

@@ -202,8 +202,8 @@ func tampering(c Config) Detector {
 			if n >= 2 && now.At.Sub(p.Signs[n-2].At) <= signsGap {
 				old := &p.Signs[n-2]
 				for _, s := range now.Strays {
-					if !slices.ContainsFunc(old.Strays, func(o kernel.Stray) bool { return o.Addr == s.Addr && o.To == s.To }) {
-						continue
+					if !slices.ContainsFunc(old.Strays, func(o kernel.Stray) bool { return o.Addr == s.Addr && o.To == s.To }) || changedAt(p.Changes, s.Addr) {
+						continue // what is known of how it was says more
 					}
 					owner := "no module that is known"
 					if s.Owner != "" {
@@ -211,9 +211,11 @@ func tampering(c Config) Detector {
 					}
 					add(s.Table, s.Table+" leads out of the kernel", fmt.Sprintf("it points to %v, in %s", s.To, owner), 0.99, Culprit{Module: s.Owner},
 						Evidence{s.Table, s.To.String()}, Evidence{"owner", owner})
-					out[len(out)-1].Changes = changesAt(p.Changes, s.Addr)
 				}
 				for _, t := range now.Hidden {
+					if t.PID != t.TGID && slices.ContainsFunc(now.Hidden, func(o kernel.Task) bool { return o.PID == t.TGID }) {
+						continue // a thread of a process that is told of
+					}
 					if slices.ContainsFunc(old.Hidden, func(o kernel.Task) bool { return o.PID == t.PID && o.Start == t.Start }) {
 						add(fmt.Sprintf("task %d@%v", t.PID, t.Start), fmt.Sprintf("%q (PID %d) is hidden", t.Comm, t.PID),
 							"it has a process number and is not in the kernel's list of tasks", 0.95,
@@ -233,30 +235,21 @@ func tampering(c Config) Detector {
 					}
 				}
 			}
-			return append(out, changed(p.Changes, out)...), nil
+			return append(out, changed(p.Changes)...), nil
 		},
 	}
 }
 
-// changesAt returns the changes that an address is in.
-func changesAt(all []kernel.Change, at kernel.VirtAddr) []kernel.Change {
-	var in []kernel.Change
-	for _, c := range all {
-		if at >= c.Addr && at < c.Addr+kernel.VirtAddr(len(c.Now)) {
-			in = append(in, c)
-		}
-	}
-	return in
+// changedAt reports whether an address is in a change.
+func changedAt(all []kernel.Change, at kernel.VirtAddr) bool {
+	return slices.ContainsFunc(all, func(c kernel.Change) bool { return at >= c.Addr && at < c.Addr+kernel.VirtAddr(len(c.Now)) })
 }
 
-// changed reports changes that no other finding tells of, those of a symbol together.
-func changed(all []kernel.Change, told []Finding) []Finding {
+// changed reports changes, those of a symbol together.
+func changed(all []kernel.Change) []Finding {
 	var out []Finding
 	at := make(map[string]int)
 	for _, c := range all {
-		if slices.ContainsFunc(told, func(f Finding) bool { return len(changesAt(f.Changes, c.Addr)) > 0 }) {
-			continue
-		}
 		where := c.Symbol
 		if where == "" {
 			where = c.Addr.String()
@@ -283,6 +276,10 @@ func changed(all []kernel.Change, told []Finding) []Finding {
 			Detail:   fmt.Sprintf("%d bytes at %v are not as they were when the agent first looked, and not as the kernel itself patches them", len(c.Now), c.Addr),
 			Evidence: []Evidence{{place, fmt.Sprintf("%x", []byte(c.Now[:min(len(c.Now), 32)]))}},
 		})
+		if f := &out[len(out)-1]; c.Owner != "" {
+			f.Confidence, f.Culprit.Module = 0.99, c.Owner
+			f.Title = fmt.Sprintf("%s leads into module %q", place, c.Owner)
+		}
 		if len(c.Was) > 0 {
 			out[len(out)-1].Evidence = append(out[len(out)-1].Evidence, Evidence{"was", fmt.Sprintf("%x", []byte(c.Was[:min(len(c.Was), 32)]))})
 		}

@@ -124,6 +124,11 @@ func TestTampering(t *testing.T) {
 		{"tables of a host that is reset under the look", func(i int, s *kernel.Signs) {
 			s.Strays = []kernel.Stray{{Table: "sys_call_table[62]", Addr: 0x1000, To: kernel.VirtAddr(i)}}
 		}, 0},
+		{"a hidden process with its threads", func(_ int, s *kernel.Signs) {
+			thread := hidden
+			thread.PID++
+			s.Hidden = []kernel.Task{hidden, thread}
+		}, 1},
 		{"a hidden task", func(_ int, s *kernel.Signs) { s.Hidden = []kernel.Task{hidden} }, 1},
 		{"tasks that just start", func(i int, s *kernel.Signs) {
 			k := hidden

@@ -123,5 +123,5 @@ func (w *watcher) compare(v *kernel.View, now time.Time) []kernel.Change {
 	w.e.mu.Lock()
 	w.e.compared = &GoldenState{Taken: k.taken, Bytes: total, Hot: hot, Rounds: k.g.Rounds(), Kept: k.file != nil}
 	w.e.mu.Unlock()
-	return k.g.Changes()
+	return k.g.Changes(v)
 }

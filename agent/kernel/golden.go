@@ -72,6 +72,8 @@ type Change struct {
 	// Was is what is to be there: the golden bytes, but for places that the kernel patches itself and has patched rightly. It
 	// is empty if only hashes are kept.
 	Was HexBytes `json:"was,omitempty"`
+	// Owner is the module that a pointer among constants leads into now.
+	Owner string `json:"owner,omitempty"`
 }
 
 // HexBytes are bytes that are hexadecimal in JSON.
@@ -394,8 +396,8 @@ func (g *Golden) kept(at uint64) (raw, plain []byte, err error) {
 	return raw, plain, nil
 }
 
-// Changes returns what is not as it was, by address.
-func (g *Golden) Changes() []Change {
+// Changes returns what is not as it was, by address. Nothing but the modules that it leads into is read from the host.
+func (g *Golden) Changes(v *View) []Change {
 	var lines []uint64
 	for at, s := range g.suspects {
 		if s.sure {
@@ -416,6 +418,13 @@ func (g *Golden) Changes() []Change {
 			c.Symbol, c.Offset, _ = g.img.syms.at(c.Addr)
 			if err == nil {
 				c.Was = slices.Clone(was[from:to])
+			}
+			for i := 0; i < len(c.Now) && r.name == "rodata" && len(c.Now) <= 64 && c.Owner == ""; i += 8 {
+				if to := VirtAddr(le64(c.Now[i:])); g.img.space.valid(to, 1) {
+					if m, err := v.moduleAt(to); err == nil {
+						c.Owner = m.Name
+					}
+				}
 			}
 			out = append(out, c)
 		}

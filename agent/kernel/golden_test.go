@@ -68,7 +68,7 @@ func look(t *testing.T, g *Golden, v *View) []Change {
 	if err := g.Sweep(v, 1, 0); err != nil {
 		t.Fatal(err)
 	}
-	return g.Changes()
+	return g.Changes(v)
 }
 
 func TestGolden(t *testing.T) {
@@ -136,7 +136,7 @@ func TestGoldenMoment(t *testing.T) {
 	if err := g.Sweep(v, 1, 0); err != nil {
 		t.Fatal(err)
 	}
-	if c := g.Changes(); len(c) > 0 || len(g.suspects) > 0 {
+	if c := g.Changes(v); len(c) > 0 || len(g.suspects) > 0 {
 		t.Errorf("%+v", c)
 	}
 }

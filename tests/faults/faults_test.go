@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"encoding/binary"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -28,6 +29,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/agent/journal"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/policy"
 	"github.com/backdoor-rhs/backdoor/images/kernels"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
@@ -36,7 +38,7 @@ import (
 
 var (
 	kernelsFlag = flag.String("kernels", "6.1", "comma-separated `kernels` to let fall ill")
-	rowsFlag    = flag.String("rows", "oops,root-cred,hide-module,hide-task,d-state,irqs-off", "comma-separated `faults`, or all")
+	rowsFlag    = flag.String("rows", "oops,root-cred,hide-module,hide-task,hook-syscall,hook-fops,d-state,irqs-off", "comma-separated `faults`, or all")
 	outFlag     = flag.String("out", "", "`directory` for the table as text, JSON and HTML")
 	pathFlag    = flag.String("path", "window", "how memory is reached: window, or dma for the model of a DMA engine")
 )
@@ -76,26 +78,43 @@ const halt, haltAt, haltLen = "kernel_halt", 16, 12
 
 var haltWas = make([]byte, haltLen)
 
-// haltIs returns where these bytes are and what they are now, by the file that is the guest's memory.
-func haltIs(b *bed) (hostmem.PhysAddr, []byte) {
+// at returns where a symbol lies in the file that is the guest's memory.
+func (b *bed) at(symbol string, offset uint64) (kernel.VirtAddr, int64) {
 	b.t.Helper()
 	v, err := b.e.View(b.t.Context())
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	va, err := v.Image().Symbol(halt)
+	va, err := v.Image().Symbol(symbol)
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	pa, err := v.Phys(va + haltAt)
+	pa, err := v.Phys(va + kernel.VirtAddr(offset))
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	now := make([]byte, haltLen)
-	if _, err := b.g.Memory(false).ReadAt(now, int64(pa)); err != nil {
+	return va, int64(pa)
+}
+
+// read reads the file that is the guest's memory.
+func (b *bed) read(pa int64, n int) []byte {
+	b.t.Helper()
+	now := make([]byte, n)
+	if _, err := b.g.Memory(false).ReadAt(now, pa); err != nil {
 		b.t.Fatal(err)
 	}
-	return pa, now
+	return now
+}
+
+// word returns an entry of a table of pointers, address what an entry that leads to a function is.
+func (b *bed) word(table string, i int) []byte {
+	_, pa := b.at(table, uint64(8*i))
+	return b.read(pa, 8)
+}
+
+func (b *bed) address(symbol string) []byte {
+	va, _ := b.at(symbol, 0)
+	return binary.LittleEndian.AppendUint64(nil, uint64(va))
 }
 
 // Rows are in an order in which each host can bear what came before.
@@ -115,16 +134,16 @@ var rows = []fault{
 	{name: "hide-task", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second, heal: heal.RelinkHidden,
 		truth: func(b *bed) bool { return strings.Contains(b.cat("/proc/bdfault"), "listed=0") }},
 	{name: "hook-syscall", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second, heal: heal.RestoreKernel,
-		truth: calls(func(b *bed) { b.g.Spawn("stopped") })},
+		truth: func(b *bed) bool { return !bytes.Equal(b.word("sys_call_table", 62), b.address("__x64_sys_kill")) }},
 	{name: "hook-fops", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second, heal: heal.RestoreKernel,
 		truth: calls(func(b *bed) { b.cat("/proc") })},
 	{name: "code", want: []detect.Kind{detect.KindTampering}, by: 40 * time.Second, heal: heal.RestoreKernel, do: func(b *bed) {
-		pa, was := haltIs(b)
-		copy(haltWas, was)
-		if _, err := b.g.Memory(true).WriteAt(bytes.Repeat([]byte{0xcc}, haltLen), int64(pa)); err != nil {
+		_, pa := b.at(halt, haltAt)
+		copy(haltWas, b.read(pa, haltLen))
+		if _, err := b.g.Memory(true).WriteAt(bytes.Repeat([]byte{0xcc}, haltLen), pa); err != nil {
 			b.t.Fatal(err)
 		}
-	}, truth: func(b *bed) bool { _, now := haltIs(b); return !bytes.Equal(now, haltWas) }},
+	}, truth: func(b *bed) bool { _, pa := b.at(halt, haltAt); return !bytes.Equal(b.read(pa, haltLen), haltWas) }},
 	{name: "d-state", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
 	{name: "mutex-deadlock", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
 	{name: "wq-stall", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
