@@ -69,7 +69,9 @@ type Engine struct {
 	faults      []FaultNote
 	shown       shown
 	beat        kernel.Heartbeat // the latest of the attached kernel
-	compared    *GoldenState     // of the attached kernel; not changed once it is here
+	leased      *heal.Lease      // of the boot leasedBoot
+	leasedBoot  string
+	compared    *GoldenState // of the attached kernel; not changed once it is here
 }
 
 // New returns an engine that does nothing until Run.

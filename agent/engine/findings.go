@@ -5,19 +5,21 @@ import (
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
 )
 
 // tracked is a finding from its first sign on. It has an ID once it is a verdict and has stood for its detector's For.
 type tracked struct {
 	detect.Finding
 	detector string
-	quiet    time.Time // since when the detector has been silent about it; zero while it speaks
-	spoke    time.Time // when the detector last had a verdict about it
-	silent   time.Time // when the detector last ran and was silent about it
-	tried    []string  // actions that the engine has begun by itself
-	told     bool      // operators have been told that it waits for them
-	healing  bool      // a repair is under way, and says itself what has become of the finding
-	boot     string    // of the kernel that it is about; empty if it is about the host
+	quiet    time.Time    // since when the detector has been silent about it; zero while it speaks
+	spoke    time.Time    // when the detector last had a verdict about it
+	silent   time.Time    // when the detector last ran and was silent about it
+	tried    []string     // actions that the engine has begun by itself
+	told     bool         // operators have been told that it waits for them
+	healing  bool         // a repair is under way, and says itself what has become of the finding
+	budget   *heal.Budget // of what is done by itself; nil until something is
+	boot     string       // of the kernel that it is about; empty if it is about the host
 }
 
 // silentSince reports whether the detector is silent about it now, by a run no earlier than from.

@@ -98,7 +98,7 @@ func (e *Engine) followUp(ctx context.Context) {
 	if len(todo.begun)+len(todo.held)+len(todo.left) == 0 {
 		return
 	}
-	x := e.executor(mem, img, grant, detect.Finding{}, boot)
+	x := e.executor(mem, img, grant, detect.Finding{}, boot, nil)
 	var errs []error
 	for i := len(todo.begun) - 1; i >= 0; i-- {
 		p := todo.begun[i]

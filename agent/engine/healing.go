@@ -106,6 +106,9 @@ func (e *Engine) decide(ctx context.Context, now time.Time) {
 		case !d.Automatic:
 			if !t.told && d.Again.IsZero() {
 				t.told = true
+				if d.Flapping {
+					e.past = append(e.past, policy.Past{Kind: t.Kind, Rule: t.Rule, At: now, Held: true})
+				}
 				e.publish(findingEvent(EventWaiting, t.Finding, fmt.Sprintf("%s waits for an operator: %s", t.ID, d.Reason)))
 			}
 		default:
@@ -145,7 +148,7 @@ func (e *Engine) automatic(ctx context.Context, f detect.Finding, action string)
 			return
 		}
 		// Harsher means are only for a fault that has been seen again since, and never in place of what nobody may do here.
-		refused := errors.Is(err, access.ErrDenied) || errors.Is(err, ErrWritesOff) || errors.Is(err, heal.ErrProtected)
+		refused := errors.Is(err, access.ErrDenied) || errors.Is(err, ErrWritesOff) || errors.Is(err, heal.ErrProtected) || errors.Is(err, heal.ErrBlast)
 		again := e.confirm(ctx, f)
 		if errors.Is(again, errQuiet) {
 			return
@@ -301,14 +304,22 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller st
 
 	e.mu.Lock()
 	e.current = p.ID
+	var budget *heal.Budget
 	if t := e.open(f.ID); t != nil {
+		if caller == callerPolicy {
+			if t.budget == nil {
+				most := e.o.Policy.Limits()
+				t.budget = heal.NewBudget(most.Tasks, most.Bytes)
+			}
+			budget = t.budget
+		}
 		t.healing = true
 		t.Repairs = append(slices.Clip(t.Repairs), p.ID)
 		f = t.Finding
 	}
 	e.publish(findingEvent(EventPlanned, f, fmt.Sprintf("%s: %s (for %s)", p.ID, p.Title, caller)))
 	e.mu.Unlock()
-	x := e.executor(mem, img, grant, f, boot)
+	x := e.executor(mem, img, grant, f, boot, budget)
 	e.sweep(ctx, x, boot)
 	o, err := x.Apply(ctx, p, caller)
 	e.keep(o, boot)
@@ -459,7 +470,7 @@ func (e *Engine) tidy(ctx context.Context, now time.Time) {
 		ctx, cancel := context.WithTimeout(ctx, healTimeout)
 		defer cancel()
 		defer context.AfterFunc(e.running, cancel)()
-		e.sweep(ctx, e.executor(mem, img, grant, detect.Finding{}, boot), boot)
+		e.sweep(ctx, e.executor(mem, img, grant, detect.Finding{}, boot, nil), boot)
 	}()
 }
 
@@ -477,11 +488,12 @@ func (e *Engine) Outcomes(finding string) []heal.Outcome {
 	return out
 }
 
-func (e *Engine) executor(mem hostmem.Memory, img *kernel.Image, grant access.Grant, f detect.Finding, boot string) *heal.Executor {
-	o := heal.Options{Memory: mem, Grant: grant, Power: e.o.Power, Network: e.o.Network, Logger: e.log}
+func (e *Engine) executor(mem hostmem.Memory, img *kernel.Image, grant access.Grant, f detect.Finding, boot string, budget *heal.Budget) *heal.Executor {
+	o := heal.Options{Memory: mem, Grant: grant, Power: e.o.Power, Network: e.o.Network, Logger: e.log, Budget: budget}
 	if img != nil {
 		// Whatever a plan made from a hostile kernel's tables says, no store leaves what that kernel itself calls RAM.
 		o.Kernel, o.Memory = img, hostmem.Narrow(mem, img.RAM())
+		o.Lease = e.lease(img, boot)
 	}
 	if e.o.Journal != nil {
 		o.Journal = e.o.Journal
@@ -494,6 +506,30 @@ func (e *Engine) executor(mem hostmem.Memory, img *kernel.Image, grant access.Gr
 		return e.quiet(ctx, f)
 	}
 	return heal.NewExecutor(o)
+}
+
+// lease returns where healers of the host keep each other out; nil if that cannot be told.
+func (e *Engine) lease(img *kernel.Image, boot string) *heal.Lease {
+	e.mu.Lock()
+	l, of := e.leased, e.leasedBoot
+	e.mu.Unlock()
+	if of == boot {
+		return l
+	}
+	ctx, cancel := context.WithTimeout(e.running, confirmTimeout)
+	defer cancel()
+	l, err := heal.FindLease(img.View(ctx))
+	if err != nil {
+		if !errors.Is(err, kernel.ErrNotFound) && !errors.Is(err, kernel.ErrNotSupported) {
+			e.log.Warn("repairs go without a lease for now", "err", err)
+			return nil
+		}
+		e.log.Warn("this host has no place for a lease: see to it that it has one healer", "err", err)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.leased, e.leasedBoot = l, boot
+	return l
 }
 
 // errQuiet means that a fault is no longer seen.

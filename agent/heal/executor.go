@@ -62,6 +62,10 @@ type Options struct {
 	// Cured returns nil once the finding's detector has gone quiet; it waits as long as that may take.
 	Cured  func(context.Context, Plan) error
 	Logger *slog.Logger
+	// Budget bounds what the plans of an incident may do together; nil: nothing does.
+	Budget *Budget
+	// Lease, if not nil, keeps other healers of the same host out while a plan is carried out.
+	Lease *Lease
 }
 
 // Executor carries plans out. It is the only holder of a hostmem.Writer.
@@ -239,6 +243,14 @@ func (r *run) apply() error {
 	if err := r.preflight(); err != nil {
 		return err
 	}
+	if err := r.x.o.Budget.take(r.p); err != nil {
+		return err
+	}
+	release, err := r.lease()
+	if err != nil {
+		return err
+	}
+	defer release()
 	if _, err := r.x.o.Journal.Write("intent", intent{r.p, r.out.Caller, r.x.o.Grant.Agreement()}); err != nil {
 		return fmt.Errorf("journal the intent, without which nothing is stored: %w", err)
 	}

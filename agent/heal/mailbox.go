@@ -39,51 +39,15 @@ func findMailbox(m model) (mailbox, error) {
 // findMailboxes returns the first pages below 1 MiB that are RAM for the kernel, that their struct pages call reserved, that
 // are all zero, and that are not part of the real-mode trampoline: most of them at most, and at least one.
 func findMailboxes(m model, most int) ([]mailbox, error) {
-	l := layout{m: m}
-	pageSize := l.sizeof("page")
-	flagsOff := l.field("page", "flags", 8)
-	if l.err != nil {
-		return nil, fmt.Errorf("find a mailbox: %w", l.err)
-	}
-	reserved, err := m.Enum("pageflags", "PG_reserved")
+	pages, err := newReservedPages(m)
 	if err != nil {
 		return nil, fmt.Errorf("find a mailbox: %w", err)
 	}
-	if reserved < 0 || reserved > 63 {
-		return nil, fmt.Errorf("find a mailbox: PG_reserved is %d: %w", reserved, kernel.ErrNotSupported)
-	}
-	direct, err := symbolValue(m, "page_offset_base")
-	if err != nil {
-		return nil, fmt.Errorf("find a mailbox: %w", err)
-	}
-	vmemmap, err := symbolValue(m, "vmemmap_base")
-	if err != nil {
-		return nil, fmt.Errorf("find a mailbox: %w", err)
-	}
-	realMode, err := symbolValue(m, "real_mode_header")
-	if err != nil {
-		return nil, fmt.Errorf("find a mailbox: %w", err)
-	}
-	trampoline := hostmem.Range{Start: hostmem.PhysAddr(realMode - direct), Size: realModeSize}
-	ram := m.RAM()
 	var boxes []mailbox
 	page := make([]byte, hostmem.PageSize)
 	for pa := mailboxFirst; pa < mailboxEnd; pa += hostmem.PageSize {
-		if !inRanges(ram, pa, hostmem.PageSize) || pa+hostmem.PageSize > trampoline.Start && pa < trampoline.End() {
-			continue
-		}
-		box := mailbox{pa: pa, va: kernel.VirtAddr(direct + uint64(pa))}
-		box.flagsVA = kernel.VirtAddr(vmemmap + uint64(pa)/hostmem.PageSize*pageSize + flagsOff)
-		if box.flags, err = read64(m, box.flagsVA); err != nil || box.flags>>reserved&1 == 0 {
-			continue
-		}
-		if box.flagsPA, err = m.Phys(box.flagsVA); err != nil {
-			continue
-		}
-		if got, err := m.Phys(box.va); err != nil || got != pa {
-			continue
-		}
-		if err := m.ReadVirt(box.va, page); err != nil || !zero(page) {
+		box, ok := pages.at(m, pa)
+		if !ok || m.ReadVirt(box.va, page) != nil || !zero(page) {
 			continue
 		}
 		if boxes = append(boxes, box); len(boxes) == most {
@@ -94,6 +58,60 @@ func findMailboxes(m model, most int) ([]mailbox, error) {
 		return boxes, nil
 	}
 	return nil, fmt.Errorf("no free reserved page below 1 MiB: %w", kernel.ErrNotFound)
+}
+
+// reservedPages tells which pages below 1 MiB the kernel gives to nobody.
+type reservedPages struct {
+	pageSize, flags, direct, vmemmap uint64
+	reserved                         int64 // PG_reserved
+	trampoline                       hostmem.Range
+	ram                              []hostmem.Range
+}
+
+func newReservedPages(m model) (p reservedPages, err error) {
+	l := layout{m: m}
+	p.pageSize = l.sizeof("page")
+	p.flags = l.field("page", "flags", 8)
+	if l.err != nil {
+		return p, l.err
+	}
+	if p.reserved, err = m.Enum("pageflags", "PG_reserved"); err != nil {
+		return p, err
+	}
+	if p.reserved < 0 || p.reserved > 63 {
+		return p, fmt.Errorf("PG_reserved is %d: %w", p.reserved, kernel.ErrNotSupported)
+	}
+	if p.direct, err = symbolValue(m, "page_offset_base"); err != nil {
+		return p, err
+	}
+	if p.vmemmap, err = symbolValue(m, "vmemmap_base"); err != nil {
+		return p, err
+	}
+	realMode, err := symbolValue(m, "real_mode_header")
+	if err != nil {
+		return p, err
+	}
+	p.trampoline = hostmem.Range{Start: hostmem.PhysAddr(realMode - p.direct), Size: realModeSize}
+	p.ram = m.RAM()
+	return p, nil
+}
+
+// at returns a page as a mailbox if it is one of them. What is in it is not looked at.
+func (p *reservedPages) at(m model, pa hostmem.PhysAddr) (mailbox, bool) {
+	box := mailbox{pa: pa, va: kernel.VirtAddr(p.direct + uint64(pa))}
+	if !inRanges(p.ram, pa, hostmem.PageSize) || pa+hostmem.PageSize > p.trampoline.Start && pa < p.trampoline.End() {
+		return box, false
+	}
+	box.flagsVA = kernel.VirtAddr(p.vmemmap + uint64(pa)/hostmem.PageSize*p.pageSize + p.flags)
+	var err error
+	if box.flags, err = read64(m, box.flagsVA); err != nil || box.flags>>p.reserved&1 == 0 {
+		return box, false
+	}
+	if box.flagsPA, err = m.Phys(box.flagsVA); err != nil {
+		return box, false
+	}
+	got, err := m.Phys(box.va)
+	return box, err == nil && got == pa
 }
 
 func inRanges(rs []hostmem.Range, pa hostmem.PhysAddr, n uint64) bool {

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
@@ -12,6 +13,8 @@ type Past struct {
 	Kind detect.Kind
 	Rule string // the watch, if one has found it
 	At   time.Time
+	// Held says that nothing was done, because the fault came back too often.
+	Held bool
 }
 
 // Decision is what to do about a finding.
@@ -22,6 +25,8 @@ type Decision struct {
 	Reason string
 	// Again is when an automatic rule that is only held back by its rate may act; zero if it never may.
 	Again time.Time
+	// Flapping says that the fault comes back in spite of its repairs.
+	Flapping bool
 }
 
 // Decide says what to do about a finding at a time, after the actions that the engine has already begun by itself.
@@ -40,9 +45,17 @@ func (p Policy) Decide(f detect.Finding, now time.Time, past []Past) Decision {
 			d.Reason = fmt.Sprintf("confidence %.2f is below the %.2f that policy asks for", f.Confidence, r.MinConfidence)
 			return d
 		}
+		if n, flap := p.repeated(f, r, now, past), p.flap(); n >= flap.Repairs {
+			d.Flapping = true
+			d.Reason = fmt.Sprintf("it comes back: %d repairs, and never %v without; policy has it wait for an operator", n, time.Duration(flap.Within))
+			return d
+		}
 		var last, first time.Time
 		n := 0
 		for _, q := range past {
+			if q.Held {
+				continue
+			}
 			if q.Kind != f.Kind || q.Rule != f.Rule && r.Finding != string(f.Kind) {
 				continue
 			}
@@ -68,6 +81,23 @@ func (p Policy) Decide(f detect.Finding, now time.Time, past []Past) Decision {
 		return d
 	}
 	return Decision{Reason: "policy has no rule for it"}
+}
+
+// repeated returns how many repairs of findings like this one there were up to now without a quiet time between any two.
+func (p Policy) repeated(f detect.Finding, r Rule, now time.Time, past []Past) int {
+	n, within := 0, time.Duration(p.flap().Within)
+	for _, q := range slices.Backward(past) {
+		if q.Kind != f.Kind || q.Rule != f.Rule && r.Finding != string(f.Kind) {
+			continue
+		}
+		if now.Sub(q.At) > within {
+			break
+		}
+		if now = q.At; !q.Held {
+			n++
+		}
+	}
+	return n
 }
 
 // Next returns the action that follows by itself when one has not helped against a finding, or "".

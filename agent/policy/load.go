@@ -54,6 +54,14 @@ func (p Policy) Check(actions []string) error {
 	if err := p.DetectConfig().Check(); err != nil {
 		return bad("detectors", "%v", err)
 	}
+	switch {
+	case p.Blast.Tasks < 0 || p.Blast.Bytes < 0:
+		return bad("blast", "a limit is negative")
+	case p.Flap.Repairs < 0:
+		return bad("flap", "repairs is negative")
+	case p.Flap.Within > Duration(24*time.Hour):
+		return bad("flap", "within is more than 24h")
+	}
 	if _, err := p.compileWatches(); err != nil {
 		return err
 	}

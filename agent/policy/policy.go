@@ -25,6 +25,8 @@
 //	    "floodPackets": 200000,
 //	    "floodSYNs": 1000
 //	  },
+//	  "blast": {"tasks": 4096, "bytes": 8388608},
+//	  "flap": {"repairs": 6, "within": "10m"},
 //	  "watches": [
 //	    {"name": "miner", "title": "A miner runs", "if": "tasks.filter(t, t.comm == 'xmrig' && t.used > 60.0)", "for": "5s"}
 //	  ],
@@ -48,7 +50,7 @@
 //	  ]
 //	}
 //
-// Only version is required. Watches are detectors of the operators' own; see Watch. The detectors above have their defaults but for runawayExempt, which is empty; detect.Config says
+// Only version is required. Watches are detectors of the operators' own; see Watch. Blast and flap bound what is done by itself. The detectors above have their defaults but for runawayExempt, which is empty; detect.Config says
 // what they mean. A rule's fields are those of Rule; kill-process is a remedy for a runaway-process, a memory-hog and what a watch
 // finds among tasks, stop-fork-bomb for a fork-bomb, restore-kernel for tampering, power-cycle for every kind of finding. backdoord -check says whether a document is right.
 package policy
@@ -140,7 +142,47 @@ type Policy struct {
 	Detectors Detectors `json:"detectors"`
 	// Watches are the operators' own detectors.
 	Watches []Watch `json:"watches,omitempty"`
+	Blast   Blast   `json:"blast,omitzero"`
+	Flap    Flap    `json:"flap,omitzero"`
 	Rules   []Rule  `json:"rules"`
+}
+
+// Blast is how much may be done by itself for one finding, all its repairs together. An operator who asks for a repair is not
+// bound by it. A zero value leaves the default.
+type Blast struct {
+	Tasks int `json:"tasks,omitempty"` // processes; 4096
+	Bytes int `json:"bytes,omitempty"` // stored in the host's memory; 8 MiB
+}
+
+// Flap is when a fault that is repaired comes back too often. A zero value leaves the default.
+type Flap struct {
+	// After so many repairs of a kind of finding (6), of which none was followed by Within (10m) without another, nothing more is
+	// done by itself, until there has been none of them for as long.
+	Repairs int      `json:"repairs,omitempty"`
+	Within  Duration `json:"within,omitempty"`
+}
+
+// Limits returns the blast radius, with the defaults where nothing else is said.
+func (p Policy) Limits() Blast {
+	b := p.Blast
+	if b.Tasks == 0 {
+		b.Tasks = 4096
+	}
+	if b.Bytes == 0 {
+		b.Bytes = 8 << 20
+	}
+	return b
+}
+
+func (p Policy) flap() Flap {
+	f := p.Flap
+	if f.Repairs == 0 {
+		f.Repairs = 6
+	}
+	if f.Within == 0 {
+		f.Within = Duration(10 * time.Minute)
+	}
+	return f
 }
 
 // Default returns the policy that applies where none is given: the usual settings, and everything waits for an operator.

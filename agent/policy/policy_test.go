@@ -136,3 +136,39 @@ func FuzzLoad(f *testing.F) {
 		}
 	})
 }
+
+func TestFlap(t *testing.T) {
+	p := Policy{Version: Version, Flap: Flap{Repairs: 3, Within: Duration(10 * time.Minute)},
+		Rules: []Rule{{Finding: "panic", Action: "restart-host", Mode: Automatic, MaxPerHour: 100}}}
+	if err := p.Check(nil); err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	f := detect.Finding{Kind: detect.KindPanic, Confidence: 1}
+	at := func(held bool, ago ...time.Duration) (past []Past) {
+		for _, a := range ago {
+			past = append(past, Past{Kind: detect.KindPanic, At: now.Add(-a), Held: held})
+		}
+		return past
+	}
+	for _, tt := range []struct {
+		name string
+		past []Past
+		flap bool
+	}{
+		{"none", nil, false},
+		{"two", at(false, 8*time.Minute, 4*time.Minute), false},
+		{"three", at(false, 12*time.Minute, 8*time.Minute, 4*time.Minute), true},
+		{"three, slowly, and never quiet", at(false, 27*time.Minute, 18*time.Minute, 9*time.Minute), true},
+		{"three, and a quiet time", at(false, 16*time.Minute, 5*time.Minute, 4*time.Minute), false},
+		{"it goes on", append(at(false, 25*time.Minute, 22*time.Minute, 20*time.Minute), at(true, 13*time.Minute, 5*time.Minute)...), true},
+		{"quiet since", append(at(false, 35*time.Minute, 32*time.Minute, 30*time.Minute), at(true, 25*time.Minute, 15*time.Minute)...), false},
+	} {
+		if d := p.Decide(f, now, tt.past); d.Flapping != tt.flap || d.Automatic == tt.flap || tt.flap && !d.Again.IsZero() {
+			t.Errorf("%s: %+v", tt.name, d)
+		}
+	}
+	if p.Flap.Repairs = -1; p.Check(nil) == nil {
+		t.Error("a negative number of repairs is taken")
+	}
+}

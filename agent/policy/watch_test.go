@@ -149,10 +149,10 @@ func TestWatchRules(t *testing.T) {
 	}
 	now := time.Now()
 	a, b := detect.Finding{Kind: detect.KindPolicy, Rule: "a", Confidence: 1}, detect.Finding{Kind: detect.KindPolicy, Rule: "b", Confidence: 1}
-	if d := p.Decide(a, now, []Past{{detect.KindPolicy, "b", now}}); !d.Automatic || d.Action != "kill-process" {
+	if d := p.Decide(a, now, []Past{{Kind: detect.KindPolicy, Rule: "b", At: now}}); !d.Automatic || d.Action != "kill-process" {
 		t.Errorf("its own rule: %+v", d)
 	}
-	if d := p.Decide(a, now, []Past{{detect.KindPolicy, "a", now}}); d.Automatic {
+	if d := p.Decide(a, now, []Past{{Kind: detect.KindPolicy, Rule: "a", At: now}}); d.Automatic {
 		t.Errorf("its rate: %+v", d)
 	}
 	if d := p.Decide(b, now, nil); d.Automatic || d.Action != "stop-process" {
