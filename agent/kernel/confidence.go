@@ -1,6 +1,12 @@
 package kernel
 
-import "fmt"
+import (
+	"bytes"
+	"errors"
+	"fmt"
+
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+)
 
 // Confidence is the evidence that what a View has answered so far belongs together, gathered as it was read. A host that runs
 // changes while it is read: what was torn was read anew, and counts here.
@@ -54,6 +60,47 @@ func (v *View) Confidence() Confidence {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.sure
+}
+
+// piece is a part of the host's memory: n bytes.
+type piece struct {
+	at VirtAddr
+	n  int
+}
+
+// secondLook reads pieces again, past the cache, and returns which are others by now.
+func (v *View) secondLook(pieces []piece) ([]bool, error) {
+	changed := make([]bool, len(pieces))
+	segs := make([]hostmem.Segment, 0, len(pieces))
+	of := make([]int, 0, len(pieces))
+	first := make([][]byte, len(pieces))
+	for i, p := range pieces {
+		first[i] = make([]byte, p.n)
+		if err := v.img.space.object(v, "second look", p.at, first[i]); err != nil {
+			return nil, err
+		}
+		pa, size, err := v.img.space.translate(v, p.at)
+		if err != nil {
+			return nil, err
+		}
+		if size >= uint64(p.n) { // no field of a structure lies across pages that are mapped apart
+			segs, of = append(segs, hostmem.Segment{Addr: pa, Buf: make([]byte, p.n)}), append(of, i)
+		}
+	}
+	if len(segs) == 0 {
+		return changed, nil
+	}
+	err := v.readScattered(segs)
+	for j, s := range segs {
+		if s.Err != nil && !errors.Is(s.Err, hostmem.ErrNotMapped) {
+			return nil, s.Err
+		}
+		changed[of[j]] = s.Err != nil || !bytes.Equal(s.Buf, first[of[j]])
+		if s.Err != nil {
+			err = nil
+		}
+	}
+	return changed, err
 }
 
 // note adds evidence.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -40,7 +41,7 @@ func TestConfidence(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			v = img.with(&second{Memory: rec.Frame(frameAlive), at: pa}).View(t.Context())
+			v = img.with(&second{Memory: rec.Frame(frameAlive), at: pa, n: 4}).View(t.Context())
 			doubtful := 0
 			for task, err := range v.Tasks() {
 				if err != nil {
@@ -74,18 +75,59 @@ func TestConfidence(t *testing.T) {
 	})
 }
 
-// second is a memory in which a word of 4 bytes is another whenever it is read alone: the second look at a task is such.
+// second is a memory in which a word of n bytes is another whenever it is read alone: the second look at a task is such.
 type second struct {
 	hostmem.Memory
 	at hostmem.PhysAddr
+	n  int
 }
 
 func (m *second) ReadAt(b []byte, off int64) (int, error) {
 	n, err := m.Memory.ReadAt(b, off)
-	if off == int64(m.at) && len(b) == 4 {
+	if off == int64(m.at) && len(b) == m.n {
 		binary.LittleEndian.PutUint32(b, 3999999)
 	}
 	return n, err
+}
+
+// TestLocksMove has a task that waits for a lock run between the two looks at it: it must not be told that it waits, nor be as sure.
+func TestLocksMove(t *testing.T) {
+	recorded(t, func(name string, rec *hostmem.Recording) {
+		if !slices.Contains(objectKernels, name) {
+			return
+		}
+		img, mem := openRecorded(t, rec)
+		v := img.View(t.Context())
+		var victim LockWaiter
+		waiting := func(v *View, pid int) (n int) {
+			for l, err := range v.Locks() {
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, w := range l.Waiters {
+					if victim.PID == 0 {
+						victim = w
+					}
+					if w.PID == pid {
+						n++
+					}
+				}
+			}
+			return n
+		}
+		waiting(v, 0)
+		if waiting(v, victim.PID) != 1 || v.Confidence().Level() != HighConfidence {
+			t.Fatalf("%s: %+v, %v", name, victim, v.Confidence())
+		}
+		pa, err := v.Phys(victim.Addr + VirtAddr(img.lay.task.nvcsw))
+		if err != nil {
+			t.Fatal(err)
+		}
+		v = img.with(&second{Memory: mem, at: pa, n: 8}).View(t.Context())
+		if n := waiting(v, victim.PID); n != 0 || v.Confidence().Level() != LowConfidence || v.Confidence().Changed != 1 {
+			t.Errorf("%s: PID %d, which ran meanwhile, waits %d times, %v", name, victim.PID, n, v.Confidence())
+		}
+	})
 }
 
 // TestViewsAtOnce asks many Views, and one View many times, at the same time.

@@ -41,6 +41,7 @@ const (
 
 	// kernel/locking/mutex.c and rwsem.c; the same since v4.10 and v5.3.
 	mutexFlags       = 7
+	mutexPickup      = 4 // MUTEX_FLAG_PICKUP
 	rwsemReaderOwned = 1
 	rwsemOwnerFlags  = 7
 	rwsemWriterHeld  = 1
@@ -81,8 +82,66 @@ func (v *View) Locks() iter.Seq2[Lock, error] {
 	return settled(v, "walk locks", func() ([]Lock, error) {
 		w := lockWalk{v: v, tasks: make(map[VirtAddr]Task), locks: make(map[VirtAddr]bool)}
 		err := w.run()
+		if err == nil {
+			err = w.again()
+		}
 		return w.all, err
 	})
+}
+
+// again looks a second time at the tasks that wait and at the words that say who holds. A task that ran meanwhile, as its count of
+// switches tells, waits no more for certain, and a lock whose word changed is held by another: neither is told. Without this, a task
+// that was seen to wait, and then got what it waited for, would wait for itself.
+func (w *lockWalk) again() error {
+	v, l := w.v, &w.v.img.lay.task
+	var pieces []piece
+	for _, k := range w.all {
+		s := map[string]*shape{"mutex": w.mutex, "rwsem": w.rwsem, "rtmutex": w.rt}[k.Kind]
+		if len(k.Waiters) == 0 {
+			continue
+		}
+		word := piece{k.Addr, 8} // of a semaphore, which has no owner: whatever it begins with
+		if s != nil {
+			word.at += VirtAddr(s.fields["owner.counter"].Offset + s.fields["owner"].Offset)
+		}
+		pieces = append(pieces, word)
+		for _, x := range k.Waiters {
+			pieces = append(pieces, piece{x.Addr + VirtAddr(l.state), 4}, piece{x.Addr + VirtAddr(l.onCPU), 1}, piece{x.Addr + VirtAddr(l.nvcsw), 8}, piece{x.Addr + VirtAddr(l.nivcsw), 8})
+		}
+	}
+	changed, err := v.secondLook(pieces)
+	if err != nil {
+		return err
+	}
+	kept := w.all[:0]
+	for _, k := range w.all {
+		if len(k.Waiters) == 0 {
+			kept = append(kept, k)
+			continue
+		}
+		moved := 0
+		if changed[0] && k.Kind != "semaphore" {
+			k.Owner, k.Readers = nil, 0
+			moved++
+		}
+		changed = changed[1:]
+		n := len(k.Waiters)
+		var still []LockWaiter
+		for _, x := range k.Waiters {
+			if slices.Contains(changed[:4], true) {
+				moved++
+			} else {
+				still = append(still, x)
+			}
+			changed = changed[4:]
+		}
+		v.note(func(c *Confidence) { c.Twice, c.Changed = c.Twice+n+1, c.Changed+moved })
+		if k.Waiters = still; len(still) > 0 {
+			kept = append(kept, k)
+		}
+	}
+	w.all = kept
+	return nil
 }
 
 func (w *lockWalk) resolve() error {
@@ -365,7 +424,10 @@ func (w *lockWalk) holder(l *Lock) error {
 		if err != nil {
 			return err
 		}
-		owner = m.ptr("owner.counter") &^ mutexFlags
+		if owner = m.ptr("owner.counter"); owner&mutexPickup != 0 {
+			return nil // given to the first in line, which has not woken up to take it
+		}
+		owner &^= mutexFlags
 	case "rwsem":
 		s, err := w.v.thing(w.rwsem, l.Addr)
 		if err != nil {
