@@ -21,7 +21,8 @@
 //
 // host.uuid is the SMBIOS system UUID, in lower case. Each of rights' actions needs write, power, or both besides, by what it
 // does; power alone lets operators switch the host. rights may have "memory", a list of {"start", "size", "read", "write", "atomic"}:
-// what monitors may reach of the host's memory by themselves, byte for byte; without it they may read all RAM and store nothing. No action touches the tasks of protected users; init and kernel threads are
+// what monitors may reach of the host's memory by themselves, byte for byte; without it they may read all RAM and store nothing. With "twoPersons" each store by
+// address needs a second operator's consent. No action touches the tasks of protected users; init and kernel threads are
 // protected always. signatures has one element for the owner and one for each monitor: {"key": …, "signature": …} in base64,
 // Ed25519 over Canonical's bytes. The agent takes the document only with the key of the owner that its configuration names.
 //
@@ -90,6 +91,9 @@ type Rights struct {
 	// Memory bounds what monitors may reach of the host's memory by themselves, by RDMA. Without it they may read all RAM if Read
 	// is given, and store nothing.
 	Memory []Memory `json:"memory,omitempty"`
+	// TwoPersons has every store by address (Memory's write and atomic) need two persons: one who asks for it, and another one who has said
+	// yes. Where only one can speak, as by RDMA, nothing is stored.
+	TwoPersons bool `json:"twoPersons,omitempty"`
 }
 
 // Memory is a range of the host's physical memory that monitors may reach by themselves, and how. Storing and swapping need

@@ -236,6 +236,26 @@ func TestPermitMemory(t *testing.T) {
 			t.Errorf("%s: %v; want permitted %v", tt.name, err, tt.ok)
 		}
 	}
+	two := sample()
+	two.Rights.TwoPersons, two.Rights.Memory = true, ranges.Rights.Memory
+	g := two.Grant(uuid, in)
+	if err := g.PermitMemory(0x1000, 8, true, false, false); err != nil {
+		t.Errorf("one person reads: %v", err)
+	}
+	for _, w := range []struct {
+		start         uint64
+		write, atomic bool
+	}{{0x4000, true, false}, {0x5000, false, true}} {
+		if err := g.PermitMemory(w.start, 8, false, w.write, w.atomic); !errors.Is(err, ErrDenied) {
+			t.Errorf("one person stores at %#x where it takes two: %v", w.start, err)
+		}
+		if err := g.PermitMemoryByTwo(w.start, 8, false, w.write, w.atomic); err != nil {
+			t.Errorf("two persons store at %#x: %v", w.start, err)
+		}
+	}
+	if err := g.PermitMemoryByTwo(0x1000, 8, true, true, false); !errors.Is(err, ErrDenied) {
+		t.Errorf("two persons store where nobody may: %v", err)
+	}
 	if (Grant{}).PermitMemory(0, 8, true, false, false) == nil {
 		t.Error("the zero grant permits reading")
 	}

@@ -103,6 +103,20 @@ func (g Grant) Permit(what string) error {
 
 // PermitMemory returns nil if a monitor may reach the size bytes at start by itself now, in all the ways asked for.
 func (g Grant) PermitMemory(start, size uint64, read, write, atomic bool) error {
+	if err := g.PermitMemoryByTwo(start, size, read, write, atomic); err != nil {
+		return err
+	}
+	if e := g.broken(); e != nil && e.Write {
+		return nil // several persons have said so
+	}
+	if (write || atomic) && g.agreement.Rights.TwoPersons {
+		return fmt.Errorf("agreement %s takes two persons for a store by address; have another operator say yes: %w", g.agreement.ID, ErrDenied)
+	}
+	return nil
+}
+
+// PermitMemoryByTwo is PermitMemory for two monitors who both want it.
+func (g Grant) PermitMemoryByTwo(start, size uint64, read, write, atomic bool) error {
 	if err := g.Permit(Read); err != nil {
 		return err
 	}

@@ -16,15 +16,16 @@ type StoreRequest struct {
 	Put    heal.Bytes // as long as Expect
 	Why    string     // for the journal
 	Caller string
+	Second string // who else has said yes, if the agreement takes two persons
 }
 
-// MayLease returns nil if an operator may read a range of the host's memory byte for byte and, if write is set, store there: the
-// agreement's rights.memory say where.
+// MayLease returns nil if an operator may read a range of the host's memory byte for byte and, if write is set, store there, perhaps
+// with a second one's consent: the agreement's rights.memory say where.
 func (e *Engine) MayLease(r hostmem.Range, write bool) error {
 	if write && !e.o.Writes {
 		return ErrWritesOff
 	}
-	return e.Grant().PermitMemory(uint64(r.Start), r.Size, true, write, false)
+	return e.Grant().PermitMemoryByTwo(uint64(r.Start), r.Size, true, write, false)
 }
 
 // Store puts bytes into the host's RAM if the expected ones are there. It is a plan like a repair's, of one step: with the
@@ -54,7 +55,7 @@ func (e *Engine) Store(ctx context.Context, r StoreRequest) (heal.Outcome, error
 	e.plans++
 	kernel := heal.Identify(img.Info())
 	p := heal.Plan{
-		ID: fmt.Sprintf("plan-%d", e.plans), Action: heal.StoreAction, Title: fmt.Sprintf("Store %d bytes at %v", len(r.Put), r.Addr), Risk: heal.RiskKernel,
+		ID: fmt.Sprintf("plan-%d", e.plans), Action: heal.StoreAction, Title: fmt.Sprintf("Store %d bytes at %v", len(r.Put), r.Addr), Risk: heal.RiskKernel, Second: r.Second,
 		Made: time.Now(), Kernel: &kernel, Undo: true,
 		Steps: []heal.Step{{Op: heal.OpWrite, Why: r.Why, Object: "what is", Addr: r.Addr, Expect: r.Expect, Put: r.Put, Undo: true}},
 	}

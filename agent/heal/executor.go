@@ -316,8 +316,12 @@ func (r *run) permitted() error {
 		return fmt.Errorf("there is no journal, and nothing is done without one: %w", access.ErrDenied)
 	}
 	if r.p.Action == StoreAction {
+		permit := x.o.Grant.PermitMemory
+		if r.p.Second != "" && r.p.Second != r.out.Caller {
+			permit = x.o.Grant.PermitMemoryByTwo
+		}
 		for _, m := range r.p.Ranges() {
-			if err := x.o.Grant.PermitMemory(uint64(m.Start), m.Size, true, true, false); err != nil {
+			if err := permit(uint64(m.Start), m.Size, true, true, false); err != nil {
 				return err
 			}
 		}

@@ -563,6 +563,30 @@ func TestStoreByAddress(t *testing.T) {
 	}
 }
 
+// Where the agreement takes two persons, one alone stores nothing, whoever he says that he is.
+func TestTwoPersons(t *testing.T) {
+	const at = 0x3000
+	for second, want := range map[string]error{"": access.ErrDenied, "test": access.ErrDenied, "another": nil} {
+		h := newFakeHost(t)
+		o := options(t, h, &memJournal{})
+		o.Cured = nil
+		o.Grant = grant(t, func(a *access.Agreement) {
+			a.Rights.Memory, a.Rights.TwoPersons, a.Rights.Actions = []access.Memory{{Start: at, Size: 16, Read: true, Write: true}}, true, nil
+		})
+		expect := make(Bytes, 8)
+		if _, err := o.Memory.ReadAt(expect, at); err != nil {
+			t.Fatal(err)
+		}
+		before := h.snapshot()
+		id := Identify(h.info)
+		p := Plan{ID: "plan-1", Action: StoreAction, Second: second, Kernel: &id, Steps: []Step{{Op: OpWrite, Why: "test", Addr: at, Expect: expect, Put: Bytes("a store!")}}}
+		_, err := NewExecutor(o).Apply(t.Context(), p, "test")
+		if !errors.Is(err, want) || (err == nil) != (want == nil) || (len(h.diff(before)) > 0) != (want == nil) {
+			t.Errorf("second %q: %v, changed %v; want %v", second, err, h.diff(before), want)
+		}
+	}
+}
+
 func TestFaultStillThere(t *testing.T) {
 	h := newFakeHost(t)
 	h.run()

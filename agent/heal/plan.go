@@ -228,6 +228,8 @@ type Plan struct {
 	// More says that the plan is one part of a repair, and whether the fault is gone is asked at the end only; or that it is no
 	// repair at all, but something that is done beside one.
 	More bool `json:"more,omitempty"`
+	// Second is who else has said yes to a store by address.
+	Second string `json:"second,omitempty"`
 	// Lifts are the plans whose held steps this one takes back.
 	Lifts []string `json:"lifts,omitempty"`
 }

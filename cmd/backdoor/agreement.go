@@ -26,7 +26,7 @@ import (
 type agreementFlags struct {
 	id, uuid, hostName, owner, key, allow, protect, succeeds, reason string
 	monitors, emergencyKeys                                          list
-	read, write, power                                               bool
+	read, write, power, twoPersons                                   bool
 	valid, lasts                                                     time.Duration
 	quorum, emergencyThreshold                                       int
 	emergencyAllow                                                   string
@@ -78,6 +78,7 @@ that its owner and enough of its monitors have signed takes its place.
 		fs.StringVar(&f.protect, "protect", "", "`users` whose tasks nothing may touch, as 0-99,1000")
 		fs.BoolVar(&f.read, "permit-read", false, "permit to read the host's memory")
 		fs.BoolVar(&f.write, "permit-write", false, "permit to write to the host's memory")
+		fs.BoolVar(&f.twoPersons, "two-persons", false, "have each store by address need a second operator's consent")
 		fs.BoolVar(&f.power, "permit-power", false, "permit to switch the host's power")
 		fs.StringVar(&f.succeeds, "succeeds", "", "agreement `file` whose place the new one is to take while that one holds")
 		fs.IntVar(&f.quorum, "quorum", 0, "how many `monitors` it takes for a successor, besides the owner (default all)")
@@ -157,7 +158,7 @@ func newAgreement(f agreementFlags, now time.Time) (*access.Agreement, error) {
 	a := &access.Agreement{
 		Version: access.Version, ID: f.id, Host: access.Host{UUID: strings.ToLower(f.uuid), Name: f.hostName}, Owner: owner,
 		Monitors:  []access.Party{},
-		Rights:    access.Rights{Read: f.read, Write: f.write, Power: f.power, Actions: []string{}},
+		Rights:    access.Rights{Read: f.read, Write: f.write, Power: f.power, TwoPersons: f.twoPersons, Actions: []string{}},
 		Protected: []access.Protected{}, Signatures: []access.Signature{},
 		ValidFrom: now, ValidUntil: now.Add(f.valid),
 	}

@@ -120,6 +120,11 @@ func (c *Client) StoreMemory(ctx context.Context, l *Lease, at uint64, expect, p
 	}, nil)
 }
 
+// CosignLease says yes to the stores under somebody else's lease.
+func (c *Client) CosignLease(ctx context.Context, id string) error {
+	return c.hostAction(ctx, "CosignLease", map[string]any{"Lease": id}, nil)
+}
+
 // UndoStores takes the stores under a lease back.
 func (c *Client) UndoStores(ctx context.Context, l *Lease) error {
 	return c.hostAction(ctx, "UndoStores", map[string]any{"Lease": l.ID}, nil)

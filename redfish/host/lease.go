@@ -47,6 +47,7 @@ type lease struct {
 	made    time.Time
 	expires time.Time
 	stores  []heldStore // guarded by leases.mu
+	second  string      // who has said yes to stores, too; guarded by leases.mu
 }
 
 // heldStore is one store under a lease.
@@ -66,6 +67,7 @@ type (
 		Made    time.Time    `json:"made" doc:"When it was given."`
 		Expires time.Time    `json:"expires" doc:"When it ends by itself."`
 		DataURI string       `json:"dataURI" doc:"Where the bytes are read: byte 0 is at the lease's start, and parts are had by the Range header."`
+		Second  string       `json:"second,omitempty" doc:"Who else has said yes to stores under the lease; absent if nobody has."`
 		Stores  []leaseStore `json:"stores" doc:"The stores under the lease, the oldest first."`
 	}
 	leaseStore struct {
@@ -122,6 +124,13 @@ var (
 			},
 		},
 		{
+			Name: "CosignLease", Bound: "ComputerSystem.v1_0_0.OemActions",
+			Description: "Says yes to stores under somebody else's lease, where the access agreement takes two persons for them.",
+			Parameters: []oem.Parameter{
+				{Name: "Lease", Type: "Edm.String", Required: true, Description: "The Id of the lease."},
+			},
+		},
+		{
 			Name: "UndoStores", Bound: "ComputerSystem.v1_0_0.OemActions",
 			Description: "Takes the stores under a lease back, the latest first. It stops at one whose bytes have changed since.",
 			Parameters: []oem.Parameter{
@@ -154,6 +163,7 @@ func (h *host) memoryActions() []service.Action {
 			},
 			Do: h.storeMemory,
 		},
+		{Name: "BackdoorComputerSystem.CosignLease", OEM: true, Title: "Say yes to stores under a lease", Privileges: raw, Parameters: []service.Property{id}, Do: h.cosignLease},
 		{Name: "BackdoorComputerSystem.UndoStores", OEM: true, Title: "Take stores back", Privileges: raw, Parameters: []service.Property{id}, Do: h.undoStores},
 	}
 }
@@ -254,7 +264,7 @@ func notRAM(want hostmem.Range) error {
 func (l *lease) view() leaseOEM {
 	out := leaseOEM{
 		Lease: schema.LinkTo(leasesURI + "/" + l.id), User: l.user, Start: fmt.Sprintf("%#x", uint64(l.at.Start)), Length: int64(l.at.Size), Write: l.write,
-		Made: l.made, Expires: l.expires, DataURI: leasesURI + "/" + l.id + "/Data", Stores: []leaseStore{},
+		Made: l.made, Expires: l.expires, DataURI: leasesURI + "/" + l.id + "/Data", Stores: []leaseStore{}, Second: l.second,
 	}
 	for _, s := range l.stores {
 		out.Stores = append(out.Stores, s.leaseStore)
@@ -308,13 +318,34 @@ func (h *host) storeMemory(r *service.Request, v service.Values) (*service.Reply
 	return nil, nil
 }
 
+// cosignLease notes that a second person agrees to the stores under a lease.
+func (h *host) cosignLease(r *service.Request, v service.Values) (*service.Reply, error) {
+	h.leases.mu.Lock()
+	defer h.leases.mu.Unlock()
+	h.sweep()
+	i := slices.IndexFunc(h.leases.all, func(l *lease) bool { return l.id == v.String("Lease") })
+	switch {
+	case i < 0:
+		return nil, noLease(v.String("Lease"))
+	case h.leases.all[i].user == r.Caller.User:
+		return nil, service.Because(403, "InsufficientPrivilege", "The lease is yours: somebody else must say yes.")
+	case !h.leases.all[i].write:
+		return nil, service.Because(409, "ResourceInUse", "The lease is for reading only.")
+	}
+	h.leases.all[i].second = r.Caller.User
+	return nil, nil
+}
+
 func noLease(id string) error {
 	return service.Because(404, "ResourceNotFound", fmt.Sprintf("There is no lease %q, or it has ended. The leases are listed at %s.", id, leasesURI), "BackdoorMemoryLease", id)
 }
 
 // store has the engine store.
 func (h *host) store(r *service.Request, l *lease, at hostmem.PhysAddr, expect, put heal.Bytes, why string) (heldStore, error) {
-	o, err := h.o.Agent.Store(r.Context(), engine.StoreRequest{Addr: at, Expect: expect, Put: put, Why: why + " (lease " + l.id + ")", Caller: r.Caller.User})
+	h.leases.mu.Lock()
+	second := l.second
+	h.leases.mu.Unlock()
+	o, err := h.o.Agent.Store(r.Context(), engine.StoreRequest{Second: second, Addr: at, Expect: expect, Put: put, Why: why + " (lease " + l.id + ")", Caller: r.Caller.User})
 	if err != nil {
 		return heldStore{}, refusal(err)
 	}

@@ -97,13 +97,29 @@ func TestLeases(t *testing.T) {
 			t.Errorf("store %x at %#x: %v; want %d", step.put, step.at, err, step.want)
 		}
 	}
+	// Somebody else may say yes, and nobody to what is their own.
+	for _, step := range []struct {
+		who  *client.Client
+		id   string
+		want int
+	}{{m, l.ID, 403}, {c, l.ID, 403}, {other, "99", 404}} {
+		if err := step.who.CosignLease(t.Context(), step.id); status(err) != step.want {
+			t.Errorf("cosign %s: %v; want %d", step.id, err, step.want)
+		}
+	}
+	if a.stores[1].Second != "" {
+		t.Errorf("a store that nobody has co-signed: %+v", a.stores[1])
+	}
+	if err := other.CosignLease(t.Context(), l.ID); err != nil {
+		t.Error(err)
+	}
 	if n := len(a.stores); n != 2 || a.stores[0].Caller != "mem" {
 		t.Fatalf("%d stores reached the engine: %+v", n, a.stores)
 	}
 	if err := m.UndoStores(t.Context(), l); err != nil {
 		t.Fatal(err)
 	}
-	if n := len(a.stores); n != 4 || string(a.stores[3].Put) != "\x01\x02" || string(a.stores[3].Expect) != "\x03\x04" {
+	if n := len(a.stores); n != 4 || string(a.stores[3].Put) != "\x01\x02" || string(a.stores[3].Expect) != "\x03\x04" || a.stores[3].Second != "other" {
 		t.Errorf("undo has made of the stores %+v", a.stores)
 	}
 	l, err = m.Lease(t.Context(), l.URI)

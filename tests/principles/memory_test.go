@@ -13,6 +13,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/agent/query"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
 )
@@ -145,53 +146,63 @@ func (b *bench) tamper(ctx context.Context, do func(*memory, *kernel.Image) erro
 	}
 	began := time.Now()
 	defer func() { err = errors.Join(err, still(m.restore)) }()
-	if !b.calm {
-		if err := still(func() error { return do(m, img) }); err != nil {
-			return "", err
-		}
+	if err := still(func() error { return do(m, img) }); err != nil {
+		return "", err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("not within 30 s"))
+	judging, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("not within 30 s"))
 	defer cancel()
-	return judge(ctx, began)
+	return judge(judging, began)
 }
 
-// hide takes a process off the kernel's list of tasks, as a rootkit does.
-func hide(ctx context.Context, b *bench) (string, error) {
-	return b.tamper(ctx, func(m *memory, img *kernel.Image) error {
-		v := img.View(ctx)
-		f, err := img.Field("task_struct", "tasks")
+// unlink takes the process redis off the kernel's list of tasks, as a rootkit does.
+func unlink(ctx context.Context, m *memory, img *kernel.Image) error {
+	v := img.View(ctx)
+	f, err := img.Field("task_struct", "tasks")
+	if err != nil {
+		return err
+	}
+	for t, err := range v.Tasks() {
 		if err != nil {
 			return err
 		}
-		for t, err := range v.Tasks() {
+		if t.Comm != "redis" {
+			continue
+		}
+		// list_del: the neighbours point past it (struct list_head: next, prev).
+		at := t.Addr + kernel.VirtAddr(f.Offset)
+		var node [16]byte
+		if err := v.ReadVirt(at, node[:]); err != nil {
+			return err
+		}
+		next, prev := kernel.VirtAddr(binary.LittleEndian.Uint64(node[:])), kernel.VirtAddr(binary.LittleEndian.Uint64(node[8:]))
+		for _, s := range []struct{ at, put kernel.VirtAddr }{{prev, next}, {next + 8, prev}} {
+			pa, err := v.Phys(s.at)
 			if err != nil {
 				return err
 			}
-			if t.Comm != "redis" {
-				continue
-			}
-			// list_del: the neighbours point past it (struct list_head: next, prev).
-			at := t.Addr + kernel.VirtAddr(f.Offset)
-			var node [16]byte
-			if err := v.ReadVirt(at, node[:]); err != nil {
+			if err := m.put(pa, binary.LittleEndian.AppendUint64(nil, uint64(s.put))); err != nil {
 				return err
 			}
-			next, prev := kernel.VirtAddr(binary.LittleEndian.Uint64(node[:])), kernel.VirtAddr(binary.LittleEndian.Uint64(node[8:]))
-			for _, s := range []struct{ at, put kernel.VirtAddr }{{prev, next}, {next + 8, prev}} {
-				pa, err := v.Phys(s.at)
-				if err != nil {
-					return err
-				}
-				if err := m.put(pa, binary.LittleEndian.AppendUint64(nil, uint64(s.put))); err != nil {
-					return err
-				}
-			}
+		}
+		return nil
+	}
+	return errors.New("the host has no process redis")
+}
+
+// hide hides a process; it must be found.
+func hide(ctx context.Context, b *bench) (string, error) {
+	before, err := b.agent.Findings(ctx)
+	if err != nil {
+		return "", err
+	}
+	return b.tamper(ctx, func(m *memory, img *kernel.Image) error {
+		if b.calm {
 			return nil
 		}
-		return errors.New("the host has no process redis")
+		return unlink(ctx, m, img)
 	}, func(ctx context.Context, since time.Time) (string, error) {
 		f, err := b.agent.WaitFinding(ctx, func(f detect.Finding) bool {
-			return f.Kind == detect.KindTampering && !f.FirstSeen.Before(since.Add(-2*time.Second))
+			return f.Kind == detect.KindTampering && !slices.ContainsFunc(before, func(g detect.Finding) bool { return g.ID == f.ID })
 		})
 		if err != nil {
 			return "", fmt.Errorf("it is not found: %w", err)
@@ -200,16 +211,49 @@ func hide(ctx context.Context, b *bench) (string, error) {
 	})
 }
 
-// renote overwrites the kernel's note, by which a stranger finds its way.
+// renote overwrites the kernel's note, by which a stranger finds its way. The agent has found its way already: it must go on seeing what
+// is there.
 func renote(ctx context.Context, b *bench) (string, error) {
 	return b.tamper(ctx, func(m *memory, img *kernel.Image) error {
+		if b.calm {
+			if err := unlink(ctx, m, img); err != nil {
+				return err
+			}
+		}
 		return m.put(img.Info().Note, bytes.Repeat([]byte{0x41}, 256))
 	}, func(ctx context.Context, since time.Time) (string, error) {
-		st, err := b.agent.WaitState(ctx, "the note is missed", func(st engine.State) bool { return st.Phase != engine.Attached })
+		st, err := b.agent.State(ctx)
 		if err != nil {
-			return "", fmt.Errorf("it is not noticed: %w", err)
+			return "", err
 		}
-		return fmt.Sprintf("noticed after %.1f s: health %q, %q", time.Since(since).Seconds(), st.Health, st.Why), nil
+		if _, err := b.agent.WaitState(ctx, "further passes", func(now engine.State) bool { return now.Passes > st.Passes+20 || now.Phase != engine.Attached }); err != nil {
+			return "", err
+		}
+		if st, err = b.agent.State(ctx); err != nil {
+			return "", err
+		}
+		if st.Phase != engine.Attached {
+			return fmt.Sprintf("noticed after %.1f s: %s", time.Since(since).Seconds(), st.Why), nil
+		}
+		seen, err := b.agent.Tasks(ctx)
+		if err != nil {
+			return "", err
+		}
+		truth, err := b.host.PS(ctx)
+		if err != nil {
+			return "", err
+		}
+		n := 0
+		for _, p := range truth {
+			if p.Kernel || p.Comm == "sleep" || p.Comm == "sh" || p.Comm == "cat" {
+				continue // come and go
+			}
+			n++
+			if !slices.ContainsFunc(seen.Processes, func(q query.Process) bool { return q.PID == p.PID }) {
+				return "", fmt.Errorf("the agent does not see %q, PID %d", p.Comm, p.PID)
+			}
+		}
+		return fmt.Sprintf("no effect on an agent that is attached: it sees all %d processes", n), nil
 	})
 }
 

@@ -155,16 +155,11 @@ func invisible(ctx context.Context, b *bench) (string, error) {
 	return fmt.Sprintf("%d frames on the cable, 0 of the agent's machine", n), nil
 }
 
-// stream has the host send a datagram each millisecond to the peer, for a time.
-func (b *bench) stream(ctx context.Context, text string, d time.Duration) (wait func() error) {
-	done := make(chan error, 1)
-	go func() {
-		_, err := b.host.Frames(ctx, control.FramesArgs{
-			Frames: [][]byte{eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 17, 0, nil, udp(7777, 7777, text)))}, For: d, Gap: time.Millisecond,
-		})
-		done <- err
-	}()
-	return func() error { return <-done }
+// stream has the host send a datagram each millisecond to the peer, for a time; it does not wait for the end.
+func (b *bench) stream(ctx context.Context, text string, d time.Duration) {
+	go b.host.Frames(ctx, control.FramesArgs{ // that nothing comes is noticed where it is waited for
+		Frames: [][]byte{eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 17, 0, nil, udp(7777, 7777, text)))}, For: d, Gap: time.Millisecond,
+	})
 }
 
 // order gives the packet path an order the short way, and tells how long the answer took.
@@ -178,7 +173,7 @@ func (b *bench) order(ctx context.Context, o client.NetworkOrder) (time.Duration
 func contain(ctx context.Context, b *bench) (string, error) {
 	const text = "contain me"
 	mark := b.peer.mark()
-	ended := b.stream(ctx, text, 12*time.Second)
+	b.stream(ctx, text, 15*time.Second)
 	if _, err := b.peer.wait(ctx, mark, carries(text)); err != nil {
 		return "", fmt.Errorf("the host's traffic does not get through: %w", err)
 	}
@@ -209,9 +204,6 @@ func contain(ctx context.Context, b *bench) (string, error) {
 			return "", fmt.Errorf("a released host's traffic does not get through: %w", err)
 		}
 	}
-	if err := ended(); err != nil {
-		return "", err
-	}
 	if worst > 5*time.Second {
 		return "", fmt.Errorf("the quarantine takes %v to be in force", worst)
 	}
@@ -226,7 +218,7 @@ func expires(ctx context.Context, b *bench) (string, error) {
 		return "", err
 	}
 	mark := b.peer.mark()
-	ended := b.stream(ctx, text, 4*time.Second)
+	b.stream(ctx, text, 20*time.Second)
 	// Its service is reached through the router, which is allowed.
 	conn, err := b.host.Dial(ctx)
 	if err != nil {
@@ -241,9 +233,6 @@ func expires(ctx context.Context, b *bench) (string, error) {
 	first, err := b.peer.wait(ctx, mark, carries(text))
 	if err != nil {
 		return "", fmt.Errorf("the quarantine does not end: %w", err)
-	}
-	if err := ended(); err != nil {
-		return "", err
 	}
 	after := first.at.Sub(asked)
 	if after < 1900*time.Millisecond { // the two machines' clocks need not agree to the last

@@ -49,7 +49,7 @@ func rows() []row {
 			},
 		},
 		{
-			principle: "6 access control", mechanism: "datapath: contain", quick: true,
+			principle: "6 access control", mechanism: "datapath: contain",
 			experiment: "a quarantine's exceptions and its end",
 			run:        expires,
 		},
@@ -108,7 +108,7 @@ func rows() []row {
 			run:        hide, plant: calm,
 		},
 		{
-			principle: "7 tamper resistance", mechanism: "the kernel is proven before it is believed",
+			principle: "7 tamper resistance", mechanism: "what proves a kernel does not lie in one place",
 			experiment: "the host's root overwrites the kernel's VMCOREINFO note",
 			run:        renote, plant: calm,
 		},
