@@ -190,6 +190,28 @@ func BenchmarkCrowd(b *testing.B) {
 	}
 }
 
+// BenchmarkReattach attaches again to a kernel that is known from before and idle, through the model of a DMA engine.
+func BenchmarkReattach(b *testing.B) {
+	g, img := crowded(b)
+	idle, cache := img.Hint(), new(Cache)
+	idle.Mono -= int64(time.Minute)
+	engine := hostmem.NewEngine(g.mem, hostmem.EngineOptions{})
+	var reads uint64
+	again := func() {
+		idle.At = time.Now().Add(-time.Minute)
+		before := engine.Stats().Bursts
+		if _, err := Open(b.Context(), engine, Options{Hint: idle, Cache: cache}); err != nil {
+			b.Fatal(err)
+		}
+		reads = engine.Stats().Bursts - before
+	}
+	again()
+	for b.Loop() {
+		again()
+	}
+	b.ReportMetric(float64(reads), "bursts/op")
+}
+
 // BenchmarkModel measures a pass over all that the model has, and all of it for each thread and process. What is alive then is "heapMB".
 func BenchmarkModel(b *testing.B) {
 	_, img := crowded(b)
