@@ -38,6 +38,9 @@ type Config struct {
 	HogFloor float64
 	// RCUFor is how long one grace period of RCU may last, HungFor how long a task may wait in the kernel without being woken.
 	RCUFor, HungFor time.Duration
+	// WorkFor is how long the first in line of a workqueue may wait, IOFor how long a disk may have a request, BootFor how long
+	// the host may take to come up.
+	WorkFor, IOFor, BootFor time.Duration
 	// FloodPackets is how many frames a second of the host are a flood, and FloodSYNs how many connections a second that it begins and
 	// does not use.
 	FloodPackets, FloodSYNs int
@@ -59,6 +62,9 @@ func DefaultConfig() Config {
 		HogFloor:     0.05,
 		RCUFor:       12 * time.Second,
 		HungFor:      30 * time.Second,
+		WorkFor:      30 * time.Second,
+		IOFor:        20 * time.Second,
+		BootFor:      5 * time.Minute,
 		FloodPackets: 200000,
 		FloodSYNs:    1000,
 	}
@@ -81,6 +87,9 @@ func (c Config) Check() error {
 		{"hogETA", c.HogETA, 100 * time.Millisecond},
 		{"rcuFor", c.RCUFor, time.Second},
 		{"hungFor", c.HungFor, 2 * c.Tasks},
+		{"workFor", c.WorkFor, 2 * jamsEvery},
+		{"ioFor", c.IOFor, 2 * jamsEvery},
+		{"bootFor", c.BootFor, 10 * time.Second},
 	} {
 		if d.d < d.min || d.d > 24*time.Hour {
 			return fmt.Errorf("detector setting %s is %v; it must be between %v and 24h", d.name, d.d, d.min)
@@ -114,5 +123,6 @@ func (c Config) Keep() (beats, tasks time.Duration) {
 // Detectors returns all detectors with these settings.
 func Detectors(c Config) []Detector {
 	return []Detector{panicDetector(c), hostSilent(c), cpuStall(c), runawayProcess(c), forkBomb(c), memoryHog(c), exhaustion(c),
-		softLockup(c), oops(c), rcuStall(c), hungTask(c), tampering(c)}
+		softLockup(c), oops(c), rcuStall(c), hungTask(c), tampering(c),
+		stuckWork(c), stuckIO(c), thrashing(c), tainted(c), clock(c), bootStuck(c)}
 }

@@ -40,13 +40,20 @@ const (
 	KindTampering      Kind = "tampering"       // somebody has changed the kernel
 	KindNetworkFlood   Kind = "network-flood"   // the host floods the network
 	KindNetworkSilent  Kind = "network-silent"  // the host runs, and does not answer on the network
+	KindStuckWork      Kind = "stuck-work"      // a workqueue begins nothing
+	KindStuckIO        Kind = "stuck-io"        // a disk does not answer
+	KindKernelWarning  Kind = "kernel-warning"  // the kernel has noted a fault of its own
+	KindHardware       Kind = "hardware"        // the kernel has been told of an error of the hardware
+	KindClock          Kind = "clock"           // the host's clock stands still or jumps
+	KindBootStuck      Kind = "boot-stuck"      // the host does not come up
 	KindPolicy         Kind = "policy"          // what the operators themselves have asked to be told of
 )
 
 // Kinds returns the whole vocabulary.
 func Kinds() []Kind {
 	return []Kind{KindPanic, KindCPUStall, KindRunawayProcess, KindHostSilent, KindForkBomb, KindMemoryHog, KindExhaustion,
-		KindOops, KindRCUStall, KindHungTask, KindSoftLockup, KindTampering, KindNetworkFlood, KindNetworkSilent, KindPolicy}
+		KindOops, KindRCUStall, KindHungTask, KindSoftLockup, KindTampering, KindNetworkFlood, KindNetworkSilent,
+		KindStuckWork, KindStuckIO, KindKernelWarning, KindHardware, KindClock, KindBootStuck, KindPolicy}
 }
 
 // Evidence is one observed fact that supports a finding.
@@ -114,6 +121,7 @@ const (
 	NeedTasks      Need = "tasks"      // Pass.Tasks, one of them from this pass
 	NeedUsage      Need = "usage"      // Pass.Usage, one of them from this pass
 	NeedSigns      Need = "signs"      // Pass.Signs
+	NeedJams       Need = "jams"       // Pass.Jams
 	NeedNetwork    Need = "network"    // Pass.Network, one of them from lately
 )
 
@@ -132,13 +140,16 @@ type Pass struct {
 	// Path is why the host's memory or kernel could not be read in this pass; empty if it could.
 	Path string `json:"path,omitempty"`
 	// PathDown is since when without a break the path to memory has been dead; zero while it works.
-	PathDown time.Time          `json:"pathDown,omitzero"`
+	PathDown time.Time `json:"pathDown,omitzero"`
+	// NoKernel is since when memory could be read and no kernel was found in it, after one had been there; zero while there is one.
+	NoKernel time.Time          `json:"noKernel,omitzero"`
 	Panic    *kernel.PanicState `json:"panic,omitempty"`
 	Beats    []kernel.Heartbeat `json:"beats"` // oldest first
 	Tasks    []TaskSample       `json:"tasks"` // oldest first
 	// Usage is what may run out, oldest first: close together lately, ten seconds apart before.
 	Usage []kernel.Usage `json:"usage,omitempty"`
 	Signs []kernel.Signs `json:"signs,omitempty"` // oldest first
+	Jams  []JamSample    `json:"jams,omitempty"`  // oldest first
 	// Network is what the packet path between the host and the wire has seen, oldest first.
 	Network []NetworkSample `json:"network,omitempty"`
 	// Changes is where the kernel's code, its constants and its table of interrupts are not as they were when the agent first looked.

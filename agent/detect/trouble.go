@@ -148,6 +148,7 @@ func hungTask(c Config) Detector {
 				}
 			}
 			var out []Finding
+			var locks *lockState
 			for _, t := range now.Tasks {
 				m, ok := waits[taskKey{t.PID, t.Start}]
 				d := now.At.Sub(m.since)
@@ -177,10 +178,69 @@ func hungTask(c Config) Detector {
 						f.Evidence = append(f.Evidence, Evidence{"stack", strings.Join(names[:min(len(names), 12)], " ← ")})
 					}
 				}
+				if !f.Suspicion && p.View != nil {
+					if locks == nil {
+						locks = readLocks(p.View)
+					}
+					locks.explain(&f)
+				}
 				out = append(out, f)
 			}
 			return out, nil
 		},
+	}
+}
+
+// lockState is who waits for whom.
+type lockState struct {
+	locks   []kernel.Lock
+	circles [][]int
+}
+
+// readLocks reads as much of it as can be told.
+func readLocks(v *kernel.View) *lockState {
+	var s lockState
+	for l, err := range v.Locks() {
+		if err != nil {
+			break // the task hangs all the same
+		}
+		s.locks = append(s.locks, l)
+	}
+	s.circles = kernel.Deadlocks(s.locks)
+	return &s
+}
+
+// explain says of a hung task which lock it waits for, who holds that, and whether they wait for each other.
+func (s *lockState) explain(f *Finding) {
+	for i := range s.locks {
+		l := &s.locks[i]
+		if !slices.ContainsFunc(l.Waiters, func(w kernel.LockWaiter) bool { return w.PID == f.Culprit.PID }) {
+			continue
+		}
+		name := l.Name
+		if name == "" {
+			name = l.Addr.String()
+		}
+		f.Culprit.Lock = name
+		f.Evidence = append(f.Evidence, Evidence{"waits for", fmt.Sprintf("%s %s, with %d others", l.Kind, name, len(l.Waiters)-1)})
+		f.Detail += fmt.Sprintf("; it waits for the %s %s", l.Kind, name)
+		if l.Owner != nil {
+			f.Evidence = append(f.Evidence, Evidence{"held by", fmt.Sprintf("%q (PID %d), in state %s", l.Owner.Comm, l.Owner.PID, l.Owner.State)})
+			f.Detail += fmt.Sprintf(", which %q (PID %d) holds", l.Owner.Comm, l.Owner.PID)
+			f.Confidence = 0.95
+		}
+	}
+	for _, c := range s.circles {
+		if !slices.Contains(c, f.Culprit.PID) {
+			continue
+		}
+		var pids []string
+		for _, pid := range append(c[:len(c):len(c)], c[0]) {
+			pids = append(pids, fmt.Sprint(pid))
+		}
+		f.Severity, f.Confidence = Critical, 0.97
+		f.Title += ", in a deadlock"
+		f.Evidence = append(f.Evidence, Evidence{"deadlock", "PID " + strings.Join(pids, " waits for ")})
 	}
 }
 

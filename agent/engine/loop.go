@@ -90,7 +90,10 @@ type watcher struct {
 	usage      []kernel.Usage
 	signs      []kernel.Signs
 	network    []detect.NetworkSample
+	jams       []detect.JamSample
 	nextSigns  time.Time
+	nextJams   time.Time
+	noKernel   time.Time // since when there is none though memory can be read, after one was there; zero while there is one
 	golden     golden
 	nextTasks  time.Time
 	nextProve  time.Time
@@ -186,6 +189,12 @@ func (w *watcher) probe(ctx context.Context, why string) {
 	p := &detect.Pass{Now: now, Path: why}
 	if w.was {
 		p.PathDown = w.down
+	}
+	if w.was && w.mem != nil {
+		if w.noKernel.IsZero() {
+			w.noKernel = now
+		}
+		p.NoKernel = w.noKernel
 	}
 	w.judge(ctx, p)
 	w.e.mu.Lock()
@@ -305,6 +314,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	w.nextTasks, w.nextSigns, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now.Add(signsEvery), now, time.Time{}, now, now.Add(searchEvery), now
 	w.nextUUID, w.lived = time.Time{}, time.Time{}
 	w.golden.end()
+	w.jams, w.nextJams, w.noKernel = nil, now, time.Time{}
 	// A kernel that goes on after what looked like a reset shows that this host's firmware writes there while it runs.
 	lies := info.BootID == w.ended
 	w.firmware, w.ended = nil, ""
@@ -507,6 +517,11 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		p.Changes = w.compare(p.View, now)
 		alarming = alarming || len(p.Changes) > 0
 	}
+	if berr == nil && !panicState.Panicked && !now.Before(w.nextJams) {
+		w.nextJams = now.Add(jamsEvery)
+		w.addJam(jam(p.View, panicState))
+	}
+	p.Jams = w.jams
 	p.Took = time.Since(now)
 	failed := errors.Join(perr, berr, uerr, terr)
 	if serr != nil { // the passes that follow will show whether it is more than that
@@ -747,6 +762,8 @@ func lacking(d *detect.Detector, p *detect.Pass) detect.Need {
 			has = len(p.Usage) > 0
 		case detect.NeedSigns:
 			has = len(p.Signs) > 0
+		case detect.NeedJams:
+			has = len(p.Jams) > 0
 		case detect.NeedNetwork:
 			has = len(p.Network) > 0
 		}

@@ -294,14 +294,14 @@ func TestNotWithdrawnIsWaitedFor(t *testing.T) {
 			work = h.get(paPerCPU, 8)
 			time.Sleep(100 * time.Microsecond)
 		}
-		h.put64(paPerCPU, direct+0x150000) // the kernel's, whose next would be ours
-		time.Sleep(600 * time.Millisecond) // twice the time-out
+		h.put64(paPerCPU, direct+0x150000)  // the kernel's, whose next would be ours
+		time.Sleep(1500 * time.Millisecond) // longer than the time-out
 		h.put64(paPerCPU, work)
 		h.tick()
 	}()
 	for i := range p.Steps {
 		if p.Steps[i].Runs {
-			p.Steps[i].Timeout = 400 * time.Millisecond
+			p.Steps[i].Timeout = time.Second
 		}
 	}
 	out, err := NewExecutor(options(t, h, &memJournal{})).Apply(t.Context(), p, "test")

@@ -110,6 +110,7 @@ func (p Policy) DetectConfig() detect.Config {
 		{&c.Heartbeat, s.Heartbeat}, {&c.Tasks, s.Tasks}, {&c.StallSuspect, s.StallSuspect}, {&c.StallVerdict, s.StallVerdict},
 		{&c.IdleVerdict, s.IdleVerdict}, {&c.Silent, s.Silent}, {&c.RunawayFor, s.RunawayFor},
 		{&c.HogETA, s.HogETA}, {&c.RCUFor, s.RCUFor}, {&c.HungFor, s.HungFor},
+		{&c.WorkFor, s.WorkFor}, {&c.IOFor, s.IOFor}, {&c.BootFor, s.BootFor},
 	} {
 		if f.from != 0 {
 			*f.to = time.Duration(f.from)

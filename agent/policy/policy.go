@@ -22,6 +22,9 @@
 //	    "hogFloor": 0.05,
 //	    "rcuFor": "12s",
 //	    "hungFor": "30s",
+//	    "workFor": "30s",
+//	    "ioFor": "20s",
+//	    "bootFor": "5m",
 //	    "floodPackets": 200000,
 //	    "floodSYNs": 1000
 //	  },
@@ -45,6 +48,12 @@
 //	    {"finding": "tampering", "action": "restore-kernel", "mode": "wait"},
 //	    {"finding": "network-flood", "action": "rate-limit", "mode": "automatic", "maxPerHour": 6, "then": "quarantine"},
 //	    {"finding": "network-silent", "action": "reboot-host", "mode": "wait"},
+//	    {"finding": "stuck-work", "action": "reboot-host", "mode": "wait"},
+//	    {"finding": "stuck-io", "action": "restart-host", "mode": "wait"},
+//	    {"finding": "kernel-warning", "action": "sync-disks", "mode": "wait"},
+//	    {"finding": "hardware", "action": "reboot-host", "mode": "wait"},
+//	    {"finding": "clock", "action": "reboot-host", "mode": "wait"},
+//	    {"finding": "boot-stuck", "action": "power-cycle", "mode": "wait"},
 //	    {"finding": "policy", "action": "kill-process", "mode": "wait"},
 //	    {"finding": "policy/miner", "action": "kill-process", "mode": "automatic", "maxPerHour": 6}
 //	  ]
@@ -132,6 +141,9 @@ type Detectors struct {
 	HogFloor      float64  `json:"hogFloor,omitempty"`
 	RCUFor        Duration `json:"rcuFor,omitempty"`
 	HungFor       Duration `json:"hungFor,omitempty"`
+	WorkFor       Duration `json:"workFor,omitempty"`
+	IOFor         Duration `json:"ioFor,omitempty"`
+	BootFor       Duration `json:"bootFor,omitempty"`
 	FloodPackets  int      `json:"floodPackets,omitempty"`
 	FloodSYNs     int      `json:"floodSYNs,omitempty"`
 }
@@ -201,6 +213,12 @@ func Default() Policy {
 		{Finding: "tampering", Action: "restore-kernel", Mode: Wait},
 		{Finding: "network-flood", Action: "rate-limit", Mode: Wait},
 		{Finding: "network-silent", Action: "reboot-host", Mode: Wait},
+		{Finding: "stuck-work", Action: "reboot-host", Mode: Wait},
+		{Finding: "stuck-io", Action: "restart-host", Mode: Wait},
+		{Finding: "kernel-warning", Action: "sync-disks", Mode: Wait},
+		{Finding: "hardware", Action: "reboot-host", Mode: Wait},
+		{Finding: "clock", Action: "reboot-host", Mode: Wait},
+		{Finding: "boot-stuck", Action: "power-cycle", Mode: Wait},
 		{Finding: "policy", Action: "kill-process", Mode: Wait},
 	}}
 }

@@ -59,6 +59,8 @@ type fault struct {
 	// quiet says that nothing is wrong with it: the row is red if anything is found before all of the kernel's code was compared
 	// twice.
 	quiet bool
+	// after takes the fault back at the end of its row: a fault of the module.
+	after string
 	// truth asks the guest itself whether what the fault does is in force.
 	truth func(b *bed) bool
 }
@@ -147,6 +149,8 @@ var rows = []fault{
 	{name: "d-state", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
 	{name: "mutex-deadlock", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
 	{name: "wq-stall", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
+	{name: "wq-hog", want: []detect.Kind{detect.KindStuckWork}, by: 30 * time.Second, after: "wq-hog_off"},
+	{name: "warn", want: []detect.Kind{detect.KindKernelWarning}, by: 10 * time.Second},
 	{name: "oops", want: []detect.Kind{detect.KindOops}, by: 10 * time.Second},
 	{name: "oops-jump", want: []detect.Kind{detect.KindOops}, by: 10 * time.Second},
 	{name: "irqs-off", want: []detect.Kind{detect.KindCPUStall}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
@@ -270,7 +274,7 @@ func newBed(t *testing.T, kernel string) *bed {
 		Writes: true, Agreement: access.Hold(agreement(t)), Journal: j, Power: power{b.g},
 		CacheDir: t.TempDir(),
 		Policy: policy.Policy{Version: policy.Version, Detectors: policy.Detectors{
-			RunawayFor: policy.Duration(3 * time.Second), RunawayShare: 0.5, HungFor: policy.Duration(4 * time.Second),
+			RunawayFor: policy.Duration(3 * time.Second), RunawayShare: 0.5, HungFor: policy.Duration(4 * time.Second), WorkFor: policy.Duration(8 * time.Second),
 		}},
 	}
 	if testing.Verbose() {
@@ -441,7 +445,10 @@ func (b *bed) run(f fault) (r result) {
 	for task, err := range v.Tasks() {
 		r.Serving = r.Serving || err == nil && task.PID == bystander && task.State != "Z"
 	}
-	if !strings.HasPrefix(f.name, "oops") && f.name != "stack-overflow" {
+	if f.after != "" {
+		b.g.Spawn("fault=" + f.after)
+	}
+	if !strings.HasPrefix(f.name, "oops") && f.name != "stack-overflow" && f.name != "warn" {
 		after := b.g.Complaints()
 		r.Log = after[min(len(before), len(after)):]
 	}

@@ -42,6 +42,7 @@ static DEFINE_SPINLOCK(lock_a);
 static DEFINE_MUTEX(mutex_a);
 static DEFINE_MUTEX(mutex_b);
 static DECLARE_COMPLETION(never);
+static bool hog_ends;
 static struct workqueue_struct *wq;
 static struct kmem_cache *leaks;
 
@@ -232,6 +233,31 @@ static void wq_stall(void)
 	queue_work(wq, &waiting_work);
 }
 
+/* A work that computes for ever and lets others run, but not the works behind it: those of its pool of workers wait. */
+static void hog_work(struct work_struct *work)
+{
+	while (!READ_ONCE(hog_ends))
+		cond_resched();
+}
+
+static DECLARE_WORK(hog, hog_work);
+
+static void wq_hog(void)
+{
+	WRITE_ONCE(hog_ends, false);
+	queue_work_on(0, system_wq, &hog);
+}
+
+static void wq_hog_off(void)
+{
+	WRITE_ONCE(hog_ends, true);
+}
+
+static void warn(void)
+{
+	WARN(1, "bdfault: a warning on demand\n");
+}
+
 static struct timer_list leak_timer;
 
 static void leak(struct timer_list *t)
@@ -399,6 +425,8 @@ static struct fault {
 	{ "list-corruption", list_corruption },
 	{ "rcu-stall", rcu_stall },
 	{ "wq-stall", wq_stall },
+	{ "wq-hog", wq_hog, wq_hog_off },
+	{ "warn", warn },
 	{ "slab-leak", slab_leak, slab_leak_off },
 	{ "wild-write", wild_write },
 	{ "root-cred", root_cred },

@@ -1,0 +1,295 @@
+package detect
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+)
+
+// JamSample is what waits in the kernel, and what it says of itself, once.
+type JamSample struct {
+	At    time.Time           `json:"at"`    // the reader's clock
+	Pools []kernel.WorkerPool `json:"pools"` // those of which work waits to be begun
+	Disks []kernel.Disk       `json:"disks"` // those with requests under way, of which the oldest are kept
+	// Pressure is nil if the kernel does not account for stalls.
+	Pressure *kernel.Pressure `json:"pressure,omitempty"`
+	Taint    uint64           `json:"taint"`    // TAINT_… bits, include/linux/panic.h
+	Starting bool             `json:"starting"` // it has not come to init yet
+}
+
+const (
+	jamsEvery = 2 * time.Second
+	jamsGap   = 8 * time.Second
+
+	taintMachineCheck = 1 << 4
+	taintBadPage      = 1 << 5
+	taintWarn         = 1 << 9
+
+	thrash10, thrash60 = 40, 20 // percent of the time in which nobody got on for want of memory
+)
+
+// before returns the newest sample that is at least a while older than the last, if none is missing between.
+func before(js []JamSample, while time.Duration) *JamSample {
+	n := len(js)
+	for i := n - 2; i >= 0; i-- {
+		if js[i+1].At.Sub(js[i].At) > jamsGap {
+			return nil
+		}
+		if js[n-1].At.Sub(js[i].At) >= while {
+			return &js[i]
+		}
+	}
+	return nil
+}
+
+// stuckWork reports that a pool of kworkers begins nothing of what waits for it. The kernel itself says so after 30 s, where it
+// is built to.
+func stuckWork(c Config) Detector {
+	return Detector{
+		ID: "stuck-work", Title: "Workqueue does not get on", Kind: KindStuckWork, Severity: Critical,
+		Every: jamsEvery, DependsOn: []Kind{KindPanic, KindHostSilent, KindCPUStall, KindSoftLockup}, Needs: []Need{NeedJams},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			old := before(p.Jams, jamsEvery/2)
+			var out []Finding
+			for _, now := range p.Jams[len(p.Jams)-1].Pools {
+				if now.Waiting < c.WorkFor/2 || len(now.Pending) == 0 || len(out) == maxHung {
+					continue
+				}
+				if old == nil {
+					return nil, ErrTooEarly
+				}
+				first := now.Pending[0]
+				// The first in line is still the same: else it is a pool with much to do.
+				if !slices.ContainsFunc(old.Pools, func(o kernel.WorkerPool) bool {
+					return o.ID == now.ID && len(o.Pending) > 0 && o.Pending[0].Addr == first.Addr
+				}) {
+					continue
+				}
+				f := Finding{
+					Key: fmt.Sprintf("pool%d", now.ID), Kind: KindStuckWork, Severity: Critical, Confidence: 0.9, Suspicion: now.Waiting < c.WorkFor,
+					Title:    fmt.Sprintf("the workers of CPU %d begin nothing", now.CPU),
+					Detail:   fmt.Sprintf("%d works wait, the first of them, %s, for %v", len(now.Pending), first.Function, now.Waiting.Round(100*time.Millisecond)),
+					Evidence: []Evidence{{"first in line", strings.TrimSpace(first.Function + " " + first.Queue)}, {"workers", fmt.Sprintf("%d, of which %d are idle", now.Workers, now.Idle)}},
+				}
+				if now.CPU < 0 {
+					f.Title = fmt.Sprintf("the workers of pool %d begin nothing", now.ID)
+				} else {
+					f.Culprit.CPU = &now.CPU
+				}
+				for _, r := range now.Running {
+					f.Evidence = append(f.Evidence, Evidence{fmt.Sprintf("%s (PID %d) is at", r.Comm, r.PID), strings.TrimSpace(r.Function + " " + r.Queue)})
+				}
+				if len(now.Running) > 0 {
+					r := now.Running[0]
+					f.Culprit.PID, f.Culprit.Comm = r.PID, r.Comm
+					f.Title += fmt.Sprintf(": %s is at %s", r.Comm, r.Function)
+					identify(&f.Culprit, p.Tasks)
+				}
+				out = append(out, f)
+			}
+			return out, nil
+		},
+	}
+}
+
+// stuckIO reports requests that a disk has had for longer than any healthy one takes.
+func stuckIO(c Config) Detector {
+	return Detector{
+		ID: "stuck-io", Title: "Disk does not answer", Kind: KindStuckIO, Severity: Critical,
+		Every: jamsEvery, DependsOn: []Kind{KindPanic, KindHostSilent, KindCPUStall}, Needs: []Need{NeedJams},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			old := before(p.Jams, jamsEvery/2)
+			var out []Finding
+			for _, d := range p.Jams[len(p.Jams)-1].Disks {
+				if !slices.ContainsFunc(d.InFlight, func(r kernel.Request) bool { return r.Age >= c.IOFor/2 }) {
+					continue
+				}
+				if old == nil {
+					return nil, ErrTooEarly
+				}
+				i := slices.IndexFunc(old.Disks, func(o kernel.Disk) bool { return o.Name == d.Name && o.Dev == d.Dev })
+				if i < 0 || len(out) == maxHung {
+					continue
+				}
+				var oldest kernel.Request
+				stuck := 0
+				for _, r := range d.InFlight {
+					// It is the same request only if it has grown older by the time between.
+					if !slices.ContainsFunc(old.Disks[i].InFlight, func(o kernel.Request) bool { return o.Addr == r.Addr && o.Sector == r.Sector && o.Age < r.Age }) {
+						continue
+					}
+					if r.Age >= c.IOFor/2 {
+						stuck++
+					}
+					if r.Age > oldest.Age {
+						oldest = r
+					}
+				}
+				if oldest.Age < c.IOFor/2 {
+					continue
+				}
+				out = append(out, Finding{
+					Key: d.Name, Kind: KindStuckIO, Severity: Critical, Confidence: 0.9, Suspicion: oldest.Age < c.IOFor,
+					Title:  fmt.Sprintf("disk %s does not answer", d.Name),
+					Detail: fmt.Sprintf("it has had a %s of %d bytes at sector %d for %v", oldest.Op, oldest.Bytes, oldest.Sector, oldest.Age.Round(100*time.Millisecond)),
+					Evidence: []Evidence{{"requests that wait", fmt.Sprint(stuck)}, {"completed meanwhile", fmt.Sprintf("%d reads, %d writes",
+						d.Reads-old.Disks[i].Reads, d.Writes-old.Disks[i].Writes)}},
+				})
+			}
+			return out, nil
+		},
+	}
+}
+
+// thrashing reports that for much of the time nothing on the host got on because everybody waited for memory. On
+// kernels that do not account for stalls (psi=0) it sees nothing.
+func thrashing(Config) Detector {
+	return Detector{
+		ID: "thrashing", Title: "Everything waits for memory", Kind: KindExhaustion, Severity: Critical,
+		Every: jamsEvery, Clear: 10 * time.Second, DependsOn: []Kind{KindPanic, KindHostSilent, KindForkBomb, KindMemoryHog}, Needs: []Need{NeedJams},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			m := p.Jams[len(p.Jams)-1].Pressure
+			if m == nil {
+				return nil, nil
+			}
+			full := m.Memory.Full
+			if full.Avg10 < thrash10 || full.Avg60 < thrash60/2 {
+				return nil, nil
+			}
+			return []Finding{{
+				Key: "pressure", Kind: KindExhaustion, Severity: Critical, Confidence: 0.85, Suspicion: full.Avg60 < thrash60,
+				Title:    "everything waits for memory",
+				Detail:   fmt.Sprintf("for %.0f %% of the last 10 s, and %.0f %% of the last minute, nothing got on for want of memory", full.Avg10, full.Avg60),
+				Evidence: []Evidence{{"memory full avg10", fmt.Sprintf("%.1f", full.Avg10)}, {"memory some avg10", fmt.Sprintf("%.1f", m.Memory.Some.Avg10)}, {"io full avg10", fmt.Sprintf("%.1f", m.IO.Full.Avg10)}},
+			}}, nil
+		},
+	}
+}
+
+// tainted reports what the kernel notes of itself and goes on: that the processor has told of an error of the hardware, at any
+// time since boot, and that a warning of its own or a broken page has come up lately.
+func tainted(Config) Detector {
+	return Detector{
+		ID: "taint", Title: "The kernel has noted a fault", Kind: KindKernelWarning, Severity: Warning,
+		Every: jamsEvery, Clear: 10 * time.Second, DependsOn: []Kind{KindPanic, KindHostSilent, KindOops}, Needs: []Need{NeedJams},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			n := len(p.Jams)
+			now, first := p.Jams[n-1].Taint, p.Jams[0].Taint
+			var out []Finding
+			add := func(key, title string, kind Kind, s Severity, what string) {
+				f := Finding{Key: key, Kind: kind, Severity: s, Confidence: 0.95, Title: title, Detail: what, Evidence: []Evidence{{"tainted", kernel.Taint(now)}}}
+				if said := p.lastSaid(key); said != "" {
+					f.Evidence = append(f.Evidence, Evidence{"log", said})
+				}
+				out = append(out, f)
+			}
+			if now&taintMachineCheck != 0 {
+				add("machine-check", "the processor has told of an error of the hardware", KindHardware, Critical, "a machine check has come up since boot")
+			}
+			if now&^first&taintBadPage != 0 {
+				add("bad-page", "the kernel has met a broken page", KindKernelWarning, Critical, "a page's own bookkeeping was found broken: somebody has written where he should not")
+			}
+			if now&^first&taintWarn != 0 {
+				add("warning", "the kernel warns of a fault of its own", KindKernelWarning, Warning, "it has met what should not be, and goes on")
+			}
+			return out, nil
+		},
+	}
+}
+
+// saidOf is how what is noted begins in the kernel's log.
+var saidOf = map[string][]string{"warning": {"WARNING: "}, "bad-page": {"BUG: Bad page"}, "machine-check": {"mce: [Hardware Error]", "[Hardware Error]"}}
+
+// lastSaid returns the latest line of the kernel's log of a kind; empty if there is none.
+func (p *Pass) lastSaid(key string) (said string) {
+	if p.View == nil {
+		return ""
+	}
+	for rec, err := range p.View.Log() {
+		if err != nil {
+			break
+		}
+		if rec.Facility == 0 && slices.ContainsFunc(saidOf[key], func(w string) bool { return strings.HasPrefix(rec.Text, w) }) {
+			said = rec.Text
+		}
+	}
+	return said
+}
+
+// clock reports that the host's monotonic clock stands still while its ticks are counted, or runs ahead of ours. One that lags
+// behind is no fault: a virtual machine may have been held.
+func clock(c Config) Detector {
+	const ahead = 5 * time.Second
+	return Detector{
+		ID: "clock", Title: "The host's clock is wrong", Kind: KindClock, Severity: Critical,
+		Every: time.Second, Clear: 5 * time.Second, DependsOn: []Kind{KindPanic, KindHostSilent, KindCPUStall, KindSoftLockup}, Needs: []Need{NeedHeartbeats},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			s := newSeries(c, p.Beats, c.lenient())
+			n := len(s.beats)
+			if n < 2 {
+				return nil, ErrTooEarly
+			}
+			now := &s.beats[n-1]
+			if time.Duration(now.Mono) < bootGrace {
+				return nil, nil
+			}
+			stood, at := s.still(func(old, now *kernel.Heartbeat) bool { return old.Mono == now.Mono })
+			if ticks := now.Jiffies - s.beats[max(at, 0)].Jiffies; at >= 0 && stood >= c.Silent/2 && ticks > 100 {
+				return []Finding{{
+					Key: "stands", Kind: KindClock, Severity: Critical, Confidence: 0.9, Suspicion: stood < c.Silent,
+					Title:    "the host's clock stands still",
+					Detail:   fmt.Sprintf("for %v CLOCK_MONOTONIC has not moved, and %d ticks were counted meanwhile", stood, ticks),
+					Evidence: []Evidence{{"mono", fmt.Sprint(now.Mono)}, {"jiffies", fmt.Sprint(now.Jiffies)}},
+				}}, nil
+			}
+			old := &s.beats[0]
+			passed, theirs := now.At.Sub(old.At), time.Duration(now.Mono-old.Mono)
+			// What is in memory may be as old as an idle host's last tick: then it catches up with what had passed before.
+			if theirs-passed < ahead+c.IdleVerdict {
+				return nil, nil
+			}
+			return []Finding{{
+				Key: "ahead", Kind: KindClock, Severity: Critical, Confidence: 0.9,
+				Title:    "the host's clock runs ahead",
+				Detail:   fmt.Sprintf("it went on by %v within %v", theirs.Round(time.Millisecond), passed.Round(time.Millisecond)),
+				Evidence: []Evidence{{"mono", fmt.Sprint(now.Mono)}},
+			}}, nil
+		},
+	}
+}
+
+// bootStuck reports a start that does not come to its end: a kernel that does not come to init, or a host that was reset, whose
+// memory can be read, and in which no kernel comes up.
+func bootStuck(c Config) Detector {
+	return Detector{
+		ID: "boot-stuck", Title: "The host does not come up", Kind: KindBootStuck, Severity: Critical,
+		Every: jamsEvery, DependsOn: []Kind{KindPanic}, Needs: nil,
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			f := Finding{Key: "boot", Kind: KindBootStuck, Severity: Critical, Confidence: 0.9, Title: "the host does not come up"}
+			if !p.NoKernel.IsZero() {
+				d := p.Now.Sub(p.NoKernel)
+				if d < c.BootFor/2 {
+					return nil, nil
+				}
+				f.Suspicion = d < c.BootFor
+				f.Detail = fmt.Sprintf("since its kernel ended %v ago none has come up: it stands in its firmware or its loader, or is switched off", d.Round(time.Second))
+				return []Finding{f}, nil
+			}
+			n, b := len(p.Jams), len(p.Beats)
+			if n == 0 || b == 0 {
+				return nil, ErrTooEarly
+			}
+			up := time.Duration(p.Beats[b-1].Mono)
+			if !p.Jams[n-1].Starting || up < c.BootFor/2 {
+				return nil, nil
+			}
+			f.Suspicion = up < c.BootFor
+			f.Detail = fmt.Sprintf("its kernel runs for %v and has not started init", up.Round(time.Second))
+			return []Finding{f}, nil
+		},
+	}
+}

@@ -1,0 +1,72 @@
+package engine
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+)
+
+const (
+	jamsEvery    = 2 * time.Second
+	keptJams     = 32
+	keptRequests = 16 // the oldest of a disk
+)
+
+// jam takes a sample of what waits in the kernel. What cannot be told on this kernel, or was torn, is left out; so is
+// everything of a host that is made up, of which there is no View.
+func jam(v *kernel.View, state kernel.PanicState) detect.JamSample {
+	s := detect.JamSample{At: time.Now(), Taint: state.Tainted}
+	if v == nil {
+		return s
+	}
+	s.Starting = starting(v)
+	for p, err := range v.WorkerPools() {
+		if err != nil {
+			s.Pools = nil
+			break
+		}
+		if p.Waiting > 0 {
+			s.Pools = append(s.Pools, p)
+		}
+	}
+	for d, err := range v.Disks() {
+		if err != nil {
+			s.Disks = nil
+			break
+		}
+		if len(d.InFlight) == 0 {
+			continue
+		}
+		slices.SortFunc(d.InFlight, func(a, b kernel.Request) int { return cmp.Compare(b.Age, a.Age) })
+		d.InFlight = d.InFlight[:min(len(d.InFlight), keptRequests)]
+		s.Disks = append(s.Disks, d)
+	}
+	if m, err := v.MemoryUse(); err == nil {
+		s.Pressure = m.Pressure
+	}
+	return s
+}
+
+// starting reports whether the kernel has not come to init yet (system_state, include/linux/kernel.h).
+func starting(v *kernel.View) bool {
+	at, err := v.Image().Symbol("system_state")
+	if err != nil {
+		return false
+	}
+	running, err := v.Image().Enum("system_states", "SYSTEM_RUNNING")
+	if err != nil {
+		return false
+	}
+	now, err := v.Uint32(at)
+	return err == nil && int64(now) < running
+}
+
+func (w *watcher) addJam(s detect.JamSample) {
+	w.jams = append(w.jams, s)
+	if len(w.jams) > keptJams {
+		w.jams = slices.Delete(w.jams, 0, 1)
+	}
+}
