@@ -90,18 +90,9 @@ func planLimit(m model, f detect.Finding) (Plan, error) {
 	if f.Culprit.Tree == 0 {
 		return fail(fmt.Errorf("the finding names no tree of tasks: %w", kernel.ErrNotFound))
 	}
-	l := layout{m: m}
-	signalOff, cur := l.field("task_struct", "signal", 8), l.field("rlimit", "rlim_cur", 8)
-	size := l.sizeof("rlimit")
-	if l.err != nil {
-		return fail(l.err)
-	}
-	limits, err := m.Field("signal_struct", "rlim")
+	limits, err := newRlimits(m)
 	if err != nil {
 		return fail(err)
-	}
-	if limits.Size < (rlimitNproc+1)*size {
-		return fail(fmt.Errorf("signal_struct.rlim has %d bytes: %w", limits.Size, kernel.ErrNotSupported))
 	}
 	var tasks []kernel.Task
 	for t, err := range m.Tasks() {
@@ -119,12 +110,7 @@ func planLimit(m model, f detect.Finding) (Plan, error) {
 		if t.PID != t.TGID || t.State == "Z" || t.State == "X" || t.TGID <= 1 || t.KThread || len(p.Steps) == maxLimited {
 			continue
 		}
-		signal, err := read64(m, t.Addr+kernel.VirtAddr(signalOff))
-		if err != nil {
-			return fail(err)
-		}
-		va := kernel.VirtAddr(signal + limits.Offset + rlimitNproc*size + cur)
-		now, err := read64(m, va)
+		va, now, err := limits.of(m, t, rlimitNproc)
 		if err != nil {
 			continue // gone meanwhile
 		}
