@@ -152,6 +152,9 @@ func steps(whole bool) string {
 	try("cmp_swap_cm", "ib_atomic_lat -R -F -A CMP_AND_SWAP -n 100 -p 18516 %v", v4)
 	try("read_bw_cm_1024", "ib_read_bw -R -F -m 1024 -s 65536 -n 40 -p 18515 %v", v4)
 	try("rping", "rping -c -a %v -p 7174 -C 10", v4)
+	// perftest 4.5 finds its server by IPv4, and reaches memory by IPv6 if its GID is one of that.
+	b.WriteString("g=$(grep -l fd00:00bd /sys/class/infiniband/rxe0/ports/1/gids/*)\ng=${g##*/}\n")
+	try("read_lat_v6", "ib_read_lat -F -x $g -n 50 -p 18615 %v", v4)
 	try("rping_v6", "rping -c -a %v -p 7174 -C 10", v6)
 	fmt.Fprintf(&b, "rping -s -a 0.0.0.0 -p 7174 -C 10 >/out 2>&1 & back=$!\nsleep 1\nrping -c -a %v -p 7176 -C 1 >/dev/null 2>&1\nif wait $back; then echo result rping_back ok; else echo result rping_back failed; cat /out; fi\n", v4)
 	if !whole {
@@ -166,6 +169,10 @@ func steps(whole bool) string {
 	try("cm_read_bw", "ib_read_bw -R -F -s 65536 -n 40 -p 18515 %v", v4)
 	try("cm_write_bw", "ib_write_bw -R -F -s 65536 -n 40 -p 18516 %v", v4)
 	try("cm_fetch_add", "ib_atomic_lat -R -F -A FETCH_AND_ADD -n 50 -p 18516 %v", v4)
+	try("read_all_v6", "ib_read_bw -F -x $g -a -n 5 -p 18615 %v", v4)
+	try("write_all_v6", "ib_write_bw -F -x $g -a -n 5 -m 1024 -p 18616 %v", v4)
+	try("fetch_add_v6", "ib_atomic_lat -F -x $g -A FETCH_AND_ADD -n 50 -p 18616 %v", v4)
+	try("cmp_swap_v6", "ib_atomic_lat -F -x $g -A CMP_AND_SWAP -n 50 -p 18616 %v", v4)
 	try("cmp_swap", "ib_atomic_lat -F -A CMP_AND_SWAP -n 100 -p 18516 %v", v4)
 	fmt.Fprintf(&b, "rping -s -a :: -p 7174 -C 10 >/out 2>&1 & back=$!\nsleep 1\nrping -c -a %v -p 7176 -C 1 >/dev/null 2>&1\nif wait $back; then echo result rping_back_v6 ok; else echo result rping_back_v6 failed; cat /out; fi\n", v6)
 	return b.String()

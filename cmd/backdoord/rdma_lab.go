@@ -16,9 +16,10 @@ import (
 
 // serveLab gives RDMA clients that know nothing of leases what they ask for, without asking who they are: the host's memory to read,
 // and scratch memory of the agent's own to write to and to count in. perftest exchanges its keys over TCP or, with -R, by connection
-// management, on port 18515; scratch memory is on 18516; rping is on 7174, librdmacm clients that read
-// the host's memory on 7175, and 7176 pings who knocks there. It is in
-// no release image: only the build tag backdoor_lab has it.
+// management, on port 18515; scratch memory is on 18516. perftest 4.5 finds its server by IPv4 only (ethernet_client_connect in
+// perftest_communication.c), whatever the addresses of the RDMA itself are (its option -x): the keys for IPv6 are on TCP ports 18615 and
+// 18616 of any IPv4 address. rping is on 7174, librdmacm clients that read the host's memory on 7175, and 7176 pings who knocks
+// there. It is in no release image: only the build tag backdoor_lab has it.
 func serveLab(ctx context.Context, w *worker, dev *roce.Device) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	log := w.log.With("lab", "rdma")
@@ -31,7 +32,11 @@ func serveLab(ctx context.Context, w *worker, dev *roce.Device) (stop func()) {
 	var wg sync.WaitGroup
 	addr := dev.Link().LocalAddr().Addr()
 	serve := func(s *interop.Server, port uint16) {
-		tcp, err := net.Listen("tcp", netip.AddrPortFrom(addr, port).String())
+		at := netip.AddrPortFrom(addr, port)
+		if addr.Is6() {
+			at = netip.AddrPortFrom(netip.IPv4Unspecified(), port+100)
+		}
+		tcp, err := net.Listen("tcp", at.String())
 		if err != nil {
 			fail("listen for perftest", err)
 			return
