@@ -287,7 +287,7 @@ func (x *Exporter) writePage() {
 type Stats struct {
 	Leases  int               `json:"leases"`
 	Writes  Writes            `json:"writes"`
-	Dropped uint64            `json:"dropped"` // packets, for whatever reason but loss on the way
+	Dropped uint64            `json:"dropped"` // packets, for whatever reason but that they came twice
 	Refused uint64            `json:"refused"` // requests, for want of a right
 	Packets map[string]uint64 `json:"packets"` // by the names of roce.Counters and roce.LinkCounters
 }

@@ -31,7 +31,7 @@ func telemetry() service.Telemetry {
 			{ID: "EngineBytes", Name: "Bytes read from the host's memory", Counter: true, Units: bytes, Property: engine + "LastPass/Bytes"},
 			{ID: "EngineLoad", Name: "Share of the time that the agent looks at the host", Decimal: true, Property: engine + "LastPass/Load"},
 			{ID: "EngineLate", Name: "Passes that began late", Counter: true, Property: engine + "LastPass/Late"},
-			{ID: "RDMADropped", Name: "RDMA packets dropped that no peer of a lease sends", Counter: true, Property: rdmaURI + "#/RDMA/Dropped"},
+			{ID: "RDMADropped", Name: "RDMA packets dropped", Counter: true, Property: rdmaURI + "#/RDMA/Dropped"},
 			{ID: "RDMARefused", Name: "RDMA requests refused", Counter: true, Property: rdmaURI + "#/RDMA/Refused"},
 			{ID: "RDMAStores", Name: "Stores to the host's memory by RDMA", Counter: true, Property: rdmaURI + "#/RDMA/Stores"},
 			{ID: "HostFindingsOpen", Name: "Faults of the host that are open", Property: systemURI + "#/Oem/dev_backdoor/OpenFindings"},

@@ -59,7 +59,7 @@ type RDMAState struct {
 	Leases    []RDMALease   `json:"leases" doc:"The leases that there are."`
 	Stores    uint64        `json:"stores" doc:"Stores to the host's memory that peers have made, atomic ones too."`
 	Refused   uint64        `json:"refused" doc:"Requests of peers that were refused."`
-	Dropped   uint64        `json:"dropped" doc:"Packets that were dropped because no peer of a lease sends such."`
+	Dropped   uint64        `json:"dropped" doc:"Packets that were dropped, for whatever reason but that they came twice."`
 	Counters  []RDMACounter `json:"counters" doc:"All counters, by the names that the agent's engine has for them."`
 }
 
