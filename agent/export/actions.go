@@ -222,6 +222,7 @@ func (a *actions) heal(ctx context.Context, num uint32, r HealRequest) (any, err
 	}
 	if req.DryRun = r.DryRun; !r.DryRun {
 		a.report(num, "the finding is looked at again, and a plan is made")
+		defer a.follow(ctx, num, r.Finding)()
 	}
 	plan, out, err := a.x.o.Host.Heal(ctx, req)
 	reply := HealReply{Outcome: out}
@@ -254,6 +255,21 @@ func (a *actions) restore(ctx context.Context, num uint32, seq uint64) (any, err
 		})
 	}
 	return nil, &ActionError{"not-found", fmt.Sprintf("record %d of the journal is none of a store by RDMA, or is not there any more", seq)}
+}
+
+// follow reports what the engine says of a finding until the returned function is called.
+func (a *actions) follow(ctx context.Context, num uint32, finding string) func() {
+	ctx, stop := context.WithCancel(ctx)
+	events, done := a.x.o.Host.Subscribe(ctx), make(chan struct{})
+	go func() {
+		defer close(done)
+		for e := range events { // what came before the end is still told
+			if e.Finding != nil && e.Finding.ID == finding {
+				a.report(num, fmt.Sprintf("%s: %s", e.Type, e.Text))
+			}
+		}
+	}()
+	return func() { stop(); <-done }
 }
 
 // alike reports whether two plans do the same to the same target.

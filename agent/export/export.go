@@ -56,6 +56,7 @@ type Host interface {
 	Heal(context.Context, engine.HealRequest) (heal.Plan, *heal.Outcome, error)
 	PowerControl(ctx context.Context, op, caller string) error
 	Store(context.Context, engine.StoreRequest) (heal.Outcome, error)
+	Subscribe(context.Context) <-chan engine.Event
 }
 
 // Journal is the agent's journal. *journal.Journal has it.

@@ -106,6 +106,14 @@ func (h *fakeHost) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, *
 	return p, &heal.Outcome{Plan: p, Verified: true, Caller: r.Caller}, nil
 }
 
+func (h *fakeHost) Subscribe(ctx context.Context) <-chan engine.Event {
+	ch := make(chan engine.Event, 2)
+	ch <- engine.Event{Type: engine.EventPlanned, Text: "plan-9", Finding: &detect.Finding{ID: "another-9"}}
+	ch <- engine.Event{Type: engine.EventPlanned, Text: "plan-1: kill spin", Finding: &detect.Finding{ID: "runaway-process-1"}}
+	context.AfterFunc(ctx, func() { close(ch) })
+	return ch
+}
+
 // Store does what the engine does, without its rules.
 func (h *fakeHost) Store(_ context.Context, r engine.StoreRequest) (heal.Outcome, error) {
 	got := make([]byte, len(r.Expect))
@@ -743,7 +751,7 @@ func TestActions(t *testing.T) {
 			}
 			var told []string
 			go func() { r.host.block <- struct{}{} }()
-			if err := a.Do(ctx, OpHeal, HealRequest{Finding: "runaway-process-1", Plan: h.Plan}, &h, func(s string) { told = append(told, s) }); err != nil || h.Outcome == nil || !h.Outcome.Verified || len(told) == 0 {
+			if err := a.Do(ctx, OpHeal, HealRequest{Finding: "runaway-process-1", Plan: h.Plan}, &h, func(s string) { told = append(told, s) }); err != nil || h.Outcome == nil || !h.Outcome.Verified || !slices.Contains(told, "planned: plan-1: kill spin") || slices.Contains(told, "planned: plan-9") {
 				t.Errorf("heal %+v, %v, progress %q", h, err, told)
 			}
 			if q := <-r.host.healed; q.Caller != "ops" {

@@ -39,9 +39,10 @@ type rdmaHost struct {
 	moves bool                 // another plan each time; guarded by fakeAgent.do
 }
 
-func (h *rdmaHost) HostMemory() (hostmem.Memory, bool, error) { return h.mem, true, nil }
-func (h *rdmaHost) WritesOn() error                           { return engine.ErrWritesOff }
-func (h *rdmaHost) Heartbeat() kernel.Heartbeat               { return kernel.Heartbeat{} }
+func (h *rdmaHost) Subscribe(ctx context.Context) <-chan engine.Event { return silence(ctx) }
+func (h *rdmaHost) HostMemory() (hostmem.Memory, bool, error)         { return h.mem, true, nil }
+func (h *rdmaHost) WritesOn() error                                   { return engine.ErrWritesOff }
+func (h *rdmaHost) Heartbeat() kernel.Heartbeat                       { return kernel.Heartbeat{} }
 func (h *rdmaHost) Grant() access.Grant {
 	a := &access.Agreement{ID: "test", Host: access.Host{UUID: "x"}, Rights: access.Rights{Read: true}, ValidUntil: time.Now().Add(time.Hour)}
 	return a.Grant("x", time.Now)
@@ -60,6 +61,13 @@ func (h *rdmaHost) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, *
 		p.Title = fmt.Sprintf("kill another (%d)", n)
 	}
 	return p, o, err
+}
+
+// silence is a subscription to nothing.
+func silence(ctx context.Context) <-chan engine.Event {
+	ch := make(chan engine.Event)
+	context.AfterFunc(ctx, func() { close(ch) })
+	return ch
 }
 
 // TestRDMA runs the command against an exporter over loopback: the memory is a real host's, recorded, and the answers must be
@@ -198,9 +206,10 @@ type storeHost struct {
 	mem *hostmem.RAMFile
 }
 
-func (h *storeHost) HostMemory() (hostmem.Memory, bool, error) { return h.mem, true, nil }
-func (h *storeHost) WritesOn() error                           { return nil }
-func (h *storeHost) Heartbeat() kernel.Heartbeat               { return kernel.Heartbeat{} }
+func (h *storeHost) Subscribe(ctx context.Context) <-chan engine.Event { return silence(ctx) }
+func (h *storeHost) HostMemory() (hostmem.Memory, bool, error)         { return h.mem, true, nil }
+func (h *storeHost) WritesOn() error                                   { return nil }
+func (h *storeHost) Heartbeat() kernel.Heartbeat                       { return kernel.Heartbeat{} }
 func (h *storeHost) Grant() access.Grant {
 	a := &access.Agreement{
 		ID: "test", Host: access.Host{UUID: "x"}, Rights: access.Rights{Read: true, Write: true, Memory: []access.Memory{{Size: 1 << 40, Read: true, Write: true, Atomic: true}}},
