@@ -132,8 +132,11 @@ func available(ctx context.Context, b *bench) (string, error) {
 	return "slowest answer: " + strings.Join(said, ", "), nil
 }
 
-// undisturbed restarts the DPU alone.
+// undisturbed restarts the DPU alone. What it kept back of the host's traffic it keeps back afterwards.
 func undisturbed(ctx context.Context, b *bench) (string, error) {
+	if _, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkQuarantine, Remote: "203.0.113.10", Seconds: 3600}); err != nil {
+		return "", err
+	}
 	look := func() (string, error) {
 		r, err := b.host.Exec(ctx, "cat /proc/sys/kernel/random/boot_id; ls /proc/irq; ls /sys/bus/pci/devices; ps -o pid,comm | grep -v -e ' ps' -e ' grep' -e ' sh' -e ' cat' -e ' sleep' -e kworker; dmesg | wc -l")
 		return r.Stdout, err
@@ -157,6 +160,16 @@ func undisturbed(ctx context.Context, b *bench) (string, error) {
 		return "", err
 	}
 	if _, err := b.agent.WaitAttached(ctx, 1); err != nil {
+		return "", err
+	}
+	net, err := b.network(ctx)
+	if err != nil {
+		return "", err
+	}
+	if len(net.Containment.Blocked) != 1 {
+		return "", fmt.Errorf("what was kept back is not any more: %+v", net.Containment)
+	}
+	if _, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkRelease}); err != nil {
 		return "", err
 	}
 	if before != after {

@@ -187,11 +187,16 @@ func contain(ctx context.Context, b *bench) (string, error) {
 			return "", err
 		}
 		took = max(took, d)
+		// While the packet path keeps back what the host goes on sending, nothing comes. What had left before is on its way for a moment.
+		kept, err := b.keptBack(ctx, 0)
+		if err != nil {
+			return "", err
+		}
 		quiet := b.peer.mark()
-		time.Sleep(300 * time.Millisecond) // in which 300 frames would come
-		// What had left the packet path before is on its way still for a moment.
-		late := b.peer.since(quiet, carries(text))
-		if len(late) > 20 {
+		if _, err := b.keptBack(ctx, kept+50); err != nil {
+			return "", err
+		}
+		if late := b.peer.since(quiet, carries(text)); len(late) > 5 {
 			return "", fmt.Errorf("%d frames of a quarantined host come through", len(late))
 		}
 		all := b.peer.since(0, carries(text))
@@ -208,6 +213,21 @@ func contain(ctx context.Context, b *bench) (string, error) {
 		return "", fmt.Errorf("the quarantine takes %v to be in force", worst)
 	}
 	return fmt.Sprintf("last frame %v after the order was sent, the answer within %v (worst of %d; frames 1 ms apart)", worst.Round(time.Millisecond), took.Round(time.Millisecond), rounds), nil
+}
+
+// keptBack waits until the quarantine has kept back at least n frames of the host, and returns how many.
+func (b *bench) keptBack(ctx context.Context, n uint64) (uint64, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, 10*time.Second, errors.New("the quarantine keeps nothing back"))
+	defer cancel()
+	for {
+		s, err := b.agent.Network(ctx)
+		if err != nil {
+			return 0, errors.Join(context.Cause(ctx), err)
+		}
+		if got := s.Frames("host", "quarantined"); got >= n {
+			return got, nil
+		}
+	}
 }
 
 // expires lets a quarantine end by itself, with an exception in force meanwhile.
@@ -338,22 +358,30 @@ func survive(ctx context.Context, b *bench) (string, error) {
 		return "", fmt.Errorf("the longest answer took %v", longest)
 	}
 	// The service of Redfish needs a moment more.
-	var net client.Network
-	for {
-		if net, err = b.agent.Network(ctx); err == nil {
-			break
-		}
-		select {
-		case <-ctx.Done():
-			return "", fmt.Errorf("the agent does not answer again: %w", err)
-		case <-time.After(200 * time.Millisecond):
-		}
+	net, err := b.network(ctx)
+	if err != nil {
+		return "", err
 	}
 	if len(net.Containment.Blocked) != 1 || net.Containment.Blocked[0].Remote != "203.0.113.9" {
 		return "", fmt.Errorf("what was contained is not any more: %+v", net.Containment)
 	}
 	_, err = b.order(ctx, client.NetworkOrder{Do: client.NetworkRelease})
 	return fmt.Sprintf("%d requests to the host's service meanwhile, all answered, the slowest in %v", n, longest.Round(time.Millisecond)), err
+}
+
+// network asks for the packet path until it runs.
+func (b *bench) network(ctx context.Context) (client.Network, error) {
+	for {
+		n, err := b.agent.Network(ctx)
+		if err == nil {
+			return n, nil
+		}
+		select {
+		case <-ctx.Done():
+			return n, fmt.Errorf("the agent does not answer again: %w", err)
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
 }
 
 // functions looks at the standard resources of the packet path.
