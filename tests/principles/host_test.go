@@ -138,7 +138,7 @@ func undisturbed(ctx context.Context, b *bench) (string, error) {
 		return "", err
 	}
 	look := func() (string, error) {
-		r, err := b.host.Exec(ctx, "cat /proc/sys/kernel/random/boot_id; ls /proc/irq; ls /sys/bus/pci/devices; ps -o pid,comm | grep -v -e ' ps' -e ' grep' -e ' sh' -e ' cat' -e ' sleep' -e kworker; dmesg | wc -l")
+		r, err := b.host.Exec(ctx, "cat /proc/sys/kernel/random/boot_id; ls /proc/irq; ls /sys/bus/pci/devices; ps -o pid,comm | grep -v -e ' ps' -e ' grep' -e ' sh' -e ' cat' -e ' sleep' -e ' busybox' -e kworker; dmesg | wc -l")
 		return r.Stdout, err
 	}
 	before, err := look()
@@ -173,7 +173,7 @@ func undisturbed(ctx context.Context, b *bench) (string, error) {
 		return "", err
 	}
 	if before != after {
-		return "", fmt.Errorf("the host was different before:\n%s\nand after:\n%s", before, after)
+		return "", fmt.Errorf("the host is another afterwards:\n%s", difference(before, after))
 	}
 	return fmt.Sprintf("no line of its log, no process, device or interrupt is another (the DPU was away for %.1f s)", took.Seconds()), nil
 }
