@@ -2,6 +2,7 @@ package detect
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -19,6 +20,8 @@ type JamSample struct {
 	Pressure *kernel.Pressure `json:"pressure,omitempty"`
 	Taint    uint64           `json:"taint"`    // TAINT_… bits, include/linux/panic.h
 	Starting bool             `json:"starting"` // it has not come to init yet
+	// Missing says which of pools and disks this kernel does not tell, and why.
+	Missing map[string]string `json:"missing,omitempty"`
 }
 
 const (
@@ -53,6 +56,9 @@ func stuckWork(c Config) Detector {
 		ID: "stuck-work", Title: "Workqueue does not get on", Kind: KindStuckWork, Severity: Critical,
 		Every: jamsEvery, DependsOn: []Kind{KindPanic, KindHostSilent, KindCPUStall, KindSoftLockup}, Needs: []Need{NeedJams},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			if why := p.Jams[len(p.Jams)-1].Missing["pools"]; why != "" {
+				return nil, errors.New(why)
+			}
 			old := before(p.Jams, jamsEvery/2)
 			var out []Finding
 			for _, now := range p.Jams[len(p.Jams)-1].Pools {
@@ -102,6 +108,9 @@ func stuckIO(c Config) Detector {
 		ID: "stuck-io", Title: "Disk does not answer", Kind: KindStuckIO, Severity: Critical,
 		Every: jamsEvery, DependsOn: []Kind{KindPanic, KindHostSilent, KindCPUStall}, Needs: []Need{NeedJams},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			if why := p.Jams[len(p.Jams)-1].Missing["disks"]; why != "" {
+				return nil, errors.New(why)
+			}
 			old := before(p.Jams, jamsEvery/2)
 			var out []Finding
 			for _, d := range p.Jams[len(p.Jams)-1].Disks {

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"cmp"
+	"errors"
 	"slices"
 	"time"
 
@@ -15,17 +16,30 @@ const (
 	keptRequests = 16 // the oldest of a disk
 )
 
-// jam takes a sample of what waits in the kernel. What cannot be told on this kernel, or was torn, is left out; so is
-// everything of a host that is made up, of which there is no View.
-func jam(v *kernel.View, state kernel.PanicState) detect.JamSample {
+// jam takes a sample of what waits in the kernel. Of what was torn, the sample before is what is known. A host that is made up,
+// of which there is no View, has nothing.
+func jam(v *kernel.View, state kernel.PanicState, last []detect.JamSample) detect.JamSample {
 	s := detect.JamSample{At: time.Now(), Taint: state.Tainted}
 	if v == nil {
 		return s
 	}
+	var old detect.JamSample
+	if n := len(last); n > 0 {
+		old = last[n-1]
+	}
 	s.Starting = starting(v)
+	lacks := func(what string, err error) {
+		if errors.Is(err, kernel.ErrNotSupported) || errors.Is(err, kernel.ErrNotFound) {
+			if s.Missing == nil {
+				s.Missing = make(map[string]string)
+			}
+			s.Missing[what] = err.Error()
+		}
+	}
 	for p, err := range v.WorkerPools() {
 		if err != nil {
-			s.Pools = nil
+			lacks("pools", err)
+			s.Pools = old.Pools
 			break
 		}
 		if p.Waiting > 0 {
@@ -34,7 +48,8 @@ func jam(v *kernel.View, state kernel.PanicState) detect.JamSample {
 	}
 	for d, err := range v.Disks() {
 		if err != nil {
-			s.Disks = nil
+			lacks("disks", err)
+			s.Disks = old.Disks
 			break
 		}
 		if len(d.InFlight) == 0 {

@@ -519,7 +519,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	}
 	if berr == nil && !panicState.Panicked && !now.Before(w.nextJams) {
 		w.nextJams = now.Add(jamsEvery)
-		w.addJam(jam(p.View, panicState))
+		w.addJam(jam(p.View, panicState, w.jams))
 	}
 	p.Jams = w.jams
 	p.Took = time.Since(now)

@@ -1,9 +1,11 @@
 package query
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,7 +23,61 @@ type Incident struct {
 	Resolution string         `json:"resolution,omitempty"` // empty while it stands, or if the agent ended before
 	Stores     int            `json:"stores"`               // into the host's memory, those that took something back included
 	Bytes      int            `json:"bytes"`
-	Timeline   []Moment       `json:"timeline"`
+	// Attempts are the actions that were begun against it, each once.
+	Attempts []Attempt `json:"attempts,omitempty"`
+	Timeline []Moment  `json:"timeline"`
+}
+
+// Attempt is an action against a fault.
+type Attempt struct {
+	Action string `json:"action"`
+	Cured  bool   `json:"cured"` // it was carried out, and the detector was silent then
+}
+
+// Cure is how often an action has helped against a kind of finding.
+type Cure struct {
+	Kind   detect.Kind `json:"kind"`
+	Action string      `json:"action"`
+	Tried  int         `json:"tried"` // incidents
+	Cured  int         `json:"cured"`
+}
+
+// Cures counts what has helped against what: by kind, and of each kind what has helped most surely first, which is the order in
+// which a policy had better try them. Few trials count for little: one success of one is less than nine of ten.
+func Cures(all []Incident) []Cure {
+	counts := make(map[[2]string]*Cure)
+	for _, i := range all {
+		for _, a := range i.Attempts {
+			k := [2]string{string(i.Finding.Kind), a.Action}
+			if counts[k] == nil {
+				counts[k] = &Cure{Kind: i.Finding.Kind, Action: a.Action}
+			}
+			counts[k].Tried++
+			if a.Cured {
+				counts[k].Cured++
+			}
+		}
+	}
+	sure := func(c Cure) float64 { return float64(c.Cured+1) / float64(c.Tried+2) } // Laplace's rule of succession
+	var out []Cure
+	for _, c := range counts {
+		out = append(out, *c)
+	}
+	slices.SortFunc(out, func(a, b Cure) int {
+		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(sure(b), sure(a)), cmp.Compare(a.Action, b.Action))
+	})
+	return out
+}
+
+// attempt notes that an action was begun.
+func (i *Incident) attempt(action string, cured bool) {
+	for n := range i.Attempts {
+		if a := &i.Attempts[n]; a.Action == action {
+			a.Cured = a.Cured || cured
+			return
+		}
+	}
+	i.Attempts = append(i.Attempts, Attempt{action, cured})
 }
 
 // Moment is one thing that happened in an incident.
@@ -123,6 +179,9 @@ func Incidents(records []journal.Record) []Incident {
 			default:
 				m.Text = "done"
 			}
+			if rec.Kind == "outcome" && plan.Action != "" {
+				i.attempt(plan.Action, d.Verify)
+			}
 			if d.Undone {
 				m.Text += "; everything was taken back"
 			}
@@ -157,7 +216,7 @@ func memoryBytes(s string) int {
 	return n
 }
 
-// WriteIncidents writes one line for each.
+// WriteIncidents writes one line for each, and then what has helped.
 func WriteIncidents(w io.Writer, all []Incident) error {
 	if len(all) == 0 {
 		_, err := fmt.Fprintln(w, "No incidents.")
@@ -172,7 +231,17 @@ func WriteIncidents(w io.Writer, all []Incident) error {
 			return err
 		}
 	}
-	return nil
+	cures := Cures(all)
+	if len(cures) == 0 {
+		return nil
+	}
+	var b strings.Builder
+	b.WriteString("\nWhat has helped, the surest first:\n")
+	for _, c := range cures {
+		fmt.Fprintf(&b, "%17s  %-17s %d of %d\n", Clean(string(c.Kind)), Clean(c.Action), c.Cured, c.Tried)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
 }
 
 // WriteIncident writes the story of one: when what happened, counted from the finding, and with explain the evidence and the

@@ -3,10 +3,12 @@ package query
 import (
 	"bytes"
 	"encoding/json"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/journal"
 )
 
@@ -84,4 +86,26 @@ func FuzzIncidents(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestCures(t *testing.T) {
+	of := func(k detect.Kind, as ...Attempt) Incident {
+		return Incident{Finding: detect.Finding{Kind: k}, Attempts: as}
+	}
+	var all []Incident
+	for i := range 10 {
+		all = append(all, of("a", Attempt{"often", i > 0}))
+	}
+	all = append(all, of("a", Attempt{"once", true}, Attempt{"never", false}), of("b", Attempt{"never", true}))
+	want := []Cure{{"a", "often", 10, 9}, {"a", "once", 1, 1}, {"a", "never", 1, 0}, {"b", "never", 1, 1}}
+	if got := Cures(all); !slices.Equal(got, want) {
+		t.Errorf("%+v; want %+v", got, want)
+	}
+	var i Incident
+	for _, cured := range []bool{false, true, false} { // a repair in several plans
+		i.attempt("x", cured)
+	}
+	if !slices.Equal(i.Attempts, []Attempt{{"x", true}}) {
+		t.Errorf("%+v", i.Attempts)
+	}
 }

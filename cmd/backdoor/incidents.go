@@ -16,7 +16,7 @@ var incidentsVerb = verb{
 	args:  "[NUMBER]",
 	short: "faults of the host from the finding to the end; NUMBER tells one as a timeline",
 	long: `Incidents are made of the agent's journal: what was found, what was planned and by whom, each store, how it ended. With a
-number the story of one is told; with -explain also its evidence and the bytes before and after each store.
+number the story of one is told; without, the list ends with which action has helped how often against what; with -explain also its evidence and the bytes before and after each store.
 
   backdoor incidents
   backdoor incidents 412 -explain

@@ -468,6 +468,9 @@ func TestFaults(t *testing.T) {
 					continue
 				}
 				r := b.run(f)
+				if s := b.e.State(); s.Golden != nil {
+					t.Logf("the engine's share of a CPU: %.3f; %.1f MB/s, of which tables of functions 2 x %d kB", s.LastPass.Load, s.LastPass.BytesPerSec/1e6, s.Golden.Hot>>10)
+				}
 				t.Logf("%+v", r)
 				all = append(all, r)
 				switch {
