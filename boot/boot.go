@@ -6,7 +6,8 @@
 // goes on. Only Linux is supported, only what an initramfs offers is used (no udev, no modprobe, no shell).
 //
 // The order: pseudo-filesystems, kernel modules for the devices that are there, the watchdog, the state disk, the clock, the
-// configuration (which lies on the state disk), host name, the watchdog's time-out, random numbers, network.
+// configuration (which lies on the state disk), host name, the watchdog's time-out, static addresses. What takes its time and
+// is not needed to begin with comes in the background: the drivers of a TPM, random numbers, addresses by DHCP.
 package boot
 
 import (
@@ -131,6 +132,7 @@ type Step struct {
 	Detail  string        `json:"detail,omitempty"`
 	Err     string        `json:"error,omitempty"`
 	Took    time.Duration `json:"took"` // nanoseconds
+	At      time.Duration `json:"at"`   // since the kernel's start, when it had ended; nanoseconds
 }
 
 // Options say what Up works with.
@@ -140,8 +142,8 @@ type Options struct {
 	Configure func(stateDir string) (Config, error)
 	// Logger gets one line a step. Nil: silent.
 	Logger *slog.Logger
-	// NetworkWait is how long Up waits for the first interface to have an address. 0: 10 s. Interfaces that come later
-	// are set up in the background.
+	// NetworkWait is how long the step waits for the first interface to have an address by DHCP. 0: 10 s. Interfaces that come
+	// later are set up all the same.
 	NetworkWait time.Duration
 	// StateWait is how long Up waits for a disk with the state's label. 0: 1 s.
 	StateWait time.Duration
@@ -153,6 +155,8 @@ type Machine struct {
 	boot   time.Time
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // background work: leases, watchdog, reaper, clock
+	// devices is closed when no driver is being loaded any more, settled when each step has ended.
+	devices, settled chan struct{}
 
 	mu         sync.Mutex
 	report     []Step
@@ -172,8 +176,9 @@ func InImage() bool {
 	return err == nil && ram
 }
 
-// Up brings the machine up and returns when each step has ended. Its error is ctx's; everything else that goes wrong is
-// a step of the report. Background work goes on until [Machine.Close], ctx's end, or the machine's.
+// Up brings the machine up as far as an agent needs to begin; see [Machine.Devices] and [Machine.Settled] for the rest. Its error
+// is ctx's; everything else that goes wrong is a step of the report. Background work goes on until [Machine.Close], ctx's end, or
+// the machine's.
 //
 // Preconditions: InImage, or a machine set aside for a test.
 func Up(ctx context.Context, o Options) (*Machine, error) {
@@ -187,14 +192,24 @@ func Up(ctx context.Context, o Options) (*Machine, error) {
 		o.StateWait = time.Second
 	}
 	background, cancel := context.WithCancel(ctx)
-	m := &Machine{log: o.Logger, boot: time.Now(), cancel: cancel}
+	m := &Machine{log: o.Logger, boot: time.Now(), cancel: cancel, devices: make(chan struct{}), settled: make(chan struct{})}
 	var cfg Config
 	m.step("mounts", early.Mount)
 	seeded := seedRandom() // takes a second on some machines; meanwhile the rest goes on
 	if os.Getpid() == 1 {
 		m.background(background, reapOrphans)
 	}
-	m.step("modules", func() (Outcome, string, error) { return early.LoadModules(ctx) })
+	var modules early.Modules
+	m.step("modules", func() (Outcome, string, error) { return modules.Load(ctx) })
+	go func() { // a driver that hangs must not keep the machine from closing down
+		defer close(m.devices)
+		m.step("late modules", func() (Outcome, string, error) {
+			if err := modules.Late(); err != nil {
+				return Unclear, "", err
+			}
+			return Done, "", nil
+		})
+	}()
 	dog, noDog := early.Arm(defaultWatchdog) // the time that the loader gave us runs
 	m.step("state", func() (Outcome, string, error) { return m.mountState(ctx, o.StateWait) })
 	m.step("clock", func() (Outcome, string, error) { return setClock(clockFile) })
@@ -214,16 +229,40 @@ func Up(ctx context.Context, o Options) (*Machine, error) {
 	}
 	m.step("hostname", func() (Outcome, string, error) { return setHostname(cfg.Hostname) })
 	m.step("watchdog", func() (Outcome, string, error) { return m.keepWatchdog(background, dog, noDog, cfg.WatchdogSeconds) })
-	m.step("random", func() (Outcome, string, error) { return waitRandom(ctx, seeded, entropyWait) })
-	m.step("network", func() (Outcome, string, error) { return m.network(background, cfg, o.NetworkWait) })
+	wired := m.wire(cfg)
 	if len(cfg.Tunnels) > 0 {
 		m.step("tunnels", func() (Outcome, string, error) { return openTunnels(cfg.Tunnels) })
 	}
+	m.background(background, func(ctx context.Context) {
+		// The DHCP client needs random numbers.
+		m.step("random", func() (Outcome, string, error) { return waitRandom(ctx, seeded, entropyWait) })
+		m.step("network", func() (Outcome, string, error) { return m.network(ctx, wired, o.NetworkWait) })
+		select {
+		case <-m.devices:
+			close(m.settled)
+		case <-ctx.Done():
+		}
+	})
 	if err := ctx.Err(); err != nil {
 		m.Close()
 		return nil, fmt.Errorf("bring the machine up: %w", err)
 	}
 	return m, nil
+}
+
+// Devices is closed when all drivers are loaded that there will be: what has no device then has none.
+func (m *Machine) Devices() <-chan struct{} { return m.devices }
+
+// Settled is closed when each step has ended.
+func (m *Machine) Settled() <-chan struct{} { return m.settled }
+
+// Uptime is how long ago the kernel was started.
+func Uptime() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return 0
+	}
+	return time.Duration(ts.Nano())
 }
 
 // openTunnels sets up the encrypted interfaces. The detail names the public keys, which peers need.
@@ -247,8 +286,8 @@ func openTunnels(tunnels []wireguard.Config) (Outcome, string, error) {
 func (m *Machine) step(name string, f func() (Outcome, string, error)) {
 	start := time.Now()
 	outcome, detail, err := f()
-	s := Step{Name: name, Outcome: outcome, Detail: detail, Took: time.Since(start)}
-	attrs := []any{"step", name, "outcome", outcome, "took", s.Took.Round(time.Millisecond)}
+	s := Step{Name: name, Outcome: outcome, Detail: detail, Took: time.Since(start), At: Uptime()}
+	attrs := []any{"step", name, "outcome", outcome, "took", s.Took.Round(time.Millisecond), "at", s.At.Round(time.Millisecond)}
 	if detail != "" {
 		attrs = append(attrs, "detail", detail)
 	}

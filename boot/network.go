@@ -28,9 +28,17 @@ const (
 	renewMax    = 12 * time.Hour
 )
 
-// network sets up the interfaces. Static ones are done when it returns; of those with DHCP it waits for the first to have
-// an address, or for all to have failed once, but not longer than wait. The rest goes on in the background.
-func (m *Machine) network(ctx context.Context, cfg Config, wait time.Duration) (Outcome, string, error) {
+// A wiring is the network while it is set up.
+type wiring struct {
+	absent bool
+	did    []string
+	errs   []error
+	dhcp   []ifPlan
+	dns    *resolver
+}
+
+// wire sets up what is static of the interfaces; what DHCP is to say of others remains to be asked for.
+func (m *Machine) wire(cfg Config) (w wiring) {
 	if lo, err := netlink.LinkByName("lo"); err == nil {
 		if err := netlink.LinkSetUp(lo); err != nil {
 			m.log.Warn("bring loopback up", "err", err)
@@ -38,39 +46,52 @@ func (m *Machine) network(ctx context.Context, cfg Config, wait time.Duration) (
 	}
 	links, err := netlink.LinkList()
 	if err != nil {
-		return Unclear, "", fmt.Errorf("list network interfaces: %w", err)
+		w.errs = []error{fmt.Errorf("list network interfaces: %w", err)}
+		return w
 	}
 	links = slices.DeleteFunc(links, func(l netlink.Link) bool {
 		return l.Type() != "device" || l.Attrs().Flags&net.FlagLoopback != 0 || len(l.Attrs().HardwareAddr) != 6
 	})
 	plans, errs := planNetwork(cfg.Interfaces, links)
 	if len(plans) == 0 && errs == nil {
-		return Absent, "the machine has no network interface", nil
+		w.absent = true
+		return w
 	}
-	dns := &resolver{file: dhclient.ResolvConfPath, static: cfg.NameServers}
-	if err := dns.write(nil); err != nil {
-		errs = append(errs, err)
+	w.errs = errs
+	w.dns = &resolver{file: dhclient.ResolvConfPath, static: cfg.NameServers}
+	if err := w.dns.write(nil); err != nil {
+		w.errs = append(w.errs, err)
 	}
-	var did []string
-	leases := make(chan leased, len(plans))
-	waiting := 0
 	for _, p := range plans {
 		name := p.link.Attrs().Name
 		if err := setStatic(p); err != nil {
-			errs = append(errs, fmt.Errorf("interface %s: %w", name, err))
+			w.errs = append(w.errs, fmt.Errorf("interface %s: %w", name, err))
 			continue
 		}
 		for _, a := range p.cfg.Addresses {
-			did = append(did, name+" "+a.String())
+			w.did = append(w.did, name+" "+a.String())
 		}
 		if p.cfg.DHCP {
-			waiting++
-			m.background(ctx, func(ctx context.Context) { m.keepLease(ctx, p.link, dns, leases) })
+			w.dhcp = append(w.dhcp, p)
 		}
 	}
+	return w
+}
+
+// network ends what wire has begun: of the interfaces with DHCP it waits for the first to have an address, or for all to have
+// failed once, but not longer than wait. The rest goes on in the background.
+func (m *Machine) network(ctx context.Context, w wiring, wait time.Duration) (Outcome, string, error) {
+	if w.absent {
+		return Absent, "the machine has no network interface", nil
+	}
+	leases := make(chan leased, len(w.dhcp))
+	for _, p := range w.dhcp {
+		m.background(ctx, func(ctx context.Context) { m.keepLease(ctx, p.link, w.dns, leases) })
+	}
+	did, errs := w.did, w.errs
 	deadline := time.NewTimer(wait)
 	defer deadline.Stop()
-	for waiting > 0 {
+	for waiting := len(w.dhcp); waiting > 0; {
 		select {
 		case l := <-leases:
 			waiting--

@@ -406,12 +406,7 @@ func scan(r io.ReaderAt, super superblock) ([]*entry, error) {
 }
 
 func zero(b []byte) bool {
-	for _, c := range b {
-		if c != 0 {
-			return false
-		}
-	}
-	return true
+	return len(b) == 0 || b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
 }
 
 func allZero(r io.ReaderAt, from, to int64) (bool, error) {

@@ -288,4 +288,24 @@ func eachTask(v *View, f func(Task) error) (n int, last error) {
 		}
 	}
 	return n, last
+
+func BenchmarkPanic(b *testing.B) {
+	benchmarkPass(b, "kernels", func(v *View) (int, error) {
+		_, err := v.Panic()
+		return 1, err
+	})
+}
+
+func BenchmarkUsage(b *testing.B) {
+	benchmarkPass(b, "threads", func(v *View) (int, error) {
+		u, err := v.Usage()
+		return u.Threads, err
+	})
+}
+
+func BenchmarkSigns(b *testing.B) {
+	benchmarkPass(b, "missing", func(v *View) (int, error) {
+		s, err := v.Signs()
+		return len(s.Missing), err
+	})
 }

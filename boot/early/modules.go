@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 
 	"github.com/u-root/u-root/pkg/kmodule"
 	"golang.org/x/sys/unix"
@@ -82,9 +84,97 @@ func modaliases(sys string) ([]string, error) {
 	return all, nil
 }
 
-// LoadModules loads what the devices need that are there, as udev would, over again as long as that brings up new
-// devices (a PCI driver brings a virtio bus with devices of its own).
-func LoadModules(ctx context.Context) (Outcome, string, error) {
+// Modules loads kernel modules. The zero value has loaded none; it is not for concurrent use.
+type Modules struct {
+	table  []alias
+	prober *kmodule.Prober
+	asked  []string
+
+	late     sync.WaitGroup // the slow ones
+	busy     atomic.Int32   // how many of them are not done
+	mu       sync.Mutex
+	lateErrs []error // guarded by mu
+}
+
+// slow reports whether a driver keeps whoever loads it waiting for its device: that of a TPM has the chip test itself first, which
+// takes seconds.
+func slow(module string) bool { return strings.HasPrefix(module, "tpm_") }
+
+// Load loads what the devices need that are there, as udev would, over again as long as that brings up new devices (a PCI driver
+// brings a virtio bus with devices of its own). The drivers of TPMs it only begins to load: see [Modules.Late].
+func (m *Modules) Load(ctx context.Context) (Outcome, string, error) {
+	if m.prober == nil {
+		if outcome, detail, err := m.open(); outcome != Done {
+			return outcome, detail, err
+		}
+	}
+	before := len(m.asked)
+	var errs []error
+	probe := func(names []string) (progress bool) {
+		var now sync.WaitGroup
+		failed := make(chan error, len(names))
+		for _, name := range names {
+			if slices.Contains(m.asked, name) {
+				continue
+			}
+			m.asked, progress = append(m.asked, name), true
+			load := func() error {
+				if err := m.prober.Probe(name, ""); err != nil && !errors.Is(err, unix.ENODEV) {
+					return fmt.Errorf("load %s: %w", name, err)
+				}
+				return nil
+			}
+			if slow(name) {
+				m.busy.Add(1)
+				m.late.Go(func() {
+					defer m.busy.Add(-1)
+					if err := load(); err != nil {
+						m.mu.Lock()
+						defer m.mu.Unlock()
+						m.lateErrs = append(m.lateErrs, err)
+					}
+				})
+				continue
+			}
+			now.Go(func() { failed <- load() })
+		}
+		now.Wait()
+		close(failed)
+		for err := range failed {
+			if err != nil {
+				errs = append(errs, err)
+			}
+		}
+		return progress
+	}
+	var first []string
+	if !knowsFilesystem("ext4") {
+		first = modulesFor(m.table, "fs-ext4")
+	}
+	for range 8 { // deeper bus hierarchies than that need a look by a person
+		devices, err := modaliases("/sys")
+		if err != nil {
+			errs = append(errs, fmt.Errorf("find devices: %w", err))
+			break
+		}
+		names := first
+		for _, d := range devices {
+			names = append(names, modulesFor(m.table, d)...)
+		}
+		if !probe(names) || ctx.Err() != nil {
+			break
+		}
+		first = nil
+	}
+	did := strings.Join(m.asked[before:], " ")
+	if errs != nil {
+		return Unclear, did, errors.Join(errs...)
+	}
+	return Done, did, nil
+}
+
+// open reads the image's tables.
+func (m *Modules) open() (Outcome, string, error) {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
 		return Unclear, "", fmt.Errorf("find the kernel's release: %w", err)
@@ -97,49 +187,24 @@ func LoadModules(ctx context.Context) (Outcome, string, error) {
 	if err != nil {
 		return Unclear, "", err
 	}
-	table, err := parseAliases(bytes.NewReader(b))
-	if err != nil {
+	if m.table, err = parseAliases(bytes.NewReader(b)); err != nil {
 		return Unclear, "", err
 	}
-	prober, err := kmodule.NewProber(kmodule.ProbeOpts{})
-	if err != nil {
+	if m.prober, err = kmodule.NewProber(kmodule.ProbeOpts{}); err != nil {
 		return Unclear, "", fmt.Errorf("read the module dependencies: %w", err)
 	}
-	var loaded []string
-	var errs []error
-	probe := func(names []string) (progress bool) {
-		for _, name := range names {
-			if slices.Contains(loaded, name) {
-				continue
-			}
-			loaded, progress = append(loaded, name), true
-			if err := prober.Probe(name, ""); err != nil && !errors.Is(err, unix.ENODEV) {
-				errs = append(errs, fmt.Errorf("load %s: %w", name, err))
-			}
-		}
-		return progress
-	}
-	if !knowsFilesystem("ext4") {
-		probe(modulesFor(table, "fs-ext4"))
-	}
-	for range 8 { // deeper bus hierarchies than that need a look by a person
-		devices, err := modaliases("/sys")
-		if err != nil {
-			errs = append(errs, fmt.Errorf("find devices: %w", err))
-			break
-		}
-		var names []string
-		for _, d := range devices {
-			names = append(names, modulesFor(table, d)...)
-		}
-		if !probe(names) || ctx.Err() != nil {
-			break
-		}
-	}
-	if errs != nil {
-		return Unclear, strings.Join(loaded, " "), errors.Join(errs...)
-	}
-	return Done, strings.Join(loaded, " "), nil
+	return Done, "", nil
+}
+
+// Busy reports whether there is something for Late to wait for.
+func (m *Modules) Busy() bool { return m.busy.Load() > 0 }
+
+// Late waits until the drivers that Load has only begun to load are loaded, and their devices there, or have failed.
+func (m *Modules) Late() error {
+	m.late.Wait()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return errors.Join(m.lateErrs...)
 }
 
 // knowsFilesystem reports whether the kernel lists the file system as built in or loaded.

@@ -58,9 +58,11 @@ type loader struct {
 	facts    handover.Facts
 	feeding  atomic.Bool
 
-	// load and jump are kexec; tests have others.
-	load func(kernel, initrd *os.File, commandLine string) error
-	jump func() error
+	// openTPM waits for the TPM; busy reports whether its driver is not ready yet. load and jump are kexec. Tests have others.
+	openTPM func() (*attest.TPM, error)
+	busy    func() bool
+	load    func(kernel, initrd *os.File, commandLine string) error
+	jump    func() error
 }
 
 // say tells the console and, if it is worth remembering, the image that is started.
@@ -79,20 +81,21 @@ func run(console io.Writer) error {
 	if _, _, err := early.Mount(); err != nil {
 		l.say(true, "mount: %v", err)
 	}
-	if _, detail, err := early.LoadModules(context.Background()); err != nil {
+	var modules early.Modules
+	if _, detail, err := modules.Load(context.Background()); err != nil {
 		l.say(true, "load drivers (%s): %v", detail, err)
 	}
 	l.armWatchdog()
 	if err := l.readSettings("/etc/backdoor"); err != nil {
 		return err
 	}
-	if tpm, err := attest.Open(); errors.Is(err, attest.ErrNoTPM) {
-		l.say(false, "no TPM: nothing is measured")
-	} else if err != nil {
-		l.say(true, "%v", err)
-	} else {
-		l.tpm = tpm
+	l.openTPM = func() (*attest.TPM, error) {
+		if err := modules.Late(); err != nil {
+			return nil, fmt.Errorf("load drivers: %w", err)
+		}
+		return attest.Open()
 	}
+	l.busy = modules.Busy
 	for deadline, again := time.Now().Add(diskWait), time.Now().Add(moduleWait); ; time.Sleep(20 * time.Millisecond) { // disks appear on their own time
 		disk, err := slot.Find("/sys", "/dev")
 		if err == nil {
@@ -103,7 +106,7 @@ func run(console io.Writer) error {
 			return err
 		}
 		if time.Now().After(again) { // a memory card is known to the kernel, and wants a driver, only some time after its controller
-			if _, _, err := early.LoadModules(context.Background()); err != nil {
+			if _, _, err := modules.Load(context.Background()); err != nil {
 				l.say(true, "load drivers: %v", err)
 			}
 			again = time.Now().Add(moduleWait)
@@ -171,19 +174,26 @@ func (l *loader) boot() error {
 	if err := l.disk.Damage(); err != nil {
 		l.say(true, "the slots' state: %v", err)
 	}
-	if l.tpm != nil {
+	state := l.disk.State()
+	ahead := l.ahead(state)
+	if tpm, err := l.openTPM(); errors.Is(err, attest.ErrNoTPM) {
+		l.say(false, "no TPM: nothing is measured")
+	} else if err != nil {
+		l.say(true, "%v", err)
+	} else {
+		l.tpm = tpm
+		l.say(false, "the TPM is ready")
 		epoch, err := l.tpm.Epoch()
 		if err != nil {
 			l.say(true, "%v: the epoch is the disk's word alone", err)
 		}
 		l.epoch = epoch
 	}
-	state := l.disk.State()
 	order := state.Order(uint32(min(l.epoch, math.MaxUint32)))
 	l.say(false, "epoch %d, slots to start: %v", max(l.epoch, uint64(state.Epoch)), order)
 	var errs []error
 	for _, name := range order {
-		err := l.start(name)
+		err := l.start(name, ahead)
 		l.say(true, "slot %s: %v", name, err)
 		errs = append(errs, fmt.Errorf("slot %s: %w", name, err))
 		var fatal *dirtyError
@@ -206,11 +216,41 @@ type dirtyError struct{ err error }
 func (e *dirtyError) Error() string { return e.err.Error() }
 func (e *dirtyError) Unwrap() error { return e.err }
 
-// start starts what is in a slot. It returns only if that fails.
-func (l *loader) start(name slot.Name) error {
+// A prepared is a slot's image that is verified, in memory, and loaded for kexec.
+type prepared struct {
+	name     slot.Name
+	manifest bundle.Manifest
+	measured attest.Image
+	facts    handover.Facts // that were handed on
+}
+
+// ahead prepares what will most likely be started, while the TPM's driver is busy; nil if that is ready, or if nothing can be
+// prepared: then it is seen why when its turn comes. What is prepared counts for nothing before the TPM's epoch is known.
+func (l *loader) ahead(state slot.State) *prepared {
+	order := state.Order(0)
+	if !l.busy() || len(order) == 0 {
+		return nil
+	}
+	p, err := l.prepare(order[0], true)
+	if err != nil {
+		l.say(false, "slot %s: %v; once more when the TPM is ready", order[0], err)
+		return nil
+	}
+	return p
+}
+
+// fits reports whether what was prepared is what is to be started, with all that the image is to be told.
+func (l *loader) fits(p *prepared, name slot.Name) bool {
+	return p != nil && p.name == name && p.facts.Measured == (l.tpm != nil) && len(p.facts.Notes) == len(l.facts.Notes) &&
+		p.facts.Fallback == l.disk.State().Fallback && uint64(p.manifest.Epoch) >= l.epoch
+}
+
+// prepare verifies what is in a slot, copies it into memory, verifies it there and loads it for kexec. measured says whether it will be
+// measured.
+func (l *loader) prepare(name slot.Name, measured bool) (*prepared, error) {
 	dev := l.disk.Slot(name)
 	if dev == nil {
-		return errors.New("the disk has no such slot")
+		return nil, errors.New("the disk has no such slot")
 	}
 	state := l.disk.State()
 	policy := bundle.Policy{
@@ -219,38 +259,37 @@ func (l *loader) start(name slot.Name) error {
 	}
 	img, err := bundle.OpenAt(dev, policy)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	m := img.Manifest
 	l.say(false, "slot %s: %s %s, epoch %d", name, m.Product, m.Version, m.Epoch)
 	if at := state.Slot(name); at.Version == "" {
 		if err := l.disk.Adopt(name, &img.Head); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	measured, err := handover.Measured(dev, &img.Head)
-	if err != nil {
-		return err
+	p := &prepared{name: name, manifest: m}
+	if p.measured, err = handover.Measured(dev, &img.Head); err != nil {
+		return nil, err
 	}
 	kernel, err := memory("kernel", func(w io.Writer) error { return img.CopyPart(w, bundle.PartKernel) })
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer kernel.Close()
-	log := measured.Events()
-	l.facts.Loader, l.facts.Slot, l.facts.Version, l.facts.Epoch = loaderVersion, string(name), m.Version, m.Epoch
-	l.facts.Fallback = state.Fallback
-	l.facts.Measured = l.tpm != nil
+	p.facts = l.facts
+	p.facts.Loader, p.facts.Slot, p.facts.Version, p.facts.Epoch = loaderVersion, string(name), m.Version, m.Epoch
+	p.facts.Fallback, p.facts.Measured = state.Fallback, measured
+	var log attest.Log
+	if measured {
+		log = p.measured.Events()
+	}
 	initrd, err := memory("initrd", func(w io.Writer) error {
 		n := &counter{w: w}
 		if err := img.CopyPart(n, bundle.PartInitramfs); err != nil {
 			return err
 		}
-		facts := l.facts
-		if !facts.Measured {
-			log = nil
-		}
-		archive, err := facts.Archive(log, l.roots)
+		archive, err := p.facts.Archive(log, l.roots)
 		if err != nil {
 			return err
 		}
@@ -259,16 +298,28 @@ func (l *loader) start(name slot.Name) error {
 		return err
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer initrd.Close()
 	l.say(false, "slot %s: verified", name)
 	commandLine := strings.TrimSpace(m.CommandLine + " " + name.Argument())
 	if err := l.load(kernel, initrd, commandLine); err != nil {
-		return fmt.Errorf("load it: %w", err)
+		return nil, fmt.Errorf("load it: %w", err)
 	}
 	l.say(false, "slot %s: loaded", name)
+	return p, nil
+}
 
+// start starts what is in a slot, prepared or not. It returns only if that fails.
+func (l *loader) start(name slot.Name, ahead *prepared) error {
+	p := ahead
+	if !l.fits(p, name) {
+		var err error
+		if p, err = l.prepare(name, l.tpm != nil); err != nil {
+			return err
+		}
+	}
+	m, measured, state := p.manifest, p.measured, l.disk.State()
 	if l.tpm != nil && state.Slot(name).Status == slot.Good && uint64(m.Epoch) > l.epoch && state.Epoch >= m.Epoch {
 		if err := l.tpm.RaiseEpoch(uint64(m.Epoch)); err != nil {
 			l.say(false, "%v", err)

@@ -32,11 +32,19 @@ type bench struct {
 	disk  *slot.Disk
 	dir   string
 	tpm   string // the TPM's memory; empty: none
+	late  bool   // the TPM's driver takes its time
 }
 
-func newBench(t *testing.T) *bench {
+// benches runs f on a machine whose TPM is ready at once, and on one on which it takes its time.
+func benches(t *testing.T, f func(*testing.T, *bench)) {
+	for name, late := range map[string]bool{"ready TPM": false, "late TPM": true} {
+		t.Run(name, func(t *testing.T) { f(t, newBench(t, late)) })
+	}
+}
+
+func newBench(t *testing.T, late bool) *bench {
 	t.Helper()
-	b := &bench{t: t, key: ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize)), dir: t.TempDir(), tpm: t.TempDir()}
+	b := &bench{t: t, late: late, key: ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize)), dir: t.TempDir(), tpm: t.TempDir()}
 	public := b.key.Public().(ed25519.PublicKey)
 	role := bundle.Role{Keys: []string{bundle.KeyID(public)}, Threshold: 1}
 	b.root = bundle.Root{
@@ -151,12 +159,16 @@ func (b *bench) reset(loadError func(kernel string) error) start {
 	if l.roots, err = json.Marshal(b.chain); err != nil {
 		b.t.Fatal(err)
 	}
-	var again *attest.TPM
+	var again *attest.TPM // the machine's, which outlives the loader
 	off := func() {}
+	l.openTPM = func() (*attest.TPM, error) { return nil, attest.ErrNoTPM }
 	if b.tpm != "" {
-		l.tpm, off = attesttest.Start(b.t, b.tpm)
+		again, off = attesttest.Start(b.t, b.tpm)
+		l.openTPM = func() (*attest.TPM, error) { return attest.New(keepOpen{again}), nil }
 	}
+	l.busy = func() bool { return b.late }
 	defer func() { off() }()
+	loaded := ""
 	l.load = func(kernel, initrd *os.File, commandLine string) error {
 		k, err := io.ReadAll(kernel)
 		if err == nil {
@@ -165,25 +177,24 @@ func (b *bench) reset(loadError func(kernel string) error) start {
 		if err != nil {
 			b.t.Fatal(err)
 		}
-		s.kernel, s.commandLine = string(k), commandLine
 		if loadError != nil {
-			if err := loadError(s.kernel); err != nil {
-				s.kernel = ""
+			if err := loadError(string(k)); err != nil {
 				return err
 			}
 		}
-		if l.tpm != nil {
-			if d, err := l.tpm.PCR(attest.ImagePCR); err != nil || d != (attest.Digest{}) {
+		loaded = string(k)
+		s.commandLine = commandLine
+		if again != nil {
+			if d, err := again.PCR(attest.ImagePCR); err != nil || d != (attest.Digest{}) {
 				b.t.Errorf("PCR %d before the jump = %v, %v; want it untouched until the load has succeeded", attest.ImagePCR, d, err)
 			}
 		}
 		return nil
 	}
 	errJump := errors.New("jumped")
-	l.jump = func() error { return errJump }
-	if l.tpm != nil { // the loader closes its own; the machine's goes on
-		again = l.tpm
-		l.tpm = attest.New(keepOpen{again})
+	l.jump = func() error {
+		s.kernel = loaded
+		return errJump
 	}
 	s.err = l.boot()
 	s.console = console.String()
@@ -232,8 +243,9 @@ func (b *bench) unpack(initrd []byte) *handover.Boot {
 	return boot
 }
 
-func TestBoot(t *testing.T) {
-	b := newBench(t)
+func TestBoot(t *testing.T) { benches(t, testBoot) }
+
+func testBoot(t *testing.T, b *bench) {
 	b.install("", b.bundle("1.0", 1))
 	s := b.reset(nil)
 	if s.err != nil || s.kernel != "kernel 1.0" || s.commandLine != "quiet backdoor.slot=a" {
@@ -298,8 +310,8 @@ func TestFallback(t *testing.T) {
 			}
 		}, "no memory for it"},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			b := newBench(t)
+		benches(t, func(t *testing.T, b *bench) {
+			t.Log(tt.name)
 			b.install("", b.bundle("1.0", 1))
 			before := b.reset(nil)
 			b.good(slot.A)
@@ -335,8 +347,9 @@ func (b *bench) flip(off int64) {
 
 // TestEpoch lets the epoch rise, and then puts an old, rightly signed image and an old state back, as somebody with the disk in his
 // hands can: only the TPM remembers.
-func TestEpoch(t *testing.T) {
-	b := newBench(t)
+func TestEpoch(t *testing.T) { benches(t, testEpoch) }
+
+func testEpoch(t *testing.T, b *bench) {
 	b.install("", b.bundle("1.0", 1))
 	b.reset(nil)
 	b.good(slot.A)
@@ -373,7 +386,7 @@ func TestEpoch(t *testing.T) {
 }
 
 func TestNothingToStart(t *testing.T) {
-	b := newBench(t)
+	b := newBench(t, true)
 	if s := b.reset(nil); s.err == nil || s.kernel != "" {
 		t.Errorf("an empty disk: started %q, %v", s.kernel, s.err)
 	}

@@ -50,11 +50,12 @@ func TestAttestation(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !a.measured() {
-		t.Error("measured() = false")
+	if got, ok := a.log.Image(); !ok {
+		t.Errorf("Image() = %v, %v", got, ok)
 	}
 	key := attest.Digest{1}
-	a.shown = func() attest.Digest { return key }
+	says := claims{shown: func() attest.Digest { return key }}
+	a.claims.Store(&says)
 	for range 2 { // the second time it is no news
 		if err := a.identify(key); err != nil {
 			t.Fatal(err)
@@ -65,7 +66,7 @@ func TestAttestation(t *testing.T) {
 	if a, err = newAttestation(tpm, start, path); err != nil { // the next worker
 		t.Fatal(err)
 	}
-	a.shown = func() attest.Digest { return key }
+	a.claims.Store(&says)
 	if err := a.identify(key); err != nil {
 		t.Fatal(err)
 	}
@@ -89,7 +90,7 @@ func TestAttestation(t *testing.T) {
 
 	// The agreement that holds is measured, and a quote names it.
 	agreement := attest.Digest{7}
-	a.agreed = func() attest.Digest { return agreement }
+	says.agreed = func() attest.Digest { return agreement }
 	for _, want := range []attest.Digest{{7}, {8}} {
 		agreement = want
 		if e.Quote, err = a.Quote(e.Nonce, attest.ImagePCR, attest.IdentityPCR); err != nil {

@@ -164,7 +164,7 @@ func TestNothingToWatch(t *testing.T) {
 				t.Fatal(why)
 			}
 			log := slog.New(slog.DiscardHandler)
-			w := &worker{cfg: cfg, log: log}
+			w := newWorker(cfg, log)
 			w.openEngine(newParts(cfg, log), why)
 			ctx, cancel := context.WithCancel(t.Context())
 			done := make(chan error, 1)

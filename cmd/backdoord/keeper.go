@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/backdoor-rhs/backdoor/boot"
 )
 
@@ -85,22 +87,34 @@ func (k *keeper) worker(ctx context.Context) error {
 		return fmt.Errorf("make pipe: %w", err)
 	}
 	defer beats.Close()
+	devices, found, err := os.Pipe()
+	if err != nil {
+		w.Close()
+		return fmt.Errorf("make pipe: %w", err)
+	}
+	go func() { // closed when the machine has all its devices
+		if k.machine != nil {
+			<-k.machine.Devices()
+		}
+		found.Close()
+	}()
 	args := []string{"-worker", "-config", k.path}
 	if k.machine != nil {
 		args = append(args, "-machine")
 	}
 	cmd := exec.CommandContext(ctx, self, args...)
 	cmd.Stdout, cmd.Stderr = k.stdout, k.stderr
-	cmd.ExtraFiles = []*os.File{w} // file descriptor 3
+	cmd.ExtraFiles = []*os.File{w, devices} // file descriptors 3 and 4
 	// The worker must not outlive its keeper, and a terminal's interrupt goes to the keeper alone.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 20 * time.Second
-	if err := cmd.Start(); err != nil {
-		w.Close()
+	err = cmd.Start()
+	w.Close()
+	devices.Close()
+	if err != nil {
 		return fmt.Errorf("start worker: %w", err)
 	}
-	w.Close()
 	k.lastBeat.Store(time.Now().UnixNano())
 	k.log.Info("worker started", "pid", cmd.Process.Pid)
 
@@ -126,6 +140,24 @@ func (k *keeper) worker(ctx context.Context) error {
 		return fmt.Errorf("worker: %w", err)
 	}
 	return errors.New("worker ended without an error")
+}
+
+// keeperDevices returns a channel that is closed when the keeper has closed its end of file descriptor 4: the machine has all the
+// devices then that it will have.
+func keeperDevices() <-chan struct{} {
+	found := make(chan struct{})
+	var st unix.Stat_t
+	if err := unix.Fstat(4, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFIFO {
+		close(found) // nobody is to be waited for
+		return found
+	}
+	f := os.NewFile(4, "devices")
+	go func() {
+		defer close(found)
+		defer f.Close()
+		_, _ = f.Read(make([]byte, 1)) // nothing is ever written
+	}()
+	return found
 }
 
 // beat says on file descriptor 3, while the agent's parts answer, that they do. It returns when ctx ends.

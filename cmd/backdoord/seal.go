@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -21,7 +20,6 @@ import (
 	"github.com/backdoor-rhs/backdoor/boot/handover"
 	"github.com/backdoor-rhs/backdoor/boot/slot"
 	"github.com/backdoor-rhs/backdoor/internal/durable"
-	"github.com/backdoor-rhs/backdoor/redfish/service"
 )
 
 // sealed begins what a keySeal has encrypted.
@@ -41,7 +39,7 @@ type keySeal struct {
 	to   []attest.Digest // guarded by mu: what the key is sealed to
 }
 
-// newKeySeal opens the sealed key in file, or makes one. An error that is attest.ErrWrongImage says that the key is there and not for this image.
+// newKeySeal opens the sealed key in file, or makes one and seals it. An error that is attest.ErrWrongImage says that the key is there and not for this image.
 func newKeySeal(tpm *attest.TPM, file string, images func() []attest.Digest) (*keySeal, error) {
 	k := &keySeal{tpm: tpm, file: file, images: images}
 	b, err := os.ReadFile(file)
@@ -68,7 +66,10 @@ func newKeySeal(tpm *attest.TPM, file string, images func() []attest.Digest) (*k
 	if k.aead, err = cipher.NewGCM(c); err != nil {
 		return nil, err
 	}
-	return k, k.refresh()
+	if k.to == nil {
+		return k, k.refresh()
+	}
+	return k, nil
 }
 
 // refresh seals the key to the images that may be started now, if they are others than those it is sealed to. It has to be called before a new image
@@ -136,40 +137,22 @@ func (n noKey) Open(b []byte) ([]byte, bool, error) {
 	return nil, true, n.why
 }
 
-// configureSeal gives the Redfish service a vault for its keys, if this image was measured into a TPM.
-func (w *worker) configureSeal(o *service.Options) {
-	file := filepath.Join(w.cfg.StateDir, "keys.sealed")
-	if w.attestation == nil || !w.attestation.measured() {
-		if _, err := os.Stat(file); err == nil {
-			o.Vault = noKey{errors.New("the agent's keys are sealed to a measured image, and this one was not measured")}
-		}
-		return
-	}
-	k := w.seal.Load()
-	if k == nil {
-		var err error
-		k, err = newKeySeal(w.attestation.tpm, file, w.sealImages)
-		if err != nil {
-			w.log.Error("open the seal of the agent's keys", "err", err)
-			o.Vault = noKey{err}
-			return
-		}
-		w.seal.Store(k)
-	}
-	o.Vault = k
-}
-
 // keepSeal seals the agent's keys anew whenever the slots hold other images than before, until ctx ends.
 func (w *worker) keepSeal(ctx context.Context) {
 	if w.images == nil {
+		return
+	}
+	select {
+	case <-w.trust.opened:
+	case <-ctx.Done():
 		return
 	}
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	var last uint64
 	for {
-		if seq := w.images.disk.State().Seq; seq != last && w.seal.Load() != nil {
-			w.refreshSeal()
+		if seq := w.images.disk.State().Seq; seq != last {
+			w.trust.refresh()
 			last = seq
 		}
 		select {
@@ -180,18 +163,10 @@ func (w *worker) keepSeal(ctx context.Context) {
 	}
 }
 
-// refreshSeal comes before each start of another image, so that this can open the keys.
-func (w *worker) refreshSeal() {
-	if k := w.seal.Load(); k != nil {
-		if err := k.refresh(); err != nil {
-			w.log.Error("seal the agent's keys to the images in the slots", "err", err)
-		}
-	}
-}
-
 // sealImages are the images that may open the agent's keys.
 func (w *worker) sealImages() []attest.Digest {
-	now, err := w.attestation.PCR(attest.ImagePCR)
+	<-w.imagesOpen
+	now, err := w.trust.tpm.PCR(attest.ImagePCR)
 	if err != nil {
 		w.log.Error("seal the agent's keys", "err", err)
 		return nil

@@ -41,6 +41,7 @@ func (w *worker) openImages() {
 	if err != nil {
 		w.log.Warn("read the kernel's command line", "err", err)
 	}
+	defer close(w.imagesOpen)
 	running := slot.Running(string(line))
 	if running == "" {
 		w.log.Info("not started from a slot: the agent does not update its machine")
@@ -62,10 +63,7 @@ func (w *worker) openImages() {
 		Disk: disk, Running: running, Logger: w.log, Parts: []schema.Link{{ID: "/redfish/v1/Managers/bmc"}},
 		Restart: func(ctx context.Context) error { return w.reset(ctx, true) },
 		Epoch: func() (uint32, error) {
-			if w.attestation == nil {
-				return 0, nil // without a TPM the disk's word has to do
-			}
-			e, err := w.attestation.tpm.Epoch()
+			e, err := w.trust.epoch()
 			return uint32(min(e, math.MaxUint32)), err
 		},
 	})

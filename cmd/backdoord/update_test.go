@@ -91,7 +91,8 @@ func onTrial(t *testing.T) *worker {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &worker{cfg: config.Default(), log: slog.New(slog.NewTextHandler(t.Output(), nil)), console: t.Output(), resets: make(chan struct{}, 1)}
+	w := newWorker(config.Default(), slog.New(slog.NewTextHandler(t.Output(), nil)))
+	w.console = t.Output()
 	w.cfg.StateDir = filepath.Join(dir, "state")
 	if err := os.MkdirAll(w.cfg.StateDir, 0o700); err != nil {
 		t.Fatal(err)

@@ -20,6 +20,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/journal"
+	"github.com/backdoor-rhs/backdoor/boot"
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
 	"github.com/backdoor-rhs/backdoor/cmd/internal/version"
@@ -45,19 +46,36 @@ func work(ctx context.Context, f flags, level *slog.LevelVar, log *slog.Logger, 
 	}
 	log.Info("backdoord", "version", version.String(), "memory", cfg.Memory.Backend, "writes", cfg.Writes)
 
-	w := &worker{cfg: cfg, path: f.config, machine: f.machine, log: log, console: console, resets: make(chan struct{}, 1)}
+	w := newWorker(cfg, log)
+	w.path, w.machine, w.console = f.config, f.machine, console
+	if w.machine { // another's TPM is left alone
+		w.trust = newTrust(cfg.StateDir, w.sealImages, log)
+		go w.trust.start(ctx, keeperDevices())
+	}
 	p := newParts(cfg, log)
 	for _, err := range p.problems {
 		log.Error("configuration", "err", err)
 	}
 	w.openRDMA(p)
 	w.gateway = newGateway(cfg, log)
-	w.openEngine(p, why)
-	w.openImages()
-	if w.machine { // another's TPM is left alone
-		w.attestation = openAttestation(log)
-	}
+	w.step("slots", w.openImages)
+	w.step("journal and engine", func() { w.openEngine(p, why) })
 	return w.run(ctx)
+}
+
+func newWorker(cfg config.Config, log *slog.Logger) *worker {
+	return &worker{cfg: cfg, log: log, console: io.Discard, resets: make(chan struct{}, 1), imagesOpen: make(chan struct{})}
+}
+
+// step logs how long a part of the start took.
+func (w *worker) step(name string, f func()) {
+	began := time.Now()
+	f()
+	args := []any{"step", name, "took", time.Since(began).Round(time.Millisecond)}
+	if w.machine {
+		args = append(args, "at", boot.Uptime().Round(time.Millisecond))
+	}
+	w.log.Info("start", args...)
 }
 
 // configure loads the configuration. With an error comes one that watches and writes nothing.
@@ -75,19 +93,19 @@ func configure(path string) (config.Config, error) {
 }
 
 type worker struct {
-	cfg         config.Config
-	path        string // of the configuration
-	machine     bool   // it is the agent's to configure
-	log         *slog.Logger
-	console     io.Writer
-	engine      *engine.Engine
-	journal     *journal.Journal
-	resets      chan struct{}           // a reset of the agent's machine was asked for
-	images      *images                 // nil if the machine was not started from a slot
-	proved      bool                    // the journal has written; of prove alone
-	attestation *attestation            // nil: unattested
-	seal        atomic.Pointer[keySeal] // nil: the keys are not sealed
-	service     atomic.Pointer[service.Service]
+	cfg        config.Config
+	path       string // of the configuration
+	machine    bool   // it is the agent's to configure
+	log        *slog.Logger
+	console    io.Writer
+	engine     *engine.Engine
+	journal    *journal.Journal
+	resets     chan struct{} // a reset of the agent's machine was asked for
+	images     *images       // nil if the machine was not started from a slot
+	imagesOpen chan struct{} // closed when that is known
+	proved     bool          // the journal has written; of prove alone
+	trust      *trust        // nil: the machine is not the agent's own
+	service    atomic.Pointer[service.Service]
 
 	remote  *remote  // nil if RDMA is not served
 	gateway *gateway // nil if the agent does not stand between the host and the wire
@@ -149,7 +167,9 @@ func (w *worker) newService() (*service.Service, error) {
 	}
 	host.Configure(&so)
 	so.Conditions = host.Conditions(w.engine.Findings)
-	w.configureSeal(&so)
+	if w.trust != nil {
+		so.Vault = w.trust.keys()
+	}
 	if w.journal != nil {
 		so.Audit = host.Audit(w.journal)
 	}
@@ -172,22 +192,19 @@ func (w *worker) newService() (*service.Service, error) {
 	if w.machine {
 		ho.Network = newNetwork(w.path, w.log)
 	}
-	if a := w.attestation; a != nil {
-		a.shown = func() attest.Digest { return sha256.Sum256(svc.Certificate().RawSubjectPublicKeyInfo) }
-		if err := a.identify(a.shown()); err != nil {
-			w.log.Error("measure the service's key", "err", err)
-		}
-		a.agreed = func() attest.Digest {
-			var d attest.Digest
-			if s := w.engine.State(); s.Agreement == nil || d.UnmarshalText([]byte(s.Agreement.Digest)) != nil {
-				return attest.Digest{}
-			}
-			return d
-		}
-		if err := a.agree(a.agreed()); err != nil {
-			w.log.Error("measure the access agreement", "err", err)
-		}
-		ho.Attestor = a
+	if t := w.trust; t != nil {
+		t.claims.Store(&claims{
+			shown: func() attest.Digest { return sha256.Sum256(svc.Certificate().RawSubjectPublicKeyInfo) },
+			agreed: func() attest.Digest {
+				var d attest.Digest
+				if s := w.engine.State(); s.Agreement == nil || d.UnmarshalText([]byte(s.Agreement.Digest)) != nil {
+					return attest.Digest{}
+				}
+				return d
+			},
+		})
+		t.claim()
+		ho.Attestor = t
 	}
 	svc.Handle(host.Routes(svc, ho)...)
 	sum := sha256.Sum256(svc.Certificate().Raw)
@@ -214,7 +231,8 @@ func (w *worker) run(ctx context.Context) int {
 		var svc *service.Service
 		supervise(ctx, w.log, "redfish", func(ctx context.Context) (err error) {
 			if svc == nil {
-				if svc, err = w.newService(); err != nil {
+				w.step("Redfish", func() { svc, err = w.newService() })
+				if err != nil {
 					return err
 				}
 				w.service.Store(svc)
@@ -224,14 +242,18 @@ func (w *worker) run(ctx context.Context) int {
 		})
 	})
 	wg.Go(func() { w.prove(ctx) })
-	wg.Go(func() { w.keepSeal(ctx) })
+	if w.trust != nil {
+		wg.Go(func() { w.keepSeal(ctx) })
+	}
 	wg.Go(func() { beat(ctx, w.answers, w.log) })
 	code := 0
 	select {
 	case <-ctx.Done():
 	case <-w.resets:
 		code = exitReboot
-		w.refreshSeal()
+		if w.trust != nil {
+			w.trust.refresh()
+		}
 		cancel()
 	}
 	done := make(chan struct{})

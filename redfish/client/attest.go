@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
@@ -53,8 +54,8 @@ func (c *Client) Attest(ctx context.Context, want Attestation) (*Attested, error
 	return got, nil
 }
 
-func (c *Client) attest(ctx context.Context, want Attestation) (*Attested, error) {
-	var component *schema.ComponentIntegrity
+// tpm returns the agent's TPM as it is now.
+func (c *Client) tpm(ctx context.Context) (*schema.ComponentIntegrity, error) {
 	for i, err := range Members[schema.ComponentIntegrity](ctx, c, integrityURI) {
 		var e *Error
 		if errors.As(err, &e) && e.Status == 404 {
@@ -63,13 +64,37 @@ func (c *Client) attest(ctx context.Context, want Attestation) (*Attested, error
 		if err != nil {
 			return nil, err
 		}
-		if i.Type == "TPM" && i.Enabled && i.TPM != nil && i.TPM.IdentityAuthentication != nil && i.TPM.IdentityAuthentication.ComponentCertificate != nil {
-			component = &i
-			break
+		if i.Type == "TPM" && i.Enabled && (starting(&i) || i.TPM != nil && i.TPM.IdentityAuthentication != nil && i.TPM.IdentityAuthentication.ComponentCertificate != nil) {
+			return &i, nil
 		}
 	}
-	if component == nil {
-		return nil, ErrUnattested
+	return nil, ErrUnattested
+}
+
+func starting(i *schema.ComponentIntegrity) bool {
+	return i.Status != nil && i.Status.State == schema.StateStarting
+}
+
+// An agent that has just started may need some seconds until its TPM is ready.
+const (
+	tpmEvery = 250 * time.Millisecond
+	tpmWait  = 30 * time.Second
+)
+
+func (c *Client) attest(ctx context.Context, want Attestation) (*Attested, error) {
+	component, err := c.tpm(ctx)
+	for late := time.Now().Add(tpmWait); err == nil && starting(component); component, err = c.tpm(ctx) {
+		if time.Now().After(late) {
+			return nil, fmt.Errorf("the agent's TPM is still starting after %v", tpmWait)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(tpmEvery):
+		}
+	}
+	if err != nil {
+		return nil, err
 	}
 	quoteAction, ok := component.Actions["#ComponentIntegrity.TPMGetSignedMeasurements"]
 	if !ok {
@@ -89,7 +114,6 @@ func (c *Client) attest(ctx context.Context, want Attestation) (*Attested, error
 		return nil, err
 	}
 	e := attest.Evidence{Nonce: make([]byte, attest.MaxNonce)}
-	var err error
 	if e.AK, e.Certificates, err = parseChain(cert.CertificateString); err != nil {
 		return nil, fmt.Errorf("the attestation key's certificate: %w", err)
 	}

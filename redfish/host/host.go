@@ -78,7 +78,7 @@ type Options struct {
 	// DumpDir keeps the diagnostic data that was collected; what is in it is removed at the start. Empty leaves out the log
 	// service that collects.
 	DumpDir string
-	// Attestor proves what the agent's machine runs; nil if it has no TPM.
+	// Attestor proves what the agent's machine runs; nil if that is nothing to be proven.
 	Attestor Attestor
 	// Root is where the agent's own machine is looked into; empty means "/". Tests give a directory.
 	Root string
@@ -252,7 +252,7 @@ func (h *host) card() service.Route {
 					ContainedBy:       schema.LinkTo("/redfish/v1/Chassis/1"),
 				},
 			}
-			if h.o.Attestor != nil {
+			if h.trusts() {
 				out.Trusted = schema.LinkTo(cardURI + "/TrustedComponents")
 			}
 			return out, nil

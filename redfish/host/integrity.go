@@ -5,7 +5,9 @@ import (
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"net/http"
 	"strings"
 
 	"github.com/backdoor-rhs/backdoor/boot/attest"
@@ -16,8 +18,8 @@ import (
 
 // Attestor proves what the agent's machine runs, by its TPM.
 type Attestor interface {
-	// Identity are the TPM and its keys; it is read once.
-	Identity() Identity
+	// Identity are the TPM and its keys. ErrStarting says that they are being read, any other error that there is no TPM that works.
+	Identity() (Identity, error)
 	// Quote signs the PCRs of the SHA-256 bank with the nonce.
 	Quote(nonce []byte, pcrs ...int) (attest.Quote, error)
 	// PCR reads one.
@@ -27,6 +29,9 @@ type Attestor interface {
 	// Activate answers a challenge, with which a verifier makes sure that the attestation key sits beside the endorsement key.
 	Activate(attest.Challenge) ([]byte, error)
 }
+
+// ErrStarting means that the machine's TPM is not ready yet.
+var ErrStarting = errors.New("the TPM is not ready yet")
 
 // Identity is a TPM and its keys.
 type Identity struct {
@@ -65,19 +70,60 @@ type activated struct {
 	CertInfo string `json:"CertInfo"`
 }
 
+// trusts reports whether the machine has a TPM, as far as is known: one that is not ready yet is there.
+func (h *host) trusts() bool {
+	if h.o.Attestor == nil {
+		return false
+	}
+	_, err := h.o.Attestor.Identity()
+	return err == nil || errors.Is(err, ErrStarting)
+}
+
+// tpm are the members of a collection of TPMs.
+func (h *host) tpm(*service.Request) ([]string, error) {
+	if !h.trusts() {
+		return nil, nil
+	}
+	return []string{"tpm"}, nil
+}
+
+// identity is the TPM's, or why a request that needs it is refused.
+func identity(a Attestor) (Identity, error) {
+	id, err := a.Identity()
+	switch {
+	case errors.Is(err, ErrStarting):
+		e := service.Because(503, "ServiceTemporarilyUnavailable", "The TPM is not ready yet. Retry in 1 seconds.", "1")
+		e.Header = http.Header{"Retry-After": {"1"}}
+		return id, e
+	case err != nil:
+		return id, service.ErrNotFound
+	}
+	return id, nil
+}
+
 // integrity are the resources with which a client makes sure what the agent's machine runs. Without a TPM the collection is there and
-// empty: nothing can be proven.
+// empty: nothing can be proven. A TPM that is not ready yet is starting.
 func (h *host) integrity() []service.Route {
 	a := h.o.Attestor
 	if a == nil {
 		return []service.Route{{URI: integrityURI, Type: schema.TypeComponentIntegrityCollection, Name: "Component integrity", Members: service.Fixed()}}
 	}
-	id := a.Identity()
 	return []service.Route{
-		{URI: integrityURI, Type: schema.TypeComponentIntegrityCollection, Name: "Component integrity", Members: service.Fixed("tpm")},
+		{URI: integrityURI, Type: schema.TypeComponentIntegrityCollection, Name: "Component integrity", Members: h.tpm},
 		{
 			URI: integrityURI + "/tpm", Type: schema.TypeComponentIntegrity,
 			Get: func(*service.Request) (schema.Object, error) {
+				id, err := a.Identity()
+				if errors.Is(err, ErrStarting) {
+					return &schema.ComponentIntegrity{
+						Resource: schema.Resource{Name: "Integrity of the agent", Description: "What the agent's machine has started, measured into its TPM"},
+						Type:     "TPM", TypeVersion: "2.0", Enabled: true, TargetComponentURI: tpmURI, LastUpdated: schema.Time(h.started),
+						Status: &schema.Status{State: schema.StateStarting},
+					}, nil
+				}
+				if err != nil {
+					return nil, service.ErrNotFound
+				}
 				out := &schema.ComponentIntegrity{
 					Resource: schema.Resource{Name: "Integrity of the agent", Description: "What the agent's machine has started, measured into its TPM"},
 					Type:     "TPM", TypeVersion: id.Properties.Family, Enabled: true, TargetComponentURI: tpmURI, LastUpdated: schema.Time(h.started),
@@ -107,13 +153,22 @@ func (h *host) integrity() []service.Route {
 					{Name: "Scheme", Kind: service.String, Required: true, Min: 1, Max: 64},
 					{Name: "Nonce", Kind: service.String, Max: 2 * 1024},
 				},
-				Do: func(_ *service.Request, v service.Values) (*service.Reply, error) { return signedMeasurements(a, v) },
+				Do: func(_ *service.Request, v service.Values) (*service.Reply, error) {
+					if _, err := identity(a); err != nil {
+						return nil, err
+					}
+					return signedMeasurements(a, v)
+				},
 			}},
 		},
-		{URI: cardURI + "/TrustedComponents", Type: schema.TypeTrustedComponentCollection, Name: "Trusted components", Members: service.Fixed("tpm")},
+		{URI: cardURI + "/TrustedComponents", Type: schema.TypeTrustedComponentCollection, Name: "Trusted components", Members: h.tpm},
 		{
 			URI: tpmURI, Type: schema.TypeTrustedComponent,
 			Get: func(*service.Request) (schema.Object, error) {
+				id, err := identity(a)
+				if err != nil {
+					return nil, err
+				}
 				own, err := oem.Object("BackdoorTrustedComponent.v1_0_0.TrustedComponent", trustedOEM{id.EndorsementKey.PEM(), id.EndorsementKey.Fingerprint().String()})
 				if err != nil {
 					return nil, err
@@ -137,6 +192,9 @@ func (h *host) integrity() []service.Route {
 				{
 					Name: "TrustedComponent.TPMGetEventLog",
 					Do: func(*service.Request, service.Values) (*service.Reply, error) {
+						if _, err := identity(a); err != nil {
+							return nil, err
+						}
 						log, err := a.EventLog()
 						if err != nil {
 							return nil, err
@@ -152,6 +210,9 @@ func (h *host) integrity() []service.Route {
 					},
 					Do: func(_ *service.Request, v service.Values) (*service.Reply, error) {
 						var c attest.Challenge
+						if _, err := identity(a); err != nil {
+							return nil, err
+						}
 						var err error
 						if c.Credential, err = parameter(v, "ActivateCredential", "CredentialBlob"); err != nil {
 							return nil, err
@@ -168,10 +229,19 @@ func (h *host) integrity() []service.Route {
 				},
 			},
 		},
-		{URI: tpmURI + "/Certificates", Type: schema.TypeCertificateCollection, Name: "Certificates of the TPM", Members: service.Fixed("ak")},
+		{URI: tpmURI + "/Certificates", Type: schema.TypeCertificateCollection, Name: "Certificates of the TPM", Members: func(*service.Request) ([]string, error) {
+			if _, err := identity(a); err != nil {
+				return nil, err
+			}
+			return []string{"ak"}, nil
+		}},
 		{
 			URI: akURI, Type: schema.TypeCertificate,
 			Get: func(*service.Request) (schema.Object, error) {
+				id, err := identity(a)
+				if err != nil {
+					return nil, err
+				}
 				leaf, err := x509.ParseCertificate(id.Certificates[0])
 				if err != nil {
 					return nil, err

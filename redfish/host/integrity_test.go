@@ -4,9 +4,11 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -59,16 +61,32 @@ func (m *testTPM) measure(t testing.TB, log ...attest.Event) {
 	}
 }
 
-func (m *testTPM) Identity() Identity        { return m.id }
-func (m *testTPM) EventLog() ([]byte, error) { return m.log.MarshalBinary() }
+func (m *testTPM) Identity() (Identity, error) { return m.id, nil }
+func (m *testTPM) EventLog() ([]byte, error)   { return m.log.MarshalBinary() }
+
+// A lateTPM becomes what err says: nil, a TPM that works.
+type lateTPM struct {
+	*testTPM
+	err atomic.Pointer[error]
+}
+
+func (m *lateTPM) Identity() (Identity, error) { return m.id, *m.err.Load() }
+
+func (m *lateTPM) set(err error) { m.err.Store(&err) }
 
 // attested serves a fake agent's host, with a TPM that has measured the service's key if that is wanted, and returns how to reach it.
 func attested(t *testing.T, m *testTPM, identify bool) client.Config {
 	t.Helper()
-	a := newFakeAgent()
-	if m != nil {
-		a.attestor = m
+	if m == nil {
+		return attestedBy(t, nil, nil, false)
 	}
+	return attestedBy(t, m, m, identify)
+}
+
+func attestedBy(t *testing.T, a0 Attestor, m *testTPM, identify bool) client.Config {
+	t.Helper()
+	a := newFakeAgent()
+	a.attestor = a0
 	s := newTestService(t, a, service.Options{})
 	if identify {
 		m.measure(t, attest.TLSEvent(sha256.Sum256(s.Certificate().RawSubjectPublicKeyInfo)))
@@ -143,6 +161,46 @@ func TestAttest(t *testing.T) {
 	var system schema.ComputerSystem
 	if err := dial(t, believing).Get(t.Context(), "/redfish/v1/Systems/system", &system); err != nil || system.HostName != "patient" {
 		t.Errorf("Get() from an agent that attests = %+v, %v", system, err)
+	}
+}
+
+// TestAttestLate has a TPM that is not ready when the service starts: until it is, it is said to be starting, and a client waits for it.
+func TestAttestLate(t *testing.T) {
+	m := &lateTPM{testTPM: newTestTPM(t)}
+	m.set(ErrStarting)
+	conf := attestedBy(t, m, m.testTPM, true)
+	c := dial(t, conf)
+	var i schema.ComponentIntegrity
+	if err := c.Get(t.Context(), integrityURI+"/tpm", &i); err != nil || i.Status == nil || i.Status.State != schema.StateStarting || i.TPM != nil {
+		t.Fatalf("Get() of a TPM that starts = %+v, %v", i, err)
+	}
+	for _, uri := range []string{tpmURI, akURI, tpmURI + "/Certificates"} {
+		var refused *client.Error
+		if err := c.Get(t.Context(), uri, new(json.RawMessage)); !errors.As(err, &refused) || refused.Status != 503 {
+			t.Errorf("Get(%s) while the TPM starts = %v; want 503", uri, err)
+		}
+	}
+	type result struct {
+		got *client.Attested
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		got, err := c.Attest(context.Background(), client.Attestation{EndorsementKeys: []attest.Digest{m.id.EndorsementKey.Fingerprint()}})
+		done <- result{got, err}
+	}()
+	select {
+	case r := <-done:
+		t.Fatalf("Attest() does not wait for the TPM: %+v, %v", r.got, r.err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	m.set(nil)
+	if r := <-done; r.err != nil || r.got.Version != "1.4.0" {
+		t.Errorf("Attest() when the TPM is ready = %+v, %v", r.got, r.err)
+	}
+	m.set(errors.New("it does not work"))
+	if _, err := dial(t, conf).Attest(t.Context(), client.Attestation{}); !errors.Is(err, client.ErrUnattested) {
+		t.Errorf("Attest() with a TPM that does not work = %v; want ErrUnattested", err)
 	}
 }
 

@@ -200,10 +200,11 @@ func New(o Options) (*Service, error) {
 	if s.uuid, err = s.loadUUID(); err != nil {
 		return nil, err
 	}
-	if s.certs, err = openCertificates(s); err != nil {
+	// The accounts first: the hash of a first password takes its time, in which the vault may get its key.
+	if s.accounts, err = openAccounts(s); err != nil {
 		return nil, err
 	}
-	if s.accounts, err = openAccounts(s); err != nil {
+	if s.certs, err = openCertificates(s); err != nil {
 		return nil, err
 	}
 	s.sessions = newSessions(s)

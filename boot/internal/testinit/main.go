@@ -63,6 +63,7 @@ func run(ctx context.Context, args []string) int {
 		return 1
 	}
 	r.UpTook = uptime() - r.Uptime
+	<-m.Settled()
 	r.Steps, r.Persistent = m.Report(), m.Persistent()
 	r.Boots, err = count(filepath.Join(boot.StateDir, "boots"))
 	if err != nil {
