@@ -119,7 +119,9 @@ func (k *madeKernel) look(context.Context) look { return k }
 func (k *madeKernel) image() *kernel.Image      { return nil }
 func (k *madeKernel) Cost() kernel.Cost         { return kernel.Cost{Reads: 3, Bytes: 640} }
 
-func (k *madeKernel) Signs() (kernel.Signs, error) { return kernel.Signs{At: time.Now()}, nil }
+func (k *madeKernel) SignsAmong([]kernel.Task) (kernel.Signs, error) {
+	return kernel.Signs{At: time.Now()}, nil
+}
 
 func (k *madeKernel) Usage() (kernel.Usage, error) {
 	return kernel.Usage{At: time.Now(), Forks: 100, Threads: 60, MaxThreads: 4000, PIDs: 60, MaxPIDs: 32768, Total: 1 << 30, Free: 1 << 29, Available: 1 << 29}, nil

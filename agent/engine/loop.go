@@ -480,11 +480,12 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		uerr = nil // its detectors will say that they lack it
 	}
 	var terr error
+	var listed []kernel.Task // in this pass
 	if e.tasksDue(w.nextTasks, now) || e.config.Hurry(w.usage, w.tasks) {
 		w.nextTasks = now.Add(e.config.Tasks)
 		var s detect.TaskSample
 		if s, terr = taskSample(l); terr == nil {
-			w.tasks = append(w.tasks, s)
+			w.tasks, listed = append(w.tasks, s), s.Tasks
 			_, keep := e.config.Keep()
 			for len(w.tasks) > 2 && now.Sub(w.tasks[1].At) > keep {
 				w.tasks = slices.Delete(w.tasks, 0, 1)
@@ -499,10 +500,11 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	// On a host without any life a look at what stands is as good as many.
 	var serr error
 	alarming := false
-	if !now.Before(w.nextSigns) {
+	// They rest on a list of tasks, so they are looked for when there is one, if that is about their time.
+	if !now.Before(w.nextSigns) || listed != nil && w.nextSigns.Sub(now) < signsEvery/2 {
 		w.nextSigns = now.Add(signsEvery)
 		var s kernel.Signs
-		if s, serr = l.Signs(); serr == nil {
+		if s, serr = l.SignsAmong(listed); serr == nil {
 			w.signs = append(w.signs, s)
 			alarming = s.Oopses > 0 || len(s.Strays)+len(s.Hidden)+len(s.HiddenModules)+len(s.Forged) > 0
 			for len(w.signs) > 2 && now.Sub(w.signs[1].At) > e.config.RCUFor+5*time.Second {

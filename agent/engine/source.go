@@ -32,7 +32,7 @@ type look interface {
 	Panic() (kernel.PanicState, error)
 	Tasks() iter.Seq2[kernel.Task, error]
 	Usage() (kernel.Usage, error)
-	Signs() (kernel.Signs, error)
+	SignsAmong(tasks []kernel.Task) (kernel.Signs, error)
 	Cost() kernel.Cost
 }
 

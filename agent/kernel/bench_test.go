@@ -288,6 +288,7 @@ func eachTask(v *View, f func(Task) error) (n int, last error) {
 		}
 	}
 	return n, last
+}
 
 func BenchmarkPanic(b *testing.B) {
 	benchmarkPass(b, "kernels", func(v *View) (int, error) {

@@ -3,6 +3,7 @@ package kernel
 import (
 	"fmt"
 	"slices"
+	"sync"
 	"sync/atomic"
 
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
@@ -29,6 +30,10 @@ type Image struct {
 	identity               identity
 	beat                   *beatPlan
 	usage                  *usagePlan
+	signs                  struct {
+		once sync.Once
+		plan *signsPlan
+	}
 
 	cached  *carried // what is known of this build; nil if nothing is
 	btfHead []byte   // the first part of the BTF

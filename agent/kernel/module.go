@@ -65,6 +65,8 @@ func Taint(bits uint64) string {
 }
 
 type moduleWalk struct {
+	brief bool // names and views alone
+
 	v                                *View
 	module, memory, use, attrs, attr *shape
 	attrSize, memorySize             uint64
@@ -78,13 +80,23 @@ type moduleWalk struct {
 
 // Modules lists the loaded modules by all three views, sorted by name.
 func (v *View) Modules() iter.Seq2[Module, error] {
+	var w moduleWalk
+	if err := w.resolve(v.img); err != nil {
+		return func(yield func(Module, error) bool) { yield(Module{}, fmt.Errorf("walk modules: %w", err)) }
+	}
+	return v.modulesBy(w)
+}
+
+// modulesBy is Modules with a walk that is resolved.
+func (v *View) modulesBy(plan moduleWalk) iter.Seq2[Module, error] {
 	return settled(v, "walk modules", func() ([]Module, error) {
 		var all []Module
 		var err error
 		suspects := make(map[VirtAddr]bool)
 		// A module may have come or gone between the views: only what a second look misses as well is missing.
 		for try := range 2 {
-			w := moduleWalk{v: v, found: make(map[VirtAddr]*Module)}
+			w := plan
+			w.v, w.found = v, make(map[VirtAddr]*Module)
 			err = w.run()
 			all = make([]Module, 0, len(w.found))
 			again := false
@@ -106,8 +118,8 @@ func (v *View) Modules() iter.Seq2[Module, error] {
 	})
 }
 
-func (w *moduleWalk) resolve() error {
-	r := resolver{img: w.v.img}
+func (w *moduleWalk) resolve(img *Image) error {
+	r := resolver{img: img}
 	// Since Linux commit ac3b43283923 ("module: replace module_layout with module_memory") (in v6.4) mem[] stands for
 	// core_layout and init_layout.
 	w.module = r.shape("module", "state", "list[]", "name[]", "version", "refcnt.counter", "taints", "source_list[]", "sect_attrs?",
@@ -120,8 +132,8 @@ func (w *moduleWalk) resolve() error {
 		r.field("module", 8, "core_layout.base")
 	}
 	if _, ok := w.module.fields["sect_attrs"]; ok {
-		try := resolver{img: w.v.img}
-		if _, err := w.v.img.types.field("module_sect_attrs", "nsections"); err == nil {
+		try := resolver{img: img}
+		if _, err := img.types.field("module_sect_attrs", "nsections"); err == nil {
 			w.attrs = try.shape("module_sect_attrs", "nsections", "attrs[]")
 			w.attr = try.shape("module_sect_attr", "battr.attr.name", "address")
 			w.attrSize = try.size("module_sect_attr")
@@ -147,9 +159,6 @@ func (w *moduleWalk) resolve() error {
 }
 
 func (w *moduleWalk) run() error {
-	if err := w.resolve(); err != nil {
-		return err
-	}
 	err := w.v.list("module", w.list, w.module.offset("list"), maxModules, func(at VirtAddr) error {
 		return w.see(at, func(m *Module) { m.InList = true })
 	})
@@ -229,6 +238,9 @@ func (w *moduleWalk) read(at VirtAddr) (*Module, error) {
 	}
 	if m.Size > 1<<32 || !w.v.img.space.valid(m.Base, 1) {
 		return nil, t.corrupt("%q of %d bytes at %v", m.Name, m.Size, m.Base)
+	}
+	if w.brief {
+		return m, nil
 	}
 	if p := t.ptr("version"); p != 0 {
 		if m.Version, err = w.v.cstring("module version", p, 4096); err != nil {

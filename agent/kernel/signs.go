@@ -43,17 +43,109 @@ const (
 	maxPIDNodes = 1 << 14
 )
 
+// signsPlan is where the signs are. Each part has an error of its own: not every kernel has all.
+type signsPlan struct {
+	oopses struct {
+		err error
+		at  VirtAddr
+	}
+	rcu struct {
+		err                  error
+		state, count, levels VirtAddr
+		seq, nodes, size     uint64
+		node                 *shape
+	}
+	calls struct {
+		err             error
+		table, from, to VirtAddr
+		n               int
+	}
+	interrupts struct {
+		err   error
+		table VirtAddr
+	}
+	modules moduleWalk
+	modErr  error
+	creds   struct {
+		err  error
+		cred *shape
+		user uint64
+	}
+	pids struct {
+		err                      error
+		ns                       VirtAddr
+		head, slots, first, link uint64
+	}
+}
+
+// signsPlan finds them once for each Image.
+func (img *Image) signsPlan() *signsPlan {
+	img.signs.once.Do(func() { img.signs.plan = img.planSigns() })
+	return img.signs.plan
+}
+
+func (img *Image) planSigns() *signsPlan {
+	p := new(signsPlan)
+	r := resolver{img: img}
+	p.oopses.at = r.symbol("die_counter") // arch/x86/kernel/dumpstack.c
+	p.oopses.err = r.err
+
+	r = resolver{img: img}
+	g := &p.rcu
+	g.state, g.count, g.levels = r.symbol("rcu_state"), r.symbol("rcu_num_nodes"), r.symbol("rcu_num_lvls")
+	g.seq, g.nodes = r.field("rcu_state", 8, "gp_seq"), r.field("rcu_state", 0, "node")
+	g.node, g.size = r.shape("rcu_node", "qsmask", "grplo", "grphi", "level"), r.size("rcu_node")
+	g.err = r.err
+
+	r = resolver{img: img}
+	c := &p.calls
+	c.from, c.to, c.table = r.symbol("_stext"), r.symbol("_etext"), r.symbol("sys_call_table")
+	if c.err = r.err; c.err == nil {
+		for c.n < maxSyscalls {
+			if _, off, err := img.syms.at(c.table + VirtAddr(8*c.n)); err != nil || off != uint64(8*c.n) {
+				break // the next symbol has begun
+			}
+			c.n++
+		}
+	}
+
+	r = resolver{img: img}
+	p.interrupts.table = r.symbol("idt_table")
+	p.interrupts.err = r.err
+
+	p.modules = moduleWalk{brief: true}
+	p.modErr = p.modules.resolve(img)
+
+	r = resolver{img: img}
+	p.creds.cred = r.shape("cred", "uid.val", "user")
+	p.creds.user = r.field("user_struct", 4, "uid.val")
+	p.creds.err = r.err
+
+	r = resolver{img: img}
+	p.pids.ns = r.symbol("init_pid_ns")
+	p.pids.head = r.field("pid_namespace", 8, "idr.idr_rt.xa_head")
+	p.pids.slots = r.field("xa_node", 64*8, "slots")
+	p.pids.first = r.field("pid", 0, "tasks") // of PIDTYPE_PID
+	p.pids.link = r.field("task_struct", 0, "pid_links")
+	p.pids.err = r.err
+	return p
+}
+
 // Signs looks for them. What cannot be told on this kernel is in Missing.
-func (v *View) Signs() (Signs, error) {
+func (v *View) Signs() (Signs, error) { return v.SignsAmong(nil) }
+
+// SignsAmong is Signs for who has just listed the tasks by this View; nil has it list them.
+func (v *View) SignsAmong(tasks []Task) (Signs, error) {
 	s := Signs{At: time.Now()}
+	p := v.img.signsPlan()
 	for _, part := range []struct {
 		name string
-		read func(*Signs) error
+		read func(*signsPlan, *Signs) error
 	}{
 		{"oopses", v.oopses}, {"grace periods", v.gracePeriod}, {"system calls", v.syscalls}, {"interrupt table", v.interruptTable},
-		{"hidden processes", v.hiddenTasks}, {"hidden modules", v.hiddenModules},
+		{"hidden processes", func(p *signsPlan, s *Signs) error { return v.hiddenTasks(p, s, tasks) }}, {"hidden modules", v.hiddenModules},
 	} {
-		if err := part.read(&s); err != nil {
+		if err := part.read(p, &s); err != nil {
 			if !tolerable(err) {
 				return s, fmt.Errorf("read %s: %w", part.name, err)
 			}
@@ -68,30 +160,23 @@ func (v *View) Signs() (Signs, error) {
 	return s, nil
 }
 
-func (v *View) oopses(s *Signs) error {
-	r := resolver{img: v.img}
-	at := r.symbol("die_counter") // arch/x86/kernel/dumpstack.c
-	if r.err != nil {
-		return r.err
+func (v *View) oopses(p *signsPlan, s *Signs) error {
+	if p.oopses.err != nil {
+		return p.oopses.err
 	}
-	n, err := v.Uint32(at)
+	n, err := v.Uint32(p.oopses.at)
 	s.Oopses = int(n)
 	return err
 }
 
 // gracePeriod reads rcu_state (kernel/rcu/tree.h). The two lowest bits of gp_seq are the phase, zero when there is none
 // (RCU_SEQ_STATE_MASK, kernel/rcu/rcu.h). A leaf's qsmask has the bits of the CPUs that have not passed a quiescent state.
-func (v *View) gracePeriod(s *Signs) error {
-	r := resolver{img: v.img}
-	state, count, levels := r.symbol("rcu_state"), r.symbol("rcu_num_nodes"), r.symbol("rcu_num_lvls")
-	seq := r.field("rcu_state", 8, "gp_seq")
-	nodes := r.field("rcu_state", 0, "node")
-	node := r.shape("rcu_node", "qsmask", "grplo", "grphi", "level")
-	size := r.size("rcu_node")
-	if r.err != nil {
-		return r.err
+func (v *View) gracePeriod(p *signsPlan, s *Signs) error {
+	g := &p.rcu
+	if g.err != nil {
+		return g.err
 	}
-	n, err := v.Uint64(state + VirtAddr(seq))
+	n, err := v.Uint64(g.state + VirtAddr(g.seq))
 	if err != nil {
 		return err
 	}
@@ -99,19 +184,19 @@ func (v *View) gracePeriod(s *Signs) error {
 	if !s.Waiting {
 		return nil
 	}
-	total, err := v.Uint32(count)
+	total, err := v.Uint32(g.count)
 	if err != nil {
 		return err
 	}
-	depth, err := v.Uint32(levels)
+	depth, err := v.Uint32(g.levels)
 	if err != nil {
 		return err
 	}
 	if total > 1<<12 {
-		return &CorruptError{"rcu_num_nodes", count, fmt.Sprintf("is %d", total)}
+		return &CorruptError{"rcu_num_nodes", g.count, fmt.Sprintf("is %d", total)}
 	}
 	for i := range total {
-		t, err := v.thing(node, state+VirtAddr(nodes+uint64(i)*size))
+		t, err := v.thing(g.node, g.state+VirtAddr(g.nodes+uint64(i)*g.size))
 		if err != nil {
 			return err
 		}
@@ -128,13 +213,6 @@ func (v *View) gracePeriod(s *Signs) error {
 	return nil
 }
 
-// text returns the range of the kernel's own code.
-func (v *View) codeRange() (from, to VirtAddr, err error) {
-	r := resolver{img: v.img}
-	from, to = r.symbol("_stext"), r.symbol("_etext")
-	return from, to, r.err
-}
-
 func (s *Signs) stray(table string, addr, to VirtAddr) {
 	if len(s.Strays) < maxStrays {
 		s.Strays = append(s.Strays, Stray{Table: table, Addr: addr, To: to})
@@ -143,24 +221,12 @@ func (s *Signs) stray(table string, addr, to VirtAddr) {
 
 // syscalls checks that each entry of sys_call_table is a function of the kernel image. Since v6.9 (commit 1e3ad78334a6,
 // "x86/syscall: Don't force use of indirect calls for system calls") x86-64 looks there for tracing only.
-func (v *View) syscalls(s *Signs) error {
-	from, to, err := v.codeRange()
-	if err != nil {
-		return err
+func (v *View) syscalls(p *signsPlan, s *Signs) error {
+	c := &p.calls
+	if c.err != nil {
+		return c.err
 	}
-	r := resolver{img: v.img}
-	table := r.symbol("sys_call_table")
-	if r.err != nil {
-		return r.err
-	}
-	n := 0
-	for n < maxSyscalls {
-		if _, off, err := v.img.syms.at(table + VirtAddr(8*n)); err != nil || off != uint64(8*n) {
-			break // the next symbol has begun
-		}
-		n++
-	}
-	entries, err := v.pointers("sys_call_table", table, n)
+	entries, err := v.pointers("sys_call_table", c.table, c.n)
 	if err != nil {
 		return err
 	}
@@ -168,22 +234,20 @@ func (v *View) syscalls(s *Signs) error {
 		if fn == 0 && i > 300 {
 			break // padding
 		}
-		if fn < from || fn >= to {
-			s.stray(fmt.Sprintf("sys_call_table[%d]", i), table+VirtAddr(8*i), fn)
+		if fn < c.from || fn >= c.to {
+			s.stray(fmt.Sprintf("sys_call_table[%d]", i), c.table+VirtAddr(8*i), fn)
 		}
 	}
 	return nil
 }
 
 // interruptTable checks the handlers in idt_table (gate_struct, arch/x86/include/asm/desc_defs.h).
-func (v *View) interruptTable(s *Signs) error {
-	// Exceptions that nobody wants keep the gates of the early boot, in code that is freed; they are in the image all the same.
-	from, to := v.img.lay.text, v.img.lay.end
-	r := resolver{img: v.img}
-	table := r.symbol("idt_table")
-	if r.err != nil {
-		return r.err
+func (v *View) interruptTable(p *signsPlan, s *Signs) error {
+	if p.interrupts.err != nil {
+		return p.interrupts.err
 	}
+	// Exceptions that nobody wants keep the gates of the early boot, in code that is freed; they are in the image all the same.
+	from, to, table := v.img.lay.text, v.img.lay.end, p.interrupts.table
 	b := make([]byte, 256*16)
 	if err := v.ReadVirt(table, b); err != nil {
 		return err
@@ -201,8 +265,11 @@ func (v *View) interruptTable(s *Signs) error {
 	return nil
 }
 
-func (v *View) hiddenModules(s *Signs) error {
-	for m, err := range v.Modules() {
+func (v *View) hiddenModules(p *signsPlan, s *Signs) error {
+	if p.modErr != nil {
+		return p.modErr
+	}
+	for m, err := range v.modulesBy(p.modules) {
 		if err != nil {
 			return err
 		}
@@ -214,37 +281,43 @@ func (v *View) hiddenModules(s *Signs) error {
 }
 
 // hiddenTasks compares the PIDs of the first namespace (pid_namespace.idr, an xarray of struct pid) with the list of tasks.
-func (v *View) hiddenTasks(s *Signs) error {
-	r := resolver{img: v.img}
-	cred := r.shape("cred", "uid.val", "user")
-	user := r.field("user_struct", 4, "uid.val")
-	listed := make(map[VirtAddr]bool)
-	for t, err := range v.Tasks() {
-		if err != nil {
-			return err
+func (v *View) hiddenTasks(p *signsPlan, s *Signs, tasks []Task) error {
+	if tasks == nil {
+		for t, err := range v.Tasks() {
+			if err != nil {
+				return err
+			}
+			tasks = append(tasks, t)
 		}
+	}
+	listed := make(map[VirtAddr]bool, len(tasks))
+	forged := make(map[VirtAddr]uint32) // of each cred: the user that it is accounted to, if that is another one; many tasks share one
+	for _, t := range tasks {
 		listed[t.Addr] = true
-		if r.err != nil || len(s.Forged) >= maxStrays {
+		if p.creds.err != nil || len(s.Forged) >= maxStrays {
 			continue
 		}
-		c, err := v.thing(cred, t.Cred)
-		if err != nil {
-			continue // it ends just now
+		uid, ok := forged[t.Cred]
+		if !ok {
+			c, err := v.thing(p.creds.cred, t.Cred)
+			if err != nil {
+				continue // it ends just now
+			}
+			if u, err := v.Uint32(c.ptr("user") + VirtAddr(p.creds.user)); err == nil && c.num("uid.val") == 0 {
+				uid = u
+			}
+			forged[t.Cred] = uid
 		}
-		if uid, err := v.Uint32(c.ptr("user") + VirtAddr(user)); err == nil && uid != 0 && c.num("uid.val") == 0 {
+		if uid != 0 {
 			t.UID = uid
 			s.Forged = append(s.Forged, t)
 		}
 	}
-	ns := r.symbol("init_pid_ns")
-	head := r.field("pid_namespace", 8, "idr.idr_rt.xa_head")
-	slots := r.field("xa_node", 64*8, "slots")
-	first := r.field("pid", 0, "tasks") // of PIDTYPE_PID
-	link := r.field("task_struct", 0, "pid_links")
-	if r.err != nil {
-		return r.err
+	if p.pids.err != nil {
+		return p.pids.err
 	}
-	root, err := v.Uint64(ns + VirtAddr(head))
+	slots, first, link := p.pids.slots, p.pids.first, p.pids.link
+	root, err := v.Uint64(p.pids.ns + VirtAddr(p.pids.head))
 	if err != nil {
 		return err
 	}

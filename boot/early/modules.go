@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/u-root/u-root/pkg/kmodule"
 	"golang.org/x/sys/unix"
@@ -108,7 +109,8 @@ func (m *Modules) Load(ctx context.Context) (Outcome, string, error) {
 			return outcome, detail, err
 		}
 	}
-	before := len(m.asked)
+	var did []string
+	var didMu sync.Mutex
 	var errs []error
 	probe := func(names []string) (progress bool) {
 		var now sync.WaitGroup
@@ -119,6 +121,12 @@ func (m *Modules) Load(ctx context.Context) (Outcome, string, error) {
 			}
 			m.asked, progress = append(m.asked, name), true
 			load := func() error {
+				began := time.Now()
+				defer func() {
+					didMu.Lock()
+					defer didMu.Unlock()
+					did = append(did, fmt.Sprintf("%s %v", name, time.Since(began).Round(time.Millisecond)))
+				}()
 				if err := m.prober.Probe(name, ""); err != nil && !errors.Is(err, unix.ENODEV) {
 					return fmt.Errorf("load %s: %w", name, err)
 				}
@@ -166,11 +174,13 @@ func (m *Modules) Load(ctx context.Context) (Outcome, string, error) {
 		}
 		first = nil
 	}
-	did := strings.Join(m.asked[before:], " ")
+	didMu.Lock()
+	defer didMu.Unlock()
+	detail := strings.Join(did, ", ")
 	if errs != nil {
-		return Unclear, did, errors.Join(errs...)
+		return Unclear, detail, errors.Join(errs...)
 	}
-	return Done, did, nil
+	return Done, detail, nil
 }
 
 // open reads the image's tables.

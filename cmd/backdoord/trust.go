@@ -99,12 +99,12 @@ func (t *trust) start(ctx context.Context, devices <-chan struct{}) {
 		return
 	}
 	close(t.opened)
-	t.log.Info("start", "step", "TPM", "took", time.Since(began).Round(time.Millisecond))
+	logStep(t.log, "TPM", began)
 	began = time.Now()
 	if t.id, t.err = identity(tpm); t.err != nil {
 		t.log.Error("unattested: the TPM does not work", "err", t.err)
 	}
-	t.log.Info("start", "step", "TPM's identity", "took", time.Since(began).Round(time.Millisecond))
+	logStep(t.log, "TPM's identity", began)
 	t.claim()
 	close(t.known)
 }

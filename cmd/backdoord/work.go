@@ -71,11 +71,12 @@ func newWorker(cfg config.Config, log *slog.Logger) *worker {
 func (w *worker) step(name string, f func()) {
 	began := time.Now()
 	f()
-	args := []any{"step", name, "took", time.Since(began).Round(time.Millisecond)}
-	if w.machine {
-		args = append(args, "at", boot.Uptime().Round(time.Millisecond))
-	}
-	w.log.Info("start", args...)
+	logStep(w.log, name, began)
+}
+
+// logStep logs that a part of the start has ended: how long it took, and how long after the start of the machine's kernel that was.
+func logStep(log *slog.Logger, name string, began time.Time) {
+	log.Info("start", "step", name, "took", time.Since(began).Round(time.Millisecond), "at", boot.Uptime().Round(time.Millisecond))
 }
 
 // configure loads the configuration. With an error comes one that watches and writes nothing.

@@ -2,7 +2,7 @@
 //
 // Synopsis:
 //
-//	go run ./tests/demo [-kernel 6.1|6.12|…] [-path window|dma] [-no-writes] [-dir DIR] [-json]
+//	go run ./tests/demo [-kernel 6.1|6.12|…] [-path window|dma] [-slots] [-no-writes] [-dir DIR] [-json]
 //
 // Description:
 //
@@ -41,6 +41,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	var o healing.Options
 	flags.StringVar(&o.Lab.HostKernel, "kernel", "6.1", "the host's kernel: 6.1, 6.12, 6.1-generic or 6.12-generic")
 	flags.StringVar(&o.Lab.Engine, "path", lab.EngineWindow, "how the agent reaches the host's memory: window, or dma for the model of a DMA engine")
+	flags.BoolVar(&o.Lab.Slots, "slots", false, "start the DPU as a real one is: a loader verifies and measures the image on its disk, and the DPU's TPM proves it")
 	flags.BoolVar(&o.Lab.NoWrites, "no-writes", false, "keep the agent from writing to the host: the repair must then fail")
 	flags.StringVar(&o.Lab.Dir, "dir", "", "keep consoles, state disk and logs in this directory")
 	asJSON := flags.Bool("json", false, "print the report as JSON")

@@ -57,6 +57,9 @@ type DPU struct {
 	swtpm *process   // guarded by mu; nil while the DPU is off
 	port  *wire.Port // guarded by mu; nil while the DPU is off
 	cable *wire.Port // guarded by mu; nil while the DPU is off, and without Config.Datapath
+
+	started   int       // the console's mark at the latest start; guarded by mu
+	poweredOn time.Time // guarded by mu
 }
 
 // What the agent prints on the console.
@@ -213,6 +216,9 @@ func (d *DPU) boot(ctx context.Context) error {
 	defer fail(nil)
 	console, mark, eventMark := d.machine.console, d.machine.console.Mark(), d.events.mark()
 	began := time.Now()
+	d.mu.Lock()
+	d.started, d.poweredOn = mark, began
+	d.mu.Unlock()
 	if err := d.machine.on(ctx); err != nil {
 		return err
 	}
@@ -322,6 +328,47 @@ func (d *DPU) Client() *http.Client {
 
 // Console is the DPU's serial port.
 func (d *DPU) Console() *Console { return d.machine.console }
+
+// A Step is a part of the DPU's start as its agent tells it.
+type Step struct {
+	Name     string
+	Took, At time.Duration // At is when it ended, since the start of the DPU's kernel
+}
+
+var stepLine = regexp.MustCompile(`msg=(?:boot|start) step=(?:"([^"]+)"|(\S+)) (?:outcome=\S+ )?took=(\S+) at=(\S+)`)
+
+// Started is when the DPU was switched on.
+func (d *DPU) Started() time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.poweredOn
+}
+
+// StartMark is the console's mark of before the DPU was switched on.
+func (d *DPU) StartMark() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.started
+}
+
+// StartSteps are the steps of the DPU's latest start so far, without those that took no time; some go on at the same time.
+func (d *DPU) StartSteps() []Step {
+	var all []Step
+	for _, l := range d.machine.console.Since(d.StartMark()) {
+		m := stepLine.FindStringSubmatch(l.Text)
+		if m == nil {
+			continue
+		}
+		s := Step{Name: m[1] + m[2]}
+		var err1, err2 error
+		s.Took, err1 = time.ParseDuration(m[3])
+		s.At, err2 = time.ParseDuration(m[4])
+		if err1 == nil && err2 == nil && s.Took >= 10*time.Millisecond {
+			all = append(all, s)
+		}
+	}
+	return all
+}
 
 // Restart cuts the DPU's power, gives it back and waits for its Redfish service. Its disk and TPM keep their state.
 func (d *DPU) Restart(ctx context.Context) error {
