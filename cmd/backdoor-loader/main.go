@@ -16,6 +16,8 @@
 //     load them for kexec. What fails is noted in the state with the reason, and the next slot is tried;
 //  4. count the start in the state, measure what was loaded into PCR 11, lock the epoch's counter, and jump.
 //
+// While the TPM's driver tests its chip, what will most likely be started is already verified and loaded.
+//
 // What it did is handed on in the started image's root directory (package handover): the event log, the slot, what was passed over
 // and why. When nothing can be started it says so and resets the machine, which tries again.
 //
