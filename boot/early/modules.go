@@ -68,14 +68,14 @@ func modulesFor(table []alias, modalias string) []string {
 
 // modaliases returns the identities of all devices under sysfs.
 func modaliases(sys string) ([]string, error) {
-	files, err := filepath.Glob(filepath.Join(sys, "bus/*/devices/*/modalias"))
+	devices, err := filepath.Glob(filepath.Join(sys, "bus/*/devices/*")) // with /modalias behind it each device's folder would be listed
 	if err != nil {
 		return nil, err
 	}
 	var all []string
-	for _, f := range files {
-		b, err := os.ReadFile(f)
-		if err != nil { // a device may go at any time
+	for _, d := range devices {
+		b, err := os.ReadFile(filepath.Join(d, "modalias"))
+		if err != nil { // not every device has one, and any may go at any time
 			continue
 		}
 		if s := strings.TrimSpace(string(b)); s != "" {
