@@ -6,7 +6,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -194,7 +193,11 @@ func TestRDMA(t *testing.T) {
 }
 
 func testRDMA(t *testing.T, kernel, image string, programs map[string]string) {
-	ctx, cancel := context.WithTimeoutCause(t.Context(), 10*time.Minute, errors.New("not within ten minutes"))
+	limit := 10 * time.Minute
+	if *rdmaWhole {
+		limit = 25 * time.Minute
+	}
+	ctx, cancel := context.WithTimeoutCause(t.Context(), limit, fmt.Errorf("not within %v", limit))
 	defer cancel()
 	keyFile := filepath.Join(t.TempDir(), "key")
 	monitorKey, err := wireguard.LoadKey(keyFile)
