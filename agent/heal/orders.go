@@ -14,6 +14,9 @@ const (
 	OrderPowerCycle = "power-cycle" // off and on again by a single order, for an agent that loses its own power with the host's
 	OrderRestart    = "restart"     // ask the operating system to restart
 	OrderButton     = "button"      // press the power button
+	OrderPause      = "pause"       // stop all CPUs, and keep everything as it is
+	OrderResume     = "resume"      // have them go on after a pause
+	OrderSuspend    = "suspend"     // write the state to disk and switch off
 )
 
 // Orderer is a Power that takes further orders.

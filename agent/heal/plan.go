@@ -306,7 +306,7 @@ type Action struct {
 
 // Power is the host's power controller.
 type Power interface {
-	State(ctx context.Context) (string, error) // "on" or "off"
+	State(ctx context.Context) (string, error) // "on", "off" or "paused"; anything else means that it could not be told
 	Cycle(ctx context.Context) error
 	On(ctx context.Context) error
 	Off(ctx context.Context) error

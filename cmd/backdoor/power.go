@@ -13,22 +13,27 @@ import (
 // resets maps the words of the command to Redfish's.
 var resets = map[string]schema.ResetType{
 	"on": "On", "off": "ForceOff", "cycle": "PowerCycle", "reset": "ForceRestart", "nmi": "Nmi", "soft": "GracefulShutdown",
+	"restart": "GracefulRestart", "button": "PushPowerButton", "pause": "Pause", "resume": "Resume",
 }
 
 var powerVerb = verb{
 	name:  "power",
-	args:  "status|on|off|cycle|reset|nmi|soft",
-	words: []string{"status", "on", "off", "cycle", "reset", "nmi", "soft"},
+	args:  "status|on|off|cycle|reset|nmi|soft|restart|button|pause|resume",
+	words: []string{"status", "on", "off", "cycle", "reset", "nmi", "soft", "restart", "button", "pause", "resume"},
 	short: "the host's power",
 	long: `The agent passes the order on to the host's BMC. Orders that stop the host are asked for once more, unless -y is given.
 
-  status  on or off
+  status  on, off or paused
   on      switch on
   off     take the power away at once
   cycle   off and on again
   reset   restart at once
   nmi     send a non-maskable interrupt
   soft    ask the operating system to shut down
+  restart ask the operating system to restart
+  button  press the power button
+  pause   stop all CPUs where they are, if the BMC can
+  resume  have them go on
 
   backdoor power status
   backdoor power cycle -y`,
@@ -59,7 +64,7 @@ var powerVerb = verb{
 				return err
 			})
 		}
-		if word != "on" && !e.o.yes {
+		if word != "on" && word != "resume" && !e.o.yes {
 			yes, err := e.confirm(fmt.Sprintf("Power %s the host behind %s?", word, a.Name()))
 			if err != nil {
 				return 0, err

@@ -293,6 +293,7 @@ func (r *rdma) PowerState(context.Context) (schema.PowerState, error) { return "
 // rdmaPowerOps are the operations of package heal for Redfish's reset types.
 var rdmaPowerOps = map[schema.ResetType]string{
 	"On": "on", "ForceOff": "off", "PowerCycle": "cycle", "ForceRestart": heal.OrderReset, "Nmi": "nmi", "GracefulShutdown": "shutdown",
+	"GracefulRestart": heal.OrderRestart, "PushPowerButton": heal.OrderButton, "Pause": heal.OrderPause, "Resume": heal.OrderResume,
 }
 
 // Reset implements operator.

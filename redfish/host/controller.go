@@ -14,6 +14,8 @@ type Machine struct {
 	Resets []schema.ResetType
 	// Boot is its boot override with the values that it allows; nil if it has none.
 	Boot *schema.Boot
+	// Watchdog is the timer that restarts a host which no longer resets it; nil if the service processor has none.
+	Watchdog *schema.WatchdogTimer
 	// Media are its virtual drives with their Ids.
 	Media []schema.VirtualMedia
 }

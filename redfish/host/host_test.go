@@ -166,6 +166,10 @@ func (a *fakeAgent) PowerControl(_ context.Context, op, caller string) error {
 	}
 	a.ops = append(a.ops, op+" by "+caller)
 	switch op {
+	case heal.OrderPause:
+		a.power = "paused"
+	case heal.OrderResume:
+		a.power = "on"
 	case "on", heal.OrderReset, heal.OrderPowerCycle, heal.OrderRestart:
 		a.power = "on"
 		if a.controller != nil {
@@ -231,7 +235,7 @@ func (p fakePower) State(context.Context) (string, error) {
 	return p.a.power, nil
 }
 func (fakePower) Orders() []string {
-	return []string{heal.OrderReset, heal.OrderPowerCycle, heal.OrderRestart, heal.OrderButton}
+	return []string{heal.OrderReset, heal.OrderPowerCycle, heal.OrderRestart, heal.OrderButton, heal.OrderPause, heal.OrderResume, heal.OrderSuspend}
 }
 func (fakePower) Order(context.Context, string) error    { return errors.New("not by this way") }
 func (fakePower) Cycle(context.Context) error            { return errors.New("not by this way") }
@@ -284,10 +288,11 @@ func (fakeJournal) Records() iter.Seq2[journal.Record, error] {
 // fakeController is the service processor of a host: a boot override and two drives.
 type fakeController struct {
 	mu     sync.Mutex // guards what follows
-	resets []schema.ResetType
-	boot   schema.Boot
-	image  map[string]*string
-	silent bool
+	resets   []schema.ResetType
+	boot     schema.Boot
+	watchdog *schema.WatchdogTimer
+	image    map[string]*string
+	silent   bool
 }
 
 func newFakeController() *fakeController {
@@ -307,7 +312,7 @@ func (c *fakeController) Describe(context.Context) (Machine, error) {
 	b.BootSourceOverrideEnabledAllowable = []string{"Disabled", "Once", "Continuous"}
 	b.BootSourceOverrideTargetAllowable = []string{"None", "Pxe", "Hdd", "Cd"}
 	b.BootSourceOverrideModeAllowable = []string{"UEFI", "Legacy"}
-	m := Machine{Manufacturer: "Maker", Model: "M1", SerialNumber: "S1", BIOSVersion: "B1", Resets: c.resets, Boot: &b}
+	m := Machine{Manufacturer: "Maker", Model: "M1", SerialNumber: "S1", BIOSVersion: "B1", Resets: c.resets, Boot: &b, Watchdog: c.watchdog}
 	for _, id := range []string{"Cd", "Usb"} {
 		in, via := c.image[id] != nil, "NotConnected"
 		if in {

@@ -44,6 +44,7 @@ func (h *host) describe(ctx context.Context, out *schema.ComputerSystem) {
 		boot.WriteableProperties = schema.BootSettings
 		out.Boot = &boot
 	}
+	out.Watchdog = m.Watchdog
 	if len(m.Media) > 0 {
 		out.VirtualMedia = schema.LinkTo(mediaURI)
 	}

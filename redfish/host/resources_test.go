@@ -164,6 +164,42 @@ func TestReset(t *testing.T) {
 	}
 }
 
+// What few service processors can do is offered only where one says that it can.
+func TestPause(t *testing.T) {
+	a := newFakeAgent()
+	c := connect(t, a)
+	if err := c.Reset(t.Context(), schema.ResetPause); err == nil || !strings.Contains(err.Error(), "ForceRestart") {
+		t.Errorf("Pause where nobody says that it can be = %v; want the types that are supported", err)
+	}
+	a = newFakeAgent()
+	a.controller.resets = []schema.ResetType{schema.ResetOn, schema.ResetForceOff, schema.ResetPause, schema.ResetResume}
+	a.controller.watchdog = &schema.WatchdogTimer{FunctionEnabled: true, TimeoutAction: "ResetSystem", Status: &schema.Status{State: schema.StateEnabled}}
+	c = connect(t, a)
+	s, err := c.System(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff([]string{"On", "ForceOff", "ForceOn", "Pause", "Resume"}, s.Actions["#ComputerSystem.Reset"].Allowable["ResetType"]); d != "" {
+		t.Errorf("reset types (-want +got):\n%s", d)
+	}
+	if d := cmp.Diff(a.controller.watchdog, s.Watchdog); d != "" {
+		t.Errorf("watchdog (-want +got):\n%s", d)
+	}
+	for _, step := range []struct {
+		reset schema.ResetType
+		op    string
+		power schema.PowerState
+	}{{schema.ResetPause, heal.OrderPause, schema.PowerPaused}, {schema.ResetResume, heal.OrderResume, schema.PowerOn}} {
+		a.ops = nil
+		if err := c.Reset(t.Context(), step.reset); err != nil || !slices.Equal(a.ops, []string{step.op + " by " + testUser}) {
+			t.Errorf("Reset(%s) = %v, and did %q", step.reset, err, a.ops)
+		}
+		if s, err := c.System(t.Context()); err != nil || s.PowerState != step.power {
+			t.Errorf("after %s: power %q, %v; want %q", step.reset, s.PowerState, err, step.power)
+		}
+	}
+}
+
 func TestFindings(t *testing.T) {
 	a := newFakeAgent()
 	a.findings = append(a.findings, detect.Finding{ID: "suspected-1", Suspicion: true})

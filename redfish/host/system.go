@@ -94,16 +94,20 @@ var powerOps = []struct {
 	reset schema.ResetType
 	op    string
 	extra bool // only a heal.Orderer can do it
+	rare  bool // only if the service processor says that it can
 }{
-	{schema.ResetOn, "on", false},
-	{schema.ResetForceOff, "off", false},
-	{schema.ResetGracefulShutdown, "shutdown", false},
-	{schema.ResetGracefulRestart, heal.OrderRestart, true},
-	{schema.ResetForceRestart, heal.OrderReset, false},
-	{schema.ResetNMI, "nmi", false},
-	{schema.ResetForceOn, "on", false},
-	{schema.ResetPushPowerButton, heal.OrderButton, true},
-	{schema.ResetPowerCycle, heal.OrderPowerCycle, false},
+	{schema.ResetOn, "on", false, false},
+	{schema.ResetForceOff, "off", false, false},
+	{schema.ResetGracefulShutdown, "shutdown", false, false},
+	{schema.ResetGracefulRestart, heal.OrderRestart, true, false},
+	{schema.ResetForceRestart, heal.OrderReset, false, false},
+	{schema.ResetNMI, "nmi", false, false},
+	{schema.ResetForceOn, "on", false, false},
+	{schema.ResetPushPowerButton, heal.OrderButton, true, false},
+	{schema.ResetPowerCycle, heal.OrderPowerCycle, false, false},
+	{schema.ResetSuspend, heal.OrderSuspend, true, true},
+	{schema.ResetPause, heal.OrderPause, true, true},
+	{schema.ResetResume, heal.OrderResume, true, true},
 }
 
 // resetTypes are the reset types that the host's power controller can carry out, as far as it says.
@@ -119,7 +123,7 @@ func (h *host) resetTypes(r *service.Request) []string {
 		if want == schema.ResetForceOn {
 			want = schema.ResetOn // which is how it is done
 		}
-		if p.extra && !slices.Contains(orders, p.op) || offered != nil && !slices.Contains(offered, want) {
+		if p.extra && !slices.Contains(orders, p.op) || (offered != nil || p.rare) && !slices.Contains(offered, want) {
 			continue
 		}
 		out = append(out, string(p.reset))
@@ -130,6 +134,7 @@ func (h *host) resetTypes(r *service.Request) []string {
 // reset is the action ComputerSystem.Reset.
 func (h *host) reset(r *service.Request, v service.Values) (*service.Reply, error) {
 	defer h.power.forget()
+	defer h.described.forget() // what was to be booted once may have been
 	for _, p := range powerOps {
 		if string(p.reset) == v.String("ResetType") {
 			op := p.op
@@ -228,6 +233,8 @@ func (h *host) powerState(ctx context.Context) schema.PowerState {
 			return schema.PowerOn
 		case "off":
 			return schema.PowerOff
+		case "paused":
+			return schema.PowerPaused
 		}
 		return ""
 	})

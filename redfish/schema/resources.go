@@ -79,8 +79,17 @@ type ComputerSystem struct {
 	EthernetIfaces   *Link             `json:"EthernetInterfaces,omitempty"`
 	VirtualMedia     *Link             `json:"VirtualMedia,omitempty"`
 	LogServices      *Link             `json:"LogServices,omitempty"`
+	Watchdog         *WatchdogTimer    `json:"HostWatchdogTimer,omitempty"`
 	Links            *SystemLinks      `json:"Links,omitempty"`
 	OEM              OEM               `json:"Oem,omitempty"`
+}
+
+// WatchdogTimer is ComputerSystem.v1_27_0.WatchdogTimer.
+type WatchdogTimer struct {
+	FunctionEnabled bool    `json:"FunctionEnabled"`
+	TimeoutAction   string  `json:"TimeoutAction"` // None, ResetSystem, PowerCycle, PowerDown, OEM
+	WarningAction   string  `json:"WarningAction,omitempty"`
+	Status          *Status `json:"Status"`
 }
 
 // SystemLinks are the related resources of a computer system.

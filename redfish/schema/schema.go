@@ -265,6 +265,9 @@ const (
 	ResetNMI              ResetType = "Nmi"
 	ResetPushPowerButton  ResetType = "PushPowerButton"
 	ResetPowerCycle       ResetType = "PowerCycle"
+	ResetPause            ResetType = "Pause"
+	ResetResume           ResetType = "Resume"
+	ResetSuspend          ResetType = "Suspend"
 )
 
 // OEM holds the objects of others than DMTF by their identifiers, undecoded.

@@ -18,7 +18,7 @@
 //
 //   - gofish ignores the context. Here the connections die with it.
 //
-//   - Power states are free text. Here they are on, off or unknown, and unknown is never taken for either.
+//   - Power states are free text. Here they are on, off, paused or unknown, and unknown is never taken for another.
 //
 //   - The ipmitool provider is left out without a word where there is no such program. Here that is an error.
 //
@@ -54,7 +54,8 @@ import (
 const (
 	On      = "on"
 	Off     = "off"
-	Unknown = "unknown" // powering up, powering down, paused, or what else a BMC may say
+	Paused  = "paused"  // the CPUs stand still, on an order, and can go on
+	Unknown = "unknown" // powering up, powering down, or what else a BMC may say
 )
 
 // ErrState means that the host's power state does not permit the order, or did not come about in time.
@@ -154,7 +155,7 @@ func New(o Options) (*Client, error) {
 	return c, nil
 }
 
-// State returns On, Off or Unknown.
+// State returns On, Off, Paused or Unknown.
 func (c *Client) State(ctx context.Context) (string, error) {
 	state := Unknown
 	err := c.do(ctx, "read power state", func(ctx context.Context, b *bmclib.Client) error {
@@ -263,6 +264,8 @@ func normal(s string) string {
 		return On
 	case "off", "chassis power is off":
 		return Off
+	case "paused":
+		return Paused
 	}
 	return Unknown
 }

@@ -51,6 +51,11 @@ func (c *chassis) Reset(context.Context) error      { return c.do("reset", true)
 func (c *chassis) Shutdown(context.Context) error   { return c.do("shutdown", false) }
 func (c *chassis) NMI(context.Context) error        { return c.do("nmi", true) }
 
+func (c *chassis) Freeze(context.Context) error { return errors.ErrUnsupported }
+func (c *chassis) Thaw(context.Context) error   { return errors.ErrUnsupported }
+
+func (c *chassis) Status(context.Context) (string, error) { return "", errors.ErrUnsupported }
+
 func (c *chassis) BootNext(device string, _ bool)         { _ = c.do("boot "+device, c.Powered()) }
 func (c *chassis) NextBoot() (string, bool)               { return "", false }
 func (c *chassis) InsertCD(context.Context, string) error { return errors.ErrUnsupported }

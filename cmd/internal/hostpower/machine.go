@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -28,6 +29,7 @@ var errNoRedfish = errors.New("the host's BMC is not reached by Redfish, and IPM
 var resets = map[string]schema.ResetType{
 	heal.OrderReset: schema.ResetForceRestart, heal.OrderPowerCycle: schema.ResetPowerCycle,
 	heal.OrderRestart: schema.ResetGracefulRestart, heal.OrderButton: schema.ResetPushPowerButton,
+	heal.OrderPause: schema.ResetPause, heal.OrderResume: schema.ResetResume, heal.OrderSuspend: schema.ResetSuspend,
 }
 
 // Orders implements heal.Orderer.
@@ -35,7 +37,7 @@ func (c *Client) Orders() []string {
 	if c.o.URL == "" {
 		return nil
 	}
-	return []string{heal.OrderReset, heal.OrderPowerCycle, heal.OrderRestart, heal.OrderButton}
+	return slices.Sorted(maps.Keys(resets))
 }
 
 // Order passes a restart or the press of the button on to the BMC. It does not wait for what the operating system makes of it.
@@ -57,7 +59,7 @@ func (c *Client) Describe(ctx context.Context) (host.Machine, error) {
 		}
 		m = host.Machine{
 			Manufacturer: s.Manufacturer, Model: s.Model, SerialNumber: s.SerialNumber, SKU: s.SKU, PartNumber: s.PartNumber,
-			BIOSVersion: s.BIOSVersion, Boot: s.Boot,
+			BIOSVersion: s.BIOSVersion, Boot: s.Boot, Watchdog: s.Watchdog,
 		}
 		for _, t := range s.Actions["#ComputerSystem.Reset"].Allowable["ResetType"] {
 			m.Resets = append(m.Resets, schema.ResetType(t))

@@ -36,6 +36,10 @@ type Machine interface {
 	Reset(context.Context) error    // the reset line; memory is kept
 	Shutdown(context.Context) error // presses the power button
 	NMI(context.Context) error
+	Freeze(context.Context) error // stops all CPUs
+	Thaw(context.Context) error   // ends Freeze
+	// Status is "running", "paused" or another word of QEMU's, or "off".
+	Status(context.Context) (string, error)
 	// BootNext has the machine boot from "Pxe", "Hdd" or "Cd" when its power is switched on the next time, once or each time;
 	// "" means what it always boots from.
 	BootNext(device string, once bool)
@@ -120,22 +124,31 @@ type power struct {
 	image string // URI of what is in the drive; guarded by mu
 }
 
-func (p *power) State(context.Context) (schema.PowerState, error) {
-	if p.Powered() {
-		return schema.PowerOn, nil
+func (p *power) State(ctx context.Context) (schema.PowerState, error) {
+	if !p.Powered() {
+		return schema.PowerOff, nil
 	}
-	return schema.PowerOff, nil
+	switch status, err := p.Status(ctx); {
+	case !p.Powered(): // it went while it was asked
+		return schema.PowerOff, nil
+	case err != nil:
+		return "", err
+	case status == "paused":
+		return schema.PowerPaused, nil
+	}
+	return schema.PowerOn, nil
 }
 
 func (*power) Types() []schema.ResetType {
 	return []schema.ResetType{
 		schema.ResetOn, schema.ResetForceOff, schema.ResetGracefulShutdown, schema.ResetForceRestart,
 		schema.ResetNMI, schema.ResetPushPowerButton, schema.ResetPowerCycle, schema.ResetForceOn, schema.ResetGracefulRestart,
+		schema.ResetPause, schema.ResetResume,
 	}
 }
 
 // needsPower are the orders that make no sense for a machine that is off.
-var needsPower = []schema.ResetType{schema.ResetGracefulShutdown, schema.ResetGracefulRestart, schema.ResetForceRestart, schema.ResetNMI}
+var needsPower = []schema.ResetType{schema.ResetGracefulShutdown, schema.ResetGracefulRestart, schema.ResetForceRestart, schema.ResetNMI, schema.ResetPause, schema.ResetResume}
 
 // errOff is why such an order is refused.
 var errOff = errors.New("the machine is off")
@@ -160,6 +173,10 @@ func (p *power) Reset(ctx context.Context, t schema.ResetType) error {
 		return p.Machine.Reset(ctx)
 	case schema.ResetNMI:
 		return p.NMI(ctx)
+	case schema.ResetPause:
+		return p.Freeze(ctx)
+	case schema.ResetResume:
+		return p.Thaw(ctx)
 	case schema.ResetGracefulRestart:
 		if err := p.Shutdown(ctx); err != nil {
 			return err

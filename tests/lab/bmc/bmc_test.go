@@ -3,6 +3,7 @@ package bmc
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -19,9 +20,10 @@ import (
 
 // fake is a machine that writes down what is done to it.
 type fake struct {
-	mu  sync.Mutex
-	on  bool
-	did []string
+	mu     sync.Mutex
+	on     bool
+	frozen bool
+	did    []string
 
 	boot string
 	once bool
@@ -47,6 +49,28 @@ func (f *fake) PowerCycle(context.Context) error { return f.do("cycle", true) }
 func (f *fake) Reset(context.Context) error      { return f.do("reset", true) }
 func (f *fake) Shutdown(context.Context) error   { return f.do("shutdown", f.Powered()) }
 func (f *fake) NMI(context.Context) error        { return f.do("nmi", true) }
+
+func (f *fake) Freeze(context.Context) error { return f.freeze(true) }
+func (f *fake) Thaw(context.Context) error   { return f.freeze(false) }
+
+func (f *fake) freeze(frozen bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.frozen = frozen
+	return nil
+}
+
+func (f *fake) Status(context.Context) (string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case !f.on:
+		return "off", nil
+	case f.frozen:
+		return "paused", nil
+	}
+	return "running", nil
+}
 
 func (f *fake) BootNext(device string, once bool) {
 	f.mu.Lock()
@@ -145,6 +169,26 @@ func TestStranger(t *testing.T) {
 	}
 	if _, err := http.Get(b.URL); err == nil {
 		t.Error("the BMC answers after Close")
+	}
+}
+
+// A machine that stands still is neither on nor off, and only Resume, or a restart, has it go on.
+func TestPause(t *testing.T) {
+	m := &fake{on: true}
+	p := &power{Machine: m}
+	for _, step := range []struct {
+		reset schema.ResetType
+		want  schema.PowerState
+	}{{schema.ResetPause, schema.PowerPaused}, {schema.ResetResume, schema.PowerOn}, {schema.ResetForceOff, schema.PowerOff}} {
+		if err := p.Reset(t.Context(), step.reset); err != nil {
+			t.Fatalf("Reset(%s) = %v", step.reset, err)
+		}
+		if got, err := p.State(t.Context()); err != nil || got != step.want {
+			t.Errorf("after %s: %q, %v; want %q", step.reset, got, err, step.want)
+		}
+	}
+	if err := p.Reset(t.Context(), schema.ResetPause); !errors.Is(err, errOff) {
+		t.Errorf("Pause of a machine that is off = %v; want %v", err, errOff)
 	}
 }
 
