@@ -214,6 +214,107 @@ func (e *Engine) Heal(ctx context.Context, r HealRequest) (heal.Plan, *heal.Outc
 	return e.repair(ctx, f, action, caller, false)
 }
 
+// UndoRequest asks for a finished repair to be taken back.
+type UndoRequest struct {
+	Finding string // ID, open or resolved
+	DryRun  bool   // plan only
+	Caller  string
+}
+
+// ErrNoUndo means that there is no finished repair of a finding that could be taken back.
+var ErrNoUndo = errors.New("there is nothing to take back")
+
+// Undo plans to take back the latest repair of a finding and, unless DryRun is set, does so, under the rules of Heal and the right to the
+// action that does it: a process that was stopped goes on. What the repair has cured may come back with it. The plan is returned
+// with an error, too, as far as there is one; the outcome is nil if nothing was begun. Its Verified says that the plan has had its effect.
+func (e *Engine) Undo(ctx context.Context, r UndoRequest) (p heal.Plan, out *heal.Outcome, err error) {
+	fail := func(err error) (heal.Plan, *heal.Outcome, error) {
+		return p, out, fmt.Errorf("take back the repair of %s: %w", r.Finding, err)
+	}
+	f, ok := e.Finding(r.Finding)
+	if !ok {
+		return fail(ErrNoFinding)
+	}
+	outcomes := e.Outcomes(f.ID)
+	if len(outcomes) == 0 || outcomes[len(outcomes)-1].Error != "" {
+		return fail(ErrNoUndo)
+	}
+	last := outcomes[len(outcomes)-1].Plan
+	did, ok := heal.Find(last.Action)
+	if !ok || did.Undo == "" {
+		return fail(fmt.Errorf("%s is for good: %w", last.Action, ErrNoUndo))
+	}
+	a, ok := heal.Find(did.Undo)
+	if !ok {
+		return fail(fmt.Errorf("action %q is unknown", did.Undo))
+	}
+	defer func() {
+		if x := recover(); x != nil {
+			err = fmt.Errorf("panic while taking back the repair of %s: %v", f.ID, x)
+		}
+	}()
+	caller := r.Caller
+	if caller == callerPolicy || caller == "" {
+		caller = "operator " + caller
+	}
+	if !r.DryRun {
+		select {
+		case e.healing <- struct{}{}:
+			defer func() { <-e.healing }()
+		default:
+			return fail(ErrBusy)
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, healTimeout)
+	defer cancel()
+	defer context.AfterFunc(e.running, cancel)()
+	e.mu.Lock()
+	var img *kernel.Image
+	if e.target != nil {
+		img = e.target.image()
+	}
+	mem, grant, boot, why := e.mem, e.grant(), e.bootID(), e.why
+	e.mu.Unlock()
+	switch {
+	case img == nil:
+		return fail(fmt.Errorf("%w: %s", ErrNotAttached, why))
+	case last.Kernel == nil || *last.Kernel != heal.Identify(img.Info()):
+		return fail(fmt.Errorf("the host runs another kernel since: %w", ErrNoUndo))
+	}
+	if !r.DryRun {
+		if !e.o.Writes {
+			return fail(ErrWritesOff)
+		}
+		if err := grant.Permit(a.ID); err != nil {
+			return fail(err)
+		}
+	}
+	if p, err = a.Plan(ctx, img.View(ctx), f); err != nil {
+		return fail(err)
+	}
+	p.More = true // it is no repair: no fault is to be gone after it
+	e.mu.Lock()
+	e.plans++
+	p.ID, p.Made = fmt.Sprintf("plan-%d", e.plans), time.Now()
+	e.mu.Unlock()
+	if r.DryRun {
+		return p, nil, nil
+	}
+	x := e.executor(mem, img, grant, f, boot)
+	e.sweep(ctx, x, boot)
+	o, err := x.ApplyNext(ctx, p, caller)
+	o.Verified = err == nil // by the plan's own waiting for its effect
+	e.keep(o, boot)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if err != nil {
+		e.publish(outcomeEvent(EventFailed, f, o, fmt.Sprintf("%s: %s was not taken back: %v", f.ID, last.ID, err)))
+		return p, &o, err
+	}
+	e.publish(outcomeEvent(EventDone, f, o, fmt.Sprintf("%s: %s was taken back: %s", f.ID, last.ID, p.Title)))
+	return p, &o, nil
+}
+
 func actionsFor(k detect.Kind) []string {
 	var ids []string
 	for _, a := range heal.Actions() {

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"testing"
@@ -69,8 +70,28 @@ func TestLiveRestart(t *testing.T) {
 		if s := state(pid); s != "T" {
 			t.Errorf("state %q of a stopped process", s)
 		}
+		undo := UndoRequest{Finding: f.ID, Caller: "test"}
+		if p, out, err := w.e.Undo(t.Context(), UndoRequest{Finding: f.ID, DryRun: true}); err != nil || out != nil || p.Action != heal.ContinueProcess || state(pid) != "T" {
+			t.Errorf("a dry run of Undo = %+v, %+v, %v; the process has state %q", p, out, err, state(pid))
+		}
+		if _, out, err := w.e.Undo(t.Context(), undo); err != nil || !out.Verified {
+			t.Fatalf("Undo = %+v, %v", out, err)
+		}
+		if s := state(pid); s != "R" {
+			t.Errorf("state %q of a process that was stopped and continued", s)
+		}
+		if _, out, err := w.e.Undo(t.Context(), undo); !errors.Is(err, ErrNoUndo) || out != nil {
+			t.Errorf("a second Undo = %+v, %v; want %v", out, err, ErrNoUndo)
+		}
 		if bad := g.Complaints(); len(bad) > 0 {
 			t.Errorf("the guest's kernel complains: %q", bad)
+		}
+		ev := w.wait(20*time.Second, "the fault again", func(e Event) bool {
+			return ofKind(EventFinding, detect.KindRunawayProcess)(e) && e.Finding.Culprit.TGID == pid && e.Finding.ID != f.ID
+		})
+		ask(ev.Finding, heal.KillProcess, EventHealed)
+		if _, _, err := w.e.Undo(t.Context(), UndoRequest{Finding: ev.Finding.ID}); !errors.Is(err, ErrNoUndo) {
+			t.Errorf("Undo of a kill = %v; want %v", err, ErrNoUndo)
 		}
 
 		pid, f = runaway()
@@ -88,7 +109,7 @@ func TestLiveRestart(t *testing.T) {
 
 		var ok string
 		g.Ask("sysrq c", "ok", &ok)
-		ev := w.wait(10*time.Second, "panic", ofKind(EventFinding, detect.KindPanic))
+		ev = w.wait(10*time.Second, "panic", ofKind(EventFinding, detect.KindPanic))
 		time.Sleep(200 * time.Millisecond) // the kernel comes to its last loop
 		restart("panicked", ev.Finding)
 

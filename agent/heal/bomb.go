@@ -71,7 +71,7 @@ func planBar(m model, f detect.Finding) (Plan, error) {
 		return fail(fmt.Errorf("max_threads is %d: somebody else bars new tasks: %w", most, kernel.ErrNotSupported))
 	}
 	return Plan{
-		Action: StopForkBomb, Finding: f.ID, Risk: RiskTask, Kernel: &id, More: true, Undo: true,
+		Action: StopForkBomb, Finding: f.ID, Risk: RiskTask, Kernel: &id, More: true,
 		Title: fmt.Sprintf("bar new tasks, then end the tree of %q (PID %d), %d tasks by now", f.Culprit.Comm, f.Culprit.PID, f.Culprit.Tree),
 		Steps: []Step{{
 			Op: OpWrite, Why: "nothing new is started while the tree is ended", Object: "max_threads", Hold: true,

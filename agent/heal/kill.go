@@ -56,7 +56,9 @@ func killProcess() Action {
 }
 
 func stopProcess() Action {
-	return signalled(sigStop, "Stop the process with SIGSTOP, sent by the host's own kernel; it can be continued", detect.KindRunawayProcess, detect.KindMemoryHog, detect.KindTampering, detect.KindPolicy)
+	a := signalled(sigStop, "Stop the process with SIGSTOP, sent by the host's own kernel; it can be continued", detect.KindRunawayProcess, detect.KindMemoryHog, detect.KindTampering, detect.KindPolicy)
+	a.Undo = ContinueProcess
+	return a
 }
 
 func continueProcess() Action {
@@ -139,7 +141,7 @@ func planSignal(m model, f detect.Finding, what signal) (Plan, error) {
 		Target: &Target{
 			TGID: vic.leader.TGID, PID: vic.thread.PID, Comm: vic.leader.Comm, UID: vic.leader.UID, Start: vic.leader.Start, KThread: vic.leader.KThread,
 		},
-		CPU: &cpu.ID, Kernel: &id,
+		CPU: &cpu.ID, Kernel: &id, Undo: what == sigStop,
 		Calls: []Call{{
 			Function: "posix_timer_fn", Addr: sig.fn, Context: fmt.Sprintf("hard interrupt of CPU %d's timer tick (irq_work_tick)", cpu.ID),
 			Purpose: "sends " + what.name + " to the process as for an expired POSIX timer",

@@ -297,7 +297,9 @@ type Action struct {
 	Title string
 	Risk  Risk
 	// For lists the kinds of findings that the action can be a repair of.
-	For  []detect.Kind
+	For []detect.Kind
+	// Undo is the ID of the action that takes this one back once it has worked; empty if nothing does.
+	Undo string
 	Plan func(context.Context, *kernel.View, detect.Finding) (Plan, error)
 	// Next is not nil for a repair in several plans. It makes the next one from a fresh view after one was carried out; more is
 	// false when there is nothing left to do. ErrNotYet means that it should be asked again in a moment.

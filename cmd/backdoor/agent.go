@@ -299,11 +299,27 @@ type healed struct {
 
 // Heal plans, or plans and carries out, a repair.
 func (a *agent) Heal(ctx context.Context, finding, action string, dryRun bool, _ *heal.Plan, progress func(string)) (healed, error) {
-	task, err := a.c.Heal(ctx, client.HealRequest{Finding: finding, Action: action, DryRun: dryRun}, func(t schema.Task) {
+	task, err := a.c.Heal(ctx, client.HealRequest{Finding: finding, Action: action, DryRun: dryRun}, telling(progress))
+	return a.healed(task, err)
+}
+
+// Undo plans, or plans and carries out, that the repair of a finding is taken back.
+func (a *agent) Undo(ctx context.Context, finding string, dryRun bool, progress func(string)) (healed, error) {
+	task, err := a.c.UndoHeal(ctx, client.UndoRequest{Finding: finding, DryRun: dryRun}, telling(progress))
+	return a.healed(task, err)
+}
+
+// telling makes lines of a task's progress.
+func telling(progress func(string)) func(schema.Task) {
+	return func(t schema.Task) {
 		if progress != nil && t.PercentComplete != nil {
 			progress(fmt.Sprintf("task %s: %s, %d %%", t.ID, t.TaskState, *t.PercentComplete))
 		}
-	})
+	}
+}
+
+// healed takes plan and outcome out of a task.
+func (a *agent) healed(task *schema.Task, err error) (healed, error) {
 	var h healed
 	if task != nil {
 		if oemErr := ours(task.OEM, &h); oemErr != nil && err == nil {

@@ -156,6 +156,17 @@ func (a *fakeAgent) Heal(_ context.Context, r engine.HealRequest) (heal.Plan, *h
 
 func (a *fakeAgent) View(context.Context) (*kernel.View, error) { return nil, engine.ErrNotAttached }
 
+func (a *fakeAgent) Undo(_ context.Context, r engine.UndoRequest) (heal.Plan, *heal.Outcome, error) {
+	p := heal.Plan{ID: "plan-2", Action: "continue-process", Finding: r.Finding, Title: "continue burn (412)", Risk: heal.RiskTask, Made: boot}
+	if r.Finding != "runaway-process-2" {
+		return heal.Plan{}, nil, fmt.Errorf("take back the repair of %s: %w", r.Finding, engine.ErrNoUndo)
+	}
+	if r.DryRun {
+		return p, nil, nil
+	}
+	return p, &heal.Outcome{Plan: p, Caller: r.Caller, Started: boot, Finished: boot, Verified: true}, nil
+}
+
 func (a *fakeAgent) Power() heal.Power { return fakePower{a} }
 
 func (a *fakeAgent) Outcomes(string) []heal.Outcome            { return nil }

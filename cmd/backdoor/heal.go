@@ -33,24 +33,60 @@ Exit status: 0 repaired and verified (or planned, with -dry-run), 3 carried out 
 	run: runHeal,
 }
 
+var undoVerb = verb{
+	name:  "undo",
+	args:  "FINDING",
+	short: "take back the repair of a finding",
+	long: `Takes back the latest repair of a finding, which may be resolved, if it is one that can be: a process that was stopped goes on. What
+the repair has cured may come back with it. Plan, question and rules are those of heal.
+
+Exit status: as heal.
+
+  backdoor undo memory-hog-3 -dry-run
+  backdoor undo memory-hog-3 -y`,
+	flags: func(fs *flag.FlagSet, o *options) {
+		fs.BoolVar(&o.dryRun, "dry-run", false, "show the plan and change nothing")
+		fs.BoolVar(&o.yes, "y", false, "do not ask")
+	},
+	run: func(ctx context.Context, e *env, args []string) (int, error) {
+		if len(args) != 1 {
+			return 0, &usageError{verb: "undo", msg: "undo takes the ID of one finding; see: backdoor findings"}
+		}
+		a, err := e.openAgent(ctx)
+		if err != nil {
+			return 0, err
+		}
+		defer a.Close()
+		return e.carryOut("take back the repair of "+args[0], func(dryRun bool, _ *heal.Plan, progress func(string)) (healed, error) {
+			return a.Undo(ctx, args[0], dryRun, progress)
+		})
+	},
+}
+
 func runHeal(ctx context.Context, e *env, args []string) (int, error) {
 	if len(args) != 1 {
 		return 0, &usageError{verb: "heal", msg: "heal takes the ID of one finding; see: backdoor findings"}
 	}
-	id := args[0]
 	a, err := e.openOperator(ctx)
 	if err != nil {
 		return 0, err
 	}
 	defer a.Close()
+	return e.carryOut("heal "+args[0], func(dryRun bool, agreed *heal.Plan, progress func(string)) (healed, error) {
+		return a.Heal(ctx, args[0], e.o.action, dryRun, agreed, progress)
+	})
+}
+
+// carryOut has a change of the host planned, shows that, asks, and has it done. do is told which plan was agreed to.
+func (e *env) carryOut(what string, do func(dryRun bool, agreed *heal.Plan, progress func(string)) (healed, error)) (int, error) {
 	var plan *heal.Plan
 	if e.o.dryRun || !e.o.yes {
-		h, err := a.Heal(ctx, id, e.o.action, true, nil, nil)
+		h, err := do(true, nil, nil)
 		if err != nil {
-			return 0, fmt.Errorf("plan a repair of %s: %w", id, err)
+			return 0, fmt.Errorf("plan to %s: %w", what, err)
 		}
 		if h.Plan == nil {
-			return 0, fmt.Errorf("plan a repair of %s: the agent sent no plan", id)
+			return 0, fmt.Errorf("plan to %s: the agent sent no plan", what)
 		}
 		if e.o.dryRun {
 			return exitOK, e.answer(h, func(w io.Writer) error { return planText(w, *h.Plan) })
@@ -72,7 +108,7 @@ func runHeal(ctx context.Context, e *env, args []string) (int, error) {
 			return 0, fmt.Errorf("nothing was done")
 		}
 	}
-	h, err := a.Heal(ctx, id, e.o.action, false, plan, func(text string) {
+	h, err := do(false, plan, func(text string) {
 		if f := file(e.stderr); f != nil && isTerminal(f) {
 			fmt.Fprintf(e.stderr, "backdoor: %s\n", query.Clean(text))
 		}
@@ -84,11 +120,11 @@ func runHeal(ctx context.Context, e *env, args []string) (int, error) {
 	}
 	switch {
 	case err != nil && h.Outcome != nil: // it was begun, and has not helped
-		return 0, &codeError{exitIll, fmt.Errorf("heal %s: %w", id, err)}
+		return 0, &codeError{exitIll, fmt.Errorf("%s: %w", what, err)}
 	case err != nil:
-		return 0, fmt.Errorf("heal %s: %w", id, err)
+		return 0, fmt.Errorf("%s: %w", what, err)
 	case h.Outcome == nil:
-		return 0, fmt.Errorf("heal %s: the agent sent no outcome", id)
+		return 0, fmt.Errorf("%s: the agent sent no outcome", what)
 	case !h.Outcome.Verified:
 		return exitIll, nil
 	}
@@ -172,7 +208,7 @@ func outcomeText(w io.Writer, o heal.Outcome) error {
 	l := &lines{w: w}
 	switch {
 	case o.Verified:
-		l.printf("Repaired and verified: %s\n", query.Clean(o.Plan.Title))
+		l.printf("Done and verified: %s\n", query.Clean(o.Plan.Title))
 	case o.Undone:
 		l.printf("NOT repaired, and every write was taken back: %s\n", query.Clean(o.Plan.Title))
 	default:

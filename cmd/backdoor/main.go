@@ -63,6 +63,7 @@
 //	cas          compare and swap a word of the host's memory, by RDMA: break-glass
 //	restore      take back what write or cas stored, by RDMA
 //	heal         repair a finding: heal FINDING [-dry-run] [-action A] [-y]
+//	undo         take back the repair of a finding, if it can be: undo FINDING [-dry-run] [-y]
 //	power        the host's power: status, on, off, cycle, reset, nmi, soft
 //	network      the host's traffic: status, quarantine, limit, release
 //	events       what happened to the host and to the agent; -f goes on with what comes

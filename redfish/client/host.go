@@ -59,15 +59,30 @@ func (c *Client) OfferAgreement(ctx context.Context, document []byte) error {
 // Heal has a finding repaired, or a repair planned, and waits for the end. The task's Oem object, which OEM decodes, holds the
 // Plan and the Outcome; it is returned with a *TaskError as well, as far as it came.
 func (c *Client) Heal(ctx context.Context, r HealRequest, progress func(schema.Task)) (*schema.Task, error) {
+	return c.healing(ctx, "Heal", r, progress)
+}
+
+// UndoRequest asks for the latest repair of a finding to be taken back.
+type UndoRequest struct {
+	Finding string `json:"Finding"` // ID
+	DryRun  bool   `json:"DryRun,omitempty"`
+}
+
+// UndoHeal has a finished repair taken back, or that planned, and waits for the end. What it returns is as Heal's.
+func (c *Client) UndoHeal(ctx context.Context, r UndoRequest, progress func(schema.Task)) (*schema.Task, error) {
+	return c.healing(ctx, "UndoHeal", r, progress)
+}
+
+func (c *Client) healing(ctx context.Context, name string, request any, progress func(schema.Task)) (*schema.Task, error) {
 	s, err := c.System(ctx)
 	if err != nil {
 		return nil, err
 	}
-	action, ok := s.Actions["#BackdoorComputerSystem.Heal"]
+	action, ok := s.Actions["#BackdoorComputerSystem."+name]
 	if !ok {
-		return nil, errors.New("the service cannot heal its host: it is not a Backdoor agent")
+		return nil, fmt.Errorf("the service has no action %s: it is not a Backdoor agent, or an older one", name)
 	}
-	return c.Run(ctx, action.Target, r, nil, progress)
+	return c.Run(ctx, action.Target, request, nil, progress)
 }
 
 // RDMAURI is the resource about the agent's remote access by RDMA.

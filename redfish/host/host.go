@@ -34,6 +34,8 @@ type Agent interface {
 	// Outcomes returns what became of the repairs of a finding, automatic ones too, the oldest first.
 	Outcomes(finding string) []heal.Outcome
 	Heal(context.Context, engine.HealRequest) (heal.Plan, *heal.Outcome, error)
+	// Undo takes back a finished repair.
+	Undo(context.Context, engine.UndoRequest) (heal.Plan, *heal.Outcome, error)
 	View(context.Context) (*kernel.View, error)
 	Power() heal.Power
 	// PowerControl does what op says, "on", "off", "cycle", "nmi", "shutdown" or an order of package heal, if the access
@@ -275,6 +277,8 @@ func refusal(err error) error {
 		return service.Because(403, "InsufficientPrivilege", sentence(err)+" Start the agent with writes enabled.")
 	case errors.Is(err, engine.ErrNoFinding):
 		return service.Because(404, "ResourceNotFound", sentence(err), "LogEntry", "Finding")
+	case errors.Is(err, engine.ErrNoUndo):
+		return service.Because(409, "ResourceInUse", sentence(err))
 	case errors.Is(err, engine.ErrBusy):
 		return service.Because(409, "ResourceInUse", sentence(err))
 	case errors.Is(err, heal.ErrProtected):

@@ -49,6 +49,7 @@ type fakeAgent struct {
 	ops      []string
 	healErr  error
 	verified bool
+	undone   bool
 
 	controller *fakeController // nil if there is none
 	lock       *access.Lock    // nil if no owner is trusted
@@ -140,6 +141,24 @@ func (a *fakeAgent) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, 
 		Steps:         []heal.StepOutcome{{Step: 0, Started: bootTime, Took: time.Millisecond, How: "compare-and-swap"}},
 		HostFunctions: []heal.FunctionRun{{Call: p.Calls[0], Runs: 1, Confirmed: true}},
 	}, nil
+}
+
+// Undo can take back what Outcomes has, once.
+func (a *fakeAgent) Undo(_ context.Context, r engine.UndoRequest) (heal.Plan, *heal.Outcome, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.denied != nil {
+		return heal.Plan{}, nil, a.denied
+	}
+	if r.Finding != "cpu-stall-1" || a.undone {
+		return heal.Plan{}, nil, fmt.Errorf("take back the repair of %s: %w", r.Finding, engine.ErrNoUndo)
+	}
+	p := heal.Plan{ID: "plan-2", Action: heal.ContinueProcess, Finding: r.Finding, Title: "Continue stress (412)", Risk: heal.RiskTask, Made: bootTime}
+	if r.DryRun {
+		return p, nil, nil
+	}
+	a.undone = true
+	return p, &heal.Outcome{Plan: p, Caller: r.Caller, Started: bootTime, Finished: bootTime.Add(time.Second), Verified: true}, nil
 }
 
 func (a *fakeAgent) View(ctx context.Context) (*kernel.View, error) {
@@ -287,7 +306,7 @@ func (fakeJournal) Records() iter.Seq2[journal.Record, error] {
 
 // fakeController is the service processor of a host: a boot override and two drives.
 type fakeController struct {
-	mu     sync.Mutex // guards what follows
+	mu       sync.Mutex // guards what follows
 	resets   []schema.ResetType
 	boot     schema.Boot
 	watchdog *schema.WatchdogTimer

@@ -34,6 +34,13 @@ var (
 				{Name: "Action", Type: "Edm.String", Description: "The repair. If absent, the one that policy proposes."},
 				{Name: "DryRun", Type: "Edm.Boolean", Description: "Plan only; nothing is written to the host."},
 			},
+		}, {
+			Name: "UndoHeal", Bound: "ComputerSystem.v1_0_0.OemActions",
+			Description: "Plans to take back the latest repair of a finding, as far as it is one that can be taken back, and, unless DryRun is true, does so. It runs as a task whose Oem object holds the plan and the outcome.",
+			Parameters: []oem.Parameter{
+				{Name: "Finding", Type: "Edm.String", Required: true, Description: "The Id of the finding's log entry; the finding may be resolved."},
+				{Name: "DryRun", Type: "Edm.Boolean", Description: "Plan only; nothing is written to the host."},
+			},
 		}}, slices.Concat(leaseActions, agreementActions)...),
 	}
 	stateSchema = oem.Schema{
@@ -181,34 +188,49 @@ func (h *host) oemResources() []service.Route {
 	}
 }
 
-// healAction is the action that heals a finding.
-func (h *host) healAction() service.Action {
-	return service.Action{
-		Name: "BackdoorComputerSystem.Heal", OEM: true, Title: "Heal a finding",
-		Privileges: service.Privileges{{service.ConfigureComponents, PrivilegeHeal}},
-		Parameters: []service.Property{
-			{Name: "Finding", Kind: service.String, Required: true, Min: 1, Max: 128},
-			{Name: "Action", Kind: service.String, Max: 128},
-			{Name: "DryRun", Kind: service.Boolean},
+// healActions are the actions that heal a finding, and take that back.
+func (h *host) healActions() []service.Action {
+	privileges := service.Privileges{{service.ConfigureComponents, PrivilegeHeal}}
+	finding := service.Property{Name: "Finding", Kind: service.String, Required: true, Min: 1, Max: 128}
+	dry := service.Property{Name: "DryRun", Kind: service.Boolean}
+	// start has a task do the work.
+	start := func(r *service.Request, v service.Values, verb, title string, do func(context.Context) (heal.Plan, *heal.Outcome, error)) (*service.Reply, error) {
+		id := v.String("Finding")
+		if _, ok := h.o.Agent.Finding(id); !ok {
+			return nil, service.Because(404, "ResourceNotFound", fmt.Sprintf("There is no finding %q. The findings are listed at %s.", id, findingsURI), "LogEntry", id)
+		}
+		name := title + " " + id
+		if v.Bool("DryRun") {
+			name = "Plan to " + verb + " " + id
+		}
+		return r.Task(name, func(ctx context.Context, t *service.Task) (*service.Reply, error) { return healing(ctx, t, do) })
+	}
+	return []service.Action{
+		{
+			Name: "BackdoorComputerSystem.Heal", OEM: true, Title: "Heal a finding", Privileges: privileges,
+			Parameters: []service.Property{finding, {Name: "Action", Kind: service.String, Max: 128}, dry},
+			Do: func(r *service.Request, v service.Values) (*service.Reply, error) {
+				req := engine.HealRequest{Finding: v.String("Finding"), Action: v.String("Action"), DryRun: v.Bool("DryRun"), Caller: r.Caller.User}
+				return start(r, v, "heal", "Heal", func(ctx context.Context) (heal.Plan, *heal.Outcome, error) { return h.o.Agent.Heal(ctx, req) })
+			},
 		},
-		Do: func(r *service.Request, v service.Values) (*service.Reply, error) {
-			req := engine.HealRequest{Finding: v.String("Finding"), Action: v.String("Action"), DryRun: v.Bool("DryRun"), Caller: r.Caller.User}
-			if _, ok := h.o.Agent.Finding(req.Finding); !ok {
-				return nil, service.Because(404, "ResourceNotFound", fmt.Sprintf("There is no finding %q. The findings are listed at %s.", req.Finding, findingsURI), "LogEntry", req.Finding)
-			}
-			name := "Heal " + req.Finding
-			if req.DryRun {
-				name = "Plan to heal " + req.Finding
-			}
-			return r.Task(name, func(ctx context.Context, t *service.Task) (*service.Reply, error) { return h.heal(ctx, t, req) })
+		{
+			Name: "BackdoorComputerSystem.UndoHeal", OEM: true, Title: "Take back the repair of a finding", Privileges: privileges,
+			Parameters: []service.Property{finding, dry},
+			Do: func(r *service.Request, v service.Values) (*service.Reply, error) {
+				req := engine.UndoRequest{Finding: v.String("Finding"), DryRun: v.Bool("DryRun"), Caller: r.Caller.User}
+				return start(r, v, "take back the repair of", "Take back the repair of", func(ctx context.Context) (heal.Plan, *heal.Outcome, error) {
+					return h.o.Agent.Undo(ctx, req)
+				})
+			},
 		},
 	}
 }
 
-// heal is the work of a healing task.
-func (h *host) heal(ctx context.Context, t *service.Task, req engine.HealRequest) (*service.Reply, error) {
+// healing is the work of a task that changes the host by a plan.
+func healing(ctx context.Context, t *service.Task, do func(context.Context) (heal.Plan, *heal.Outcome, error)) (*service.Reply, error) {
 	t.Progress(5, "The finding is looked at again, and a plan is made.")
-	plan, outcome, err := h.o.Agent.Heal(ctx, req)
+	plan, outcome, err := do(ctx)
 	if plan.ID != "" {
 		result, oerr := oem.Object(taskSchema.Type("Heal"), healOEM{Plan: plan, Outcome: outcome})
 		if oerr != nil {

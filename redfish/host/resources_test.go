@@ -293,6 +293,35 @@ func TestOEMResources(t *testing.T) {
 	}
 }
 
+func TestUndo(t *testing.T) {
+	c := connect(t, newFakeAgent())
+	var out struct {
+		Plan    heal.Plan
+		Outcome *heal.Outcome
+	}
+	task, err := c.UndoHeal(t.Context(), client.UndoRequest{Finding: "cpu-stall-1", DryRun: true}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.OEM(task.OEM, &out); err != nil || out.Plan.Action != heal.ContinueProcess || out.Outcome != nil {
+		t.Errorf("dry run = %+v, %v", out, err)
+	}
+	if task, err = c.UndoHeal(t.Context(), client.UndoRequest{Finding: "cpu-stall-1"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.OEM(task.OEM, &out); err != nil || out.Outcome == nil || !out.Outcome.Verified || out.Outcome.Caller != testUser {
+		t.Errorf("undo = %+v, %v", out, err)
+	}
+	var failed *client.TaskError
+	if _, err := c.UndoHeal(t.Context(), client.UndoRequest{Finding: "cpu-stall-1"}, nil); !errors.As(err, &failed) || !strings.Contains(err.Error(), "nothing to take back") {
+		t.Errorf("a second undo = %v", err)
+	}
+	var refused *client.Error
+	if _, err := c.UndoHeal(t.Context(), client.UndoRequest{Finding: "nonsense"}, nil); !errors.As(err, &refused) || refused.Status != 404 {
+		t.Errorf("undo of nothing = %v; want 404", err)
+	}
+}
+
 func TestHeal(t *testing.T) {
 	a := newFakeAgent()
 	c := connect(t, a)

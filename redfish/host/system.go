@@ -72,7 +72,6 @@ func (h *host) system() service.Route {
 				Parameters: []service.Property{{Name: "ResetType", Kind: service.String, Required: true, Allowed: h.resetTypes}},
 				Do:         h.reset,
 			},
-			h.healAction(),
 			h.agreementAction("ObeyOrder", "Obey an order about the access agreement", h.obey),
 			h.agreementAction("OfferAgreement", "Offer an access agreement", h.offer),
 		},
@@ -80,6 +79,7 @@ func (h *host) system() service.Route {
 			return a.Name != "ComputerSystem.Reset" || h.o.Agent.Power() != nil
 		},
 	}
+	route.Actions = append(route.Actions, h.healActions()...)
 	route.Actions = append(route.Actions, h.memoryActions()...)
 	route.Actions = append(route.Actions, h.rdmaActions()...)
 	route.Actions = append(route.Actions, h.datapathActions()...)
