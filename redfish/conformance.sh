@@ -77,6 +77,9 @@ against() {
 		if curl -sk "$url/redfish" >/dev/null; then break; fi
 		sleep 0.1
 	done
+	# It is off by default, and the Protocol Validator would have nothing to look at.
+	curl -sk -u "$user:$password" -X PATCH -H 'Content-Type: application/json' -d '{"SSDP":{"ProtocolEnabled":true}}' \
+		"$url/redfish/v1/Managers/bmc/NetworkProtocol" >/dev/null
 	openssl s_client -connect "$address" </dev/null 2>/dev/null | openssl x509 >"$out/cert.pem"
 	if ! "$@" >"$out/$name.log" 2>&1; then failed=1; fi
 	if [ -n "$server" ]; then

@@ -51,6 +51,7 @@ type ManagerNetworkProtocol struct {
 	HostName *string        `json:"HostName"` // null if unknown
 	FQDN     *string        `json:"FQDN"`
 	HTTPS    *HTTPSProtocol `json:"HTTPS,omitempty"`
+	SSDP     *SSDProtocol   `json:"SSDP,omitempty"`
 	Status   *Status        `json:"Status,omitempty"`
 }
 
@@ -59,6 +60,16 @@ type HTTPSProtocol struct {
 	ProtocolEnabled bool  `json:"ProtocolEnabled"`
 	Port            int   `json:"Port,omitempty"`
 	Certificates    *Link `json:"Certificates,omitempty"`
+}
+
+// SSDProtocol is ManagerNetworkProtocol.v1_12_0.SSDProtocol.
+type SSDProtocol struct {
+	WriteableProperties []string `json:"@Redfish.WriteableProperties,omitempty"`
+	ProtocolEnabled     bool     `json:"ProtocolEnabled"`
+	Port                int      `json:"Port,omitempty"`
+	NotifySeconds       int      `json:"NotifyMulticastIntervalSeconds"`
+	NotifyTTL           int      `json:"NotifyTTL,omitempty"`
+	NotifyIPv6Scope     string   `json:"NotifyIPv6Scope,omitempty"` // Link, Site, Organization
 }
 
 // ServiceConditions is ServiceConditions.v1_0_1.ServiceConditions.

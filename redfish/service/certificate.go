@@ -529,6 +529,7 @@ func (s *Service) NetworkRoutes(manager string) []Route {
 				out := &schema.ManagerNetworkProtocol{
 					Resource: schema.Resource{Name: "Network Protocol"}, Status: &schema.Status{State: schema.StateEnabled, Health: schema.HealthOK},
 					HTTPS: &schema.HTTPSProtocol{ProtocolEnabled: true, Port: port, Certificates: schema.LinkTo(https)},
+					SSDP:  s.discovery.view(),
 				}
 				if name, err := os.Hostname(); err == nil {
 					out.HostName = &name
@@ -540,6 +541,7 @@ func (s *Service) NetworkRoutes(manager string) []Route {
 				}
 				return out, nil
 			},
+			Patch: &Patch{Properties: s.discovery.properties(), Do: s.discovery.set},
 		},
 		{URI: https, Type: schema.TypeCertificateCollection, Name: "HTTPS Certificates", Members: Fixed("1")},
 		{

@@ -50,6 +50,9 @@ func (s *Service) Serve(ctx context.Context, l net.Listener) error {
 	defer wait()
 	var reporting sync.WaitGroup
 	defer reporting.Wait()
+	if s.certs.root != "" { // or else nobody could switch it off
+		reporting.Go(func() { s.discovery.run(delivering) })
+	}
 	reporting.Go(func() { s.freeze.Do(s.finish); s.telemetry.run(delivering) })
 	defer endDeliveries()
 	server.RegisterOnShutdown(s.subs.endStreams)

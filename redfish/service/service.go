@@ -173,6 +173,7 @@ type Service struct {
 	reports   *eventBus // of metric reports
 	telemetry *telemetry
 	subs      *subscriptions
+	discovery *discovery
 	auditing  sync.Mutex // held while Options.Audit runs
 	requests  chan struct{}
 
@@ -215,6 +216,9 @@ func New(o Options) (*Service, error) {
 		return nil, err
 	}
 	if s.subs, err = openSubscriptions(s); err != nil {
+		return nil, err
+	}
+	if s.discovery, err = openDiscovery(s); err != nil {
 		return nil, err
 	}
 	s.Handle(s.standardRoutes()...)
