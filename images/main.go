@@ -10,7 +10,8 @@
 // Description:
 //
 //	build    makes images in build/images: NAME.cpio.zst, NAME.vmlinuz, NAME.dtb where the board needs one, and NAME.json,
-//	         which says what they are made of. It prints each size beside its budget, and fails if one is exceeded.
+//	         which says what they are made of. It prints each size beside its budget, and fails if one is exceeded. Variants of
+//	         other images are not among "all".
 //	disk     makes of an image that was built a signed bundle, IMAGE.bundle, the image of a whole disk with it in its slots,
 //	         IMAGE.disk.img, and a loader that trusts its key, IMAGE.loader.cpio. The key is a development key in DIR, which is
 //	         made if it is not there; for a fleet, see: backdoor help image.
@@ -118,7 +119,7 @@ func build(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	var imgs []builder.Image
 	for _, name := range f.Args() {
 		if name == "all" {
-			imgs = builder.Images()
+			imgs = slices.DeleteFunc(builder.Images(), func(i builder.Image) bool { return i.Of != "" })
 			break
 		}
 		img, err := builder.Lookup(name)

@@ -83,7 +83,9 @@ type Manifest struct {
 	Commands  []string `json:"commands"`
 	Modules   []string `json:"modules"`
 	Uroot     string   `json:"uroot"` // u-root's module version
-	Budget    Budget   `json:"budget"`
+	// Packages are those that Image.Programs come from.
+	Packages []kernels.Package `json:"packages,omitempty"`
+	Budget   Budget            `json:"budget"`
 }
 
 // Build makes an image and its manifest. If only the budget is exceeded, the files are written and the manifest is
@@ -169,8 +171,24 @@ func build(ctx context.Context, img Image, o Options) (*Manifest, error) {
 	if err != nil {
 		return nil, err
 	}
+	unpacked := int64(len(second))
+	if img.Programs != nil {
+		var a initramfs.Archive
+		if m.Packages, err = addPrograms(ctx, &a, *img.Programs, o); err != nil {
+			return nil, err
+		}
+		third, err := a.Bytes()
+		if err != nil {
+			return nil, err
+		}
+		more, err := initramfs.Compress(third, initramfs.Thorough)
+		if err != nil {
+			return nil, err
+		}
+		packed, unpacked = append(packed, more...), unpacked+int64(len(third))
+	}
 	m.Base, m.Modules, m.Uroot = base.Key, base.Modules, base.Uroot
-	m.Unpacked = base.Unpacked + int64(len(second))
+	m.Unpacked = base.Unpacked + unpacked
 	for _, w := range []struct {
 		name string
 		data func() ([]byte, error)
@@ -306,13 +324,13 @@ func makeBase(ctx context.Context, img Image, k kernels.Kernel, goVersion string
 		format, u.compressor, u.inputs(img, goVersion), k.Package, k.Version, k.Arch, img.Modules)
 	s.Key = hex.EncodeToString(h.Sum(nil))[:20]
 	dir := filepath.Join(o.CacheDir, "images")
-	file := filepath.Join(dir, img.Name+"-"+s.Key)
+	file := filepath.Join(dir, cmp.Or(img.Of, img.Name)+"-"+s.Key)
 	if err := s.load(file); err == nil {
 		return s, nil
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return stored{}, err
 	}
-	unlock, err := lockFile(ctx, filepath.Join(dir, img.Name+".lock"))
+	unlock, err := lockFile(ctx, filepath.Join(dir, cmp.Or(img.Of, img.Name)+".lock"))
 	if err != nil {
 		return stored{}, err
 	}

@@ -19,6 +19,10 @@ type Image struct {
 	// Commands are u-root's commands, built into one program. The agent needs init only; the others are for a person
 	// who boots with rdinit=/bbin/gosh.
 	Commands []string
+	// Of, if not empty, names the image that this one is a variant of: it is made only when asked for by name.
+	Of string
+	// Programs are what it has beside the agent.
+	Programs *Programs
 	// Loader, if not empty, says that the image is a first stage, with cmd/backdoor-loader as its only program and no u-root init, and names the
 	// image that it starts.
 	Loader string
@@ -58,6 +62,18 @@ func Images() []Image {
 			Modules:  join(virtual, state, tunnels, "tpm_tis"),
 			Commands: commands,
 			Budget:   Budget{Initramfs: 16 * mb, Unpacked: 48 * mb},
+		},
+		{
+			Name: "dpu-arm64-ipmi", About: "dpu-arm64 with ipmitool, for hosts whose BMC has IPMI only",
+			GOARCH: "arm64", Kernel: "6.1-cloud-arm64", Console: "ttyAMA0",
+			Modules:  join(virtual, state, tunnels, "tpm_tis"),
+			Commands: commands,
+			Of:       "dpu-arm64",
+			Programs: &Programs{
+				Suite: "bookworm", Arch: "arm64", Files: []string{"usr/bin/ipmitool"},
+				Packages: []string{"ipmitool", "libc6", "libfreeipmi17", "libgcrypt20", "libgpg-error0", "libreadline8", "libssl3", "libtinfo6"},
+			},
+			Budget: Budget{Initramfs: 22 * mb, Unpacked: 66 * mb},
 		},
 		{
 			Name: "dpu-amd64", About: "SmartNIC or DPU with x86 cores; the agent on an x86 board",

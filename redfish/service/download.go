@@ -37,12 +37,15 @@ func (s *Service) download(w http.ResponseWriter, r *Request) error {
 type patient struct {
 	http.ResponseWriter
 	conn *http.ResponseController
+	turn turn
 }
 
 func (p *patient) Write(b []byte) (int, error) {
 	// A connection without deadlines, as in tests, needs none.
 	_ = p.conn.SetWriteDeadline(time.Now().Add(downloadStall))
-	return p.ResponseWriter.Write(b)
+	n, err := p.ResponseWriter.Write(b)
+	p.turn.took(n)
+	return n, err
 }
 
 // May reports whether the caller has a privilege. Routes say by themselves what they ask for; this is for what a GET shows.

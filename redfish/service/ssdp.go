@@ -23,6 +23,7 @@ import (
 	"golang.org/x/net/ipv6"
 	"golang.org/x/sys/unix"
 
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
 
@@ -115,7 +116,7 @@ func (d *discovery) set(_ *Request, v Values) error {
 	if d.path != "" {
 		b, err := json.MarshalIndent(next, "", "\t")
 		if err == nil {
-			err = writeFile(d.path, b)
+			err = durable.WriteFile(d.path, b, 0o600)
 		}
 		if err != nil {
 			return fmt.Errorf("store settings of SSDP: %w", err)

@@ -10,6 +10,7 @@ import (
 	"mime"
 	"mime/multipart"
 	"net/http"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -530,11 +531,13 @@ func parseParameters(in io.Reader, depth int, o *UpdateOptions) error {
 	return nil
 }
 
-// patientReader gives a connection more time with each read: an upload takes what it takes, but must not stop.
+// patientReader gives a connection more time with each read: an upload takes what it takes, but must not stop. One that comes as fast as it
+// can never waits, and would have a processor to itself until the scheduler takes that away, 10 ms at a time.
 type patientReader struct {
 	in     io.Reader
 	extend func()
 	last   time.Time
+	turn   turn
 }
 
 func (p *patientReader) Read(b []byte) (int, error) {
@@ -542,5 +545,18 @@ func (p *patientReader) Read(b []byte) (int, error) {
 		p.last = now
 		p.extend()
 	}
-	return p.in.Read(b)
+	n, err := p.in.Read(b)
+	p.turn.took(n)
+	return n, err
+}
+
+// turn lets other requests have the processor after so many bytes of a stream.
+type turn int
+
+func (t *turn) took(n int) {
+	const most = 64 << 10
+	if *t += turn(n); *t >= most {
+		*t = 0
+		runtime.Gosched()
+	}
 }

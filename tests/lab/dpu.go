@@ -20,7 +20,6 @@ import (
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/redfish/client"
-	"github.com/backdoor-rhs/backdoor/tests/lab/bmc"
 	"github.com/backdoor-rhs/backdoor/tests/lab/qmp"
 	"github.com/backdoor-rhs/backdoor/tests/lab/wire"
 	"golang.org/x/sys/unix"
@@ -70,7 +69,8 @@ var (
 )
 
 // newDPU prepares the DPU; it is off.
-func newDPU(dir string, cfg Config, h *Host, b *bmc.BMC, sw, cable *wire.Switch) (*DPU, error) {
+func newDPU(dir string, cfg Config, l *Lab) (*DPU, error) {
+	h, sw, cable := l.Host, l.Wire, l.Cable
 	d := &DPU{StateDir: filepath.Join(dir, "dpu-state"), events: newTrail[Event](10000)}
 	tpm := filepath.Join(dir, "tpm")
 	for _, sub := range []string{d.StateDir, tpm} {
@@ -78,7 +78,7 @@ func newDPU(dir string, cfg Config, h *Host, b *bmc.BMC, sw, cable *wire.Switch)
 			return nil, &InfraError{Op: "make the DPU's state", Err: err}
 		}
 	}
-	keys, err := writeState(d.StateDir, cfg, h, b)
+	keys, err := writeState(d.StateDir, cfg, l)
 	if err != nil {
 		return nil, err
 	}

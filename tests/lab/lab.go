@@ -52,6 +52,8 @@ type Config struct {
 	Slots bool
 	// DPULoader is the loader's initramfs; empty means build/images of this checkout.
 	DPULoader string
+	// IPMI has the agent reach HOST's BMC by IPMI alone; the DPU's image must have ipmitool, and this machine ipmi_sim.
+	IPMI bool
 	// NoWrites keeps the agent from changing HOST, by stores or through its BMC: the lab's own control experiment.
 	NoWrites bool
 	// Engine is the agent's path to HOST's memory: "window" (default) or "dma", the model of a DMA engine over it.
@@ -134,6 +136,7 @@ type Lab struct {
 	Host *Host
 	DPU  *DPU // nil with Config.NoDPU
 	BMC  *bmc.BMC
+	IPMI *bmc.IPMI // nil without Config.IPMI
 	Wire *wire.Switch
 	// Cable is the wire between HOST and the DPU; nil without Config.Datapath.
 	Cable *wire.Switch
@@ -218,8 +221,18 @@ func Up(ctx context.Context, cfg Config) (l *Lab, err error) {
 		return l, &InfraError{Op: "start the host's BMC", Err: err}
 	}
 	l.closers = append(l.closers, l.BMC.Close)
+	if cfg.IPMI {
+		dir := filepath.Join(l.dir, "ipmi")
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return l, &InfraError{Op: "start the host's BMC", Err: err}
+		}
+		if l.IPMI, err = bmc.StartIPMI(ctx, l.Host, dir); err != nil {
+			return l, &InfraError{Op: "start the host's BMC", Err: err}
+		}
+		l.closers = append(l.closers, l.IPMI.Close)
+	}
 	if !cfg.NoDPU {
-		if l.DPU, err = newDPU(l.dir, cfg, l.Host, l.BMC, l.Wire, l.Cable); err != nil {
+		if l.DPU, err = newDPU(l.dir, cfg, l); err != nil {
 			return l, err
 		}
 		l.closers = append(l.closers, l.DPU.close)

@@ -9,6 +9,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -22,7 +23,6 @@ import (
 	"github.com/backdoor-rhs/backdoor/boot"
 	"github.com/backdoor-rhs/backdoor/boot/wireguard"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
-	"github.com/backdoor-rhs/backdoor/tests/lab/bmc"
 	"github.com/backdoor-rhs/backdoor/tests/lab/wire"
 )
 
@@ -65,7 +65,20 @@ type parties struct {
 }
 
 // writeState fills dir with what the DPU's state disk holds at its first boot.
-func writeState(dir string, cfg Config, h *Host, b *bmc.BMC) (parties, error) {
+func writeState(dir string, cfg Config, l *Lab) (parties, error) {
+	h := l.Host
+	service := config.HostBMC{
+		URL: fmt.Sprintf("https://%s:%d", gateway, l.BMC.Port), Username: l.BMC.User, PasswordFile: "bmc-password", CAFile: "bmc-ca.pem",
+	}
+	password := l.BMC.Password
+	if l.IPMI != nil {
+		_, port, err := net.SplitHostPort(l.IPMI.Address)
+		if err != nil {
+			return parties{}, fmt.Errorf("address of the host's BMC: %w", err)
+		}
+		service = config.HostBMC{IPMI: net.JoinHostPort(gateway, port), Username: l.IPMI.User, PasswordFile: "bmc-password"}
+		password = l.IPMI.Password
+	}
 	var p parties
 	var err error
 	if _, p.owner, err = ed25519.GenerateKey(rand.Reader); err == nil {
@@ -109,7 +122,7 @@ func writeState(dir string, cfg Config, h *Host, b *bmc.BMC) (parties, error) {
 	secret := make([]byte, export.KeySize)
 	rand.Read(secret)
 	for name, data := range map[string][]byte{
-		"rdma-key": []byte(base64.StdEncoding.EncodeToString(secret)), "agreement.json": doc, "policy.json": rules, "bmc-password": []byte(b.Password), "bmc-ca.pem": b.CA,
+		"rdma-key": []byte(base64.StdEncoding.EncodeToString(secret)), "agreement.json": doc, "policy.json": rules, "bmc-password": []byte(password), "bmc-ca.pem": l.BMC.CA,
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
 			return parties{}, &InfraError{Op: "write the DPU's state", Err: err}
@@ -128,10 +141,8 @@ func writeState(dir string, cfg Config, h *Host, b *bmc.BMC) (parties, error) {
 		StateDir:   boot.StateDir,
 		Agreement:  config.Agreement{File: "agreement.json", OwnerKey: config.Key(public(p.owner))},
 		PolicyFile: "policy.json",
-		HostBMC: &config.HostBMC{
-			URL: fmt.Sprintf("https://%s:%d", gateway, b.Port), Username: b.User, PasswordFile: "bmc-password", CAFile: "bmc-ca.pem",
-		},
-		Redfish: config.Redfish{Listen: ":443"},
+		HostBMC:    &service,
+		Redfish:    config.Redfish{Listen: ":443"},
 		RDMA: config.RDMA{
 			Addresses: []netip.Addr{DPUWireAddress.Addr(), DPUWireAddress6.Addr()}, Keys: []config.RDMAKey{{User: "admin", File: "rdma-key"}}, MemoryByKey: true,
 		},
