@@ -179,7 +179,7 @@ func (h *host) integrity() []service.Route {
 					Type: "Discrete", Manufacturer: strings.TrimRight(id.Properties.Manufacturer, " \x00"),
 					FirmwareVersion: fmt.Sprintf("%d.%d.%d.%d", id.Properties.Firmware>>48, id.Properties.Firmware>>32&0xffff, id.Properties.Firmware>>16&0xffff, id.Properties.Firmware&0xffff),
 					Certificates:    schema.LinkTo(tpmURI + "/Certificates"),
-					TPM:             &schema.TrustedTPM{CapabilitiesVendorID: id.Properties.Manufacturer},
+					TPM:             &schema.TrustedTPM{CapabilitiesVendorID: strings.TrimRight(id.Properties.Manufacturer, "\x00")},
 					Status:          &schema.Status{State: schema.StateEnabled, Health: schema.HealthOK},
 					Links: &schema.TrustedLinks{
 						ComponentIntegrity:  []schema.Link{{ID: integrityURI + "/tpm"}},
