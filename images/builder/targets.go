@@ -73,7 +73,7 @@ func Images() []Image {
 				Suite: "bookworm", Arch: "arm64", Files: []string{"usr/bin/ipmitool"},
 				Packages: []string{"ipmitool", "libc6", "libfreeipmi17", "libgcrypt20", "libgpg-error0", "libreadline8", "libssl3", "libtinfo6"},
 			},
-			Budget: Budget{Initramfs: 22 * mb, Unpacked: 66 * mb},
+			Budget: Budget{Initramfs: 16 * mb, Unpacked: 48 * mb},
 		},
 		{
 			Name: "dpu-amd64", About: "SmartNIC or DPU with x86 cores; the agent on an x86 board",

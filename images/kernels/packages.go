@@ -78,6 +78,9 @@ func (a *apt) packages(ctx context.Context, names []string, into string) error {
 		return err
 	}
 	defer os.RemoveAll(tmp)
+	if err := os.MkdirAll(filepath.Join(tmp, "done", "tree"), 0o755); err != nil {
+		return err
+	}
 	var have []Package
 	for _, name := range names {
 		fields, err := a.show(ctx, name)
