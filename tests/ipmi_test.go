@@ -3,6 +3,7 @@ package tests
 import (
 	"context"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -27,11 +28,16 @@ func TestIPMI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := lab.Up(ctx, lab.Config{DPUImage: filepath.Join(out, m.Initramfs.Name), IPMI: true})
+	l, err := lab.Up(ctx, lab.Config{DPUImage: filepath.Join(out, m.Initramfs.Name), DPUKernel: filepath.Join(out, m.Kernel.Name), IPMI: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
+	defer func() {
+		if t.Failed() {
+			t.Logf("the DPU's console ends with\n%s", strings.Join(l.DPU.Console().Tail(30), "\n"))
+		}
+	}()
 	a, err := operator.DialDPU(ctx, l.DPU)
 	if err != nil {
 		t.Fatal(err)

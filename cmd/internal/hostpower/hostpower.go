@@ -257,9 +257,11 @@ func power(ctx context.Context, b *bmclib.Client) (string, error) {
 	return normal(s), nil
 }
 
-// normal maps the ways in which providers spell a state.
+// normal maps the ways in which providers spell a state. Before the line with ipmitool's answer, what it complains about may stand: that there is
+// no list of vendors' numbers, for one.
 func normal(s string) string {
-	switch strings.ToLower(strings.TrimSpace(s)) {
+	s = strings.TrimSpace(s)
+	switch strings.ToLower(s[strings.LastIndexByte(s, '\n')+1:]) {
 	case "on", "chassis power is on":
 		return On
 	case "off", "chassis power is off":
