@@ -300,7 +300,7 @@ func (e *Engine) Undo(ctx context.Context, r UndoRequest) (p heal.Plan, out *hea
 	if r.DryRun {
 		return p, nil, nil
 	}
-	x := e.executor(mem, img, grant, f, boot)
+	x := e.executor(mem, img, grant, f, boot, nil)
 	e.sweep(ctx, x, boot)
 	o, err := x.ApplyNext(ctx, p, caller)
 	o.Verified = err == nil // by the plan's own waiting for its effect
