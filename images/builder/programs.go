@@ -22,6 +22,7 @@ type Programs struct {
 	Arch     string   // Debian's name: "arm64"
 	Packages []string // the programs' and the libraries'
 	Files    []string // the programs, by their paths in the packages; they go into bin
+	Data     []string // what they read, likewise; it stays where it is
 }
 
 // addPrograms adds an image's programs to an archive, and returns the packages that they come from.
@@ -43,6 +44,13 @@ func addPrograms(ctx context.Context, a *initramfs.Archive, p Programs, o Option
 	}
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		a.File(name, files[name], 0o755)
+	}
+	for _, name := range p.Data {
+		data, err := os.ReadFile(filepath.Join(tree, name))
+		if err != nil {
+			return nil, fmt.Errorf("what programs read: %w", err)
+		}
+		a.File(name, data, 0o644)
 	}
 	return have, nil
 }
