@@ -208,7 +208,7 @@ func outcomeText(w io.Writer, o heal.Outcome) error {
 	l := &lines{w: w}
 	switch {
 	case o.Verified:
-		l.printf("Done and verified: %s\n", query.Clean(o.Plan.Title))
+		l.printf("Repaired and verified: %s\n", query.Clean(o.Plan.Title))
 	case o.Undone:
 		l.printf("NOT repaired, and every write was taken back: %s\n", query.Clean(o.Plan.Title))
 	default:
