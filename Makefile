@@ -47,6 +47,10 @@ test: setup images ## all tests: unit with the race detector, short fuzzing, ima
 kernels: setup ## hold the kernel model against every kernel of the table in QEMU (fetches some 900 MB, takes half an hour)
 	go test -count=1 -timeout 120m ./agent/kernel -run 'TestGuest$$|TestListings$$' -guests all
 
+.PHONY: ipmi
+ipmi: setup images ## have a DPU switch its host through a BMC that has IPMI only, from the image with ipmitool
+	go test -count=1 -timeout 30m -run '^TestIPMI$$' -v ./tests -ipmi
+
 powercuts: setup images ## cut a DPU's power at 50 random moments of an update (about half an hour)
 	go test -count=1 -timeout 2h -run '^TestUpdateDPU$$' -v ./tests -power-cuts=50
 
