@@ -75,7 +75,7 @@ func Images() []Image {
 				Data:     []string{"usr/share/misc/enterprise-numbers.txt"},
 				Packages: []string{"ipmitool", "libc6", "libfreeipmi17", "libgcrypt20", "libgpg-error0", "libreadline8", "libssl3", "libtinfo6"},
 			},
-			Budget: Budget{Initramfs: 18 * mb, Unpacked: 66 * mb},
+			Budget: Budget{Initramfs: 20 * mb, Unpacked: 66 * mb},
 		},
 		{
 			Name: "dpu-amd64", About: "SmartNIC or DPU with x86 cores; the agent on an x86 board",
