@@ -166,6 +166,9 @@ type Machine struct {
 	dog        *early.Watchdog
 }
 
+// interfaceWait is how long a network interface is waited for if there is none when the drivers are loaded.
+const interfaceWait = 3 * time.Second
+
 // InImage reports whether this process runs as the first program of an initramfs: as process 1 or started by it, on a
 // root file system in memory. Elsewhere Up must not be called.
 func InImage() bool {
@@ -236,7 +239,12 @@ func Up(ctx context.Context, o Options) (*Machine, error) {
 	m.background(background, func(ctx context.Context) {
 		// The DHCP client needs random numbers.
 		m.step("random", func() (Outcome, string, error) { return waitRandom(ctx, seeded, entropyWait) })
-		m.step("network", func() (Outcome, string, error) { return m.network(ctx, wired, o.NetworkWait) })
+		m.step("network", func() (Outcome, string, error) {
+			for late := time.Now().Add(interfaceWait); wired.absent && time.Now().Before(late) && ctx.Err() == nil; wired = m.wire(cfg) {
+				time.Sleep(20 * time.Millisecond) // a driver that has to wait for another, as for a PHY's, finds its device later
+			}
+			return m.network(ctx, wired, o.NetworkWait)
+		})
 		select {
 		case <-m.devices:
 			close(m.settled)

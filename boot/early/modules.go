@@ -110,29 +110,21 @@ func (m *Modules) Load(ctx context.Context) (Outcome, string, error) {
 		}
 	}
 	var did []string
-	var didMu sync.Mutex
 	var errs []error
 	probe := func(names []string) (progress bool) {
-		var now sync.WaitGroup
-		failed := make(chan error, len(names))
 		for _, name := range names {
 			if slices.Contains(m.asked, name) {
 				continue
 			}
 			m.asked, progress = append(m.asked, name), true
 			load := func() error {
-				began := time.Now()
-				defer func() {
-					didMu.Lock()
-					defer didMu.Unlock()
-					did = append(did, fmt.Sprintf("%s %v", name, time.Since(began).Round(time.Millisecond)))
-				}()
 				if err := m.prober.Probe(name, ""); err != nil && !errors.Is(err, unix.ENODEV) {
 					return fmt.Errorf("load %s: %w", name, err)
 				}
 				return nil
 			}
 			if slow(name) {
+				did = append(did, name)
 				m.busy.Add(1)
 				m.late.Go(func() {
 					defer m.busy.Add(-1)
@@ -144,14 +136,11 @@ func (m *Modules) Load(ctx context.Context) (Outcome, string, error) {
 				})
 				continue
 			}
-			now.Go(func() { failed <- load() })
-		}
-		now.Wait()
-		close(failed)
-		for err := range failed {
-			if err != nil {
+			began := time.Now()
+			if err := load(); err != nil {
 				errs = append(errs, err)
 			}
+			did = append(did, fmt.Sprintf("%s %v", name, time.Since(began).Round(time.Millisecond)))
 		}
 		return progress
 	}
@@ -174,8 +163,6 @@ func (m *Modules) Load(ctx context.Context) (Outcome, string, error) {
 		}
 		first = nil
 	}
-	didMu.Lock()
-	defer didMu.Unlock()
 	detail := strings.Join(did, ", ")
 	if errs != nil {
 		return Unclear, detail, errors.Join(errs...)
