@@ -165,7 +165,8 @@ func (r *responder) refuse(now time.Duration, s Syndrome, psn PSN, why error) {
 func (r *responder) receive(now time.Duration, in *inbound) {
 	psn := in.bth.PSN()
 	if r.q.state == qpError {
-		if r.refused != 0 && r.renaks > 0 && !psn.Before(r.nakPSN) {
+		// A peer that lost answers from before the refusal goes back to there, and must learn of it all the same.
+		if r.refused != 0 && r.renaks > 0 {
 			r.renaks--
 			r.nak = r.refused
 		} else {
