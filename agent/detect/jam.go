@@ -229,8 +229,8 @@ func (p *Pass) lastSaid(key string) (said string) {
 	return said
 }
 
-// clock reports that the host's monotonic clock stands still while its ticks are counted, or runs ahead of ours. One that lags
-// behind is no fault: a virtual machine may have been held.
+// clock reports that the host's monotonic clock stands still while its ticks are counted, or jumps ahead. One that lags
+// behind, or catches up after it stood, is no fault: a machine may have been held.
 func clock(c Config) Detector {
 	const ahead = 5 * time.Second
 	return Detector{
@@ -255,18 +255,26 @@ func clock(c Config) Detector {
 					Evidence: []Evidence{{"mono", fmt.Sprint(now.Mono)}, {"jiffies", fmt.Sprint(now.Jiffies)}},
 				}}, nil
 			}
-			old := &s.beats[0]
-			passed, theirs := now.At.Sub(old.At), time.Duration(now.Mono-old.Mono)
-			// What is in memory may be as old as an idle host's last tick: then it catches up with what had passed before.
-			if theirs-passed < ahead+c.IdleVerdict {
-				return nil, nil
+			// One step that is much longer than the time that it took. What stood before it may be a machine that was held and catches
+			// up, or an idle host's last tick.
+			for i := 1; i < n; i++ {
+				a, b := &s.beats[i-1], &s.beats[i]
+				passed, theirs := b.At.Sub(a.At), time.Duration(b.Mono-a.Mono)
+				from := i - 1
+				for from > 0 && s.beats[from-1].Mono == a.Mono {
+					from--
+				}
+				if theirs-passed < ahead || from == 0 || a.At.Sub(s.beats[from].At) > time.Second {
+					continue
+				}
+				return []Finding{{
+					Key: "ahead", Kind: KindClock, Severity: Critical, Confidence: 0.9,
+					Title:    "the host's clock has jumped ahead",
+					Detail:   fmt.Sprintf("it went on by %v within %v", theirs.Round(time.Millisecond), passed.Round(time.Millisecond)),
+					Evidence: []Evidence{{"mono", fmt.Sprint(b.Mono)}},
+				}}, nil
 			}
-			return []Finding{{
-				Key: "ahead", Kind: KindClock, Severity: Critical, Confidence: 0.9,
-				Title:    "the host's clock runs ahead",
-				Detail:   fmt.Sprintf("it went on by %v within %v", theirs.Round(time.Millisecond), passed.Round(time.Millisecond)),
-				Evidence: []Evidence{{"mono", fmt.Sprint(now.Mono)}},
-			}}, nil
+			return nil, nil
 		},
 	}
 }

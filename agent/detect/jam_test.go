@@ -147,6 +147,12 @@ func TestClock(t *testing.T) {
 		{"stands while it ticks", func(int) time.Duration { return 0 }, ticks, 1},
 		{"stands for a moment", func(i int) time.Duration { return even(min(i, 170)) }, ticks, 0},
 		{"a machine that was held", func(i int) time.Duration { return even(i) / 3 }, func(i int) int { return ticks(i) / 3 }, 0},
+		{"a machine that was held, and catches up", func(i int) time.Duration {
+			if i >= 40 && i < 180 {
+				return even(40)
+			}
+			return even(i) + time.Duration(i/180)*time.Minute
+		}, ticks, 0},
 		{"jumps", func(i int) time.Duration { return even(i) + time.Duration(i/150)*time.Minute }, ticks, 1},
 	} {
 		if fs := detect(t, clock(c), pass(tt.mono, tt.jiffies)); verdicts(fs) != tt.want {

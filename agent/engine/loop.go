@@ -314,6 +314,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	w.nextTasks, w.nextSigns, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now.Add(signsEvery), now, time.Time{}, now, now.Add(searchEvery), now
 	w.nextUUID, w.lived = time.Time{}, time.Time{}
 	w.golden.end()
+	w.golden.next = now.Add(goldenAfter)
 	w.jams, w.nextJams, w.noKernel = nil, now, time.Time{}
 	// A kernel that goes on after what looked like a reset shows that this host's firmware writes there while it runs.
 	lies := info.BootID == w.ended

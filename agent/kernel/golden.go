@@ -101,7 +101,7 @@ const (
 	siteJump  = 1 // a static key's
 	siteCall  = 2 // a static call's
 	siteEntry = 3 // the beginning of a function, where ftrace's nop may be
-	siteTramp = 4 // the trampoline of a static call
+	siteTramp = 4 // the trampoline of a static call, or the jump of a BPF dispatcher
 )
 
 // hotNames are the endings of names of tables through which the kernel calls functions.
@@ -223,7 +223,7 @@ func (g *Golden) survey(v *View) error {
 		}
 		_, name := k.name(i)
 		switch {
-		case va < etext && strings.HasPrefix(name, "__SCT__"):
+		case va < etext && strings.HasPrefix(name, "__SCT__") || strings.HasPrefix(name, "bpf_dispatcher_"):
 			site(va, siteTramp)
 		case va < etext:
 			site(va, siteEntry)
@@ -493,6 +493,9 @@ func (g *Golden) normalize(start uint64, b []byte) {
 				clear(at[:5])
 			}
 		case siteTramp:
+			if string(at[:4]) == "\xf3\x0f\x1e\xfa" || string(at[:4]) == "\x66\x0f\x1f\x00" {
+				at = at[4:]
+			}
 			clear(at[:5])
 		case siteEntry:
 			if string(at[:4]) == "\xf3\x0f\x1e\xfa" || string(at[:4]) == "\x66\x0f\x1f\x00" { // endbr64, or what is left of it

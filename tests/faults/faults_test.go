@@ -319,6 +319,11 @@ func (b *bed) wait(d time.Duration, fits func(engine.Event) bool) (engine.Event,
 // settle waits until a host is old enough to be judged, and gives it the module.
 func (b *bed) settle() {
 	b.t.Helper()
+	for end := time.Now().Add(time.Minute); b.e.State().Golden == nil; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			b.t.Fatal("no golden copy is taken")
+		}
+	}
 	var loaded string
 	b.g.Ask("load bdfault.ko", "loaded", &loaded)
 	for {
