@@ -171,3 +171,36 @@ func TestGoldenRefuses(t *testing.T) {
 		t.Error("a golden copy of code that is not understood")
 	}
 }
+
+// Tables of functions are looked at by themselves, each once in a round of theirs, and nothing else is.
+func TestGoldenHot(t *testing.T) {
+	g, mem, v := madeGolden(t)
+	g.heat(goldenBase+9000, 64)
+	g.heat(goldenBase+11000, 300)
+	g.heat(goldenBase+12<<10-8, 64) // reaches out of the constants: none of them
+	total, hot := g.Bytes()
+	if total != 12<<10 || hot < 364 || hot > 364+4*goldenLine || len(g.hot) != 2 {
+		t.Fatalf("%d bytes in all, %d in %d tables", total, hot, len(g.hot))
+	}
+	mem[9010] ^= 1
+	mem[11200] ^= 1
+	mem[10000] ^= 1 // in none
+	for range 2 {
+		for range len(g.hot) {
+			if err := g.Sweep(v, 0, 1); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(goldenStands)
+	}
+	if err := g.Sweep(v, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	c := g.Changes(v)
+	if len(c) != 2 || c[0].Addr != goldenBase+9008 || c[1].Addr != goldenBase+11200 {
+		t.Errorf("%+v", c)
+	}
+	if g.Rounds() != 0 {
+		t.Errorf("%d rounds", g.Rounds())
+	}
+}
