@@ -160,13 +160,15 @@ func planBatch(m model, f detect.Finding) (p Plan, more bool, err error) {
 		return fail(err)
 	}
 	var victims []process
+	var torn error // of one that changed while it was read
 	for _, t := range tree {
 		v, err := ids.of(m, t)
 		switch {
 		case errors.Is(err, ErrProtected), errors.Is(err, ErrGone):
 			continue
 		case err != nil:
-			return fail(err)
+			torn, more = err, true
+			continue
 		case v.dying:
 			more = true
 			continue
@@ -175,10 +177,14 @@ func planBatch(m model, f detect.Finding) (p Plan, more bool, err error) {
 			break
 		}
 	}
-	if len(victims) == 0 {
-		if more {
-			return Plan{}, true, ErrNotYet // dying, but not dead
-		}
+	switch {
+	case len(victims) > 0:
+	case torn != nil:
+		_, _, err := fail(torn)
+		return Plan{}, true, fmt.Errorf("%w: %w", err, ErrNotYet) // look again
+	case more:
+		return Plan{}, true, ErrNotYet // dying, but not dead
+	default:
 		return Plan{}, false, nil
 	}
 
@@ -358,6 +364,9 @@ func (d *processIDs) of(m model, t kernel.Task) (process, error) {
 	p.dying = flags&signalGroupExit != 0
 	if p.pidVA, err = read64(m, kernel.VirtAddr(signal+d.pids)); err != nil {
 		return p, err
+	}
+	if p.pidVA == 0 { // it is being released
+		return p, ErrGone
 	}
 	for _, c := range []struct {
 		va          kernel.VirtAddr

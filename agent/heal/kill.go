@@ -279,6 +279,9 @@ func findVictim(m model, c detect.Culprit) (victim, error) {
 	if v.pidVA, err = read64(m, kernel.VirtAddr(signal+pids.Offset+8*uint64(tgidType))); err != nil {
 		return v, err
 	}
+	if v.pidVA == 0 { // it is being released
+		return v, ErrGone
+	}
 
 	expect := func(va kernel.VirtAddr, object, why string, want uint64, size int) error {
 		b := make(Bytes, size)

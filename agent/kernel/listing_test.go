@@ -212,7 +212,7 @@ func TestListings(t *testing.T) {
 func startListed(t testing.TB, kernel string, o guestOptions) *guest {
 	t.Helper()
 	o.modules = append([]string{"virtio_pci", "virtio_net", "dummy"}, o.modules...)
-	o.args = append([]string{"-netdev", "user,id=n0,restrict=on", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56"}, o.args...)
+	o.args = append([]string{"-netdev", "user,id=n0,restrict=on,ipv6=off", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56"}, o.args...)
 	g := startGuest(t, kernel, o)
 	var result string
 	if g.ask(&result, "world"); result != "ok" {
