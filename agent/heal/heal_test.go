@@ -405,6 +405,7 @@ func TestPlanRefuses(t *testing.T) {
 		{"nobody named", func(_ *fakeHost, f *detect.Finding) { f.Culprit = detect.Culprit{} }, kernel.ErrNotFound, ""},
 		{"gone", func(_ *fakeHost, f *detect.Finding) { f.Culprit.PID, f.Culprit.TGID = 5000, 5000 }, ErrGone, ""},
 		{"the PID is another's now", func(_ *fakeHost, f *detect.Finding) { f.Culprit.Start++ }, ErrGone, ""},
+		{"being released", func(h *fakeHost, _ *detect.Finding) { h.put64(paSignal+0x88, 0) }, ErrGone, ""},
 		{"exited since", func(h *fakeHost, _ *detect.Finding) { h.put32(paTask+0x120, 32) }, ErrGone, "exit_state"},
 		{"init", func(_ *fakeHost, f *detect.Finding) { f.Culprit = detect.Culprit{PID: 1, TGID: 1} }, ErrProtected, "init"},
 		{"a kernel thread", func(_ *fakeHost, f *detect.Finding) {
@@ -462,6 +463,20 @@ func TestMailbox(t *testing.T) {
 }
 
 // A plan is data: it survives JSON, and what is printed is what is done.
+// One that is being released while a tree is ended is left out, and the rest goes on.
+func TestReleasedIsGone(t *testing.T) {
+	h := newFakeHost(t)
+	ids := processIDs{start: 0x110, signal: 0x118, flags: 0x30, pids: 0x88, tasks: 0x10, numbers: 0x60}
+	h.put64(paPID+0x10, direct+paTask)
+	if p, err := ids.of(h, h.tasks[1]); err != nil || p.pidVA != direct+paPID {
+		t.Fatalf("of one that is alive = %+v, %v", p, err)
+	}
+	h.put64(paSignal+0x88, 0) // __unhash_process of kernel/exit.c
+	if _, err := ids.of(h, h.tasks[1]); !errors.Is(err, ErrGone) {
+		t.Errorf("of one that is being released: %v; want %v", err, ErrGone)
+	}
+}
+
 func TestPlanJSON(t *testing.T) {
 	h := newFakeHost(t)
 	p := mustPlan(t, h)
