@@ -2,6 +2,7 @@ package heal
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -27,6 +28,7 @@ type Lease struct {
 	stale time.Duration // until a mark that stands still is nobody's
 
 	mu    sync.Mutex
+	ours  Bytes     // guarded by mu: a mark that we have left
 	seen  uint64    // guarded by mu: another's mark
 	since time.Time // guarded by mu: when that was first seen
 }
@@ -62,6 +64,24 @@ func findLease(m model) (*Lease, error) {
 	return nil, fmt.Errorf("find the lease: no free reserved page below 1 MiB: %w", kernel.ErrNotFound)
 }
 
+// LeaseKind is the kind of the journal's records of a lease.
+const LeaseKind = "lease"
+
+// Resume has a lease taken over at once that an earlier start of this healer took and did not give back: it was killed meanwhile. The
+// record is the latest of LeaseKind in its journal.
+func (l *Lease) Resume(record []byte) error {
+	var h held
+	if err := json.Unmarshal(record, &h); err != nil {
+		return fmt.Errorf("the journal's record of a lease: %w", err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ours = nil; !h.Free && h.Addr == l.addr && len(h.Mark) == 8 {
+		l.ours = h.Mark
+	}
+	return nil
+}
+
 // held is the journal's record that the lease is taken, or given back, before it is.
 type held struct {
 	Plan string           `json:"plan"`
@@ -86,7 +106,7 @@ func (r *run) lease() (release func(), err error) {
 			return fail(err)
 		}
 		if string(now) == string(free) || l.gone(now) {
-			if _, err := r.x.o.Journal.Write("lease", held{r.p.ID, l.addr, mark, false}); err != nil {
+			if _, err := r.x.o.Journal.Write(LeaseKind, held{r.p.ID, l.addr, mark, false}); err != nil {
 				return fail(err)
 			}
 			how, swapped, err := r.swap(l.addr, now, mark)
@@ -115,13 +135,16 @@ func (r *run) lease() (release func(), err error) {
 		}
 	}
 	return func() {
-		if _, err := r.x.o.Journal.Write("lease", held{r.p.ID, l.addr, mark, true}); err != nil {
+		if _, err := r.x.o.Journal.Write(LeaseKind, held{r.p.ID, l.addr, mark, true}); err != nil {
 			r.x.log.Error("cannot journal that the lease is given back", "plan", r.p.ID, "err", err)
 		}
 		ctx := r.ctx
 		r.ctx = context.WithoutCancel(ctx)
 		if _, swapped, err := r.swap(l.addr, mark, free); err != nil || !swapped {
 			r.x.log.Warn("the lease of the host was not there to give back", "plan", r.p.ID, "err", err) // a restart takes it with it
+			l.mu.Lock()
+			l.ours = mark
+			l.mu.Unlock()
 		}
 		r.ctx = ctx
 	}, nil
@@ -131,6 +154,9 @@ func (r *run) lease() (release func(), err error) {
 func (l *Lease) gone(mark Bytes) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.ours != nil && string(mark) == string(l.ours) {
+		return true
+	}
 	var v uint64
 	for i := range mark {
 		v |= uint64(mark[i]) << (8 * i)

@@ -1,6 +1,7 @@
 package heal
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"sync"
@@ -114,6 +115,48 @@ func TestLeaseOfTheDead(t *testing.T) {
 	l.wait = 5 * time.Second
 	if out, err := NewExecutor(o).Apply(t.Context(), p, "test"); err != nil || !out.Verified {
 		t.Fatalf("long after: %v", err)
+	}
+	if mark := h.get(mailboxEnd-8, 8); mark != 0 {
+		t.Errorf("the lease is left at %#x", mark)
+	}
+}
+
+// A healer that was killed at work takes up its own lease at its next start, at once, and no other's.
+func TestLeaseResumed(t *testing.T) {
+	h := newFakeHost(t)
+	mark := uint64(leaseMark&leaseMask | 7)
+	h.put64(mailboxEnd-8, mark)
+	record := func(mark uint64, free bool) []byte {
+		b, err := json.Marshal(held{"plan-1", mailboxEnd - 8, le(mark, 8), free})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	for _, tt := range []struct {
+		name   string
+		record []byte
+		ok     bool
+	}{
+		{"another's", record(mark+1, false), false},
+		{"given back", record(mark, true), false},
+		{"no record of a lease", []byte(`[]`), false},
+		{"its own", record(mark, false), true},
+	} {
+		l, err := findLease(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.wait = 10 * time.Millisecond
+		if err := l.Resume(tt.record); (err != nil) != (string(tt.record) == "[]") {
+			t.Errorf("%s: Resume = %v", tt.name, err)
+		}
+		o := options(t, h, &memJournal{})
+		o.Lease, o.Grant = l, grant(t, permit(RestoreKernel))
+		_, err = NewExecutor(o).Apply(t.Context(), change(t, h, 0, 0x600d), "test")
+		if tt.ok && err != nil || !tt.ok && !errors.Is(err, ErrLeased) {
+			t.Errorf("%s: %v", tt.name, err)
+		}
 	}
 	if mark := h.get(mailboxEnd-8, 8); mark != 0 {
 		t.Errorf("the lease is left at %#x", mark)

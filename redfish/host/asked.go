@@ -28,31 +28,36 @@ func (a *asked[T]) forget() {
 // get returns an answer. One younger than fresh is taken without asking again; one younger than stale is taken as well, but the
 // next caller gets a newer one. ask must end by itself. If ctx ends first the zero value is returned.
 func (a *asked[T]) get(ctx context.Context, now func() time.Time, fresh, stale time.Duration, ask func() T) T {
-	a.mu.Lock()
-	age := now().Sub(a.at)
-	if !a.at.IsZero() && age < fresh {
-		defer a.mu.Unlock()
-		return a.value
+	for {
+		a.mu.Lock()
+		age := now().Sub(a.at)
+		if !a.at.IsZero() && age < fresh {
+			defer a.mu.Unlock()
+			return a.value
+		}
+		if a.asking == nil {
+			a.asking = make(chan struct{})
+			go a.put(ask, now, a.asking, a.epoch)
+		}
+		asking, value, epoch := a.asking, a.value, a.epoch
+		known := !a.at.IsZero() && age < stale
+		a.mu.Unlock()
+		if known {
+			return value
+		}
+		select {
+		case <-asking:
+		case <-ctx.Done():
+			var none T
+			return none
+		}
+		a.mu.Lock()
+		if a.epoch == epoch {
+			defer a.mu.Unlock()
+			return a.value
+		}
+		a.mu.Unlock() // what was asked is of before something was done: ask again
 	}
-	if a.asking == nil {
-		a.asking = make(chan struct{})
-		go a.put(ask, now, a.asking, a.epoch)
-	}
-	asking, value := a.asking, a.value
-	known := !a.at.IsZero() && age < stale
-	a.mu.Unlock()
-	if known {
-		return value
-	}
-	select {
-	case <-asking:
-	case <-ctx.Done():
-		var none T
-		return none
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.value
 }
 
 // last returns the latest answer, however old.

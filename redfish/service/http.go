@@ -12,6 +12,7 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"reflect"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -282,7 +283,7 @@ func (s *Service) get(w http.ResponseWriter, r *Request, q query) error {
 	h := w.Header()
 	h["Link"] = r.node.route.link
 	h["Etag"] = []string{etag}
-	if matchesETag(r.http.Header.Values("If-None-Match"), etag) {
+	if matchesETag(r.http.Header.Values("If-None-Match"), etag, same) {
 		w.WriteHeader(http.StatusNotModified)
 		return nil
 	}
@@ -352,7 +353,11 @@ func (r *Request) marshal(o schema.Object) (body []byte, etag string, err error)
 	if m.ODataETag != "" {
 		return body, m.ODataETag, nil
 	}
-	etag = r.svc.etag(body)
+	settings, err := r.settings(o)
+	if err != nil {
+		return nil, "", fmt.Errorf("encode %s: %w", r.URI, err)
+	}
+	etag = r.svc.etag(body, settings)
 	out := make([]byte, 0, len(body)+len(etag)+len(route.writable)+24)
 	out = append(out, `{"@odata.etag":`...)
 	out = strconv.AppendQuote(out, etag)
@@ -400,9 +405,82 @@ func (r *Request) action(a *Action) schema.Action {
 	return out
 }
 
-// etag returns a weak entity tag of a representation: the same content has the same tag until the service starts anew.
-func (s *Service) etag(body []byte) string {
-	return `W/"` + strconv.FormatUint(maphash.Bytes(s.seed, body), 36) + `"`
+// etag returns a weak entity tag of a representation: the same content has the same tag until the service starts anew. Behind a
+// colon is that of what a client can change, if there is such: see unchanged.
+func (s *Service) etag(body, settings []byte) string {
+	tag := `W/"` + strconv.FormatUint(maphash.Bytes(s.seed, body), 36)
+	if settings != nil {
+		tag += ":" + strconv.FormatUint(maphash.Bytes(s.seed, settings), 36)
+	}
+	return tag + `"`
+}
+
+// settings encodes the properties of a resource that PATCH takes; nil if there are none.
+func (r *Request) settings(o schema.Object) ([]byte, error) {
+	spec := r.node.route.Patch
+	if spec == nil {
+		return nil, nil
+	}
+	all := []byte{} // not nil: there are settings, though none may have a value now
+	for _, p := range spec.Properties {
+		v, ok := r.svc.at(reflect.ValueOf(o), p.Name)
+		if !ok {
+			continue
+		}
+		b, err := json.Marshal(v.Interface())
+		if err != nil {
+			return nil, err
+		}
+		all = append(append(all, b...), '\n')
+	}
+	return all, nil
+}
+
+// at returns the value of a property, such as "Boot/BootSourceOverrideTarget", or of the innermost object around it that is no struct;
+// false if there is none.
+func (s *Service) at(v reflect.Value, path string) (reflect.Value, bool) {
+	for {
+		for v.Kind() == reflect.Pointer || v.Kind() == reflect.Interface {
+			if v.IsNil() {
+				return v, false
+			}
+			v = v.Elem()
+		}
+		if path == "" || v.Kind() != reflect.Struct {
+			return v, true
+		}
+		var name string
+		name, path, _ = strings.Cut(path, "/")
+		index, ok := s.member(v.Type(), name)
+		if !ok {
+			return v, false
+		}
+		f, err := v.FieldByIndexErr(index)
+		if err != nil {
+			return v, false // of an embedded struct that is not there
+		}
+		v = f
+	}
+}
+
+// member returns where a struct has the field that is a property.
+func (s *Service) member(t reflect.Type, property string) (index []int, ok bool) {
+	type key struct {
+		t        reflect.Type
+		property string
+	}
+	if v, ok := s.members.Load(key{t, property}); ok {
+		index = v.([]int)
+		return index, index != nil
+	}
+	for _, f := range reflect.VisibleFields(t) {
+		if name, _, _ := strings.Cut(f.Tag.Get("json"), ","); f.IsExported() && name == property {
+			index = f.Index
+			break
+		}
+	}
+	s.members.Store(key{t, property}, index)
+	return index, index != nil
 }
 
 // collect makes the representation of a collection.
@@ -589,7 +667,7 @@ func (s *Service) patch(w http.ResponseWriter, r *Request) error {
 	if err != nil {
 		return r.missing(err)
 	}
-	if err := precondition(r.http, etag); err != nil {
+	if err := precondition(r.http, etag, unchanged); err != nil {
 		return err
 	}
 	fields, e := parseBody(r.body, s.limits.Depth, wholeObjects(spec.Properties))
@@ -702,7 +780,7 @@ func (s *Service) delete(w http.ResponseWriter, r *Request) error {
 		if err != nil {
 			return r.missing(err)
 		}
-		if err := precondition(r.http, etag); err != nil {
+		if err := precondition(r.http, etag, same); err != nil {
 			return err
 		}
 	}
@@ -750,8 +828,8 @@ func tooLarge(w http.ResponseWriter) *Error {
 }
 
 // precondition checks If-Match.
-func precondition(hr *http.Request, etag string) error {
-	if list := hr.Header.Values("If-Match"); len(list) > 0 && !matchesETag(list, etag) {
+func precondition(hr *http.Request, etag string, match func(tag, etag string) bool) error {
+	if list := hr.Header.Values("If-Match"); len(list) > 0 && !matchesETag(list, etag, match) {
 		e := refuse(http.StatusPreconditionFailed, "PreconditionFailed")
 		e.Header = http.Header{"Etag": {etag}}
 		return e
@@ -759,8 +837,18 @@ func precondition(hr *http.Request, etag string) error {
 	return nil
 }
 
+// same reports whether two tags are of the same content.
+func same(tag, etag string) bool { return tag == etag }
+
+// unchanged reports whether two tags are of the same settings: a client that changes some must not undo what another has set, but
+// readings that have moved since it looked, as those of a host that starts do all the time, are no reason to refuse it.
+func unchanged(tag, etag string) bool {
+	i := strings.LastIndexByte(etag, ':')
+	return tag == etag || i >= 0 && strings.HasSuffix(tag, etag[i:])
+}
+
 // matchesETag reports whether a list of entity tags (RFC 9110 §13.1.1) names this one. Tags are compared weakly: clients drop the W/.
-func matchesETag(lists []string, etag string) bool {
+func matchesETag(lists []string, etag string, match func(tag, etag string) bool) bool {
 	etag = strings.TrimPrefix(etag, "W/")
 	for _, list := range lists {
 		for list != "" {
@@ -772,7 +860,7 @@ func matchesETag(lists []string, etag string) bool {
 			if !strings.HasPrefix(list, `"`) {
 				// Not a tag: skip to the next comma. Some clients leave the quotes out.
 				tag, rest, _ := strings.Cut(list, ",")
-				if `"`+strings.TrimSpace(tag)+`"` == etag {
+				if match(`"`+strings.TrimSpace(tag)+`"`, etag) {
 					return true
 				}
 				list = rest
@@ -784,7 +872,7 @@ func matchesETag(lists []string, etag string) bool {
 			}
 			tag, rest := list[:end+2], list[end+2:]
 			before, after, _ := strings.Cut(rest, ",")
-			if tag == etag && strings.TrimSpace(before) == "" { // else it is no tag but only begins like one
+			if match(tag, etag) && strings.TrimSpace(before) == "" { // else it is no tag but only begins like one
 				return true
 			}
 			list = after
@@ -878,9 +966,9 @@ func (s *Service) writeDocument(w http.ResponseWriter, hr *http.Request, content
 		return refuse(http.StatusNotAcceptable, "HeaderInvalid", "Accept")
 	}
 	h := w.Header()
-	etag := s.etag(body)
+	etag := s.etag(body, nil)
 	h.Set("ETag", etag)
-	if matchesETag(hr.Header.Values("If-None-Match"), etag) {
+	if matchesETag(hr.Header.Values("If-None-Match"), etag, same) {
 		w.WriteHeader(http.StatusNotModified)
 		return nil
 	}

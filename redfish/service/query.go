@@ -190,12 +190,16 @@ func (s *Service) query(r *Request, q query, body []byte) ([]byte, string, error
 	if q.selected != nil {
 		choose(v, q.selected, collection)
 	}
+	whole, _ := v["@odata.etag"].(string)
 	delete(v, "@odata.etag")
 	body, err := json.Marshal(v)
 	if err != nil {
 		return nil, "", fmt.Errorf("encode %s: %w", r.URI, err)
 	}
-	etag := s.etag(body)
+	etag := s.etag(body, nil)
+	if i := strings.LastIndexByte(whole, ':'); i >= 0 { // the settings are the same, whatever is shown of them
+		etag = strings.TrimSuffix(etag, `"`) + whole[i:]
+	}
 	out := append([]byte(`{"@odata.etag":`), strconv.AppendQuote(nil, etag)...)
 	if len(v) > 0 {
 		out = append(out, ',')

@@ -164,6 +164,7 @@ type Service struct {
 	started   time.Time
 	now       func() time.Time
 	seed      maphash.Seed // of entity tags
+	members   sync.Map     // where structs have properties, by type and name
 	tree      node
 	accounts  *accounts
 	sessions  *sessions
