@@ -80,6 +80,21 @@ func unfinishedOn(records func(func(journal.Record, error) bool), boot string) u
 	return out
 }
 
+// leftLease returns the journal's record of a lease that was taken and not given back; nil if there is none.
+func leftLease(records func(func(journal.Record, error) bool)) []byte {
+	var last []byte
+	for rec, err := range records {
+		if err != nil || rec.Kind != heal.LeaseKind {
+			continue
+		}
+		var l struct{ Free bool }
+		if last = rec.Data; json.Unmarshal(rec.Data, &l) == nil && l.Free {
+			last = nil
+		}
+	}
+	return last
+}
+
 // followUp ends what an earlier start of the agent has begun on the kernel that is attached now. The caller holds the
 // healing token, which it gives back.
 func (e *Engine) followUp(ctx context.Context) {
@@ -95,7 +110,7 @@ func (e *Engine) followUp(ctx context.Context) {
 	img, mem, grant, boot := e.target.image(), e.mem, e.grant(), e.bootID()
 	e.mu.Unlock()
 	todo := unfinishedOn(e.o.Journal.Records(), boot)
-	if len(todo.begun)+len(todo.held)+len(todo.left) == 0 {
+	if len(todo.begun)+len(todo.held)+len(todo.left) == 0 && leftLease(e.o.Journal.Records()) == nil {
 		return
 	}
 	x := e.executor(mem, img, grant, detect.Finding{}, boot, nil)
@@ -113,6 +128,7 @@ func (e *Engine) followUp(ctx context.Context) {
 		_, err := x.ApplyNext(ctx, lift, callerFollowUp)
 		errs = append(errs, err)
 	}
+	errs = append(errs, x.GiveBack(ctx))
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, p := range todo.left {

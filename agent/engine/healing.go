@@ -628,13 +628,7 @@ func (e *Engine) lease(img *kernel.Image, boot string) *heal.Lease {
 		e.log.Warn("this host has no place for a lease: see to it that it has one healer", "err", err)
 	}
 	if l != nil && e.o.Journal != nil {
-		var last []byte
-		for rec, err := range e.o.Journal.Records() {
-			if err == nil && rec.Kind == heal.LeaseKind {
-				last = rec.Data
-			}
-		}
-		if last != nil {
+		if last := leftLease(e.o.Journal.Records()); last != nil {
 			if err := l.Resume(last); err != nil {
 				e.log.Warn("an earlier start's lease may have to run out", "err", err)
 			}

@@ -135,19 +135,65 @@ func (r *run) lease() (release func(), err error) {
 		}
 	}
 	return func() {
-		if _, err := r.x.o.Journal.Write(LeaseKind, held{r.p.ID, l.addr, mark, true}); err != nil {
-			r.x.log.Error("cannot journal that the lease is given back", "plan", r.p.ID, "err", err)
+		if err := r.giveBack(mark); err != nil {
+			r.x.log.Warn("give back the lease of the host", "plan", r.p.ID, "err", err)
 		}
-		ctx := r.ctx
-		r.ctx = context.WithoutCancel(ctx)
-		if _, swapped, err := r.swap(l.addr, mark, free); err != nil || !swapped {
-			r.x.log.Warn("the lease of the host was not there to give back", "plan", r.p.ID, "err", err) // a restart takes it with it
-			l.mu.Lock()
-			l.ours = mark
-			l.mu.Unlock()
-		}
-		r.ctx = ctx
 	}, nil
+}
+
+// giveBack frees the lease that is held by a mark.
+func (r *run) giveBack(mark Bytes) error {
+	l := r.x.o.Lease
+	if _, err := r.x.o.Journal.Write(LeaseKind, held{r.p.ID, l.addr, mark, true}); err != nil {
+		r.x.log.Error("cannot journal that the lease is given back", "plan", r.p.ID, "err", err) // others wait for it
+	}
+	ctx := r.ctx
+	defer func() { r.ctx = ctx }()
+	r.ctx = context.WithoutCancel(ctx)
+	_, swapped, err := r.swap(l.addr, mark, le(0, 8))
+	if err == nil && !swapped {
+		err = errors.New("it is another's, or the host has restarted")
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ours = nil; err != nil {
+		l.ours = mark
+	}
+	return err
+}
+
+// GiveBack frees the lease that an earlier start of this healer has left, if there is one: see Resume.
+func (x *Executor) GiveBack(ctx context.Context) error {
+	l := x.o.Lease
+	if l == nil {
+		return nil
+	}
+	l.mu.Lock()
+	mark := l.ours
+	l.mu.Unlock()
+	if mark == nil {
+		return nil
+	}
+	select {
+	case x.busy <- struct{}{}:
+		defer func() { <-x.busy }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	x.allowed = []hostmem.Range{{Start: l.addr, Size: 8}}
+	defer func() { x.allowed = nil }()
+	now := make(Bytes, 8)
+	if _, err := x.guard.ReadAt(now, int64(l.addr)); err != nil {
+		return fmt.Errorf("give back the lease of the host: %w", err)
+	}
+	if string(now) != string(mark) {
+		return nil
+	}
+	r := run{x: x, ctx: ctx}
+	if err := r.giveBack(mark); err != nil {
+		return fmt.Errorf("give back the lease of the host: %w", err)
+	}
+	return nil
 }
 
 // gone reports whether another's mark has stood still for so long that he is not there any more.

@@ -161,6 +161,25 @@ func TestLeaseResumed(t *testing.T) {
 	if mark := h.get(mailboxEnd-8, 8); mark != 0 {
 		t.Errorf("the lease is left at %#x", mark)
 	}
+	// Without a repair of its own, it gives back what it has left, and nobody else's.
+	for _, there := range []uint64{mark, mark + 1} {
+		h.put64(mailboxEnd-8, there)
+		l, err := findLease(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		o := options(t, h, &memJournal{})
+		o.Lease = l
+		if err := l.Resume(record(mark, false)); err != nil {
+			t.Error(err)
+		}
+		if err := NewExecutor(o).GiveBack(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if now := h.get(mailboxEnd-8, 8); now != 0 && now != mark+1 || now == 0 && there != mark {
+			t.Errorf("%#x was given back to %#x", there, now)
+		}
+	}
 }
 
 // What is not a lease is no place for one.
