@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
@@ -88,7 +89,7 @@ func leftLease(records func(func(journal.Record, error) bool)) []byte {
 			continue
 		}
 		var l struct{ Free bool }
-		if last = rec.Data; json.Unmarshal(rec.Data, &l) == nil && l.Free {
+		if last = slices.Clone(rec.Data); json.Unmarshal(rec.Data, &l) == nil && l.Free {
 			last = nil
 		}
 	}
