@@ -379,8 +379,8 @@ func testDisks(t *testing.T, g *guest, img *Image) {
 			continue
 		}
 		want, _ := strconv.Atoi(inflight[0])
-		if n := len(d.InFlight); n > want || n < want-3 || n < 5 {
-			t.Errorf("%d reads are under way; the guest has %d", n, want)
+		if n := len(d.InFlight); n > 20 || n < want-3 || n < 5 { // more of the 20 may have begun since the guest was asked
+			t.Errorf("%d reads are under way; the guest had %d", n, want)
 		}
 		for _, r := range d.InFlight {
 			if r.Op != "read" || r.Bytes != 4096 || r.Sector%2048 != 0 || r.Sector == 0 || r.Age <= 0 || r.Age > 10*time.Minute {
