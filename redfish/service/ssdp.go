@@ -177,7 +177,7 @@ func (d *discovery) serve(ctx context.Context, set discoveryFile) {
 	defer wg.Wait()
 	for _, l := range links {
 		defer l.conn.Close()
-		wg.Go(func() { d.answer(l) })
+		wg.Go(func() { d.answer(ctx, l) })
 	}
 	tell := func(what string) {
 		for _, l := range links {
@@ -208,8 +208,8 @@ func (d *discovery) serve(ctx context.Context, set discoveryFile) {
 	}
 }
 
-// answer answers the searches on a socket until that is closed.
-func (d *discovery) answer(l *ssdpLink) {
+// answer answers the searches on a socket until that is closed; none once ctx has ended, for then the service takes its leave.
+func (d *discovery) answer(ctx context.Context, l *ssdpLink) {
 	buf := make([]byte, 2048)
 	second, given := int64(0), 0
 	for {
@@ -226,7 +226,7 @@ func (d *discovery) answer(l *ssdpLink) {
 			continue
 		}
 		delay, ok := parseSearch(buf[:n])
-		if !ok || !onLink(from.AddrPort().Addr()) {
+		if !ok || ctx.Err() != nil || !onLink(from.AddrPort().Addr()) {
 			continue
 		}
 		if now := time.Now().Unix(); now != second {
@@ -240,7 +240,11 @@ func (d *discovery) answer(l *ssdpLink) {
 			continue
 		}
 		// Many that answer at once would drown the one who asks.
-		time.AfterFunc(rand.N(min(delay, time.Second)+1), func() { _, _ = l.conn.WriteTo(reply, src) })
+		time.AfterFunc(rand.N(min(delay, time.Second)+1), func() {
+			if ctx.Err() == nil {
+				_, _ = l.conn.WriteTo(reply, src)
+			}
+		})
 	}
 }
 
