@@ -48,6 +48,7 @@ type Engine struct {
 	attaches    int                 //
 	dead        bool                //
 	moved       time.Time           // when the attached kernel last showed life; zero if not yet
+	rest        rest                // an operator's order to stand still
 	restarting  bool                // the host has been switched off and on, and no new kernel has been seen yet
 	status      []DetectorStatus    // in the order of detectors
 	tracked     map[string]*tracked // by kind and key

@@ -471,6 +471,57 @@ func TestPowerCycleByPolicy(t *testing.T) {
 	})
 }
 
+// A host that an operator has switched off is not ill, whether its memory still holds its kernel or not, and policy does not switch it on.
+func TestSwitchedOff(t *testing.T) {
+	for _, gone := range []bool{false, true} {
+		for _, op := range []string{"off", "shutdown"} {
+			var pw *fakePower
+			inBubble(t, func(m *made, o *Options) {
+				pw = &fakePower{m: m}
+				o.Power, o.Agreement, o.Policy.Rules = pw, agreement(t, guestUUID, heal.PowerCycle), nil
+				for _, k := range detect.Kinds() {
+					if k != detect.KindPolicy { // whose rules need a condition
+						o.Policy.Rules = append(o.Policy.Rules, automatic(string(k), heal.PowerCycle)...)
+					}
+				}
+			}, func(t *testing.T, m *made, w *watched) {
+				w.wait(time.Second, "attach", ofType(EventAttached))
+				time.Sleep(15 * time.Second)
+				if err := w.e.PowerControl(t.Context(), op, "alice"); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(3 * time.Second) // it takes its time to shut down
+				m.set(func(m *made) { m.off, m.frozen = gone, time.Now() })
+				time.Sleep(20 * time.Minute)
+				s := w.e.State()
+				m.set(func(*made) {
+					if fs := w.e.Findings(); len(fs) > 0 || len(pw.did) != 1 || s.Health != CouldNotTell {
+						t.Errorf("%s, memory gone: %v: health %s, findings %+v, orders %v", op, gone, s.Health, fs, pw.did)
+					}
+				})
+				// It is switched on, and does not come up.
+				if err := w.e.PowerControl(t.Context(), "on", "alice"); err != nil {
+					t.Fatal(err)
+				}
+				m.set(func(m *made) { m.off = true })
+				w.wait(10*time.Minute, "boot-stuck", ofKind(EventFinding, detect.KindBootStuck))
+			})
+		}
+	}
+	// A host that goes on long after it was to shut down, and stands still then, is ill.
+	inBubble(t, func(m *made, o *Options) {
+		o.Power, o.Agreement = &fakePower{m: m}, agreement(t, guestUUID, heal.PowerCycle)
+	}, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		if err := w.e.PowerControl(t.Context(), "shutdown", "alice"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Minute)
+		m.set(func(m *made) { m.frozen = time.Now() })
+		w.wait(time.Minute, "silence", ofType(EventFinding))
+	})
+}
+
 // What policy has had done before a restart of the agent counts: a card that loses its power with the host must not cycle it
 // without end.
 func TestRatesOutliveTheAgent(t *testing.T) {

@@ -731,8 +731,59 @@ func (e *Engine) restarted(ctx context.Context, boot string) error {
 // asked. Once it has been asked the order is seen through, though the caller may have gone away.
 func (e *Engine) PowerControl(ctx context.Context, op, caller string) error {
 	return e.order(ctx, "power", "power "+op, map[string]string{"operation": op, "caller": caller}, func(ctx context.Context) error {
-		return heal.DoPower(ctx, e.o.Power, op)
+		e.mu.Lock()
+		was := e.rest
+		switch op {
+		case "off", "shutdown", heal.OrderSuspend, heal.OrderPause:
+			e.rest = rest{fmt.Sprintf("power %s by %s", op, caller), time.Now(), e.bootID()}
+		case heal.OrderButton:
+			if e.rest = (rest{}); was.why == "" { // else it switches on again
+				e.rest = rest{fmt.Sprintf("power button pressed by %s", caller), time.Now(), e.bootID()}
+			}
+		case "nmi":
+		default:
+			e.rest = rest{}
+		}
+		e.mu.Unlock()
+		err := heal.DoPower(ctx, e.o.Power, op)
+		if err != nil {
+			e.mu.Lock()
+			e.rest = was
+			e.mu.Unlock()
+		}
+		return err
 	})
+}
+
+// rest is an order of an operator after which a host may stand still: it is not ill then, and nothing is done about it.
+type rest struct {
+	why  string // empty: there is no such order
+	at   time.Time
+	boot string // of the kernel that ran then
+}
+
+const (
+	restAfter  = 500 * time.Millisecond // without a sign of life
+	restWithin = 5 * time.Minute        // after the order; what stands still later does so for another reason
+)
+
+// resting says why the host may stand still, which it does; "" otherwise.
+func (w *watcher) resting(now time.Time) string {
+	e := w.e
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	r := e.rest
+	if r.why == "" || w.t == nil {
+		return r.why
+	}
+	if w.boot != r.boot || w.moved.After(r.at.Add(restWithin)) {
+		e.rest = rest{}
+		return ""
+	}
+	if now.Sub(w.moved) < restAfter {
+		return ""
+	}
+	return r.why
 }
 
 // permitPower returns what the agreement permits if it gives an operator the host's power controller now.

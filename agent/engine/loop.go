@@ -194,6 +194,9 @@ func (w *watcher) probe(ctx context.Context, why string) {
 		if w.noKernel.IsZero() {
 			w.noKernel = now
 		}
+		if w.resting(now) != "" {
+			w.noKernel = now // whoever switched it off is to switch it on first
+		}
 		p.NoKernel = w.noKernel
 	}
 	w.judge(ctx, p)
@@ -693,6 +696,7 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 		w.nextRun = make(map[string]time.Time)
 	}
 	p.Network = w.sampleNetwork(p.Now)
+	rests := w.resting(p.Now)
 	for i := range e.detectors {
 		d := &e.detectors[i]
 		e.mu.Lock()
@@ -709,6 +713,8 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 		var found []detect.Finding
 		var err error
 		switch lack := lacking(d, p); {
+		case rests != "":
+			err = fmt.Errorf("the host stands still: %s", rests)
 		case cause != "":
 			err = fmt.Errorf("explained by %s", cause)
 		case lack != "":
@@ -736,7 +742,7 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 		switch {
 		case err != nil:
 			s.Health, s.Error = CouldNotTell, err.Error()
-			if cause == "" && !errors.Is(err, detect.ErrTooEarly) {
+			if cause == "" && rests == "" && !errors.Is(err, detect.ErrTooEarly) {
 				s.Faults++
 			}
 		default:

@@ -440,6 +440,24 @@ func (t *types) enum(typ, name string) (int64, error) {
 	return 0, fmt.Errorf("enum %s has no %s: %w", typ, name, ErrNotFound)
 }
 
+// enumName returns the name of the enumerator of an enum with a value.
+func (t *types) enumName(typ string, value int64) (string, error) {
+	found, err := t.named(typ)
+	if err != nil {
+		return "", err
+	}
+	for _, in := range found {
+		if e, ok := btf.UnderlyingType(in).(*btf.Enum); ok {
+			for _, v := range e.Values {
+				if int64(v.Value) == value {
+					return v.Name, nil
+				}
+			}
+		}
+	}
+	return "", fmt.Errorf("enum %s has no %d: %w", typ, value, ErrNotFound)
+}
+
 // enumerator returns the value of an enumerator of an enum without a name.
 func (t *types) enumerator(name string) (int64, error) {
 	for _, id := range t.anonymous {

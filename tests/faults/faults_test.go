@@ -16,7 +16,6 @@ import (
 	"html/template"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -31,7 +30,6 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/journal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/policy"
-	"github.com/backdoor-rhs/backdoor/images/kernels"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 	"github.com/backdoor-rhs/backdoor/tests/guest"
 )
@@ -177,43 +175,6 @@ type result struct {
 	Error    string        `json:"error,omitempty"`
 }
 
-// module builds the fault module for a kernel against Debian's headers.
-func module(t *testing.T, kernel string) []byte {
-	t.Helper()
-	target, err := kernels.Lookup(kernel)
-	if err != nil {
-		t.Fatal(err)
-	}
-	k, err := kernels.Fetch(t.Context(), "", target)
-	if err != nil {
-		t.Fatal(err)
-	}
-	headers, err := kernels.Cache{}.Headers(t.Context(), target, k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	for _, name := range []string{"Makefile", "bdfault.c"} {
-		b, err := os.ReadFile(filepath.Join("module", name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(dir, name), b, 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	// Types of a module's own are of no use here, and making them takes vmlinux and pahole.
-	c := exec.Command("make", "-s", "-C", headers, "M="+dir, "CONFIG_DEBUG_INFO_BTF_MODULES=", "modules")
-	if out, err := c.CombinedOutput(); err != nil {
-		t.Fatalf("build the fault module: %v\n%s", err, out)
-	}
-	b, err := os.ReadFile(filepath.Join(dir, "bdfault.ko"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
-}
-
 // marker is what the module wants to see.
 var marker = []string{"-fw_cfg", "name=opt/backdoor/faults,string=yes"}
 
@@ -258,7 +219,7 @@ type bed struct {
 func newBed(t *testing.T, kernel string) *bed {
 	t.Helper()
 	b := &bed{t: t, kernel: kernel}
-	b.g = guest.Start(t, kernel, guest.Options{Files: map[string][]byte{"bdfault.ko": module(t, kernel)}, Args: marker})
+	b.g = guest.Start(t, kernel, guest.Options{Files: map[string][]byte{"bdfault.ko": guest.Module(t, kernel, "module", "bdfault")}, Args: marker})
 	j, err := journal.OpenFile(filepath.Join(t.TempDir(), "journal"), 16<<20)
 	if err != nil {
 		t.Fatal(err)
@@ -513,7 +474,7 @@ func TestModuleWantsMarker(t *testing.T) {
 	if testing.Short() {
 		t.Skip("boots a kernel in QEMU: not with -short")
 	}
-	g := guest.Start(t, "6.1", guest.Options{Files: map[string][]byte{"bdfault.ko": module(t, "6.1")}})
+	g := guest.Start(t, "6.1", guest.Options{Files: map[string][]byte{"bdfault.ko": guest.Module(t, "6.1", "module", "bdfault")}})
 	var why string
 	g.Ask("load bdfault.ko", "error", &why)
 	if !strings.Contains(why, "not permitted") {

@@ -80,6 +80,43 @@ func cpio(init []byte, files map[string][]byte) []byte {
 	return b.Bytes()
 }
 
+// Module builds a kernel module for a kernel from its sources, NAME.c and Makefile in dir, against Debian's headers.
+func Module(t testing.TB, kernel, dir, name string) []byte {
+	t.Helper()
+	target, err := kernels.Lookup(kernel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := kernels.Fetch(t.Context(), "", target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	headers, err := kernels.Cache{}.Headers(t.Context(), target, k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	build := t.TempDir()
+	for _, file := range []string{"Makefile", name + ".c"} {
+		b, err := os.ReadFile(filepath.Join(dir, file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(build, file), b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Types of a module's own are of no use here, and making them takes vmlinux and pahole.
+	c := exec.Command("make", "-s", "-C", headers, "M="+build, "CONFIG_DEBUG_INFO_BTF_MODULES=", "modules")
+	if out, err := c.CombinedOutput(); err != nil {
+		t.Fatalf("build module %s: %v\n%s", name, err, out)
+	}
+	b, err := os.ReadFile(filepath.Join(build, name+".ko"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
 // Options change what is started; the zero value is two CPUs, 512 MiB and nothing more.
 type Options struct {
 	CPUs, MiB int

@@ -10,6 +10,7 @@
 //	sysrq X      press the key
 //	uptime       CLOCK_MONOTONIC in ns
 //	cat FILE     what is in it, or in the directory
+//	write FILE TEXT  write the words into the file
 //	patch        have the kernel patch its own code: trace all functions, flip a static key
 package main
 
@@ -133,6 +134,12 @@ func main() {
 				continue
 			}
 			say(map[string]string{"text": text})
+		case "write":
+			if err := os.WriteFile(arg, []byte(strings.Join(f[min(2, len(f)):], " ")), 0); err != nil {
+				say(map[string]string{"error": err.Error()})
+				continue
+			}
+			say(map[string]string{"written": arg})
 		case "patch":
 			if err := patch(); err != nil {
 				say(map[string]string{"error": err.Error()})
