@@ -143,7 +143,7 @@ func (e *Engine) ordered() []*tracked {
 func (e *Engine) automatic(ctx context.Context, f detect.Finding, action string) {
 	defer func() { <-e.healing }()
 	for action != "" {
-		_, _, err := e.repair(ctx, f, action, callerPolicy, false)
+		_, _, err := e.repair(ctx, f, action, callerPolicy, "", false)
 		if err == nil || ctx.Err() != nil {
 			return
 		}
@@ -203,7 +203,7 @@ func (e *Engine) Heal(ctx context.Context, r HealRequest) (heal.Plan, *heal.Outc
 		caller = "operator " + callerPolicy
 	}
 	if r.DryRun {
-		return e.repair(ctx, f, action, caller, true)
+		return e.repair(ctx, f, action, caller, r.Agreed, true)
 	}
 	select {
 	case e.healing <- struct{}{}:
@@ -211,13 +211,14 @@ func (e *Engine) Heal(ctx context.Context, r HealRequest) (heal.Plan, *heal.Outc
 	default:
 		return heal.Plan{}, nil, ErrBusy
 	}
-	return e.repair(ctx, f, action, caller, false)
+	return e.repair(ctx, f, action, caller, r.Agreed, false)
 }
 
 // UndoRequest asks for a finished repair to be taken back.
 type UndoRequest struct {
 	Finding string // ID, open or resolved
 	DryRun  bool   // plan only
+	Agreed  string // as HealRequest's
 	Caller  string
 }
 
@@ -297,6 +298,9 @@ func (e *Engine) Undo(ctx context.Context, r UndoRequest) (p heal.Plan, out *hea
 	e.plans++
 	p.ID, p.Made = fmt.Sprintf("plan-%d", e.plans), time.Now()
 	e.mu.Unlock()
+	if err := p.Agreed(r.Agreed); err != nil {
+		return fail(err)
+	}
 	if r.DryRun {
 		return p, nil, nil
 	}
@@ -325,8 +329,8 @@ func actionsFor(k detect.Kind) []string {
 	return ids
 }
 
-// repair plans and, unless dry, carries out. The caller holds the healing token, unless dry.
-func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller string, dry bool) (p heal.Plan, out *heal.Outcome, err error) {
+// repair plans and, unless dry, carries out if the plan is what was agreed to. The caller holds the healing token, unless dry.
+func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller, agreed string, dry bool) (p heal.Plan, out *heal.Outcome, err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			err = fmt.Errorf("panic while planning or healing: %v", r)
@@ -399,8 +403,8 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller st
 	e.plans++
 	p.ID, p.Made = fmt.Sprintf("plan-%d", e.plans), time.Now()
 	e.mu.Unlock()
-	if dry {
-		return p, nil, nil
+	if err := p.Agreed(agreed); err != nil || dry {
+		return p, nil, err
 	}
 
 	e.mu.Lock()

@@ -200,6 +200,7 @@ type HealRequest struct {
 	Finding string // ID
 	Action  string // ID; empty means what policy proposes
 	DryRun  bool   // plan only
+	Agreed  string // digest of the plan that somebody has agreed to; empty means any. Another plan is heal.ErrStale and not carried out
 	Caller  string // who asks, for the journal
 }
 

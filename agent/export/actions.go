@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
@@ -209,18 +208,11 @@ var operations = map[string]operation{
 
 // heal plans or carries out a repair.
 func (a *actions) heal(ctx context.Context, num uint32, r HealRequest) (any, error) {
-	req := engine.HealRequest{Finding: r.Finding, Action: r.Action, DryRun: true, Caller: a.l.User}
-	if r.Plan != nil && !r.DryRun {
-		// What was agreed to is compared with what would be done now. The plan that is carried out is made once more.
-		fresh, _, err := a.x.o.Host.Heal(ctx, req)
-		if err != nil {
-			return nil, err
-		}
-		if !alike(fresh, *r.Plan) {
-			return nil, &ActionError{"stale", fmt.Sprintf("the host has moved on: what would be done now is %q, and not %q; plan again", fresh.Title, r.Plan.Title)}
-		}
+	req := engine.HealRequest{Finding: r.Finding, Action: r.Action, DryRun: r.DryRun, Caller: a.l.User}
+	if r.Plan != nil {
+		req.Agreed = r.Plan.Digest()
 	}
-	if req.DryRun = r.DryRun; !r.DryRun {
+	if !r.DryRun {
 		a.report(num, "the finding is looked at again, and a plan is made")
 		defer a.follow(ctx, num, r.Finding)()
 	}
@@ -270,22 +262,6 @@ func (a *actions) follow(ctx context.Context, num uint32, finding string) func()
 		}
 	}()
 	return func() { stop(); <-done }
-}
-
-// alike reports whether two plans do the same to the same target.
-func alike(a, b heal.Plan) bool {
-	if a.Action != b.Action || a.Finding != b.Finding || a.Title != b.Title || len(a.Steps) != len(b.Steps) || (a.Target == nil) != (b.Target == nil) {
-		return false
-	}
-	if a.Target != nil && *a.Target != *b.Target || !slices.Equal(a.Targets, b.Targets) {
-		return false
-	}
-	for i := range a.Steps {
-		if a.Steps[i].Op != b.Steps[i].Op || a.Steps[i].Object != b.Steps[i].Object {
-			return false
-		}
-	}
-	return true
 }
 
 // records reads the journal.

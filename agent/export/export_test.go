@@ -93,8 +93,8 @@ func (h *fakeHost) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, *
 		return heal.Plan{}, nil, fmt.Errorf("finding %q: %w", r.Finding, engine.ErrNoFinding)
 	}
 	p := heal.Plan{ID: "plan-1", Action: "kill-process", Finding: r.Finding, Title: "kill spin (412)", Target: &heal.Target{PID: 412}}
-	if r.DryRun {
-		return p, nil, nil
+	if err := p.Agreed(r.Agreed); err != nil || r.DryRun {
+		return p, nil, err
 	}
 	h.healed <- r
 	select {

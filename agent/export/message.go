@@ -105,8 +105,8 @@ type HealRequest struct {
 	Plan *heal.Plan `json:"plan,omitempty"`
 }
 
-// Agreed returns what of a plan is compared when it is carried out: action, finding, title, targets, and what each step does to
-// which object. Addresses and bytes may be others by then. It fits into a request, which is one message.
+// Agreed returns what of a plan counts when it is carried out, which is what its digest is of. It fits into a request, which is one
+// message.
 func Agreed(p heal.Plan) *heal.Plan {
 	a := &heal.Plan{ID: p.ID, Action: p.Action, Finding: p.Finding, Title: p.Title, Risk: p.Risk, Made: p.Made, Target: p.Target, Targets: p.Targets, Steps: []heal.Step{}}
 	for _, s := range p.Steps {

@@ -9,6 +9,7 @@ package heal
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -232,6 +233,30 @@ type Plan struct {
 	Second string `json:"second,omitempty"`
 	// Lifts are the plans whose held steps this one takes back.
 	Lifts []string `json:"lifts,omitempty"`
+}
+
+// Digest names what a plan does, in hexadecimal digits: its action, finding, title and targets, and what each step does to which object.
+// Addresses and bytes do not count, nor what is new in each plan: they are others from one moment to the next.
+func (p Plan) Digest() string {
+	type step struct{ Op, Object string }
+	steps := make([]step, len(p.Steps))
+	for i, s := range p.Steps {
+		steps[i] = step{string(s.Op), s.Object}
+	}
+	b, err := json.Marshal([]any{p.Action, p.Finding, p.Title, p.Target, p.Targets, steps})
+	if err != nil {
+		panic(err) // nothing in it can fail
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
+}
+
+// Agreed returns an error that is ErrStale unless somebody has agreed to a plan with that digest, or, with none, to whatever is planned.
+func (p Plan) Agreed(digest string) error {
+	if digest == "" || digest == p.Digest() {
+		return nil
+	}
+	return fmt.Errorf("the host has moved on: what would be done now is %q, which is not what was agreed to; plan again: %w", p.Title, ErrStale)
 }
 
 // Ranges returns the host memory that the plan stores to.

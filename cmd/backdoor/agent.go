@@ -298,14 +298,22 @@ type healed struct {
 }
 
 // Heal plans, or plans and carries out, a repair.
-func (a *agent) Heal(ctx context.Context, finding, action string, dryRun bool, _ *heal.Plan, progress func(string)) (healed, error) {
-	task, err := a.c.Heal(ctx, client.HealRequest{Finding: finding, Action: action, DryRun: dryRun}, telling(progress))
+func (a *agent) Heal(ctx context.Context, finding, action string, dryRun bool, agreed *heal.Plan, progress func(string)) (healed, error) {
+	r := client.HealRequest{Finding: finding, Action: action, DryRun: dryRun}
+	if agreed != nil {
+		r.Action, r.Plan = agreed.Action, agreed.Digest()
+	}
+	task, err := a.c.Heal(ctx, r, telling(progress))
 	return a.healed(task, err)
 }
 
 // Undo plans, or plans and carries out, that the repair of a finding is taken back.
-func (a *agent) Undo(ctx context.Context, finding string, dryRun bool, progress func(string)) (healed, error) {
-	task, err := a.c.UndoHeal(ctx, client.UndoRequest{Finding: finding, DryRun: dryRun}, telling(progress))
+func (a *agent) Undo(ctx context.Context, finding string, dryRun bool, agreed *heal.Plan, progress func(string)) (healed, error) {
+	r := client.UndoRequest{Finding: finding, DryRun: dryRun}
+	if agreed != nil {
+		r.Plan = agreed.Digest()
+	}
+	task, err := a.c.UndoHeal(ctx, r, telling(progress))
 	return a.healed(task, err)
 }
 

@@ -53,6 +53,7 @@ type fakeAgent struct {
 	detached bool
 	lock     *access.Lock // nil if no owner is trusted
 	orders   []heal.NetworkOrder
+	moved    bool // something else is to be healed than was planned
 }
 
 func newFakeAgent() *fakeAgent {
@@ -137,8 +138,11 @@ func (a *fakeAgent) Heal(_ context.Context, r engine.HealRequest) (heal.Plan, *h
 			{Op: heal.OpAwait, Why: "it ends", Until: []heal.Cond{{What: "exit_state is set"}}, Timeout: 5 * time.Second},
 		},
 	}
-	if r.DryRun {
-		return p, nil, nil
+	if a.moved && !r.DryRun {
+		p.Title = "kill another (413)"
+	}
+	if err := p.Agreed(r.Agreed); err != nil || r.DryRun {
+		return p, nil, err
 	}
 	verified := r.Action != "nudge"
 	o := &heal.Outcome{
@@ -161,8 +165,8 @@ func (a *fakeAgent) Undo(_ context.Context, r engine.UndoRequest) (heal.Plan, *h
 	if r.Finding != "runaway-process-2" {
 		return heal.Plan{}, nil, fmt.Errorf("take back the repair of %s: %w", r.Finding, engine.ErrNoUndo)
 	}
-	if r.DryRun {
-		return p, nil, nil
+	if err := p.Agreed(r.Agreed); err != nil || r.DryRun {
+		return p, nil, err
 	}
 	return p, &heal.Outcome{Plan: p, Caller: r.Caller, Started: boot, Finished: boot, Verified: true}, nil
 }

@@ -18,7 +18,7 @@ var healVerb = verb{
 	short: "repair a finding",
 	long: `The agent makes a plan, which is shown; then it asks, and carries the repair out. With -dry-run it stops at the plan. What is
 carried out is planned anew at that moment, for addresses and CPUs may have changed; the outcome and the journal have that plan.
-With -rdma the plan goes over the action queue pair, and the repair is refused if what would be done now is not what it says.
+The agent refuses it if it does anything else, or to anybody else, than the plan that was shown.
 Nothing is written to the host unless its access agreement permits it, and each write is in the agent's journal before it happens.
 
 Exit status: 0 repaired and verified (or planned, with -dry-run), 3 carried out but not verified, 5 denied.
@@ -57,8 +57,8 @@ Exit status: as heal.
 			return 0, err
 		}
 		defer a.Close()
-		return e.carryOut("take back the repair of "+args[0], func(dryRun bool, _ *heal.Plan, progress func(string)) (healed, error) {
-			return a.Undo(ctx, args[0], dryRun, progress)
+		return e.carryOut("take back the repair of "+args[0], func(dryRun bool, agreed *heal.Plan, progress func(string)) (healed, error) {
+			return a.Undo(ctx, args[0], dryRun, agreed, progress)
 		})
 	},
 }

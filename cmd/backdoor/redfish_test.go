@@ -69,6 +69,13 @@ func TestCollectAndMemory(t *testing.T) {
 		}
 	}
 
+	// What was agreed to is carried out, and nothing else.
+	b.agent.do(func() { b.agent.moved = true })
+	if code, _, errs := b.run("heal runaway-process-2"+login+"admin -password-file $DIR/new", "y\n"); code == 0 || !strings.Contains(errs, "moved on") {
+		t.Errorf("heal of a host that moves on = %d: %s", code, errs)
+	}
+	b.agent.do(func() { b.agent.moved = false })
+
 	// Raw memory takes a privilege that the administrator has to give away first.
 	if code, _, _ := do("memory read 0x100000 16"); code != exitDenied {
 		t.Errorf("memory read by the administrator = %d; want %d", code, exitDenied)

@@ -44,6 +44,7 @@ type HealRequest struct {
 	Finding string `json:"Finding"`          // ID
 	Action  string `json:"Action,omitempty"` // the repair; empty means the one that policy proposes
 	DryRun  bool   `json:"DryRun,omitempty"` // plan only
+	Plan    string `json:"Plan,omitempty"`   // digest of the plan that was agreed to; another one is refused
 }
 
 // ObeyOrder has the agent carry out a signed order about its access agreement.
@@ -66,6 +67,7 @@ func (c *Client) Heal(ctx context.Context, r HealRequest, progress func(schema.T
 type UndoRequest struct {
 	Finding string `json:"Finding"` // ID
 	DryRun  bool   `json:"DryRun,omitempty"`
+	Plan    string `json:"Plan,omitempty"` // as HealRequest's
 }
 
 // UndoHeal has a finished repair taken back, or that planned, and waits for the end. What it returns is as Heal's.

@@ -133,8 +133,8 @@ func (a *fakeAgent) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, 
 		Calls: []heal.Call{{Function: "do_send_sig_info", Addr: 0xffffffff81000000, Context: "timer tick of CPU 1", Purpose: "sends SIGKILL"}},
 		Steps: []heal.Step{{Op: heal.OpArm, Why: "arm", Addr: 0x1000, Expect: heal.Bytes{1, 2}, Put: heal.Bytes{3, 4}}},
 	}
-	if r.DryRun {
-		return p, nil, nil
+	if err := p.Agreed(r.Agreed); err != nil || r.DryRun {
+		return p, nil, err
 	}
 	return p, &heal.Outcome{
 		Plan: p, Caller: r.Caller, Started: bootTime, Finished: bootTime.Add(time.Second), Verified: a.verified,
@@ -154,8 +154,8 @@ func (a *fakeAgent) Undo(_ context.Context, r engine.UndoRequest) (heal.Plan, *h
 		return heal.Plan{}, nil, fmt.Errorf("take back the repair of %s: %w", r.Finding, engine.ErrNoUndo)
 	}
 	p := heal.Plan{ID: "plan-2", Action: heal.ContinueProcess, Finding: r.Finding, Title: "Continue stress (412)", Risk: heal.RiskTask, Made: bootTime}
-	if r.DryRun {
-		return p, nil, nil
+	if err := p.Agreed(r.Agreed); err != nil || r.DryRun {
+		return p, nil, err
 	}
 	a.undone = true
 	return p, &heal.Outcome{Plan: p, Caller: r.Caller, Started: bootTime, Finished: bootTime.Add(time.Second), Verified: true}, nil

@@ -159,6 +159,7 @@ type (
 	}
 	healOEM struct {
 		Plan    heal.Plan     `json:"plan" doc:"What is to be done, step by step."`
+		Digest  string        `json:"digest,omitempty" doc:"Names what the plan does. Who has agreed to the plan gives it as Plan to the action that carries it out."`
 		Outcome *heal.Outcome `json:"outcome,omitempty" doc:"What became of it; absent if nothing was begun."`
 	}
 )
@@ -193,6 +194,7 @@ func (h *host) healActions() []service.Action {
 	privileges := service.Privileges{{service.ConfigureComponents, PrivilegeHeal}}
 	finding := service.Property{Name: "Finding", Kind: service.String, Required: true, Min: 1, Max: 128}
 	dry := service.Property{Name: "DryRun", Kind: service.Boolean}
+	agreed := service.Property{Name: "Plan", Kind: service.String, Min: 64, Max: 64} // the digest of a dry run's
 	// start has a task do the work.
 	start := func(r *service.Request, v service.Values, verb, title string, do func(context.Context) (heal.Plan, *heal.Outcome, error)) (*service.Reply, error) {
 		id := v.String("Finding")
@@ -208,17 +210,17 @@ func (h *host) healActions() []service.Action {
 	return []service.Action{
 		{
 			Name: "BackdoorComputerSystem.Heal", OEM: true, Title: "Heal a finding", Privileges: privileges,
-			Parameters: []service.Property{finding, {Name: "Action", Kind: service.String, Max: 128}, dry},
+			Parameters: []service.Property{finding, {Name: "Action", Kind: service.String, Max: 128}, dry, agreed},
 			Do: func(r *service.Request, v service.Values) (*service.Reply, error) {
-				req := engine.HealRequest{Finding: v.String("Finding"), Action: v.String("Action"), DryRun: v.Bool("DryRun"), Caller: r.Caller.User}
+				req := engine.HealRequest{Finding: v.String("Finding"), Action: v.String("Action"), DryRun: v.Bool("DryRun"), Agreed: v.String("Plan"), Caller: r.Caller.User}
 				return start(r, v, "heal", "Heal", func(ctx context.Context) (heal.Plan, *heal.Outcome, error) { return h.o.Agent.Heal(ctx, req) })
 			},
 		},
 		{
 			Name: "BackdoorComputerSystem.UndoHeal", OEM: true, Title: "Take back the repair of a finding", Privileges: privileges,
-			Parameters: []service.Property{finding, dry},
+			Parameters: []service.Property{finding, dry, agreed},
 			Do: func(r *service.Request, v service.Values) (*service.Reply, error) {
-				req := engine.UndoRequest{Finding: v.String("Finding"), DryRun: v.Bool("DryRun"), Caller: r.Caller.User}
+				req := engine.UndoRequest{Finding: v.String("Finding"), DryRun: v.Bool("DryRun"), Agreed: v.String("Plan"), Caller: r.Caller.User}
 				return start(r, v, "take back the repair of", "Take back the repair of", func(ctx context.Context) (heal.Plan, *heal.Outcome, error) {
 					return h.o.Agent.Undo(ctx, req)
 				})
@@ -232,7 +234,7 @@ func healing(ctx context.Context, t *service.Task, do func(context.Context) (hea
 	t.Progress(5, "The finding is looked at again, and a plan is made.")
 	plan, outcome, err := do(ctx)
 	if plan.ID != "" {
-		result, oerr := oem.Object(taskSchema.Type("Heal"), healOEM{Plan: plan, Outcome: outcome})
+		result, oerr := oem.Object(taskSchema.Type("Heal"), healOEM{Plan: plan, Digest: plan.Digest(), Outcome: outcome})
 		if oerr != nil {
 			return nil, oerr
 		}

@@ -306,7 +306,12 @@ func TestUndo(t *testing.T) {
 	if _, err := client.OEM(task.OEM, &out); err != nil || out.Plan.Action != heal.ContinueProcess || out.Outcome != nil {
 		t.Errorf("dry run = %+v, %v", out, err)
 	}
-	if task, err = c.UndoHeal(t.Context(), client.UndoRequest{Finding: "cpu-stall-1"}, nil); err != nil {
+	other := out.Plan
+	other.Title = "Continue another"
+	if _, err := c.UndoHeal(t.Context(), client.UndoRequest{Finding: "cpu-stall-1", Plan: other.Digest()}, nil); err == nil || !strings.Contains(err.Error(), "moved on") {
+		t.Errorf("undo by another plan = %v", err)
+	}
+	if task, err = c.UndoHeal(t.Context(), client.UndoRequest{Finding: "cpu-stall-1", Plan: out.Plan.Digest()}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := client.OEM(task.OEM, &out); err != nil || out.Outcome == nil || !out.Outcome.Verified || out.Outcome.Caller != testUser {
@@ -327,6 +332,7 @@ func TestHeal(t *testing.T) {
 	c := connect(t, a)
 	type result struct {
 		Plan    heal.Plan
+		Digest  string
 		Outcome *heal.Outcome
 	}
 	run := func(r client.HealRequest) (*schema.Task, result, error) {
@@ -351,6 +357,18 @@ func TestHeal(t *testing.T) {
 	}
 	if got := dry.Plan.Steps[0]; !bytes.Equal(got.Put, []byte{3, 4}) || got.Addr != 0x1000 || dry.Plan.Calls[0].Addr != 0xffffffff81000000 {
 		t.Errorf("the plan has changed on its way: %+v", dry.Plan)
+	}
+	if len(dry.Digest) != 64 || dry.Digest != dry.Plan.Digest() {
+		t.Errorf("digest %q; the plan's is %q", dry.Digest, dry.Plan.Digest())
+	}
+	// What somebody has agreed to is done, and nothing else.
+	other := dry.Plan
+	other.Title = "Kill init (1)"
+	if _, out, err := run(client.HealRequest{Finding: "runaway-process-2", Plan: other.Digest()}); err == nil || out.Outcome != nil || !strings.Contains(err.Error(), "moved on") {
+		t.Errorf("heal by another plan = %+v, %v", out, err)
+	}
+	if _, out, err := run(client.HealRequest{Finding: "runaway-process-2", Plan: dry.Digest}); err != nil || out.Outcome == nil {
+		t.Errorf("heal by the plan = %+v, %v", out, err)
 	}
 	_, done, err := run(client.HealRequest{Finding: "runaway-process-2"})
 	if err != nil || done.Outcome == nil || !done.Outcome.Verified || done.Outcome.Caller != testUser || len(done.Outcome.HostFunctions) != 1 {
