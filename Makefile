@@ -15,6 +15,10 @@ MUTATIONS ?= 1000
 PASSES ?= 10000
 BENCH ?= .
 
+# A test that fails is run once more, alone, and both runs are told at the end: one that passes then does not turn the whole red, since
+# the tests wait for emulated machines on a computer that has other work. Never run again: data races, panics, and more than a few.
+GOTEST := go tool gotestsum --format standard-quiet --rerun-fails=1 --rerun-fails-max-failures=8 --rerun-fails-run-root-test --rerun-fails-abort-on-data-race
+
 .PHONY: bench bench-rdma build clean conformance demo faults fuzz help images kernels lab lint peers powercuts rdma setup slots test torture
 
 help: ## list the targets
@@ -40,9 +44,9 @@ rdma: setup images ## all RDMA clients in all their ways against the lab's DPU, 
 	go test -count=1 -timeout 60m -run '^TestRDMA$$' -v ./tests -rdma-whole -rdma-kernels 6.1-generic,6.12-generic
 
 test: setup images ## all tests: unit with the race detector, short fuzzing, images and lab in QEMU
-	go test -race -short ./...
+	$(GOTEST) --packages=./... -- -race -short
 	$(MAKE) fuzz FUZZTIME=3s MUTATIONS=50
-	go test -count=1 -p 1 -timeout 60m ./agent/kernel ./agent/engine ./redfish/service ./redfish/firmware ./boot/bundle ./boot/slot ./images/... ./tests/...
+	$(GOTEST) --packages="./agent/kernel ./agent/engine ./redfish/service ./redfish/firmware ./boot/bundle ./boot/slot ./images/... ./tests/..." -- -count=1 -p 1 -timeout 60m
 
 kernels: setup ## hold the kernel model against every kernel of the table in QEMU (fetches some 900 MB, takes half an hour)
 	go test -count=1 -timeout 120m ./agent/kernel -run 'TestGuest$$|TestListings$$' -guests all
