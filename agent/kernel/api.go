@@ -72,8 +72,19 @@ type Options struct {
 	NoteOnly bool
 	// Cache, if not nil, keeps what kernels carry about themselves for the next Open.
 	Cache *Cache
+	// Types, if not nil, is asked for the types of a kernel that carries no BTF or a damaged one: raw BTF that was made of that build
+	// elsewhere (pahole, BTFHub, package isf), which Open changes and does not keep; nil, nil if there is none. What it answers is
+	// proven as the kernel's own would be.
+	Types func(Build) ([]byte, error)
 	// Progress is called, if not nil, as the search advances (bytes).
 	Progress func(stage string, done, total uint64)
+}
+
+// Build names one build of a kernel.
+type Build struct {
+	Release string // uname -r
+	ID      string // the GNU build ID in hexadecimal digits; empty before v5.9
+	Banner  string // linux_banner without the end of its line
 }
 
 // Rung is one step of the attach ladder and how it ended.

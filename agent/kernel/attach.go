@@ -266,7 +266,7 @@ func (l *ladder) climb(v *vmcoreinfo) (*Image, error) {
 			return detail, err
 		}},
 		{"variables", func() (string, error) { return img.findData(a.ctx, src) }},
-		{"btf", func() (string, error) { return img.findTypes(a.ctx, src) }},
+		{"btf", func() (string, error) { return img.findTypes(a.ctx, src, a.opt.Types) }},
 		{"memory map", func() (string, error) { return img.findMemoryMap(src, syms) }},
 		{"layout", func() (string, error) { return img.findLayout(src) }},
 		{"proof", func() (string, error) { return img.proveFirst(a.ctx, src) }},
@@ -566,12 +566,42 @@ func (img *Image) findMemoryMap(src source, syms *symbolReader) (string, error) 
 	return fmt.Sprintf("image %v-%v, direct map from %v, %d CPUs", img.lay.text, img.lay.end, direct.start, cpus), nil
 }
 
-// findTypes reads the BTF that the kernel carries, and compares it with the layouts that VMCOREINFO tells.
-func (img *Image) findTypes(ctx context.Context, src source) (string, error) {
+// findTypes finds the types of the kernel: in the BTF that it carries, or else in that which was made of its build elsewhere.
+func (img *Image) findTypes(ctx context.Context, src source, elsewhere func(Build) ([]byte, error)) (string, error) {
+	detail, err := img.readTypes(ctx, src)
+	var corrupt *CorruptError
+	if elsewhere == nil || !errors.Is(err, ErrNotSupported) && !errors.As(err, &corrupt) {
+		return detail, err
+	}
+	if c := img.cached; c != nil && c.elsewhere {
+		img.types, img.info.BTFBytes = c.types, c.types.size
+		agree, err := img.compareLayouts()
+		return fmt.Sprintf("%d bytes made elsewhere of this build, known from before, %d layouts known otherwise agree", c.types.size, agree), err
+	}
+	banner, berr := img.readBanner(src)
+	if berr != nil {
+		return "", errors.Join(err, berr)
+	}
+	raw, gerr := elsewhere(Build{Release: img.info.Release, ID: img.info.BuildID, Banner: banner})
+	if gerr != nil {
+		return "", errors.Join(err, fmt.Errorf("types made elsewhere: %w", gerr))
+	}
+	if raw == nil {
+		return "", err
+	}
+	if detail, err = img.takeTypes(src, raw); err != nil {
+		return "", fmt.Errorf("types made elsewhere: %w", err)
+	}
+	img.btfHead, img.elsewhere = nil, true
+	return "made elsewhere: " + detail, nil
+}
+
+// readTypes reads the BTF that the kernel carries.
+func (img *Image) readTypes(ctx context.Context, src source) (string, error) {
 	start, err1 := img.syms.symbol("__start_BTF")
 	stop, err2 := img.syms.symbol("__stop_BTF")
 	if errors.Is(err1, ErrNotFound) || errors.Is(err2, ErrNotFound) {
-		return "", fmt.Errorf("kernel carries no BTF (CONFIG_DEBUG_INFO_BTF): %w", ErrNotSupported)
+		return "", fmt.Errorf("kernel carries no BTF (CONFIG_DEBUG_INFO_BTF), and no types were given for it: %w", ErrNotSupported)
 	}
 	if err := errors.Join(err1, err2); err != nil {
 		return "", err
@@ -579,7 +609,7 @@ func (img *Image) findTypes(ctx context.Context, src source) (string, error) {
 	if start >= stop || stop-start > btfMaxSize {
 		return "", &CorruptError{"__start_BTF", start, fmt.Sprintf("BTF of %d bytes", int64(stop-start))}
 	}
-	if c := img.cached; c != nil && uint64(c.types.size) == uint64(stop-start) {
+	if c := img.cached; c != nil && !c.elsewhere && uint64(c.types.size) == uint64(stop-start) {
 		if same, err := img.samples(src, "BTF", start, c.head); err != nil {
 			return "", err
 		} else if same {
@@ -599,17 +629,27 @@ func (img *Image) findTypes(ctx context.Context, src source) (string, error) {
 		}
 	}
 	head := slices.Clone(raw[:min(len(raw), btfHeadLen)]) // before newTypes changes it
+	detail, err := img.takeTypes(src, raw)
+	if errors.Is(err, errBadTypes) {
+		return "", &CorruptError{"BTF", start, err.Error()}
+	}
+	img.btfHead = head
+	return detail, err
+}
+
+var errBadTypes = errors.New("not usable")
+
+// takeTypes parses raw BTF, which it changes, and compares it with the layouts that VMCOREINFO tells.
+func (img *Image) takeTypes(src source, raw []byte) (string, error) {
 	var vars map[string]uint32
 	if _, err := img.syms.symbol("__per_cpu_start"); err != nil {
 		vars = perCPUVars(raw)
 	}
 	t, err := newTypes(raw)
 	if err != nil {
-		return "", &CorruptError{"BTF", start, err.Error()}
+		return "", fmt.Errorf("%w: %w", errBadTypes, err)
 	}
-	img.types = t
-	img.btfHead = head
-	img.info.BTFBytes = len(raw)
+	img.types, img.info.BTFBytes = t, len(raw)
 	agree, err := img.compareLayouts()
 	if err != nil {
 		return "", err
@@ -689,8 +729,8 @@ func (img *Image) findLayout(src source) (string, error) {
 	return detail, nil
 }
 
-// proveFirst checks what must hold in any Linux kernel, and learns what Prove compares later.
-func (img *Image) proveFirst(ctx context.Context, src source) (string, error) {
+// readBanner reads linux_banner, which must be of the release that VMCOREINFO names, without the end of its line.
+func (img *Image) readBanner(src source) (string, error) {
 	banner, err := img.syms.symbol("linux_banner")
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", ErrNotSupported, err)
@@ -703,17 +743,27 @@ func (img *Image) proveFirst(ctx context.Context, src source) (string, error) {
 	if !ended || !strings.HasPrefix(text, "Linux version "+img.info.Release+" ") {
 		return "", &CorruptError{"linux_banner", banner, fmt.Sprintf("is %.60q, VMCOREINFO is of %s", text, img.info.Release)}
 	}
-	img.info.Banner = strings.TrimSuffix(text, "\n")
+	return strings.TrimSuffix(text, "\n"), nil
+}
+
+// proveFirst checks what must hold in any Linux kernel, and learns what Prove compares later.
+func (img *Image) proveFirst(ctx context.Context, src source) (string, error) {
+	banner, err := img.readBanner(src)
+	if err != nil {
+		return "", err
+	}
+	img.info.Banner = banner
 
 	r := resolver{img: img}
 	uts := r.symbol("init_uts_ns") + VirtAddr(r.field("uts_namespace", 0, "name")+r.field("new_utsname", 65, "nodename"))
 	if r.err != nil {
 		return "", r.err
 	}
-	if err := img.space.object(src, "init_uts_ns", uts, b[:65]); err != nil {
+	nodename := make([]byte, 65)
+	if err := img.space.object(src, "init_uts_ns", uts, nodename); err != nil {
 		return "", err
 	}
-	img.info.Hostname, _ = cString(b[:65])
+	img.info.Hostname, _ = cString(nodename)
 
 	var o object
 	init, err := img.readTask(src, &o, img.lay.task.init, 0)

@@ -28,6 +28,8 @@ type carried struct {
 	syms  *kallsyms // without what depends on the place
 	types *types
 	head  []byte // of the BTF
+	// elsewhere says that the types are not the kernel's own.
+	elsewhere bool
 	// places is where the symbol table is, relative to _stext.
 	places kallsymsPlaces
 	// more are the symbols that kallsyms lacks, relative to _stext; nil if it lacks none.
@@ -56,7 +58,7 @@ func (c *Cache) put(img *Image) {
 	if c == nil || key == "" {
 		return
 	}
-	b := &carried{syms: img.syms.bare(), types: img.types, head: img.btfHead}
+	b := &carried{syms: img.syms.bare(), types: img.types, head: img.btfHead, elsewhere: img.elsewhere}
 	stext, ok := img.note.symbol("_stext")
 	b.places = img.syms.places.moved(-stext)
 	if ok && img.lacking {

@@ -37,7 +37,9 @@ type Image struct {
 
 	cached  *carried // what is known of this build; nil if nothing is
 	btfHead []byte   // the first part of the BTF
-	lacking bool     // kallsyms has no variables
+	// elsewhere says that the types are not the kernel's own but Options.Types's.
+	elsewhere bool
+	lacking   bool // kallsyms has no variables
 
 	proofs atomic.Uint32 // how often Prove was asked
 	// seen is the last reading of the clock.

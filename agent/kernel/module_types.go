@@ -23,6 +23,9 @@ func (v *View) ModuleField(module, typ, path string) (Field, error) {
 // its strings go on where the kernel's end (split BTF, Documentation/bpf/btf.rst). The kernel keeps what it has parsed in a list,
 // btf_modules, since v5.11 (commit 36e68442d1af, "bpf: Load and verify kernel module BTFs").
 func (v *View) moduleTypes(module string) (*types, error) {
+	if v.img.elsewhere {
+		return nil, fmt.Errorf("%w: they build on the kernel's own, which cannot be used", ErrNotSupported)
+	}
 	split, err := v.moduleBTF(module)
 	if err != nil {
 		return nil, err
