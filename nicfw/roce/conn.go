@@ -265,11 +265,14 @@ func (q *QP) do(ctx context.Context, w *waiter) (reuse bool, err error) {
 	d.mu.Unlock()
 	if err := d.await(ctx, w); err != nil {
 		d.mu.Lock()
-		defer d.mu.Unlock()
-		if !w.done.Load() {
+		abandoned := !w.done.Load() // it may have ended meanwhile
+		if abandoned {
 			w.left = 0
 			q.backlog = slices.DeleteFunc(q.backlog, func(o *waiter) bool { return o == w })
 			q.q.req.abandon(w)
+		}
+		d.mu.Unlock()
+		if abandoned {
 			return false, err
 		}
 	}

@@ -66,6 +66,40 @@ func joined(t testing.TB, a, b *Device, cfg QPConfig) (qa, qb *QP, pd *PD) {
 	return qa, qb, pd
 }
 
+// TestEndsWhileItIsAbandoned has a request end with an error while its caller, whose context is over, waits for the device's lock to
+// let go of it: the device must go on.
+func TestEndsWhileItIsAbandoned(t *testing.T) {
+	a, b := pipeDevices(t, Faults{})
+	qa, _, _ := joined(t, a, b, QPConfig{})
+	a.seat <- struct{}{} // somebody else drives
+
+	ctx, cancel := context.WithCancel(t.Context())
+	sent := make(chan error, 1)
+	go func() { sent <- qa.Send(ctx, []byte("nobody has posted a receive")) }()
+	for { // until it is under way
+		a.mu.Lock()
+		if qa.q.req.sq.n > 0 {
+			break
+		}
+		a.mu.Unlock()
+		time.Sleep(time.Millisecond)
+	}
+	cancel()
+	time.Sleep(50 * time.Millisecond) // until Send waits for mu; if it is later, this tests nothing
+	a.eng.closeQP(a.now(), qa.q, ErrFlushed)
+	a.mu.Unlock()
+	<-a.seat
+	select {
+	case err := <-sent:
+		if !errors.Is(err, ErrFlushed) && !errors.Is(err, context.Canceled) {
+			t.Errorf("Send: %v", err)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("Send does not come back")
+	}
+	qa.Peer() // takes the lock
+}
+
 // exercise uses everything that two queue pairs can do.
 func exercise(t *testing.T, qa, qb *QP, pd *PD) {
 	t.Helper()
