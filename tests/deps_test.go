@@ -56,6 +56,7 @@ var owners = map[string][]string{
 	"cel.dev/cel-go":                      {"agent/policy"},
 	"github.com/bmc-toolbox/bmclib":       {"cmd/internal/hostpower"},
 	"github.com/cilium/ebpf/btf":          {"agent/kernel"},
+	"github.com/ulikunitz/xz":             {"images", "agent/kernel/isf"},
 	"github.com/cilium/ebpf/link":         {"nicfw/datapath", "nicfw/roce/afxdp"},
 	"github.com/cilium/ebpf/rlimit":       {"nicfw/datapath", "nicfw/roce/afxdp"},
 	"github.com/google/go-tpm":            {"boot"},

@@ -262,7 +262,7 @@ func (w *watcher) attach(ctx context.Context) error {
 	began := time.Now()
 	octx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
-	t, err := e.src.open(octx, w.mem, kernel.Options{Logger: e.log, Hint: w.hint, Cache: &e.builds, Progress: func(stage string, done, total uint64) {
+	t, err := e.src.open(octx, w.mem, kernel.Options{Logger: e.log, Hint: w.hint, Cache: &e.builds, Types: e.o.Types, Progress: func(stage string, done, total uint64) {
 		e.mu.Lock()
 		e.progress = &Progress{stage, done, total}
 		e.mu.Unlock()
@@ -797,12 +797,13 @@ func (w *watcher) searchAgain(ctx context.Context) {
 	ctx, w.stopSearch = context.WithTimeout(context.WithoutCancel(ctx), openTimeout)
 	found := make(chan search, 1)
 	w.found = found
-	mem, src, log, builds := w.mem, w.e.src, w.e.log, &w.e.builds
+	mem, src := w.mem, w.e.src
+	log, builds, types := w.e.log, &w.e.builds, w.e.o.Types
 	w.searches.Go(func() {
 		began := time.Now()
 		var t target
 		err := w.guarded("search", func() (err error) {
-			t, err = src.open(ctx, mem, kernel.Options{Logger: log, Cache: builds})
+			t, err = src.open(ctx, mem, kernel.Options{Logger: log, Cache: builds, Types: types})
 			return err
 		})
 		if err != nil {

@@ -45,6 +45,8 @@ type Options struct {
 	Interval time.Duration
 	// CacheDir keeps hints between starts, such as where the kernel's note was found last. Empty means none are kept.
 	CacheDir string
+	// Types has types for hosts whose kernels carry none: kernel.Options.Types.
+	Types func(kernel.Build) ([]byte, error)
 }
 
 // Phase is where the engine stands with its host.

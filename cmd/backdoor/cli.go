@@ -46,7 +46,7 @@ type verb struct {
 // options are all flags. Each has one meaning for all verbs that know it.
 type options struct {
 	// where
-	config, context, host, image, mem, layout string
+	config, context, host, image, mem, layout, types string
 	rdma, rdmaLocal, rdmaKey                  string
 	// how to be let in
 	user, passwordFile, newPasswordFile, ca, fingerprint string
@@ -75,6 +75,7 @@ func (o *options) global(fs *flag.FlagSet) {
 	fs.StringVar(&o.image, "image", "", "crash dump `file` to read instead of asking an agent")
 	fs.StringVar(&o.mem, "mem", "", "live RAM `file` of a virtual machine to read instead of asking an agent")
 	fs.StringVar(&o.layout, "layout", "q35", "where RAM lies in the -mem file: q35, virt (arm64) or flat")
+	fs.StringVar(&o.types, "types", "", "`file` or directory with the types of a kernel that carries none, for -image, -mem and -rdma (see types)")
 	fs.StringVar(&o.user, "user", "", "user `name` at the agent (default admin, or the context's)")
 	fs.StringVar(&o.passwordFile, "password-file", "", "`file` with the password, - for standard input")
 	fs.StringVar(&o.ca, "ca", "", "PEM `file` with the authority that signed the agent's certificate")
@@ -113,7 +114,7 @@ func (e *codeError) Unwrap() error { return e.err }
 
 func verbs() []verb {
 	return slices.Concat([]verb{statusVerb, findingsVerb, psVerb, topVerb, dmesgVerb}, listingVerbs(), []verb{
-		healVerb, undoVerb, powerVerb, networkVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, incidentsVerb, policyVerb, attestVerb, loginVerb, configVerb, agreementVerb, imageVerb, flashVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
+		healVerb, undoVerb, powerVerb, networkVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, incidentsVerb, policyVerb, attestVerb, loginVerb, configVerb, agreementVerb, imageVerb, flashVerb, typesVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
 	})
 }
 

@@ -303,6 +303,10 @@ func (r *rdma) Reset(ctx context.Context, t schema.ResetType) error {
 
 // openRemote attaches to the kernel in the host's memory behind an agent.
 func (e *env) openRemote(ctx context.Context) (source, error) {
+	types, err := e.elsewhere()
+	if err != nil {
+		return nil, err
+	}
 	r, err := e.openRDMA(ctx)
 	if err != nil {
 		return nil, err
@@ -311,7 +315,7 @@ func (e *env) openRemote(ctx context.Context) (source, error) {
 	if err != nil {
 		return nil, errors.Join(rdmaError(err), r.Close())
 	}
-	o := kernel.Options{Logger: slog.New(slog.DiscardHandler)}
+	o := kernel.Options{Logger: slog.New(slog.DiscardHandler), Types: types}
 	// The agent knows which kernel it is, moving or not; without its help all memory is searched.
 	var st engine.State
 	if r.do(ctx, export.OpState, nil, &st, nil) == nil && st.Kernel != nil && st.Phase == engine.Attached {

@@ -72,6 +72,10 @@ func (e *env) openMemory(ctx context.Context) (source, error) {
 		return nil, fmt.Errorf("open host memory: %w", err)
 	}
 	o := kernel.Options{Logger: slog.New(slog.DiscardHandler)}
+	if o.Types, err = e.elsewhere(); err != nil {
+		mem.Close()
+		return nil, err
+	}
 	if rec, ok := mem.(interface{ Labels() map[string]string }); ok {
 		// A recording holds what one attach has read, which began at this note.
 		if note, err := strconv.ParseUint(rec.Labels()["note"], 0, 64); err == nil {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/journal"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/boot"
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
@@ -150,6 +151,7 @@ func (w *worker) openEngine(p *parts, why error) {
 		Power:     p.power,
 		Interval:  w.cfg.Intervals.Pass.Std(),
 		CacheDir:  cache,
+		Types:     kernel.TypesDir(filepath.Join(w.cfg.StateDir, "types")),
 	}
 	if w.gateway != nil {
 		o.Network = w.gateway
