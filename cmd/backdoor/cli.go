@@ -47,7 +47,7 @@ type verb struct {
 type options struct {
 	// where
 	config, context, host, image, mem, layout, types string
-	rdma, rdmaLocal, rdmaKey                  string
+	rdma, rdmaLocal, rdmaKey                         string
 	// how to be let in
 	user, passwordFile, newPasswordFile, ca, fingerprint string
 	insecure                                             bool
