@@ -88,7 +88,7 @@ func start(t *testing.T, dir string, img builder.Image, verb string, machine ...
 	file := func(ext string) string { return filepath.Join(dir, img.Name+ext) }
 	args := append(machine, "-nographic", "-nodefaults", "-serial", "stdio", "-monitor", "none", "-no-reboot",
 		"-kernel", file(".vmlinuz"), "-initrd", file(".cpio.zst"),
-		"-append", "console="+img.Console+` panic=-1 quiet uroot.uinitargs="`+verb+`"`)
+		"-append", img.CommandLine()+` uroot.uinitargs="`+verb+`"`)
 	if img.DTB != "" {
 		args = append(args, "-dtb", file(".dtb"))
 	}

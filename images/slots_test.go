@@ -29,6 +29,7 @@ func TestBMCArmv7Slots(t *testing.T) {
 		t.Skip("boots a machine in QEMU; not with -short")
 	}
 	dir := t.TempDir()
+	var loaderImage builder.Image
 	for _, name := range []string{"bmc-armv7", "loader-armv7"} {
 		img, err := builder.Lookup(name)
 		if err != nil {
@@ -37,6 +38,7 @@ func TestBMCArmv7Slots(t *testing.T) {
 		if _, err := builder.Build(t.Context(), img, builder.Options{Module: "..", Out: dir}); err != nil {
 			t.Fatal(err)
 		}
+		loaderImage = img
 	}
 	key, roots, err := bundler.Development(dir)
 	if err != nil {
@@ -88,7 +90,7 @@ func TestBMCArmv7Slots(t *testing.T) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "qemu-system-arm", "-M", "ast2600-evb", "-m", "1G", "-nographic", "-nodefaults", "-serial", "stdio", "-monitor", "none",
 		"-no-reboot", "-net", "nic", "-net", "user", "-drive", "if=sd,index=2,format=raw,file="+card,
-		"-kernel", loader+".vmlinuz", "-dtb", loader+".dtb", "-initrd", loader+".cpio", "-append", "console=ttyS4,115200n8 panic=-1 quiet nr_cpus=1")
+		"-kernel", loader+".vmlinuz", "-dtb", loader+".dtb", "-initrd", loader+".cpio", "-append", loaderImage.CommandLine())
 	var complaint bytes.Buffer
 	cmd.Stderr = &complaint
 	console, err := cmd.StdoutPipe()

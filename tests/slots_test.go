@@ -20,9 +20,6 @@ import (
 
 var thorough = flag.Bool("thorough", false, "have TestSlots wait for watchdogs too, which takes minutes")
 
-// commandLine is the DPU's.
-const commandLine = "console=ttyAMA0 panic=-1 quiet"
-
 var (
 	goodLine        = regexp.MustCompile(`msg="the image is good" slot=(\S+) version=(\S+)`)
 	certificateLine = regexp.MustCompile(`^backdoord: Redfish on \S+, certificate SHA-256 ([0-9a-f]{64})`)
@@ -79,7 +76,7 @@ func TestSlots(t *testing.T) {
 		s.attest(ctx, s.dpu.Slots.Bundle, "1.0.0") // its PCR is not spoiled by the attempt
 	})
 	s.story("an image that panics is given up", func() {
-		s.install(lab.Release{Version: "1.2.0", CommandLine: commandLine + " rdinit=/nothing init=/nothing"})
+		s.install(lab.Release{Version: "1.2.0", Arguments: "rdinit=/nothing init=/nothing"})
 		if !*thorough { // otherwise all three starts are waited for
 			s.count(slot.B, slot.TrialBoots-1)
 		}
@@ -91,7 +88,7 @@ func TestSlots(t *testing.T) {
 	})
 	if *thorough {
 		s.story("an image that hangs is given up by the watchdog", func() {
-			s.install(lab.Release{Version: "1.3.0", CommandLine: commandLine + " rdinit=/bbin/cat"}) // it reads the console, for ever
+			s.install(lab.Release{Version: "1.3.0", Arguments: "rdinit=/bbin/cat"}) // it reads the console, for ever
 			s.count(slot.B, slot.TrialBoots-1)
 			s.boot(ctx)
 			s.wantGood(ctx, slot.A, "1.0.0")
@@ -102,7 +99,7 @@ func TestSlots(t *testing.T) {
 		})
 		s.story("an agent that cannot open its window is given up", func() {
 			// Under lockdown the kernel gives nobody a PCI device's memory.
-			s.install(lab.Release{Version: "1.4.0", CommandLine: commandLine + " lsm=lockdown lockdown=integrity"})
+			s.install(lab.Release{Version: "1.4.0", Arguments: "lsm=lockdown lockdown=integrity"})
 			s.count(slot.B, slot.TrialBoots-1)
 			s.boot(ctx)
 			s.wantGood(ctx, slot.A, "1.0.0")

@@ -123,6 +123,16 @@ func (h *Head) Offset(part string) (int64, bool) {
 	return 0, false
 }
 
+// PartSize returns how many bytes a part has, without its padding; 0 if there is no such part.
+func (h *Head) PartSize(part string) int64 {
+	for _, p := range h.parts {
+		if p.Name == part {
+			return p.Size
+		}
+	}
+	return 0
+}
+
 // padded rounds up to whole blocks.
 func padded(n int64) int64 { return (n + BlockSize - 1) / BlockSize * BlockSize }
 
@@ -330,20 +340,34 @@ func (i *Image) Verify() error {
 	return err
 }
 
-// CopyPart copies a part to w. Only when it returns nil is what was written what its signers signed.
-func (i *Image) CopyPart(w io.Writer, name string) error {
+// ReadPart reads a part into b, which has its size. Only when it returns nil does b hold what its signers signed. If b has the capacity
+// for whole blocks, whole blocks are read, which spares a device's cache; what lies behind b is zero then.
+func (i *Image) ReadPart(b []byte, name string) error {
 	for _, p := range i.parts {
 		if p.Name != name {
 			continue
 		}
+		if int64(len(b)) != p.Size {
+			return fmt.Errorf("read %s: %d bytes of room for %d", name, len(b), p.Size)
+		}
+		room := b
+		if int64(cap(b)) >= padded(p.Size) {
+			room = b[:padded(p.Size)]
+		}
 		sum := sha256.New()
-		n, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(w, sum)}, io.NewSectionReader(i.at, p.off, p.Size), make([]byte, 256<<10))
-		if err != nil {
-			return fmt.Errorf("copy %s: %w", name, err)
+		for at := 0; at < len(b); at += pieceSize {
+			piece := room[at:min(at+pieceSize, len(room))]
+			n, err := i.at.ReadAt(piece, p.off+int64(at))
+			signed := min(len(piece), len(b)-at)
+			if n < signed && errors.Is(err, io.EOF) {
+				return refusef(Truncated, "%s has %d of %d bytes", name, at+n, p.Size)
+			}
+			if n < signed {
+				return fmt.Errorf("read %s: %w", name, err)
+			}
+			sum.Write(piece[:signed])
 		}
-		if n != p.Size {
-			return refusef(Truncated, "%s has %d of %d bytes", name, n, p.Size)
-		}
+		clear(room[len(b):])
 		if got := sum.Sum(nil); !bytes.Equal(got, p.sum[:]) {
 			return refusef(Damaged, "%s has the hash %.16x… and its manifest says %.16x…", name, got, p.sum)
 		}
@@ -351,6 +375,9 @@ func (i *Image) CopyPart(w io.Writer, name string) error {
 	}
 	return fmt.Errorf("the bundle has no part %q", name)
 }
+
+// pieceSize is how much of a part is read at once, in bytes: whole blocks.
+const pieceSize = 1 << 20
 
 // decodeExact decodes JSON that has to be exactly what encoding/json makes of the value: no unknown, doubled or reordered field,
 // no other spelling. So no byte can be changed without notice, not even in what is not signed.

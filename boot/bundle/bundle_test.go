@@ -146,19 +146,33 @@ func TestRoundTrip(t *testing.T) {
 		t.Errorf("Verify: %v", err)
 	}
 	for _, c := range parts {
-		var got bytes.Buffer
 		want := make([]byte, c.Size)
 		_, _ = c.From.ReadAt(want, 0)
-		if err := img.CopyPart(&got, c.Name); err != nil || !bytes.Equal(got.Bytes(), want) {
-			t.Errorf("CopyPart(%s): %d bytes, %v", c.Name, got.Len(), err)
+		if n := img.PartSize(c.Name); n != c.Size {
+			t.Errorf("PartSize(%s) = %d; want %d", c.Name, n, c.Size)
+		}
+		for _, room := range []int64{c.Size, c.Size + 1, padded(c.Size), padded(c.Size) + 1} {
+			whole := bytes.Repeat([]byte{0xee}, int(room))
+			got := whole[:c.Size]
+			if err := img.ReadPart(got, c.Name); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("ReadPart(%s) into %d bytes of room: %v", c.Name, room, err)
+			}
+			for i, v := range whole[c.Size:] {
+				if inside := room >= padded(c.Size) && c.Size+int64(i) < padded(c.Size); inside && v != 0 || !inside && v != 0xee {
+					t.Errorf("ReadPart(%s) into %d bytes of room: byte %d behind it is %#x", c.Name, room, i, v)
+				}
+			}
+		}
+		if err := img.ReadPart(make([]byte, c.Size+1), c.Name); err == nil {
+			t.Errorf("ReadPart(%s) with a byte too much: no error", c.Name)
 		}
 		off, ok := img.Offset(c.Name)
 		if !ok || off%BlockSize != 0 || !bytes.Equal(b[off:off+c.Size], want) {
 			t.Errorf("Offset(%s) = %d, %t", c.Name, off, ok)
 		}
 	}
-	if err := img.CopyPart(io.Discard, "nothing"); err == nil {
-		t.Error("a part that is not there was copied")
+	if err := img.ReadPart(nil, "nothing"); err == nil {
+		t.Error("a part that is not there was read")
 	}
 	roots, man, m, contents, err := Read(bytes.NewReader(b))
 	if err != nil || len(roots) != 2 || len(man.Signatures) != 2 || m.Epoch != 3 || len(contents) != 3 {

@@ -81,9 +81,13 @@ func run(console io.Writer) error {
 	if _, _, err := early.Mount(); err != nil {
 		l.say(true, "mount: %v", err)
 	}
+	// Images are read into memory in large pages, with fewer faults. Where that cannot be had they are read all the same.
+	_ = os.WriteFile("/sys/kernel/mm/transparent_hugepage/shmem_enabled", []byte("always"), 0)
 	var modules early.Modules
-	if _, detail, err := modules.Load(context.Background()); err != nil {
-		l.say(true, "load drivers (%s): %v", detail, err)
+	_, detail, err := modules.Load(context.Background())
+	l.say(false, "drivers: %s", detail)
+	if err != nil {
+		l.say(true, "load drivers: %v", err)
 	}
 	l.armWatchdog()
 	if err := l.readSettings("/etc/backdoor"); err != nil {
@@ -272,7 +276,7 @@ func (l *loader) prepare(name slot.Name, measured bool) (*prepared, error) {
 	if p.measured, err = handover.Measured(dev, &img.Head); err != nil {
 		return nil, err
 	}
-	kernel, err := memory("kernel", func(w io.Writer) error { return img.CopyPart(w, bundle.PartKernel) })
+	kernel, err := memory("kernel", img.PartSize(bundle.PartKernel), func(b []byte) error { return img.ReadPart(b, bundle.PartKernel) })
 	if err != nil {
 		return nil, err
 	}
@@ -284,18 +288,19 @@ func (l *loader) prepare(name slot.Name, measured bool) (*prepared, error) {
 	if measured {
 		log = p.measured.Events()
 	}
-	initrd, err := memory("initrd", func(w io.Writer) error {
-		n := &counter{w: w}
-		if err := img.CopyPart(n, bundle.PartInitramfs); err != nil {
+	archive, err := p.facts.Archive(log, l.roots)
+	if err != nil {
+		return nil, err
+	}
+	// An archive begins at a multiple of four bytes (Documentation/driver-api/early-userspace/buffer-format.rst).
+	size := img.PartSize(bundle.PartInitramfs)
+	behind := (size + 3) &^ 3
+	initrd, err := memory("initrd", behind+int64(len(archive)), func(b []byte) error {
+		if err := img.ReadPart(b[:size], bundle.PartInitramfs); err != nil {
 			return err
 		}
-		archive, err := p.facts.Archive(log, l.roots)
-		if err != nil {
-			return err
-		}
-		// An archive begins at a multiple of four bytes (Documentation/driver-api/early-userspace/buffer-format.rst).
-		_, err = w.Write(append(make([]byte, -n.n&3), archive...))
-		return err
+		copy(b[behind:], archive)
+		return nil
 	})
 	if err != nil {
 		return nil, err
@@ -351,29 +356,26 @@ func (l *loader) start(name slot.Name, ahead *prepared) error {
 	return &dirtyError{fmt.Errorf("jump: %w", l.jump())}
 }
 
-type counter struct {
-	w io.Writer
-	n int64
-}
-
-func (c *counter) Write(p []byte) (int, error) {
-	n, err := c.w.Write(p)
-	c.n += int64(n)
-	return n, err
-}
-
-// memory makes a file in memory and has it filled.
-func memory(name string, fill func(io.Writer) error) (*os.File, error) {
+// memory makes a file in memory with that many bytes, zeros, and has it filled. The bytes behind them up to a whole page are there to be
+// written to, and not in the file.
+func memory(name string, size int64, fill func([]byte) error) (*os.File, error) {
+	fail := func(err error) (*os.File, error) { return nil, fmt.Errorf("make room for the %s: %w", name, err) }
 	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
 	if err != nil {
-		return nil, fmt.Errorf("make room for the %s: %w", name, err)
+		return fail(err)
 	}
 	f := os.NewFile(uintptr(fd), name)
-	if err := fill(f); err != nil {
+	if err := f.Truncate(size); err != nil {
 		f.Close()
-		return nil, err
+		return fail(err)
 	}
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
+	page := int64(os.Getpagesize())
+	b, err := unix.Mmap(fd, 0, int((size+page-1)/page*page), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
+	if err != nil {
+		f.Close()
+		return fail(err)
+	}
+	if err := errors.Join(fill(b[:size]), unix.Munmap(b)); err != nil {
 		f.Close()
 		return nil, err
 	}

@@ -36,7 +36,7 @@ type Options struct {
 	MinLoader   uint32
 	Released    time.Time
 	Expires     time.Time // default: a year after Released
-	CommandLine string    // default: the console of the machine that the image is tested on, and a restart after a panic
+	CommandLine string    // default: the image's, for the machine that it is tested on
 	// Kernel, Initramfs and DTB are files. Empty ones are those of the image, in Dir.
 	Kernel, Initramfs, DTB string
 	Dir                    string // default build/images
@@ -51,7 +51,7 @@ func Make(w io.Writer, o Options) error {
 	if o.CommandLine == "" {
 		o.CommandLine = "panic=-1 quiet"
 		if img, err := builder.Lookup(o.Machine); err == nil {
-			o.CommandLine = "console=" + img.Console + " " + o.CommandLine
+			o.CommandLine = img.CommandLine()
 		}
 	}
 	if o.Expires.IsZero() {

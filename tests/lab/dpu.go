@@ -140,7 +140,7 @@ func newDPU(dir string, cfg Config, l *Lab) (*DPU, error) {
 				}
 			}
 			// With the magic sysrq tests can kill the agent.
-			start := []string{"-kernel", cfg.DPUKernel, "-initrd", cfg.DPUImage, "-append", "console=ttyAMA0 panic=-1 quiet sysrq_always_enabled"}
+			start := []string{"-kernel", cfg.DPUKernel, "-initrd", cfg.DPUImage, "-append", commandLine("dpu-arm64") + " sysrq_always_enabled"}
 			if d.Slots != nil {
 				start = d.Slots.args(cfg)
 			}

@@ -7,12 +7,14 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/boot/bundle"
 	"github.com/backdoor-rhs/backdoor/boot/handover"
 	"github.com/backdoor-rhs/backdoor/boot/slot"
+	"github.com/backdoor-rhs/backdoor/images/builder"
 	"github.com/backdoor-rhs/backdoor/images/bundler"
 )
 
@@ -33,12 +35,12 @@ type Slots struct {
 
 // A Release is what a bundle is made of. Empty fields are those of the image that the lab was made with.
 type Release struct {
-	Version     string // "1.0.0"
-	Epoch       uint32 // 1
-	CommandLine string
-	Kernel      string
-	Initramfs   string
-	Machine     string // "dpu-arm64"
+	Version   string // "1.0.0"
+	Epoch     uint32 // 1
+	Arguments string // what the kernel is told besides
+	Kernel    string
+	Initramfs string
+	Machine   string // "dpu-arm64"
 }
 
 // slotSize is the size of a slot in bytes; the files are sparse.
@@ -48,7 +50,7 @@ const slotSize = 96 << 20
 func makeSlots(dir string, cfg Config) (*Slots, error) {
 	s := &Slots{
 		Disk: filepath.Join(dir, "dpu-slots.img"), Bundle: filepath.Join(dir, "first.bundle"), dir: dir, loader: filepath.Join(dir, "loader.cpio"),
-		image: Release{"1.0.0", 1, "console=ttyAMA0 panic=-1 quiet", cfg.DPUKernel, cfg.DPUImage, "dpu-arm64"},
+		image: Release{"1.0.0", 1, "", cfg.DPUKernel, cfg.DPUImage, "dpu-arm64"},
 	}
 	var err error
 	if s.key, s.Roots, err = bundler.Development(filepath.Join(dir, "release-keys")); err != nil {
@@ -94,7 +96,6 @@ func (s *Slots) Make(path string, r Release) error {
 		}
 	}
 	or(&r.Version, s.image.Version)
-	or(&r.CommandLine, s.image.CommandLine)
 	or(&r.Kernel, s.image.Kernel)
 	or(&r.Initramfs, s.image.Initramfs)
 	or(&r.Machine, s.image.Machine)
@@ -102,7 +103,7 @@ func (s *Slots) Make(path string, r Release) error {
 		r.Epoch = s.image.Epoch
 	}
 	err := bundler.MakeFile(path, bundler.Options{
-		Machine: r.Machine, Version: r.Version, Epoch: r.Epoch, MinLoader: 1, Released: time.Now(), CommandLine: r.CommandLine,
+		Machine: r.Machine, Version: r.Version, Epoch: r.Epoch, MinLoader: 1, Released: time.Now(), CommandLine: strings.TrimSpace(commandLine("dpu-arm64") + " " + r.Arguments),
 		Kernel: r.Kernel, Initramfs: r.Initramfs, Roots: s.Roots, Signers: []crypto.Signer{s.key},
 	})
 	if err != nil {
@@ -226,6 +227,15 @@ func (s *Slots) args(cfg Config) []string {
 	return []string{
 		"-drive", "if=none,id=slots,format=raw,file=" + s.Disk, "-device", "virtio-blk-pci,drive=slots,romfile=",
 		"-device", "i6300esb", "-action", "watchdog=reset",
-		"-kernel", cfg.DPUKernel, "-initrd", s.loader, "-append", "console=ttyAMA0 panic=-1 quiet",
+		"-kernel", cfg.DPUKernel, "-initrd", s.loader, "-append", commandLine("loader-arm64"),
 	}
+}
+
+// commandLine is what the kernel of one of the project's images is started with.
+func commandLine(image string) string {
+	img, err := builder.Lookup(image)
+	if err != nil {
+		panic(err)
+	}
+	return img.CommandLine()
 }
