@@ -94,6 +94,25 @@ wanted() { [[ $only == *" $1 "* ]] && cd "$validators/$2" 2>/dev/null; }
 
 if wanted service Redfish-Service-Validator; then
 	against service "$python" RedfishServiceValidator.py -u "$user" -p "$password" -r "$url" --schema_directory SchemaFiles --logdir "$out/service"
+	# What of that was the walk over the tree, and what of the walk the service's; the rest goes into the validator's reports.
+	"$python" - "$out"/service/*/RedfishServiceValidatorDebug_*.log <<'EOF'
+import datetime, os, re, sys
+first = last = None
+n = waited = 0
+for line in open(max(sys.argv[1:], key=os.path.getmtime), errors="replace"):
+    at = re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", line)
+    if not at or " - HTML Report" in line:
+        continue
+    at = datetime.datetime.strptime(at.group(), "%Y-%m-%d %H:%M:%S,%f")
+    answer = re.search(r"Response Time for \w+ to \S+: ([\d.]+)", line)
+    if answer and " DELETE " not in line:
+        n, waited = n + 1, waited + float(answer.group(1))
+        first = first or at
+    if "PASS" in line or "FAIL" in line or "WARN" in line or answer and " DELETE " not in line:
+        last = at
+if first:
+    print(f"walk: {(last - first).total_seconds():.1f} s, of which {waited:.1f} s waiting for the answers to {n} requests")
+EOF
 fi
 if wanted protocol Redfish-Protocol-Validator; then
 	against protocol "$python" rf_protocol_validator.py -u "$user" -p "$password" -r "$url" --ca-bundle "$out/cert.pem" --avoid-http-redirect --report-dir "$out/protocol"

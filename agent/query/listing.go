@@ -109,6 +109,12 @@ bytes that wait; of a listening socket, connections that wait to be accepted and
 
   backdoor -image vmcore vmstat
   backdoor -image vmcore vmstat -json | jq '.counters[] | select(.name == "oom_kill")'`}, AskMemory),
+		listing(Listing{Served: true, Name: "edac", Resource: "MemoryErrors", Short: "the errors that the host's memory controllers have counted",
+			Long: `What the kernel's EDAC drivers count of each memory controller and module, as rasdaemon and edac-util see it there. Most virtual
+machines have no such driver. The exit status is 3 if an error could not be corrected.
+
+  backdoor -image vmcore edac
+  backdoor -image vmcore edac -json | jq '.controllers[].modules[] | select(.correctable > 0)'`}, AskMemoryErrors),
 		listing(Listing{Served: true, Name: "load", Resource: "Load", Short: "the host's load averages and run queues",
 			Long: `  backdoor -image vmcore load`}, AskLoad),
 		listing(Listing{Served: true, Name: "cgroups", Resource: "ControlGroups", Short: "the host's control groups: limits and use",

@@ -65,6 +65,18 @@ func TestListingText(t *testing.T) {
 	if err != nil || slabs.Caches[0].Name != evil || slabs.Bytes != 69632 {
 		t.Errorf("slab caches = %+v, %v; want the largest first", slabs, err)
 	}
+	ecc, err := memoryErrors(ctx, seq([]kernel.MemoryController{
+		{Index: 0, Name: "Skylake Socket#0 IMC#0", Driver: "skx_edac.c", Since: 90 * time.Second, Correctable: 4, Uncorrectable: 1, CorrectableUnplaced: 1, Modules: []kernel.ECCCounter{
+			{Index: 0, Label: "CPU_SrcID#0_MC#0_Chan#0_DIMM#0", Location: []int{0, 0}, Bytes: 16 << 30, Type: "rddr4", Correctable: 3},
+			{Index: 3, Label: evil, Location: []int{1, 1}, Bytes: 16 << 30, Type: "rddr4", Uncorrectable: 1},
+		}},
+	}, nil))
+	if err != nil || !ecc.Counted || !ecc.Ill() {
+		t.Errorf("memory errors = %+v, %v", ecc, err)
+	}
+	if none, err := memoryErrors(ctx, seq([]kernel.MemoryController{}, kernel.ErrNotSupported)); err != nil || none.Counted || none.Ill() || !none.Complete {
+		t.Errorf("memory errors without EDAC = %+v, %v", none, err)
+	}
 	box := kernel.Cgroup{Path: "/docker/" + evil, Tasks: 2, Frozen: true, Memory: &kernel.CgroupMemory{Current: 1 << 20, High: kernel.NoLimit, Max: 64 << 20, OOMKills: 3},
 		PIDs: &kernel.CgroupPIDs{Current: 2, Max: kernel.NoLimit}, CPU: &kernel.CgroupCPU{Usage: 90 * time.Second, Weight: 200, Quota: 50 * time.Millisecond, Period: 100 * time.Millisecond}}
 	groups, err := cgroups(ctx, seq([]kernel.Cgroup{{Path: "/", Tasks: 100}, {Path: "/docker", Dying: 4, CPU: &kernel.CgroupCPU{Quota: kernel.NoLimit}, PIDs: &kernel.CgroupPIDs{Current: 2, Max: 77}}, box}, nil))
@@ -97,7 +109,7 @@ func TestListingText(t *testing.T) {
 		name   string
 		answer Answer
 	}{
-		{"lsmod.txt", mods}, {"ip.txt", links}, {"lsof.txt", files}, {"mount.txt", mnts}, {"ss.txt", socks}, {"slabtop.txt", slabs}, {"pstree.txt", processes},
+		{"lsmod.txt", mods}, {"ip.txt", links}, {"lsof.txt", files}, {"mount.txt", mnts}, {"ss.txt", socks}, {"slabtop.txt", slabs}, {"edac.txt", ecc}, {"pstree.txt", processes},
 		{"cgroups.txt", groups}, {"containers.txt", boxes}, {"locks.txt", held},
 		{"workqueues.txt", WorkerPools{whole, []kernel.WorkerPool{{ID: 0, Workers: 2, Idle: 2}, {ID: 4, CPU: -1, Workers: 3, Idle: 2, Waiting: 31 * time.Second,
 			Running: []kernel.Working{{Work: kernel.Work{Function: "flush_to_ldisc", Queue: evil}, PID: 44, Comm: "kworker/u4:1", Desc: evil}}, Pending: []kernel.Work{{Function: "vmstat_update", Queue: "mm_percpu_wq"}}}}}},

@@ -31,6 +31,7 @@
 //	ss           the host's sockets, and whose they are
 //	slabtop      what the host's kernel uses its own memory for
 //	vmstat       what the host's memory is used for
+//	edac         the errors that the host's memory controllers have counted
 //	load         the host's load averages and run queues
 //	cgroups      the host's control groups: limits and use
 //	containers   the host's containers and what runs in them

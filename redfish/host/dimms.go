@@ -17,6 +17,36 @@ type DIMM struct {
 	Bank    string
 	Bytes   uint64 // zero if nothing is in it
 	Type    uint8  // SMBIOS, section 7.18.2
+	Handle  uint16 // of its entry in the tables
+}
+
+// eccOf returns what the kernel counts of a module. The drivers of memory controllers seldom know which entry of the firmware's
+// tables a module is: it is the one whose handle they name (ghes_edac), or the only one whose locator is on the label, which userland
+// may set (rasdaemon, edac-ctl). What is of no module for certain is in the counts of the whole memory alone.
+func (w Hardware) eccOf(d DIMM) (counts schema.MemoryPeriod, ok bool) {
+	for _, c := range w.Controllers {
+		for _, m := range c.Modules { // ranks of one module share its label
+			if m.Handle != 0 && m.Handle == d.Handle || m.Handle == 0 && w.labelled(m.Label) == d.ID {
+				counts.Correctable += m.Correctable
+				counts.Uncorrectable += m.Uncorrectable
+				ok = true
+			}
+		}
+	}
+	return counts, ok && d.Bytes > 0
+}
+
+// labelled returns the ID of the only module that a label can mean; "" if there is none, or are several.
+func (w Hardware) labelled(label string) (id string) {
+	for _, d := range w.DIMMs {
+		if label == d.Locator || label == d.Bank+" "+d.Locator {
+			if id != "" {
+				return ""
+			}
+			id = d.ID
+		}
+	}
+	return id
 }
 
 // Firmware is what the firmware's tables say of the host as a whole.
@@ -55,8 +85,8 @@ func readDIMMs(v *kernel.View) ([]DIMM, error) {
 	if size > 256 {
 		return nil, fmt.Errorf("struct dmi_memdev_info has %d bytes: %w", size, kernel.ErrNotSupported)
 	}
-	var f [4]kernel.Field
-	for i, name := range []string{"device", "bank", "size", "type"} {
+	var f [5]kernel.Field
+	for i, name := range []string{"device", "bank", "size", "type", "handle"} {
 		if f[i], err = img.Field("dmi_memdev_info", name); err != nil {
 			return nil, err
 		}
@@ -76,7 +106,7 @@ func readDIMMs(v *kernel.View) ([]DIMM, error) {
 		if err := v.ReadVirt(kernel.VirtAddr(at[0]+i*size), b); err != nil {
 			return nil, fmt.Errorf("read memory device %d: %w", i, err)
 		}
-		d := DIMM{ID: fmt.Sprintf("dimm%d", i), Locator: dmiString(v, le(b, f[0])), Bank: dmiString(v, le(b, f[1])), Bytes: le(b, f[2]), Type: uint8(le(b, f[3]))}
+		d := DIMM{ID: fmt.Sprintf("dimm%d", i), Locator: dmiString(v, le(b, f[0])), Bank: dmiString(v, le(b, f[1])), Bytes: le(b, f[2]), Type: uint8(le(b, f[3])), Handle: uint16(le(b, f[4]))}
 		if d.Bytes == unknownMemory || d.Locator == "" {
 			continue
 		}
@@ -120,8 +150,10 @@ func dmiString(v *kernel.View, p uint64) string {
 	return string(bytes.TrimSpace(text))
 }
 
-// memoryRoutes are the host's memory modules. They have no metrics: the counters of a memory controller's errors are in its driver, if
-// there is one, and belong to no module for certain.
+const summaryMetricsURI = systemURI + "/MemorySummary/MemoryMetrics"
+
+// memoryRoutes are the host's memory modules, with metrics where the host's kernel counts errors. A module with errors that could not
+// be corrected is not well; that of one whose errors nobody counts cannot be told.
 func (h *host) memoryRoutes() []service.Route {
 	return []service.Route{
 		{
@@ -136,12 +168,11 @@ func (h *host) memoryRoutes() []service.Route {
 		{
 			URI: systemURI + "/Memory/{module}", Type: schema.TypeMemory,
 			Get: func(r *service.Request) (schema.Object, error) {
-				all := h.look(r.Context()).DIMMs
-				i := slices.IndexFunc(all, func(d DIMM) bool { return d.ID == r.Param("module") })
-				if i < 0 {
+				w := h.look(r.Context())
+				d, ok := w.dimm(r.Param("module"))
+				if !ok {
 					return nil, service.ErrNotFound
 				}
-				d := all[i]
 				out := &schema.Memory{
 					Resource: schema.Resource{Name: d.Locator, Description: d.Bank}, MemoryDeviceType: deviceTypes[d.Type],
 					Location: &schema.PhysicalLocation{PartLocation: &schema.PartLocation{ServiceLabel: d.Locator, LocationType: "Slot"}},
@@ -154,8 +185,55 @@ func (h *host) memoryRoutes() []service.Route {
 				out.MemoryType = "DRAM"
 				mib := int64(d.Bytes >> 20)
 				out.CapacityMiB = &mib
+				if counts, ok := w.eccOf(d); ok {
+					out.Metrics = schema.LinkTo(systemURI + "/Memory/" + d.ID + "/MemoryMetrics")
+					out.Status.Health = schema.HealthOK
+					if counts.Uncorrectable > 0 {
+						out.Status.Health = schema.HealthCritical
+					}
+				}
 				return out, nil
 			},
 		},
+		{
+			URI: systemURI + "/Memory/{module}/MemoryMetrics", Type: schema.TypeMemoryMetrics,
+			Get: func(r *service.Request) (schema.Object, error) {
+				w := h.look(r.Context())
+				d, ok := w.dimm(r.Param("module"))
+				if !ok {
+					return nil, service.ErrNotFound
+				}
+				counts, ok := w.eccOf(d)
+				if !ok {
+					return nil, service.ErrNotFound
+				}
+				return &schema.MemoryMetrics{Resource: schema.Resource{Name: "Errors of " + d.Locator, Description: countedBy}, CurrentPeriod: &counts}, nil
+			},
+		},
+		{
+			URI: summaryMetricsURI, Type: schema.TypeMemoryMetrics,
+			Get: func(r *service.Request) (schema.Object, error) {
+				controllers := h.look(r.Context()).Controllers
+				if len(controllers) == 0 {
+					return nil, service.ErrNotFound
+				}
+				var counts schema.MemoryPeriod
+				for _, c := range controllers {
+					counts.Correctable += c.Correctable
+					counts.Uncorrectable += c.Uncorrectable
+				}
+				return &schema.MemoryMetrics{Resource: schema.Resource{Name: "Errors of all memory", Description: countedBy}, CurrentPeriod: &counts}, nil
+			},
+		},
 	}
+}
+
+const countedBy = "What the host's kernel has counted since the driver of the memory controller was loaded or its counters were reset"
+
+func (w Hardware) dimm(id string) (DIMM, bool) {
+	i := slices.IndexFunc(w.DIMMs, func(d DIMM) bool { return d.ID == id })
+	if i < 0 {
+		return DIMM{}, false
+	}
+	return w.DIMMs[i], true
 }

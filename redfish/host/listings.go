@@ -36,6 +36,7 @@ func listings() []listed {
 		list[query.Sockets]("ss"),
 		list[query.SlabCaches]("slabtop"),
 		list[query.Memory]("vmstat"),
+		list[query.MemoryErrors]("edac"),
 		list[query.RunQueues]("load"),
 		list[query.Cgroups]("cgroups"),
 		list[query.Containers]("containers"),

@@ -3,6 +3,7 @@ package host
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"fmt"
 	"math"
 	"net"
@@ -83,7 +84,71 @@ func (h *host) diagnostics(usage *cpuUsage) *schema.ManagerDiagnosticData {
 		ProcessorStatistics:      usage.share(h.read("proc/stat")),
 		FreeStorageSpaceKiB:      freeKiB(h.o.DumpDir),
 		ServiceRootUptimeSeconds: &up,
+		TopProcesses:             h.topProcesses(),
 	}
+}
+
+const (
+	topProcesses = 5
+	maxProcesses = 4096 // that are looked at
+	maxCommand   = 256  // bytes of a command line
+)
+
+// topProcesses are the processes of the agent's machine that hold most memory, the largest first.
+func (h *host) topProcesses() []schema.ProcessStatistics {
+	type process struct {
+		pid string
+		schema.ProcessStatistics
+	}
+	dir, err := os.Open(filepath.Join(h.o.Root, "proc"))
+	if err != nil {
+		return nil
+	}
+	names, _ := dir.Readdirnames(maxProcesses)
+	dir.Close()
+	var all []process
+	for _, pid := range names {
+		if pid[0] < '1' || pid[0] > '9' {
+			continue
+		}
+		if s, ok := parseProcess(h.read("proc", pid, "stat")); ok && s.ResidentSetSizeBytes > 0 { // else it is a thread of the kernel, or has ended
+			all = append(all, process{pid, s})
+		}
+	}
+	slices.SortFunc(all, func(a, b process) int { return cmp.Compare(b.ResidentSetSizeBytes, a.ResidentSetSizeBytes) })
+	var out []schema.ProcessStatistics
+	for _, p := range all[:min(len(all), topProcesses)] {
+		line := strings.TrimRight(strings.ReplaceAll(h.read("proc", p.pid, "cmdline"), "\x00", " "), " ")
+		if line != "" {
+			p.CommandLine = strings.ToValidUTF8(line[:min(len(line), maxCommand)], "?")
+		}
+		out = append(out, p.ProcessStatistics)
+	}
+	return out
+}
+
+// parseProcess reads proc_pid_stat(5); the name stands for the command line.
+func parseProcess(text string) (s schema.ProcessStatistics, ok bool) {
+	const hz = 100 // USER_HZ
+	begin, end := strings.IndexByte(text, '('), strings.LastIndexByte(text, ')')
+	if begin < 0 || end < begin {
+		return s, false
+	}
+	f := strings.Fields(text[end+1:]) // from the state on, which is the third field
+	if len(f) < 22 {
+		return s, false
+	}
+	var n [3]uint64
+	for i, field := range []int{14, 15, 24} { // utime, stime, rss
+		var err error
+		if n[i], err = strconv.ParseUint(f[field-3], 10, 48); err != nil {
+			return s, false
+		}
+	}
+	return schema.ProcessStatistics{
+		CommandLine: strings.ToValidUTF8(text[begin+1:end], "?"), ResidentSetSizeBytes: int64(n[2]) * int64(os.Getpagesize()),
+		UserTimeSeconds: float64(n[0]) / hz, KernelTimeSeconds: float64(n[1]) / hz,
+	}, true
 }
 
 // freeKiB is the free space of the file system that holds dir or, before dir has been made, its parent.

@@ -21,6 +21,7 @@ func telemetry() service.Telemetry {
 		Metrics: []service.Metric{
 			{ID: "AgentMemoryAvailable", Name: "Memory available to the agent's machine", Units: bytes, Property: diagnostics + "MemoryStatistics/AvailableBytes"},
 			{ID: "AgentMemoryUsed", Name: "Memory used on the agent's machine", Units: bytes, Property: diagnostics + "MemoryStatistics/UsedBytes"},
+			{ID: "AgentResident", Name: "Memory of the largest process of the agent's machine, which is the agent", Units: bytes, Property: diagnostics + "TopProcesses/0/ResidentSetSizeBytes"},
 			{ID: "AgentCPUUser", Name: "Share of the agent's CPUs in programs", Decimal: true, Units: "%", Property: diagnostics + "ProcessorStatistics/UserPercent"},
 			{ID: "AgentCPUKernel", Name: "Share of the agent's CPUs in the kernel", Decimal: true, Units: "%", Property: diagnostics + "ProcessorStatistics/KernelPercent"},
 			{ID: "AgentStorageFree", Name: "Storage free on the agent's machine", Units: "KiBy", Property: diagnostics + "FreeStorageSpaceKiB"},
@@ -46,7 +47,7 @@ func telemetry() service.Telemetry {
 		},
 		Reports: []service.Report{
 			{ID: "Agent", Name: "The agent and its machine", Every: time.Minute, Metrics: []string{
-				"AgentMemoryAvailable", "AgentMemoryUsed", "AgentCPUUser", "AgentCPUKernel", "AgentStorageFree", "AgentUptime",
+				"AgentMemoryAvailable", "AgentMemoryUsed", "AgentResident", "AgentCPUUser", "AgentCPUKernel", "AgentStorageFree", "AgentUptime",
 				"EngineAttaches", "EnginePasses", "EngineReads", "EngineBytes", "EngineLoad", "EngineLate",
 				"RDMADropped", "RDMARefused", "RDMAStores",
 			}},

@@ -14,6 +14,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/agent/query"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/redfish/service"
@@ -26,7 +27,9 @@ type Hardware struct {
 	HostName   string             // as it is now: at the attach it may not have been set yet
 	RAM        []hostmem.Range    // as the kernel uses it: without what the firmware keeps for itself
 	DIMMs      []DIMM
-	Firmware   Firmware
+	// Controllers are the memory controllers whose errors the kernel counts.
+	Controllers []kernel.MemoryController
+	Firmware    Firmware
 }
 
 const (
@@ -94,6 +97,9 @@ func (h *host) readHardware(ctx context.Context) (Hardware, error) {
 	w.HostName, w.Firmware = nodeName(v), readFirmware(v)
 	if list, err := readDIMMs(v); err == nil {
 		w.DIMMs = list
+	}
+	if list, err := query.AskMemoryErrors(ctx, v, nil); err == nil && list.Complete {
+		w.Controllers = list.Controllers
 	}
 	if list, err := v.Processors(); err == nil {
 		w.Processors = list
@@ -164,6 +170,9 @@ func (h *host) summarize(ctx context.Context, out *schema.ComputerSystem) {
 	if ram > 0 {
 		const milli = 1000
 		out.MemorySummary = &schema.MemorySummary{TotalSystemMemoryGiB: math.Round(float64(ram)/(1<<30)*milli) / milli}
+		if len(w.Controllers) > 0 {
+			out.MemorySummary.Metrics = schema.LinkTo(summaryMetricsURI)
+		}
 	}
 }
 

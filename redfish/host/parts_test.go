@@ -11,11 +11,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
@@ -236,6 +238,15 @@ func TestMachineParsers(t *testing.T) {
 			t.Errorf("parseMeminfo(%q) = %+v; want nothing", text, m)
 		}
 	}
+	const stat = "1 (a) b (c) S 0 1 1 0 -1 4194560 1 2 3 4 1234 56 7 8 20 0 9 0 5 1000000 300 18446744073709551615 1"
+	if p, ok := parseProcess(stat); !ok || p != (schema.ProcessStatistics{CommandLine: "a) b (c", ResidentSetSizeBytes: 300 * int64(os.Getpagesize()), UserTimeSeconds: 12.34, KernelTimeSeconds: 0.56}) {
+		t.Errorf("parseProcess = %+v, %v", p, ok)
+	}
+	for _, text := range []string{"", "1", "1 (a", "1 )a(", "1 (a) S 0 1", strings.Replace(stat, "1234", "x", 1)} {
+		if p, ok := parseProcess(text); ok {
+			t.Errorf("parseProcess(%q) = %+v; want nothing", text, p)
+		}
+	}
 	var u cpuUsage
 	if s := u.share("cpu  50 50 80 800 0 10 10 0 7 0\ncpu0 1\n"); s == nil || s.UserPercent != 10 || s.KernelPercent != 10 {
 		t.Errorf("share = %+v", s)
@@ -256,6 +267,9 @@ func FuzzMachineParsers(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text string) {
 		if m := parseMeminfo(text); m != nil && (m.TotalBytes < 0 || m.UsedBytes < 0) {
 			t.Errorf("parseMeminfo = %+v", m)
+		}
+		if p, ok := parseProcess(text); ok && (p.ResidentSetSizeBytes < 0 || !utf8.ValidString(p.CommandLine)) {
+			t.Errorf("parseProcess = %+v", p)
 		}
 		if ticks, ok := parseStat(text); ok && ticks[2] < ticks[0] {
 			t.Errorf("parseStat = %v", ticks)
@@ -294,7 +308,47 @@ func TestMemoryModules(t *testing.T) {
 	if len(all) != 2 || all[0].CapacityMiB == nil || *all[0].CapacityMiB != 512 || all[0].MemoryDeviceType != "DDR4" || all[0].Location.PartLocation.ServiceLabel != "DIMM 0" {
 		t.Fatalf("modules %+v", all)
 	}
-	if e := all[1]; e.CapacityMiB != nil || e.MemoryType != "" || e.Status.State != schema.StateAbsent {
+	if e := all[1]; e.CapacityMiB != nil || e.MemoryType != "" || e.Status.State != schema.StateAbsent || e.Metrics != nil {
 		t.Errorf("an empty slot is %+v", e)
+	}
+	var one, whole schema.MemoryMetrics
+	if all[0].Metrics == nil || s.MemorySummary.Metrics == nil || all[0].Status.Health != schema.HealthOK {
+		t.Fatalf("no metrics: %+v, %+v", all[0], s.MemorySummary)
+	}
+	for uri, to := range map[string]*schema.MemoryMetrics{all[0].Metrics.ID: &one, s.MemorySummary.Metrics.ID: &whole} {
+		if err := c.Get(t.Context(), uri, to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if *one.CurrentPeriod != (schema.MemoryPeriod{Correctable: 3}) || *whole.CurrentPeriod != (schema.MemoryPeriod{Correctable: 4}) {
+		t.Errorf("metrics %+v, %+v", one.CurrentPeriod, whole.CurrentPeriod)
+	}
+	var e *client.Error
+	if err := c.Get(t.Context(), systemURI+"/Memory/dimm1/MemoryMetrics", &one); !errors.As(err, &e) || e.Status != 404 {
+		t.Errorf("metrics of an empty slot: %v", err)
+	}
+}
+
+// Errors are a module's only if there is no doubt whose they are.
+func TestErrorsOfModules(t *testing.T) {
+	counter := func(label string, handle uint16, n uint64) kernel.ECCCounter {
+		return kernel.ECCCounter{Label: label, Handle: handle, Correctable: n, Uncorrectable: 10 * n}
+	}
+	w := Hardware{
+		DIMMs: []DIMM{
+			{ID: "dimm0", Locator: "A1", Bank: "BANK 0", Bytes: 1, Handle: 1}, {ID: "dimm1", Locator: "A1", Bank: "BANK 1", Bytes: 1, Handle: 2},
+			{ID: "dimm2", Locator: "B1", Bytes: 1, Handle: 3}, {ID: "dimm3", Locator: "C1", Handle: 4}, {ID: "dimm4", Locator: "D1", Bytes: 1, Handle: 5},
+		},
+		Controllers: []kernel.MemoryController{
+			{Modules: []kernel.ECCCounter{counter("A1", 0, 1), counter("BANK 1 A1", 0, 2), counter("B1", 0, 4), counter("C1", 0, 8), counter("mc#0csrow#0channel#0", 0, 16)}},
+			{PerRank: true, Modules: []kernel.ECCCounter{counter("B1", 0, 32), counter("B1", 1, 64), counter("", 9, 128)}},
+		},
+	}
+	want := map[string]uint64{"dimm0": 64, "dimm1": 2, "dimm2": 36}
+	for _, d := range w.DIMMs {
+		got, ok := w.eccOf(d)
+		if n, counted := want[d.ID]; ok != counted || ok && got != (schema.MemoryPeriod{Correctable: n, Uncorrectable: 10 * n}) {
+			t.Errorf("%s: %+v, %v; want %d, %v", d.ID, got, ok, n, counted)
+		}
 	}
 }

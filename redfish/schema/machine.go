@@ -6,6 +6,7 @@ package schema
 const (
 	TypeOperatingSystem       = "OperatingSystem.v1_0_2.OperatingSystem"
 	TypeMemory                = "Memory.v1_23_0.Memory"
+	TypeMemoryMetrics         = "MemoryMetrics.v1_8_0.MemoryMetrics"
 	TypeProcessor             = "Processor.v1_22_0.Processor"
 	TypeEthernetInterface     = "EthernetInterface.v1_12_4.EthernetInterface"
 	TypeVirtualMedia          = "VirtualMedia.v1_6_5.VirtualMedia"
@@ -73,7 +74,20 @@ type Memory struct {
 	MemoryDeviceType string            `json:"MemoryDeviceType,omitempty"` // DDR4, DDR5, …
 	CapacityMiB      *int64            `json:"CapacityMiB,omitempty"`
 	Location         *PhysicalLocation `json:"Location,omitempty"`
+	Metrics          *Link             `json:"Metrics,omitempty"`
 	Status           *Status           `json:"Status,omitempty"`
+}
+
+// MemoryMetrics is MemoryMetrics.v1_8_0.MemoryMetrics: of a module, or of all memory.
+type MemoryMetrics struct {
+	Resource
+	CurrentPeriod *MemoryPeriod `json:"CurrentPeriod,omitempty"`
+}
+
+// MemoryPeriod is MemoryMetrics.v1_8_0.CurrentPeriod: what was counted since the counters were last reset.
+type MemoryPeriod struct {
+	Correctable   uint64 `json:"CorrectableECCErrorCount"`
+	Uncorrectable uint64 `json:"UncorrectableECCErrorCount"`
 }
 
 // PhysicalLocation is Resource.v1_20_0.Location.
@@ -151,6 +165,15 @@ type ManagerDiagnosticData struct {
 	MemoryStatistics         *MemoryStatistics    `json:"MemoryStatistics,omitempty"`
 	ProcessorStatistics      *ProcessorStatistics `json:"ProcessorStatistics,omitempty"`
 	ServiceRootUptimeSeconds *float64             `json:"ServiceRootUptimeSeconds,omitempty"`
+	TopProcesses             []ProcessStatistics  `json:"TopProcesses,omitempty"`
+}
+
+// ProcessStatistics is ManagerDiagnosticData.v1_2_3.ProcessStatistics.
+type ProcessStatistics struct {
+	CommandLine          string  `json:"CommandLine"`
+	ResidentSetSizeBytes int64   `json:"ResidentSetSizeBytes"`
+	UserTimeSeconds      float64 `json:"UserTimeSeconds"`
+	KernelTimeSeconds    float64 `json:"KernelTimeSeconds"`
 }
 
 // MemoryStatistics is ManagerDiagnosticData.v1_2_3.MemoryStatistics; as free(1) tells.

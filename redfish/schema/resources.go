@@ -138,6 +138,7 @@ type ProcessorSummary struct {
 // MemorySummary is ComputerSystem.v1_27_0.MemorySummary.
 type MemorySummary struct {
 	TotalSystemMemoryGiB float64 `json:"TotalSystemMemoryGiB,omitempty"`
+	Metrics              *Link   `json:"Metrics,omitempty"`
 }
 
 // Manager is Manager.v1_24_0.Manager.
