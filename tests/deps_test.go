@@ -65,7 +65,7 @@ var owners = map[string][]string{
 	"github.com/stmcginnis/gofish":        {},
 	"github.com/cilium/ebpf/asm":          {"nicfw/datapath", "nicfw/roce/afxdp"},
 	"github.com/google/go-cmp":            {},
-	"github.com/vishvananda/netlink":      {"boot", "nicfw/datapath", "nicfw/roce/afxdp", "tests/rxe"},
+	"github.com/vishvananda/netlink":      {"boot", "nicfw/datapath", "nicfw/roce/afxdp", "tests/forward", "tests/rxe"},
 	"github.com/insomniacslk/dhcp":        {"boot"},
 	"github.com/bmc-toolbox/common":       {"cmd/internal/hostpower"},
 	"golang.org/x/crypto/argon2":          {"redfish/service"},

@@ -23,7 +23,7 @@
 // does; power alone lets operators switch the host. rights may have "memory", a list of {"start", "size", "read", "write", "atomic"}:
 // what monitors may reach of the host's memory by themselves, byte for byte; without it they may read all RAM and store nothing. With "twoPersons" each store by
 // address needs a second operator's consent. No action touches the tasks of protected users; init and kernel threads are
-// protected always. signatures has one element for the owner and one for each monitor: {"key": …, "signature": …} in base64,
+// protected always. signatures has one element for the owner, one for each monitor, and one for the host if host.key names one: {"key": …, "signature": …} in base64,
 // Ed25519 over Canonical's bytes. The agent takes the document only with the key of the owner that its configuration names.
 //
 // What an agent has accepted it keeps in a Lock: from then on, until the agreement ends, the document can be neither widened, nor
@@ -74,6 +74,9 @@ func (k *Key) UnmarshalText(b []byte) error {
 type Host struct {
 	UUID string `json:"uuid"` // SMBIOS system UUID, RFC 9562 form, lower case
 	Name string `json:"name"` // for people; not compared
+	// Key is of the host's part in the agreement, if it took part: its signature is needed then. "backdoor-agree" makes the key, signs, and
+	// forgets it, so that it can sign nothing afterwards; a successor need not name one.
+	Key Key `json:"key,omitempty"`
 }
 
 // Party is somebody who signs.

@@ -60,19 +60,19 @@ func (k Key) Fingerprint() string {
 	return hex.EncodeToString(h[:8])
 }
 
-// Sign adds a party's signature, or renews it. The key must be the owner's or a monitor's; if the agreement succeeds another, any
-// other key's signature is an endorsement.
+// Sign adds a party's signature, or renews it. The key must be the owner's, a monitor's or the host's; if the agreement succeeds another,
+// any other key's signature is an endorsement.
 func (a *Agreement) Sign(key ed25519.PrivateKey) error {
 	if err := a.check(); err != nil {
 		return err
 	}
 	pub := Key(key.Public().(ed25519.PublicKey))
 	at := &a.Signatures
-	if !bytes.Equal(pub, a.Owner.Key) && !slices.ContainsFunc(a.Monitors, func(m Party) bool { return bytes.Equal(m.Key, pub) }) {
+	if !slices.ContainsFunc(a.signers(), func(s signer) bool { return bytes.Equal(s.Key, pub) }) {
 		at = &a.Endorsements
 	}
 	if at == &a.Endorsements && a.Succeeds == "" {
-		return fmt.Errorf("sign agreement %s: key %s is neither the owner's nor a monitor's", a.ID, pub.Fingerprint())
+		return fmt.Errorf("sign agreement %s: key %s is neither the owner's nor a monitor's nor the host's", a.ID, pub.Fingerprint())
 	}
 	c, err := a.Canonical()
 	if err != nil {
@@ -80,6 +80,35 @@ func (a *Agreement) Sign(key ed25519.PrivateKey) error {
 	}
 	*at = signWith(*at, key, c)
 	return nil
+}
+
+// signer is somebody whose signature the agreement needs.
+type signer struct {
+	role string
+	Party
+}
+
+// signers are all whose signatures the agreement needs, the owner first.
+func (a *Agreement) signers() []signer {
+	all := []signer{{"owner", a.Owner}}
+	for _, m := range a.Monitors {
+		all = append(all, signer{"monitor", m})
+	}
+	if a.Host.Key != nil {
+		all = append(all, signer{"host", Party{a.Host.Name, a.Host.Key}})
+	}
+	return all
+}
+
+// Unsigned names those whose signatures are still missing.
+func (a *Agreement) Unsigned() []string {
+	missing := []string{}
+	for _, s := range a.signers() {
+		if !slices.ContainsFunc(a.Signatures, func(x Signature) bool { return bytes.Equal(x.Key, s.Key) }) {
+			missing = append(missing, fmt.Sprintf("%s %q", s.role, s.Name))
+		}
+	}
+	return missing
 }
 
 // signWith adds a key's signature over the bytes, or renews it.
@@ -96,7 +125,8 @@ func signedBy(all []Signature, key Key, signed []byte) bool {
 	})
 }
 
-// Verify checks the form, that the owner is the one whose key is given, and the signatures of the owner and every monitor.
+// Verify checks the form, that the owner is the one whose key is given, and the signatures of the owner, every monitor, and the host if it
+// took part.
 func (a *Agreement) Verify(owner ed25519.PublicKey) error {
 	if err := a.check(); err != nil {
 		return err
@@ -112,12 +142,8 @@ func (a *Agreement) Verify(owner ed25519.PublicKey) error {
 	if err != nil {
 		return err
 	}
-	parties := append([]Party{a.Owner}, a.Monitors...)
-	for i, p := range parties {
-		role := "monitor"
-		if i == 0 {
-			role = "owner"
-		}
+	for _, p := range a.signers() {
+		role := p.role
 		n := slices.IndexFunc(a.Signatures, func(s Signature) bool { return bytes.Equal(s.Key, p.Key) })
 		if n < 0 {
 			return fmt.Errorf("agreement %s lacks the signature of %s %q (key %s); have it signed: %w", a.ID, role, p.Name, p.Key.Fingerprint(), ErrUnsigned)
@@ -216,6 +242,9 @@ func (a *Agreement) check() error {
 		}
 		seen[string(m.Key)] = true
 	}
+	if k := a.Host.Key; k != nil && (len(k) != ed25519.PublicKeySize || seen[string(k)]) {
+		return bad("host.key", "is no ed25519 key, or is another party's")
+	}
 	for i, id := range a.Rights.Actions {
 		if !idForm.MatchString(id) {
 			return bad(fmt.Sprintf("rights.actions[%d]", i), "%q is not the ID of an action; there is no wildcard", id)
@@ -254,8 +283,8 @@ func (a *Agreement) check() error {
 		}
 		seen := map[string]bool{}
 		for i, k := range e.Keys {
-			if len(k.Key) != ed25519.PublicKeySize || seen[string(k.Key)] {
-				return bad(fmt.Sprintf("emergency.keys[%d].key", i), "is no ed25519 key, or is there twice")
+			if len(k.Key) != ed25519.PublicKeySize || seen[string(k.Key)] || bytes.Equal(k.Key, a.Host.Key) {
+				return bad(fmt.Sprintf("emergency.keys[%d].key", i), "is no ed25519 key, is there twice, or is the host's")
 			}
 			seen[string(k.Key)] = true
 		}

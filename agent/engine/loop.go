@@ -80,38 +80,40 @@ type watcher struct {
 	was  bool          // a kernel was attached before
 	wait time.Duration // back-off
 
-	t          target
-	boot       string
-	firmware   []byte // its traces when t was attached; nil if there are none
-	ended      string // boot ID of the kernel that a reset has ended
-	tickless   bool
-	beats      []kernel.Heartbeat
-	tasks      []detect.TaskSample
-	usage      []kernel.Usage
-	signs      []kernel.Signs
-	network    []detect.NetworkSample
-	jams       []detect.JamSample
-	nextSigns  time.Time
-	nextJams   time.Time
-	noKernel   time.Time // since when there is none though memory can be read, after one was there; zero while there is one
-	golden     golden
-	nextTasks  time.Time
-	nextProve  time.Time
-	nextHint   time.Time // when the hint is kept anew
-	moved      time.Time // when the host last showed life, or was attached
-	lived      time.Time // when it last showed life; zero if not since the attach
-	badSince   time.Time
-	nextUUID   time.Time // zero when there is nothing to find out
-	nextSearch time.Time
-	found      chan search // from the search in the background; nil if there is none
-	stopSearch context.CancelFunc
-	searches   sync.WaitGroup
-	nextRun    map[string]time.Time
-	lastProbe  time.Time
-	due        time.Time // when the next pass should begin
-	load       ewma
-	bytes      ewma
-	began      time.Time
+	t         target
+	boot      string
+	firmware  []byte // its traces when t was attached; nil if there are none
+	ended     string // boot ID of the kernel that a reset has ended
+	tickless  bool
+	beats     []kernel.Heartbeat
+	tasks     []detect.TaskSample
+	usage     []kernel.Usage
+	signs     []kernel.Signs
+	network   []detect.NetworkSample
+	jams      []detect.JamSample
+	nextSigns time.Time
+	nextJams  time.Time
+	// nextMailbox is when the host's memory is searched for an agreement again.
+	nextMailbox time.Time
+	noKernel    time.Time // since when there is none though memory can be read, after one was there; zero while there is one
+	golden      golden
+	nextTasks   time.Time
+	nextProve   time.Time
+	nextHint    time.Time // when the hint is kept anew
+	moved       time.Time // when the host last showed life, or was attached
+	lived       time.Time // when it last showed life; zero if not since the attach
+	badSince    time.Time
+	nextUUID    time.Time // zero when there is nothing to find out
+	nextSearch  time.Time
+	found       chan search // from the search in the background; nil if there is none
+	stopSearch  context.CancelFunc
+	searches    sync.WaitGroup
+	nextRun     map[string]time.Time
+	lastProbe   time.Time
+	due         time.Time // when the next pass should begin
+	load        ewma
+	bytes       ewma
+	began       time.Time
 }
 
 // ewma is a mean that forgets.
@@ -500,6 +502,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	}
 	if n := len(w.tasks); n > 0 && terr == nil {
 		p.Tasks = w.tasks
+		w.lookForMailbox(p.View, w.tasks[n-1].Tasks, now)
 	}
 	// On a host without any life a look at what stands is as good as many.
 	var serr error

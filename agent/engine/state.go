@@ -34,7 +34,9 @@ type Options struct {
 	HostUUID string
 	// Agreement holds what permits whatever is done to the host; nil permits nothing.
 	Agreement *access.Lock
-	Policy    policy.Policy
+	// Mailbox has an engine whose Agreement has never held one look for one in the host's memory, where the host's part in it puts it.
+	Mailbox bool
+	Policy  policy.Policy
 	// Journal takes every decision. Without one nothing is ever written to the host.
 	Journal *journal.Journal
 	// Power is the host's power controller; nil if there is none.

@@ -112,7 +112,7 @@ func OpenFile(path string, size int64) (*Journal, error) {
 	}
 	if err == nil {
 		var j *Journal
-		if j, err = Open(f, n); err == nil {
+		if j, err = Open(file{f}, n); err == nil {
 			j.closer = f
 			return j, nil
 		}
@@ -121,6 +121,19 @@ func OpenFile(path string, size int64) (*Journal, error) {
 		err = fmt.Errorf("%w; move it away, as evidence, and a new one is made", err)
 	}
 	return nil, errors.Join(fmt.Errorf("open journal %s: %w", path, err), f.Close())
+}
+
+// file is a file that keeps its size, and whose blocks were all written once: what is written is durable without the file system's own log,
+// which fsync would wait for because of the time of the last change.
+type file struct{ *os.File }
+
+// Sync implements Device.
+func (f file) Sync() error {
+	for {
+		if err := unix.Fdatasync(int(f.Fd())); err != unix.EINTR {
+			return os.NewSyscallError("fdatasync", err)
+		}
+	}
 }
 
 // create makes a file full of real zeros, so that a later append cannot run out of space, and gives it its name only when

@@ -57,7 +57,7 @@ var agreementVerb = verb{
   show FILE        tell what the agreement permits
 
 An agent locks the first agreement that it is given: until that ends, only its owner's order stops it, and only a successor (new -succeeds)
-that its owner and enough of its monitors have signed takes its place.
+that its owner and enough of its monitors have signed takes its place. The host can take part: see "backdoor help agree".
 
   backdoor agreement keygen owner.key
   backdoor agreement new -uuid 1b4e28ba-2fa1-11d2-883f-0016d3cca427 -owner acme=hmr…= -monitor ops=8fq…= \
@@ -146,7 +146,7 @@ func runAgreement(ctx context.Context, e *env, args []string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	return exitOK, e.answer(a, func(w io.Writer) error { return agreementText(w, a) })
+	return exitOK, e.answer(a, func(w io.Writer) error { return a.WriteText(w) })
 }
 
 func newAgreement(f agreementFlags, now time.Time) (*access.Agreement, error) {
@@ -417,7 +417,7 @@ func (e *env) signAgreement(path string) (int, error) {
 	if d.order != nil {
 		n = len(d.order.Signatures)
 	} else {
-		missing, n = unsigned(d.agreement), len(d.agreement.Signatures)+len(d.agreement.Endorsements)
+		missing, n = d.agreement.Unsigned(), len(d.agreement.Signatures)+len(d.agreement.Endorsements)
 	}
 	return exitOK, e.answer(map[string]any{"signatures": n, "missing": missing}, func(w io.Writer) error {
 		l := &lines{w: w}
@@ -427,21 +427,6 @@ func (e *env) signAgreement(path string) (int, error) {
 		}
 		return l.err
 	})
-}
-
-// unsigned lists the parties that have not signed.
-func unsigned(a *access.Agreement) []string {
-	missing := []string{}
-	for _, p := range append([]access.Party{a.Owner}, a.Monitors...) {
-		signed := false
-		for _, s := range a.Signatures {
-			signed = signed || bytes.Equal(s.Key, p.Key)
-		}
-		if !signed {
-			missing = append(missing, p.Name)
-		}
-	}
-	return missing
 }
 
 func (e *env) verifyAgreement(path string) (int, error) {
@@ -472,36 +457,4 @@ func (e *env) verifyAgreement(path string) (int, error) {
 		_, err := fmt.Fprintf(w, "%s is signed by its owner and every monitor, and valid until %s.\n", query.Clean(a.ID), a.ValidUntil.UTC().Format(time.RFC3339))
 		return err
 	})
-}
-
-// agreementText tells what an agreement permits.
-func agreementText(w io.Writer, a *access.Agreement) error {
-	l := &lines{w: w}
-	l.printf("agreement   %s\n", query.Clean(a.ID))
-	l.printf("host        %s %s\n", query.Clean(a.Host.UUID), query.Clean(a.Host.Name))
-	l.printf("owner       %s, key %s\n", query.Clean(a.Owner.Name), a.Owner.Key.Fingerprint())
-	for _, m := range a.Monitors {
-		l.printf("monitor     %s, key %s\n", query.Clean(m.Name), m.Key.Fingerprint())
-	}
-	l.printf("valid       %s to %s\n", a.ValidFrom.UTC().Format(time.RFC3339), a.ValidUntil.UTC().Format(time.RFC3339))
-	word := map[bool]string{true: "yes", false: "no"}
-	l.printf("permits     read %s, write %s, power %s\n", word[a.Rights.Read], word[a.Rights.Write], word[a.Rights.Power])
-	l.printf("actions     %s\n", query.Clean(strings.Join(a.Rights.Actions, ", ")))
-	for _, p := range a.Protected {
-		l.printf("protected   users %d to %d %s\n", p.FirstUID, p.LastUID, query.Clean(p.Comm))
-	}
-	if e := a.Emergency; e != nil {
-		l.printf("emergency   %d of %d keys, for %v at most: write %s, power %s, actions %s\n", e.Threshold, len(e.Keys), time.Duration(e.Longest)*time.Second,
-			word[e.Write], word[e.Power], query.Clean(strings.Join(e.Actions, ", ")))
-	}
-	if a.Succeeds != "" {
-		l.printf("succeeds    %s, with %d endorsements\n", a.Succeeds, len(a.Endorsements))
-	}
-	if digest, err := a.Digest(); err == nil {
-		l.printf("digest      %s\n", digest)
-	}
-	for _, m := range unsigned(a) {
-		l.printf("UNSIGNED    by %s\n", query.Clean(m))
-	}
-	return l.err
 }

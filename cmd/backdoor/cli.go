@@ -56,7 +56,7 @@ type options struct {
 	timeout time.Duration
 
 	// verbs' own
-	all, threads, follow, dryRun, yes, verify, savePassword, names, explain bool
+	all, threads, follow, dryRun, yes, verify, savePassword, names, explain, twoPersons bool
 	rows                                                                    int
 	interval                                                                time.Duration
 	level, action, file, filter, after, output                              string
@@ -114,7 +114,7 @@ func (e *codeError) Unwrap() error { return e.err }
 
 func verbs() []verb {
 	return slices.Concat([]verb{statusVerb, findingsVerb, psVerb, topVerb, dmesgVerb}, listingVerbs(), []verb{
-		healVerb, undoVerb, powerVerb, networkVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, incidentsVerb, policyVerb, attestVerb, loginVerb, configVerb, agreementVerb, imageVerb, flashVerb, typesVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
+		healVerb, undoVerb, powerVerb, networkVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, incidentsVerb, policyVerb, attestVerb, loginVerb, configVerb, agreementVerb, agreeVerb, imageVerb, flashVerb, typesVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
 	})
 }
 

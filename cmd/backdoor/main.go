@@ -70,7 +70,7 @@
 //	events       what happened to the host and to the agent; -f goes on with what comes
 //	metrics      what the agent measures of the host and of itself
 //	collect      diagnostic data of the host as files: dmesg, memory; downloads resume
-//	memory       the host's memory byte for byte: read, write, leases
+//	memory       the host's memory byte for byte: read, write, cosign, leases
 //	tasks        what the agent works on; tasks ID -f waits, tasks cancel ID ends one
 //	redfish      any resource or action of the service: get, post, patch, delete
 //	incidents    faults of the host from the finding to the end; incidents NUMBER -explain tells one as a timeline
@@ -81,6 +81,7 @@
 //	login        log in to an agent and keep it as a context
 //	config       contexts: get-contexts, use-context, set-context, delete-context, view
 //	agreement    access agreements: keygen, new, sign, verify, show
+//	agree        the host's part in an access agreement, run on the host when it is set up
 //	image        signed update bundles: keys, building, signing, the first installation
 //	flash        update the agents of many hosts, in waves
 //	lab          two virtual machines to try all of this on

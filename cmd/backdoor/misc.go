@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/backdoor-rhs/backdoor/cmd/internal/agree"
 	"github.com/backdoor-rhs/backdoor/cmd/internal/version"
 	"github.com/backdoor-rhs/backdoor/tests/lab"
 )
@@ -21,6 +22,20 @@ var labVerb = verb{
 	raw:   true,
 	run: func(ctx context.Context, e *env, args []string) (int, error) {
 		return lab.Command(ctx, args, e.stdin, e.stdout, e.stderr), nil
+	},
+}
+
+var agreeVerb = verb{
+	name:  "agree",
+	args:  "[-mailbox] FILE",
+	short: "the host's part in an access agreement, run on the host when it is set up",
+	long: `The same as the small program backdoor-agree, which needs nothing else on the host; see: backdoor agree -h
+
+  backdoor agree draft.json             show what the draft permits, ask, and sign it for the host; owner and monitors sign it then
+  backdoor agree -mailbox signed.json   hold the signed document where an agent finds it that holds none yet`,
+	raw: true,
+	run: func(ctx context.Context, e *env, args []string) (int, error) {
+		return agree.Main(ctx, args, e.stdin, e.stdout, e.stderr), nil
 	},
 }
 

@@ -12,6 +12,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -258,25 +259,29 @@ func span(verb, at, n string) (uint64, int64, error) {
 
 var memoryVerb = verb{
 	name:  "memory",
-	args:  "read ADDRESS LENGTH|write ADDRESS EXPECT PUT|leases",
-	words: []string{"read", "write", "leases"},
+	args:  "read ADDRESS LENGTH|write ADDRESS EXPECT PUT|cosign LEASE|leases",
+	words: []string{"read", "write", "cosign", "leases"},
 	short: "the host's memory, byte for byte",
 	long: `Addresses are physical, within the host's RAM. Each call takes a lease of the range from the agent and ends it; it takes the privilege
 BackdoorMemory, which no predefined role has, and the access agreement's consent. A write says in hexadecimal what must be there and what is to
 be put there: it happens only if the first is so, goes through the agent's executor and is in its journal before it happens.
+Where the agreement wants two persons for a write, -two-persons names the lease and waits until another account has cosigned it.
 
   backdoor memory read 0x100000 256
   backdoor memory read 0x100000 1048576 -o ram.bin
-  backdoor memory write 0x1f3a2045 68 48 -y`,
+  backdoor memory write 0x1f3a2045 68 48 -y
+  backdoor memory write 0x1f3a2045 68 48 -two-persons
+  backdoor memory leases && backdoor memory cosign 7     # somebody else`,
 	flags: func(fs *flag.FlagSet, o *options) {
 		fs.StringVar(&o.output, "o", "", "`file` to write to, instead of showing the bytes")
 		fs.BoolVar(&o.yes, "y", false, "do not ask")
+		fs.BoolVar(&o.twoPersons, "two-persons", false, "wait until somebody else has cosigned the write's lease")
 	},
 	run: runMemory,
 }
 
 func runMemory(ctx context.Context, e *env, args []string) (int, error) {
-	want := map[string]int{"read": 3, "write": 4, "leases": 1}[args[0]]
+	want := map[string]int{"read": 3, "write": 4, "cosign": 2, "leases": 1}[args[0]]
 	if len(args) != want {
 		return 0, &usageError{verb: "memory", msg: fmt.Sprintf("memory %s takes %d arguments", args[0], want-1)}
 	}
@@ -304,8 +309,17 @@ func runMemory(ctx context.Context, e *env, args []string) (int, error) {
 		return 0, err
 	}
 	defer a.Close()
-	if args[0] == "leases" {
+	switch args[0] {
+	case "leases":
 		return e.leases(ctx, a)
+	case "cosign":
+		if err := a.c.CosignLease(ctx, args[1]); err != nil {
+			return 0, e.explain(a.at, err)
+		}
+		return exitOK, e.answer(map[string]string{"cosigned": args[1]}, func(w io.Writer) error {
+			_, err := fmt.Fprintf(w, "Cosigned lease %s: its holder may store under it.\n", query.Clean(args[1]))
+			return err
+		})
 	}
 	if put != nil && !e.o.yes {
 		yes, err := e.confirm(fmt.Sprintf("Store %x in the place of %x at %#x of the host's memory?", put, expect, at))
@@ -325,6 +339,11 @@ func runMemory(ctx context.Context, e *env, args []string) (int, error) {
 		defer cancel()
 		_ = a.c.EndLease(ctx, l) // it ends by itself otherwise
 	}()
+	if put != nil && e.o.twoPersons {
+		if err := e.second(ctx, a, l); err != nil {
+			return 0, err
+		}
+	}
 	if put != nil {
 		if err := a.c.StoreMemory(ctx, l, at, expect, put); err != nil {
 			return 0, e.explain(a.at, err)
@@ -358,6 +377,28 @@ func runMemory(ctx context.Context, e *env, args []string) (int, error) {
 	})
 }
 
+// second waits until somebody else has said yes to stores under a lease.
+func (e *env) second(ctx context.Context, a *agent, l *client.Lease) error {
+	fmt.Fprintf(e.stderr, "Waiting for somebody else's word until %s: backdoor memory cosign %s\n", l.Expires.UTC().Format(time.RFC3339), query.Clean(l.ID))
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		now, err := a.c.Lease(ctx, l.URI)
+		if err != nil {
+			return fmt.Errorf("nobody has cosigned lease %s: %w", query.Clean(l.ID), e.explain(a.at, err))
+		}
+		if now.Second != "" {
+			fmt.Fprintf(e.stderr, "Cosigned by %s.\n", query.Clean(now.Second))
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
+		}
+	}
+}
+
 // hexDump prints bytes as hexdump -C does, with their addresses.
 func hexDump(w io.Writer, at uint64, b []byte) error {
 	l := &lines{w: w}
@@ -381,6 +422,7 @@ func (e *env) leases(ctx context.Context, a *agent) (int, error) {
 			Length      int64
 			Write       bool
 			Expires     time.Time
+			Second      string `json:",omitempty"`
 			Stores      []client.LeaseStore
 			Lease       schema.Link
 		}
@@ -398,7 +440,10 @@ func (e *env) leases(ctx context.Context, a *agent) (int, error) {
 			if x.Write {
 				how = fmt.Sprintf("writes (%d stores)", len(x.Stores))
 			}
-			l.printf("%-16s %s+%#x  %s, until %s\n", query.Clean(x.User), query.Clean(x.Start), x.Length, how, x.Expires.UTC().Format(time.RFC3339))
+			if x.Second != "" {
+				how += ", cosigned by " + query.Clean(x.Second)
+			}
+			l.printf("%-4s %-16s %s+%#x  %s, until %s\n", query.Clean(path.Base(x.Lease.ID)), query.Clean(x.User), query.Clean(x.Start), x.Length, how, x.Expires.UTC().Format(time.RFC3339))
 		}
 		return l.err
 	})

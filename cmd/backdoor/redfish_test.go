@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"os"
+	"path"
 	"strings"
 	"testing"
 
@@ -108,7 +110,39 @@ func TestCollectAndMemory(t *testing.T) {
 	if code, out, _ := mem("memory leases"); code != 0 || !strings.Contains(out, "Nobody") {
 		t.Errorf("leases are left: %s", out)
 	}
-	for _, line := range []string{"memory read 0x100000", "memory write 0x100000 41 4142 -y", "memory write 0x100000 4g 41 -y", "memory write 0x100000 . . -y"} {
+	// Two persons: the store waits for another account's word. One's own is none.
+	if code, _, errs := do(`redfish post /redfish/v1/AccountService/Accounts {"UserName":"second","Password":"correct-horse-battery","RoleId":"Memory"}`); code != 0 {
+		t.Fatal(errs)
+	}
+	written := make(chan string, 1)
+	go func() {
+		code, out, errs := mem("memory write 0x100041 4344 0000 -y -two-persons")
+		written <- fmt.Sprintf("%d %s%s", code, out, errs)
+	}()
+	var held []struct {
+		Lease struct {
+			ID string `json:"@odata.id"`
+		}
+	}
+	for len(held) == 0 {
+		if code, out, errs := mem("memory leases -json"); code != 0 || json.Unmarshal([]byte(out), &held) != nil {
+			t.Fatalf("memory leases: %s%s", out, errs)
+		}
+	}
+	id := path.Base(held[0].Lease.ID)
+	if code, _, _ := mem("memory cosign " + id); code != exitDenied {
+		t.Errorf("memory cosign of one's own lease = %d; want %d", code, exitDenied)
+	}
+	if code, out, errs := b.run("memory cosign "+id+login+"second -password-file $DIR/memory", ""); code != 0 {
+		t.Fatalf("memory cosign: %s%s", out, errs)
+	}
+	if got := <-written; !strings.HasPrefix(got, "0 Stored 2 bytes") || !strings.Contains(got, "Cosigned by second") {
+		t.Errorf("memory write -two-persons: %s", got)
+	}
+	if s := b.agent.stores[len(b.agent.stores)-1]; s.Second != "second" || s.Caller != "memory" {
+		t.Errorf("the engine was asked for %+v", s)
+	}
+	for _, line := range []string{"memory cosign", "memory read 0x100000", "memory write 0x100000 41 4142 -y", "memory write 0x100000 4g 41 -y", "memory write 0x100000 . . -y"} {
 		if code, _, _ := mem(line); code != exitUsage {
 			t.Errorf("%s = %d; want a usage error", line, code)
 		}

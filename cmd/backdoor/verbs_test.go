@@ -329,7 +329,7 @@ func TestAgreement(t *testing.T) {
 		t.Errorf("verify unsigned: exit %d: %s; want %d", code, stderr, exitDenied)
 	}
 	code, out, _ := command(t, "agreement", "sign", at("a.json"), "-key", at("owner"))
-	if code != exitOK || !strings.Contains(out, "Still missing: the signature of ops") {
+	if code != exitOK || !strings.Contains(out, `Still missing: the signature of monitor "ops"`) {
 		t.Errorf("sign by the owner: exit %d: %s", code, out)
 	}
 	if code, _, _ := command(t, "agreement", "sign", at("a.json"), "-key", at("stranger")); code != exitError {

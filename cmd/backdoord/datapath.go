@@ -165,6 +165,9 @@ func (g *gateway) follow() error {
 		g.open.Close()
 	}
 	g.open, g.own, g.why = now, own, nil
+	if now.Yields != nil {
+		g.log.Warn("a host that floods will slow the agent down", "err", now.Yields)
+	}
 	g.log.Info("the packet path runs", "host", inner.Name, "uplink", uplink.Name, "own", own, "services", g.services)
 	return nil
 }

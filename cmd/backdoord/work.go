@@ -146,6 +146,7 @@ func (w *worker) openEngine(p *parts, why error) {
 		Writes:    w.cfg.Writes,
 		HostUUID:  w.cfg.HostUUID,
 		Agreement: lockAgreement(w.cfg, p.agreement, w.log),
+		Mailbox:   w.cfg.Agreement.Mailbox,
 		Policy:    p.policy,
 		Journal:   w.journal,
 		Power:     p.power,

@@ -12,7 +12,7 @@
 //
 // Steer: frames from the wire for the agent's addresses go to its own network stack if they are for one of its services
 // (RoCEv2, Redfish), and are dropped in the driver if not. Neither they nor the agent's answers wait behind the host's
-// traffic in a queue of this package.
+// traffic in a queue of this package. The host's side is polled by threads of low priority, so that its traffic takes no time of the agent's.
 //
 // Contain: the host, or single flows of it, can be cut off or slowed down. Each containment ends by itself: the program
 // compares the time for each frame, so that it ends when it should even if the agent no longer runs.
@@ -36,6 +36,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -43,6 +45,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -108,6 +111,10 @@ type Config struct {
 
 // Gateway is a packet path that runs. It is safe for concurrent use.
 type Gateway struct {
+	// Yields is nil if the host's traffic gives way to all else on this machine; it runs without, and a host that floods slows this
+	// machine down.
+	Yields error
+
 	pin   string
 	objs  gatewayObjects
 	links [ports]link.Link
@@ -181,6 +188,44 @@ func (g *Gateway) open(c Config) error {
 		if err := netlink.LinkSetUp(l); err != nil {
 			return fmt.Errorf("set %s up: %w", l.Attrs().Name, err)
 		}
+	}
+	g.Yields = yield(host.Attrs().Name)
+	return nil
+}
+
+// behind is the nice value of the threads that poll the host's side: a tenth of the weight of all else.
+const behind = 10
+
+// yield has what the host sends judged by threads of the kernel that stand behind everything else on this machine, the agent above all: else
+// a host that floods takes half of a CPU from it, in ksoftirqd, and all of it in interrupts (NAPI polls up to 64 frames, ten times or 2 ms,
+// before it gives way; __do_softirq). What is not polled in time is dropped by the card. Linux has it since 5.12 (net: add sysfs attribute to
+// control napi threaded mode).
+func yield(name string) error {
+	if err := os.WriteFile(filepath.Join("/sys/class/net", name, "threaded"), []byte("1"), 0o644); err != nil {
+		return fmt.Errorf("have threads poll %s: %w", name, err)
+	}
+	names, err := filepath.Glob("/proc/[0-9]*/comm")
+	if err != nil {
+		return err
+	}
+	n, prefix := 0, "napi/"+name+"-" // napi/%s-%d; in full since 5.17 (kthread: dynamically allocate memory to store kthread's full name)
+	for _, path := range names {
+		b, err := os.ReadFile(path)
+		comm := strings.TrimSuffix(string(b), "\n")
+		if err != nil || !strings.HasPrefix(comm, prefix) && !(len(comm) == 15 && strings.HasPrefix(prefix, comm)) {
+			continue // of something else, or it has ended
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+		if err == nil {
+			err = unix.Setpriority(unix.PRIO_PROCESS, pid, behind)
+		}
+		if err != nil {
+			return fmt.Errorf("put %s behind all else: %w", comm, err)
+		}
+		n++
+	}
+	if n == 0 {
+		return fmt.Errorf("no thread of the kernel polls %s: its driver has no NAPI", name)
 	}
 	return nil
 }
@@ -271,6 +316,24 @@ func (g *Gateway) attach(p Port, at netlink.Link, generic bool) error {
 		g.links[p] = l
 	}
 	return g.links[p].Pin(pin)
+}
+
+// Native tells whether the programs run in the drivers of both interfaces, and not behind them.
+func (g *Gateway) Native() (bool, error) {
+	for _, l := range g.links {
+		info, err := l.Info()
+		if err != nil {
+			return false, fmt.Errorf("ask how a program is attached: %w", err)
+		}
+		dev, err := netlink.LinkByIndex(int(info.XDP().Ifindex))
+		if err != nil {
+			return false, err
+		}
+		if x := dev.Attrs().Xdp; x == nil || x.AttachMode != nl.XDP_ATTACHED_DRV {
+			return false, nil
+		}
+	}
+	return true, nil
 }
 
 // Close lets go of the packet path, which goes on.

@@ -22,6 +22,7 @@ type Lease struct {
 	Write   bool
 	Expires time.Time
 	DataURI string
+	Second  string // who else has said yes to stores; empty if nobody has
 	Stores  []LeaseStore
 }
 
@@ -52,6 +53,7 @@ type leaseResource struct {
 		Write   bool
 		Expires time.Time
 		DataURI string
+		Second  string
 		Stores  []LeaseStore
 	}
 }
@@ -61,7 +63,7 @@ func (r *leaseResource) lease() (*Lease, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the lease's start: %w", err)
 	}
-	return &Lease{ID: r.ID, URI: r.ODataID, Start: start, Length: r.Lease.Length, Write: r.Lease.Write, Expires: r.Lease.Expires, DataURI: r.Lease.DataURI, Stores: r.Lease.Stores}, nil
+	return &Lease{ID: r.ID, URI: r.ODataID, Start: start, Length: r.Lease.Length, Write: r.Lease.Write, Expires: r.Lease.Expires, DataURI: r.Lease.DataURI, Second: r.Lease.Second, Stores: r.Lease.Stores}, nil
 }
 
 // hostAction runs an action of ours on the host.

@@ -296,6 +296,12 @@ func (d *DPU) setPassword(ctx context.Context) error {
 	return nil
 }
 
+// Pin keeps the DPU on these CPUs of this machine until it is switched off; none frees it again.
+func (d *DPU) Pin(cpus ...int) error { return d.machine.pin(cpus) }
+
+// Scheduled tells how long the DPU's emulator has run so far, and how long it was ready and waited for a CPU of this machine.
+func (d *DPU) Scheduled() (ran, waited time.Duration, err error) { return d.machine.scheduled() }
+
 // KillAgent kills the process that does the agent's work, which its keeper then starts again: the kernel's magic sysrq on the console
 // ends the largest process.
 func (d *DPU) KillAgent(ctx context.Context) error {

@@ -388,6 +388,9 @@ func (h *Host) Dial(ctx context.Context) (net.Conn, error) {
 	return d.DialContext(ctx, "tcp", h.Service())
 }
 
+// Pin keeps HOST on these CPUs of this machine until it is switched off, so that it cannot take the DPU's; none frees it again.
+func (h *Host) Pin(cpus ...int) error { return h.machine.pin(cpus) }
+
 // QMP runs a QMP command on HOST's QEMU; args and result may be nil.
 func (h *Host) QMP(ctx context.Context, command string, args, result any) error {
 	return h.machine.execute(ctx, command, args, result)

@@ -60,6 +60,9 @@ type Config struct {
 	Engine string
 	// Actions names what the access agreement allows; nil means everything that the agent knows.
 	Actions []string
+	// Unagreed leaves the access agreement out of the DPU's state: the DPU waits for the one that the host's part in it (backdoor-agree, in
+	// HOST's userland then) holds in HOST's memory. The agreement as it was signed is in the run directory.
+	Unagreed bool
 	// Policy is the agent's policy file; nil means its default, which heals nothing without being asked.
 	Policy json.RawMessage
 	// CacheDir keeps HOST's userland between runs; empty means the user's cache directory.
@@ -190,7 +193,7 @@ func Up(ctx context.Context, cfg Config) (l *Lab, err error) {
 	if err != nil {
 		return l, &InfraError{Op: "get the host's kernel", Err: err, Next: "the first use of a kernel downloads it: is there a network, and do the machine's package sources work?"}
 	}
-	initramfs, err := userland(ctx, cfg.CacheDir, root, k)
+	initramfs, err := userland(ctx, cfg.CacheDir, root, k, cfg.Unagreed)
 	if err != nil {
 		return l, err
 	}

@@ -7,9 +7,13 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/backdoor-rhs/backdoor/tests/lab/qmp"
 )
@@ -154,6 +158,62 @@ func (m *machine) current() *run {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.run
+}
+
+// pin keeps the machine's threads on these of our CPUs; none frees them again.
+func (m *machine) pin(cpus []int) error {
+	r := m.current()
+	if r == nil {
+		return errOff
+	}
+	var set unix.CPUSet
+	for _, c := range cpus {
+		set.Set(c)
+	}
+	if len(cpus) == 0 { // as this program may
+		if err := unix.SchedGetaffinity(0, &set); err != nil {
+			return &InfraError{Op: "ask for this program's CPUs", Err: err}
+		}
+	}
+	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", r.proc.pid))
+	if err != nil {
+		return &InfraError{Op: "list the " + m.name + "'s threads", Err: err}
+	}
+	for _, t := range threads {
+		tid, err := strconv.Atoi(t.Name())
+		if err != nil {
+			continue
+		}
+		if err := unix.SchedSetaffinity(tid, &set); err != nil && !errors.Is(err, unix.ESRCH) {
+			return &InfraError{Op: "pin the " + m.name, Err: err}
+		}
+	}
+	return nil
+}
+
+// scheduled tells how long the machine's threads have run so far, and how long they were ready and waited for a CPU of this machine
+// (Linux: Documentation/scheduler/sched-stats.rst).
+func (m *machine) scheduled() (ran, waited time.Duration, err error) {
+	r := m.current()
+	if r == nil {
+		return 0, 0, errOff
+	}
+	paths, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", r.proc.pid))
+	if err != nil {
+		return 0, 0, err
+	}
+	for _, p := range paths {
+		b, err := os.ReadFile(p)
+		if err != nil {
+			continue // the thread has ended
+		}
+		var on, off time.Duration // ns
+		if _, err := fmt.Sscan(string(b), &on, &off); err != nil {
+			return 0, 0, &InfraError{Op: "read " + p, Err: err}
+		}
+		ran, waited = ran+on, waited+off
+	}
+	return ran, waited, nil
 }
 
 // client returns the QMP client of the current run.

@@ -154,6 +154,13 @@ func writeState(dir string, cfg Config, l *Lab) (parties, error) {
 			},
 		},
 	}
+	if cfg.Unagreed {
+		c.Agreement.File, c.Agreement.Mailbox = "", true
+		from, to := filepath.Join(dir, "agreement.json"), filepath.Join(l.Dir(), "agreement.json")
+		if err := os.Rename(from, to); err != nil {
+			return parties{}, &InfraError{Op: "keep the agreement back", Err: err}
+		}
+	}
 	if cfg.Datapath {
 		c.Datapath = &config.Datapath{Host: dpuCableMAC, Uplink: dpuWireMAC}
 	}

@@ -8,10 +8,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/images/initramfs"
@@ -46,8 +48,8 @@ func checkout() (string, error) {
 }
 
 // userland returns the path of HOST's initramfs for a kernel. It is kept in the cache directory under the hash of all
-// that goes into it.
-func userland(ctx context.Context, cache, root string, k kernels.Kernel) (string, error) {
+// that goes into it. agree puts the program backdoor-agree into it.
+func userland(ctx context.Context, cache, root string, k kernels.Kernel, agree bool) (string, error) {
 	dir := filepath.Join(cache, "lab")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", &InfraError{Op: "make the cache directory", Err: err}
@@ -58,7 +60,11 @@ func userland(ctx context.Context, cache, root string, k kernels.Kernel) (string
 	}
 	key := sha256.New()
 	fmt.Fprintln(key, "2", runtime.Version(), k.Release, k.Version, hostModules)
-	for _, pattern := range []string{"go.mod", "go.sum", "tests/lab/hostinit/*.go", "tests/lab/control/*.go"} {
+	patterns := []string{"go.mod", "go.sum", "tests/lab/hostinit/*.go", "tests/lab/control/*.go"}
+	if agree {
+		patterns = append(patterns, "cmd/backdoor-agree/*.go", "cmd/internal/agree/*.go", "agent/access/*.go", "internal/durable/*.go")
+	}
+	for _, pattern := range patterns {
 		names, err := filepath.Glob(filepath.Join(root, pattern))
 		if err != nil {
 			return "", err
@@ -78,15 +84,21 @@ func userland(ctx context.Context, cache, root string, k kernels.Kernel) (string
 		os.Chtimes(path, now, now) // keeps it from prune
 		return path, nil
 	}
-	init, err := buildInit(ctx, root)
+	init, err := build(ctx, root, "./tests/lab/hostinit")
 	if err != nil {
 		return "", err
+	}
+	programs := map[string][]byte{"init": init, "bin/busybox": bb}
+	if agree {
+		if programs["bin/backdoor-agree"], err = build(ctx, root, "./cmd/backdoor-agree"); err != nil {
+			return "", err
+		}
 	}
 	mods, err := modpack.Make(k.ModulesDir, hostModules)
 	if err != nil {
 		return "", &InfraError{Op: "pack the host's modules", Err: err}
 	}
-	archive, err := pack(init, bb, mods.LoadOrder())
+	archive, err := pack(programs, mods.LoadOrder())
 	if err != nil {
 		return "", &InfraError{Op: "pack the host's userland", Err: err}
 	}
@@ -107,15 +119,15 @@ func prune(dir string) {
 	}
 }
 
-// buildInit builds hostinit for HOST's architecture.
-func buildInit(ctx context.Context, root string) ([]byte, error) {
+// build builds a program for HOST's architecture.
+func build(ctx context.Context, root, program string) ([]byte, error) {
 	tmp, err := os.MkdirTemp("", "backdoor-hostinit-")
 	if err != nil {
 		return nil, &InfraError{Op: "build the host's userland", Err: err}
 	}
 	defer os.RemoveAll(tmp)
 	out := filepath.Join(tmp, "init")
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "./tests/lab/hostinit")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, program)
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "GOOS=linux", "GOARCH=amd64", "CGO_ENABLED=0", "GOFLAGS=")
 	if msg, err := cmd.CombinedOutput(); err != nil {
@@ -182,15 +194,16 @@ func static(path string) bool {
 	return f.Machine == elf.EM_X86_64
 }
 
-// pack makes the initramfs: hostinit as /init, busybox, and the modules numbered in the order to load them.
-func pack(init, busybox []byte, mods []modpack.Module) ([]byte, error) {
+// pack makes the initramfs: the programs, hostinit as /init and busybox among them, and the modules numbered in the order to load them.
+func pack(programs map[string][]byte, mods []modpack.Module) ([]byte, error) {
 	var a initramfs.Archive
 	for _, d := range []string{"dev", "proc", "sys", "run", "tmp", "programs"} {
 		a.Directory(d, 0o755)
 	}
 	a.CharDevice("dev/console", 0o600, 5, 1) // the kernel opens it before devtmpfs is there
-	a.File("init", init, 0o755)
-	a.File("bin/busybox", busybox, 0o755)
+	for _, name := range slices.Sorted(maps.Keys(programs)) {
+		a.File(name, programs[name], 0o755)
+	}
 	a.Symlink("bin/sh", "busybox")
 	a.File("etc/passwd", []byte("root:x:0:0:root:/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\n"), 0o644)
 	a.File("etc/hostname", []byte("host\n"), 0o644)

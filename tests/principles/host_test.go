@@ -1,7 +1,6 @@
 package principles
 
 import (
-	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/x509"
@@ -305,15 +304,6 @@ func locked(ctx context.Context, b *bench) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if b.held == nil {
-		raw, err := os.ReadFile(filepath.Join(b.lab.DPU.StateDir, "agreement.json"))
-		if err != nil {
-			return "", err
-		}
-		if b.held, err = access.Load(bytes.NewReader(raw), owner.Public().(ed25519.PublicKey)); err != nil {
-			return "", err
-		}
-	}
 	digest, err := b.held.Digest()
 	if err != nil {
 		return "", err
@@ -332,6 +322,7 @@ func locked(ctx context.Context, b *bench) (string, error) {
 	offer := func(change func(*access.Agreement), keys ...ed25519.PrivateKey) (*access.Agreement, error) {
 		next := *b.held
 		next.Signatures, next.Endorsements = nil, nil
+		next.Host.Key = nil // the host took part once; nobody asks it again
 		change(&next)
 		for _, k := range keys {
 			if err := next.Sign(k); err != nil {

@@ -181,8 +181,9 @@ func contain(ctx context.Context, b *bench) (string, error) {
 	var took time.Duration
 	const rounds = 3
 	for range rounds {
-		asked := time.Now()
-		d, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkQuarantine, Seconds: 60, Allow: b.allow})
+		var asked time.Time
+		var fresh bool
+		d, err := b.order(sentAt(ctx, &asked, &fresh), client.NetworkOrder{Do: client.NetworkQuarantine, Seconds: 60, Allow: b.allow})
 		if err != nil {
 			return "", err
 		}
@@ -212,7 +213,7 @@ func contain(ctx context.Context, b *bench) (string, error) {
 	if worst > 5*time.Second {
 		return "", fmt.Errorf("the quarantine takes %v to be in force", worst)
 	}
-	return fmt.Sprintf("last frame %v after the order was sent, the answer within %v (worst of %d; frames 1 ms apart)", worst.Round(time.Millisecond), took.Round(time.Millisecond), rounds), nil
+	return fmt.Sprintf("last frame %v after the order had been sent, the answer within %v (worst of %d; frames 1 ms apart)", worst.Round(time.Millisecond), took.Round(time.Millisecond), rounds), nil
 }
 
 // keptBack waits until the quarantine has kept back at least n frames of the host, and returns how many.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/export"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
 	"github.com/backdoor-rhs/backdoor/tests/lab"
 	"github.com/backdoor-rhs/backdoor/tests/operator"
@@ -43,15 +44,17 @@ type bench struct {
 	agent *operator.Agent
 	peer  *peer // a machine on the wire
 	// What plants change.
-	target target
-	allow  []string
-	calm   bool // something is left undone, or done, so that the row must turn red
-	onHost bool // the counted guest has an agent of its own
-	guest  *counted
-	alone  []uint64 // the counted guest's marks when nobody observes it
-	held   *access.Agreement
-	dir    string
-	memory *client.Client // of who may reach memory
+	target   target
+	allow    []string
+	calm     bool // something is left undone, or done, so that the row must turn red
+	onHost   bool // the counted guest has an agent of its own
+	guest    *counted
+	alone    []uint64 // the counted guest's marks when nobody observes it
+	held     *access.Agreement
+	enrolled time.Duration // how long the agent took to lock it
+	dir      string
+	memory   *client.Client // of who may reach memory
+	poller   *export.Poller // of the agent's health page
 }
 
 // policy bounds a flood without asking, as a fleet's would.
@@ -67,7 +70,7 @@ func TestPrinciples(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 	defer cancel()
-	l, err := lab.Up(ctx, lab.Config{Datapath: true, Policy: policy, Log: t.Output()})
+	l, err := lab.Up(ctx, lab.Config{Datapath: true, Unagreed: true, Policy: policy, Log: t.Output()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,6 +80,9 @@ func TestPrinciples(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := b.agent.WaitAttached(ctx, 1); err != nil {
+		t.Fatal(err)
+	}
+	if b.enrolled, err = b.enrol(ctx); err != nil {
 		t.Fatal(err)
 	}
 	end, err := l.Wire.Endpoint("peer")

@@ -49,6 +49,11 @@ func rows() []row {
 			},
 		},
 		{
+			principle: "3 availability", mechanism: "datapath: steer",
+			experiment: "answers while the host is idle, computes, and floods: Redfish, and the health page by RDMA",
+			run:        answersUnderFlood,
+		},
+		{
 			principle: "6 access control", mechanism: "datapath: contain",
 			experiment: "a quarantine's exceptions and its end",
 			run:        expires,
@@ -101,6 +106,11 @@ func rows() []row {
 			principle: "6 access control", mechanism: "access.Lock",
 			experiment: "the agreement: widened, narrowed, closed, paused by who may not alone; paused by its owner",
 			run:        locked, plant: calm,
+		},
+		{
+			principle: "6 access control", mechanism: "backdoor-agree, access.Lock",
+			experiment: "the host takes part in the agreement: it signs and hands it over once, and afterwards tries to widen, narrow and close it",
+			run:        hostHasNoSay, plant: calm,
 		},
 		{
 			principle: "7 tamper resistance", mechanism: "several independent walks",

@@ -254,8 +254,10 @@ func (d Duration) MarshalJSON() ([]byte, error) { return json.Marshal(time.Durat
 
 // Agreement is where the access agreement is, and whose signature makes it valid.
 type Agreement struct {
-	File     string `json:"file,omitempty"`
-	OwnerKey Key    `json:"ownerKey,omitempty"`
+	File string `json:"file,omitempty"`
+	// Mailbox has an agent that has never held an agreement take the one that "backdoor-agree -mailbox" holds in the host's memory.
+	Mailbox  bool `json:"mailbox,omitempty"`
+	OwnerKey Key  `json:"ownerKey,omitempty"`
 }
 
 // Key is an Ed25519 public key, written in standard base64.
@@ -481,11 +483,12 @@ func (c Config) Validate() error {
 	if m.BytesPerSecond != 0 && (m.BytesPerSecond < hostmem.BudgetFloor || m.BytesPerSecond > 1<<50) {
 		bad("memory.bytesPerSecond", "want 256KiB to 1024TiB, found %d", uint64(m.BytesPerSecond))
 	}
-	if c.Writes && (c.Agreement.File == "" || len(c.Agreement.OwnerKey) == 0) {
-		bad("writes", "true needs agreement.file and agreement.ownerKey: without an access agreement nothing may be stored")
+	given := c.Agreement.File != "" || c.Agreement.Mailbox
+	if c.Writes && (!given || len(c.Agreement.OwnerKey) == 0) {
+		bad("writes", "true needs agreement.file or agreement.mailbox, and agreement.ownerKey: without an access agreement nothing may be stored")
 	}
-	if (c.Agreement.File == "") != (len(c.Agreement.OwnerKey) == 0) {
-		bad("agreement", "file and ownerKey go together")
+	if given != (len(c.Agreement.OwnerKey) > 0) {
+		bad("agreement", "file or mailbox, and ownerKey, go together")
 	}
 	if c.HostUUID != "" && !uuidForm.MatchString(c.HostUUID) {
 		bad("hostUUID", "want a UUID in lower case, as in 1b4e28ba-2fa1-11d2-883f-0016d3cca427, found %q", c.HostUUID)

@@ -129,7 +129,7 @@ func TestParseErrors(t *testing.T) {
 		{"extent", `{"version": 1, "memory": {"layout": [{"start": "x"}]}}`,
 			`c:1:48: memory.layout[0].start: "x" is not a size; write bytes, or KiB, MiB, GiB, TiB`},
 		{"writes alone", `{"version": 1, "writes": true}`,
-			`c: writes: true needs agreement.file and agreement.ownerKey: without an access agreement nothing may be stored`},
+			`c: writes: true needs agreement.file or agreement.mailbox, and agreement.ownerKey: without an access agreement nothing may be stored`},
 		{"key", `{"version": 1, "agreement": {"file": "a", "ownerKey": "AAAA"}}`,
 			`c:1:55: agreement.ownerKey: want an Ed25519 public key: 32 bytes in base64`},
 		{"bmc plain http", `{"version": 1, "hostBMC": {"url": "http://x", "username": "u", "password": "p"}}`,
