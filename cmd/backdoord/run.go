@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"runtime/debug"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/boot"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
@@ -47,6 +48,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return 0
 	}
 	level := new(slog.LevelVar)
+	if f.worker {
+		late := newLateWriter(stderr)
+		defer late.Flush(time.Second)
+		stderr = late
+	}
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 	switch {
 	case f.check:
