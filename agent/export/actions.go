@@ -173,10 +173,21 @@ var operations = map[string]operation{
 		if err := strict(args, &r); err != nil {
 			return nil, err
 		}
-		return a.heal(ctx, num, r)
+		return a.carryOut(ctx, num, r.Finding, r.DryRun, func(ctx context.Context) (heal.Plan, *heal.Outcome, error) {
+			return a.x.o.Host.Heal(ctx, engine.HealRequest{Finding: r.Finding, Action: r.Action, DryRun: r.DryRun, Agreed: agreed(r.Plan), Caller: a.l.User})
+		})
 	}},
-	OpUndo: {RightHeal, true, func(_ context.Context, a *actions, _ uint32, args json.RawMessage) (any, error) {
+	OpUndo: {RightHeal, true, func(ctx context.Context, a *actions, num uint32, args json.RawMessage) (any, error) {
 		var r UndoRequest
+		if err := strict(args, &r); err != nil {
+			return nil, err
+		}
+		return a.carryOut(ctx, num, r.Finding, r.DryRun, func(ctx context.Context) (heal.Plan, *heal.Outcome, error) {
+			return a.x.o.Host.Undo(ctx, engine.UndoRequest{Finding: r.Finding, DryRun: r.DryRun, Agreed: agreed(r.Plan), Caller: a.l.User})
+		})
+	}},
+	OpBreakOff: {RightHeal, true, func(_ context.Context, a *actions, _ uint32, args json.RawMessage) (any, error) {
+		var r BreakOffRequest
 		if err := strict(args, &r); err != nil {
 			return nil, err
 		}
@@ -206,17 +217,21 @@ var operations = map[string]operation{
 	}},
 }
 
-// heal plans or carries out a repair.
-func (a *actions) heal(ctx context.Context, num uint32, r HealRequest) (any, error) {
-	req := engine.HealRequest{Finding: r.Finding, Action: r.Action, DryRun: r.DryRun, Caller: a.l.User}
-	if r.Plan != nil {
-		req.Agreed = r.Plan.Digest()
+// agreed returns the digest of a plan that somebody has agreed to, or nothing without one.
+func agreed(p *heal.Plan) string {
+	if p == nil {
+		return ""
 	}
-	if !r.DryRun {
+	return p.Digest()
+}
+
+// carryOut has something planned for a finding or, unless dry is set, done.
+func (a *actions) carryOut(ctx context.Context, num uint32, finding string, dry bool, do func(context.Context) (heal.Plan, *heal.Outcome, error)) (any, error) {
+	if !dry {
 		a.report(num, "the finding is looked at again, and a plan is made")
-		defer a.follow(ctx, num, r.Finding)()
+		defer a.follow(ctx, num, finding)()
 	}
-	plan, out, err := a.x.o.Host.Heal(ctx, req)
+	plan, out, err := do(ctx)
 	reply := HealReply{Outcome: out}
 	if plan.ID != "" {
 		reply.Plan = &plan
@@ -339,7 +354,7 @@ func actionError(err error) *ActionError {
 		code string
 	}{
 		{ErrDenied, "denied"}, {access.ErrDenied, "denied"}, {engine.ErrWritesOff, "denied"}, {heal.ErrProtected, "denied"},
-		{engine.ErrNoFinding, "not-found"}, {engine.ErrBusy, "busy"}, {engine.ErrNotAttached, "not-attached"},
+		{engine.ErrNoFinding, "not-found"}, {engine.ErrNoUndo, "not-found"}, {engine.ErrBusy, "busy"}, {engine.ErrNotAttached, "not-attached"},
 		{heal.ErrStale, "stale"}, {heal.ErrMismatch, "stale"}, {heal.ErrGone, "stale"}, {kernel.ErrNotSupported, "invalid"},
 	} {
 		if errors.Is(err, c.is) {

@@ -54,6 +54,7 @@ type Host interface {
 	Findings() []detect.Finding
 	Heartbeat() kernel.Heartbeat
 	Heal(context.Context, engine.HealRequest) (heal.Plan, *heal.Outcome, error)
+	Undo(context.Context, engine.UndoRequest) (heal.Plan, *heal.Outcome, error)
 	PowerControl(ctx context.Context, op, caller string) error
 	Store(context.Context, engine.StoreRequest) (heal.Outcome, error)
 	Subscribe(context.Context) <-chan engine.Event

@@ -49,6 +49,7 @@ type fakeHost struct {
 	healed    chan engine.HealRequest
 	block     chan struct{} // a repair waits for it or for its context
 	broken    atomic.Int64  // repairs that were broken off
+	repaired  bool          // guarded by mu; by Heal, and not taken back since
 	powered   atomic.Int64
 }
 
@@ -103,6 +104,24 @@ func (h *fakeHost) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, *
 		h.broken.Add(1)
 		return p, &heal.Outcome{Plan: p, Undone: true, Error: ctx.Err().Error()}, ctx.Err()
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.repaired = true
+	return p, &heal.Outcome{Plan: p, Verified: true, Caller: r.Caller}, nil
+}
+
+// Undo takes back what Heal has done, once.
+func (h *fakeHost) Undo(ctx context.Context, r engine.UndoRequest) (heal.Plan, *heal.Outcome, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.repaired || r.Finding != "runaway-process-1" {
+		return heal.Plan{}, nil, fmt.Errorf("take back the repair of %s: %w", r.Finding, engine.ErrNoUndo)
+	}
+	p := heal.Plan{ID: "plan-2", Action: "continue-process", Finding: r.Finding, Title: "continue spin (412)", Target: &heal.Target{PID: 412}}
+	if err := p.Agreed(r.Agreed); err != nil || r.DryRun {
+		return p, nil, err
+	}
+	h.repaired = false
 	return p, &heal.Outcome{Plan: p, Verified: true, Caller: r.Caller}, nil
 }
 
@@ -757,9 +776,25 @@ func TestActions(t *testing.T) {
 			if q := <-r.host.healed; q.Caller != "ops" {
 				t.Errorf("healed for %q", q.Caller)
 			}
+			// What was done is taken back, if it is what was agreed to, and once.
+			var back HealReply
+			var e *ActionError
+			undo := UndoRequest{Finding: "runaway-process-1", DryRun: true}
+			if err := a.Do(ctx, OpUndo, undo, &back, nil); err != nil || back.Plan == nil || back.Plan.Action != "continue-process" || back.Outcome != nil {
+				t.Errorf("dry run of taking back: %+v, %v", back, err)
+			}
+			if err := a.Do(ctx, OpUndo, UndoRequest{Finding: "runaway-process-1", Plan: Agreed(*h.Plan)}, nil, nil); !errors.As(err, &e) || e.Code != "stale" {
+				t.Errorf("taking back by another plan: %v", err)
+			}
+			undo.DryRun, undo.Plan = false, Agreed(*back.Plan)
+			if err := a.Do(ctx, OpUndo, undo, &back, nil); err != nil || back.Outcome == nil || !back.Outcome.Verified || back.Outcome.Caller != "ops" {
+				t.Errorf("taking back: %+v, %v", back, err)
+			}
+			if err := a.Do(ctx, OpUndo, undo, nil, nil); !errors.As(err, &e) || e.Code != "not-found" {
+				t.Errorf("taking back once more: %v", err)
+			}
 			other := *h.Plan
 			other.Target = &heal.Target{PID: 413}
-			var e *ActionError
 			if err := a.Do(ctx, OpHeal, HealRequest{Finding: "runaway-process-1", Plan: &other}, nil, nil); !errors.As(err, &e) || e.Code != "stale" {
 				t.Errorf("heal with another plan: %v", err)
 			}
@@ -772,7 +807,7 @@ func TestActions(t *testing.T) {
 				code string
 			}{
 				{OpPower, PowerRequest{"dance"}, "invalid"}, {OpHeal, HealRequest{Finding: "none-1"}, "not-found"}, {"sing", nil, "invalid"},
-				{OpHeal, map[string]int{"finding": 3}, "invalid"}, {OpHeal, map[string]string{"colour": "red"}, "invalid"}, {OpUndo, UndoRequest{99999}, "not-found"},
+				{OpHeal, map[string]int{"finding": 3}, "invalid"}, {OpHeal, map[string]string{"colour": "red"}, "invalid"}, {OpBreakOff, BreakOffRequest{99999}, "not-found"}, {OpUndo, UndoRequest{Finding: "none-1"}, "not-found"},
 			} {
 				if err := a.Do(ctx, c.op, c.args, nil, nil); !errors.As(err, &e) || e.Code != c.code {
 					t.Errorf("%s %v: %v; want code %q", c.op, c.args, err, c.code)
@@ -801,7 +836,7 @@ func TestActions(t *testing.T) {
 			t.Errorf("audit trail: %+v", a)
 		}
 	}
-	for _, w := range []string{"lease", OpHeal, OpPower, OpUndo} {
+	for _, w := range []string{"lease", OpHeal, OpPower, OpUndo, OpBreakOff} {
 		if !slices.Contains(what, w) {
 			t.Errorf("the audit trail has %v, and no %s", what, w)
 		}
@@ -892,7 +927,7 @@ func TestActionsNeedRights(t *testing.T) {
 	}
 	defer a.Close()
 	var e *ActionError
-	for op, args := range map[string]any{OpHeal: HealRequest{Finding: "runaway-process-1"}, OpPower: PowerRequest{"cycle"}, OpUndo: UndoRequest{1}} {
+	for op, args := range map[string]any{OpHeal: HealRequest{Finding: "runaway-process-1"}, OpPower: PowerRequest{"cycle"}, OpUndo: UndoRequest{Finding: "runaway-process-1"}, OpBreakOff: BreakOffRequest{1}} {
 		if err := a.Do(t.Context(), op, args, nil, nil); !errors.As(err, &e) || e.Code != "denied" {
 			t.Errorf("%s by a guest: %v; want it denied", op, err)
 		}

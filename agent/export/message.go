@@ -84,7 +84,8 @@ const (
 	OpFindings = "findings" // → []detect.Finding, open ones and behind them the latest resolved ones
 	OpJournal  = "journal"  // JournalRequest → JournalReply
 	OpHeal     = "heal"     // HealRequest → HealReply; progress reports tell how it goes
-	OpUndo     = "undo"     // UndoRequest: breaks off a repair that this connection has begun, which takes back what it stored
+	OpUndo     = "undo"     // UndoRequest → HealReply: takes back a finished repair; progress reports tell how it goes
+	OpBreakOff = "break"    // BreakOffRequest: breaks off what this connection has begun and what is under way, which takes back what it stored
 	OpRestore  = "restore"  // RestoreRequest → heal.Outcome: takes back a store that a peer made by WRITE or by an atomic operation
 	OpPower    = "power"    // PowerRequest
 )
@@ -115,14 +116,21 @@ func Agreed(p heal.Plan) *heal.Plan {
 	return a
 }
 
+// UndoRequest asks for the latest repair of a finding, open or resolved, to be taken back, as engine.UndoRequest does.
+type UndoRequest struct {
+	Finding string     `json:"finding"`
+	DryRun  bool       `json:"dryRun,omitempty"` // plan only
+	Plan    *heal.Plan `json:"plan,omitempty"`   // as of HealRequest
+}
+
 // HealReply is what came of it. The outcome is absent if nothing was begun.
 type HealReply struct {
 	Plan    *heal.Plan    `json:"plan,omitempty"`
 	Outcome *heal.Outcome `json:"outcome,omitempty"`
 }
 
-// UndoRequest names the request to break off.
-type UndoRequest struct {
+// BreakOffRequest names the request to break off.
+type BreakOffRequest struct {
 	Number uint32 `json:"number"`
 }
 

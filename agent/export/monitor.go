@@ -293,7 +293,7 @@ func (a *Actions) receive(ctx context.Context, bufs [][]byte) error {
 const progressKept = 64
 
 // Do sends a request and waits for its result, which is decoded into result unless that is nil. progress is told how it goes; nil
-// tells nobody. A request that the agent refused or that failed there is an *ActionError. If ctx ends during a repair, the agent is told to
+// tells nobody. A request that the agent refused or that failed there is an *ActionError. If ctx ends during a repair, or while one is taken back, the agent is told to
 // break it off and to take back what it stored.
 func (a *Actions) Do(ctx context.Context, op string, args, result any, progressed func(text string)) error {
 	raw, err := json.Marshal(args)
@@ -340,10 +340,10 @@ func (a *Actions) Do(ctx context.Context, op string, args, result any, progresse
 			a.mu.Lock()
 			delete(a.waiting, num)
 			a.num++
-			undo := a.num
+			next := a.num
 			a.mu.Unlock()
-			if op == OpHeal {
-				a.undo(undo, num)
+			if op == OpHeal || op == OpUndo {
+				a.breakOff(next, num)
 			}
 			return fmt.Errorf("%s: %w", op, ctx.Err())
 		}
@@ -372,10 +372,10 @@ func (a *Actions) Do(ctx context.Context, op string, args, result any, progresse
 	}
 }
 
-// undo sends a request to break off another, and does not wait for its answer.
-func (a *Actions) undo(num, of uint32) {
+// breakOff sends a request to break off another, and does not wait for its answer.
+func (a *Actions) breakOff(num, of uint32) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	doc := fmt.Sprintf(`{"op":%q,"args":{"number":%d}}`, OpUndo, of)
+	doc := fmt.Sprintf(`{"op":%q,"args":{"number":%d}}`, OpBreakOff, of)
 	_ = a.qp.Send(ctx, message{typeRequest, false, num, []byte(doc)}.bytes()) // with the connection goes the repair, too
 }

@@ -38,7 +38,7 @@ var undoVerb = verb{
 	args:  "FINDING",
 	short: "take back the repair of a finding",
 	long: `Takes back the latest repair of a finding, which may be resolved, if it is one that can be: a process that was stopped goes on. What
-the repair has cured may come back with it. Plan, question and rules are those of heal.
+the repair has cured may come back with it. Plan, question and rules are those of heal, with -rdma as without.
 
 Exit status: as heal.
 
@@ -52,7 +52,7 @@ Exit status: as heal.
 		if len(args) != 1 {
 			return 0, &usageError{verb: "undo", msg: "undo takes the ID of one finding; see: backdoor findings"}
 		}
-		a, err := e.openAgent(ctx)
+		a, err := e.openOperator(ctx)
 		if err != nil {
 			return 0, err
 		}

@@ -11,7 +11,7 @@
 // agent: the verbs from status to print then work on that memory by themselves, findings aside. Agents answer those that need no
 // argument. Flags may stand before or after the verb.
 // With -rdma HOST the same verbs work on the memory behind an agent, here, by RDMA over a plain UDP socket (port 4791, which must be
-// free at our address), and findings, heal, power and journal are asked over its action queue pair: no RDMA device is needed. The
+// free at our address), and findings, heal, undo, power and journal are asked over its action queue pair: no RDMA device is needed. The
 // leases come from the agent's Redfish service (-host or the context), or, where that no longer answers, from a key (-rdma-key).
 // Every verb prints tables for people, or JSON with -json.
 //

@@ -46,6 +46,8 @@ type operator interface {
 	Finding(ctx context.Context, id string) (detect.Finding, error)
 	// Heal plans a repair or, without dryRun, carries one out; plan is what somebody has agreed to, if anybody was asked.
 	Heal(ctx context.Context, finding, action string, dryRun bool, plan *heal.Plan, progress func(string)) (healed, error)
+	// Undo has the latest repair of a finding taken back; the rest is as of Heal.
+	Undo(ctx context.Context, finding string, dryRun bool, plan *heal.Plan, progress func(string)) (healed, error)
 	Journal(ctx context.Context, from uint64) ([]journal.Record, error)
 	PowerState(context.Context) (schema.PowerState, error)
 	Reset(context.Context, schema.ResetType) error
@@ -247,24 +249,41 @@ func (r *rdma) Finding(ctx context.Context, id string) (detect.Finding, error) {
 	return detect.Finding{}, fmt.Errorf("there is no finding %q; see: backdoor findings -all", id)
 }
 
-// Heal implements operator. What is carried out is always a plan that was made before and is sent along: the agent's executor
-// refuses it if the host has moved on to something else.
+// Heal implements operator.
 func (r *rdma) Heal(ctx context.Context, finding, action string, dryRun bool, plan *heal.Plan, progress func(string)) (healed, error) {
-	var h export.HealReply
-	q := export.HealRequest{Finding: finding, Action: action, DryRun: dryRun}
-	if !dryRun {
-		if plan == nil {
-			planned, err := r.Heal(ctx, finding, action, true, nil, progress)
-			if err != nil {
-				return planned, err
-			}
-			if plan = planned.Plan; plan == nil {
-				return healed{}, errors.New("the agent sent no plan")
-			}
+	return r.carryOut(dryRun, plan, func(dryRun bool, agreed *heal.Plan, h *export.HealReply) error {
+		if agreed != nil {
+			action = agreed.Action
 		}
-		q.Action, q.Plan = plan.Action, export.Agreed(*plan)
+		return r.do(ctx, export.OpHeal, export.HealRequest{Finding: finding, Action: action, DryRun: dryRun, Plan: agreed}, h, progress)
+	})
+}
+
+// Undo implements operator.
+func (r *rdma) Undo(ctx context.Context, finding string, dryRun bool, plan *heal.Plan, progress func(string)) (healed, error) {
+	return r.carryOut(dryRun, plan, func(dryRun bool, agreed *heal.Plan, h *export.HealReply) error {
+		return r.do(ctx, export.OpUndo, export.UndoRequest{Finding: finding, DryRun: dryRun, Plan: agreed}, h, progress)
+	})
+}
+
+// carryOut has something planned or done. What is done is always a plan that was made before and is sent along: the agent refuses
+// it if the host has moved on to something else.
+func (r *rdma) carryOut(dryRun bool, plan *heal.Plan, ask func(dryRun bool, agreed *heal.Plan, h *export.HealReply) error) (healed, error) {
+	var h export.HealReply
+	if !dryRun && plan == nil {
+		if err := ask(true, nil, &h); err != nil {
+			return healed{}, err
+		}
+		if plan = h.Plan; plan == nil {
+			return healed{}, errors.New("the agent sent no plan")
+		}
+		h = export.HealReply{}
 	}
-	err := r.do(ctx, export.OpHeal, q, &h, progress)
+	var agreed *heal.Plan
+	if !dryRun {
+		agreed = export.Agreed(*plan)
+	}
+	err := ask(dryRun, agreed, &h)
 	if err == nil && h.Outcome != nil && h.Outcome.Error != "" {
 		err = errors.New(h.Outcome.Error)
 	}

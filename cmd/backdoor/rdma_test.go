@@ -193,9 +193,18 @@ func TestRDMA(t *testing.T) {
 			t.Errorf("heal asked for %+v", h.asked)
 		}
 	})
+	// So is one that takes a repair back.
+	if out := ask(exitOK, "undo", "runaway-process-2", "-dry-run"); !strings.Contains(out, "continue-process") {
+		t.Errorf("undo -dry-run: %s", out)
+	}
+	if out := ask(exitOK, "undo", "runaway-process-2", "-y"); !strings.Contains(out, "continue burn (412)") {
+		t.Errorf("undo: %s", out)
+	}
+	ask(exitError, "undo", "none-1", "-y")
 	ask(exitOK, "power", "cycle", "-y")
 	denied.Store(string(export.RightHeal))
 	ask(exitDenied, "heal", h.findings[0].ID, "-dry-run")
+	ask(exitDenied, "undo", "runaway-process-2", "-y")
 	writeFile(t, keyFile, base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{8}, export.KeySize)))
 	ask(exitDenied, "findings")
 }
