@@ -187,8 +187,9 @@ func TestICRCDetectsCorruption(t *testing.T) {
 		t.Fatalf("open = %#x, %v", id, ok)
 	}
 	for _, expected := range []uint16{0xbeef, 0xbeee, 0x1234, 0xffff} {
-		if _, id, ok := c.openNear(src, dst, wire, expected); !ok || id != 0xbeef {
-			t.Fatalf("openNear with %#x expected = %#x, %v", expected, id, ok)
+		behind := append([]byte("junk"), wire...) // 300 bytes are summed up together with it
+		if _, id, ok := c.openAt(src, dst, behind, 4, expected); !ok || id != 0xbeef || !bytes.Equal(behind[4:], wire) {
+			t.Fatalf("openAt with %#x expected = %#x, %v", expected, id, ok)
 		}
 	}
 	passed := 0
@@ -327,13 +328,13 @@ func byteSize(n int) string {
 func TestICRCMask(t *testing.T) {
 	src, dst := netip.MustParseAddrPort("192.0.2.1:49152"), netip.MustParseAddrPort("192.0.2.2:4791")
 	var c checker
-	for _, n := range []int{bthLen, 16, 28, 1040, 4112} {
+	for _, n := range []int{bthLen, 16, 28, 1040, 4112, 2*maxDatagram + 5} {
 		data := make([]byte, n)
 		for i := range data {
 			data[i] = byte(random32())
 		}
 		data[4] = 0xff
-		key := prefixKey{src, dst, 7, DontFragment, n}
+		key := aroundKey{src, dst, 7, DontFragment, n}
 		want := crc32.Update(c.headers(&key), crc32.IEEETable, data)
 		for _, b := range []byte{0, 1, 0x40, 0x80, 0xc0, 0xff} {
 			data[4] = b
@@ -342,6 +343,10 @@ func TestICRCMask(t *testing.T) {
 			}
 			if data[4] != b {
 				t.Errorf("the packet was changed")
+			}
+			behind := append([]byte("junk"), data...)
+			if got := dataSumAt(behind, 4); got != dataSum(data) || !bytes.Equal(behind[4:], data) {
+				t.Errorf("%d bytes with %#x there, behind others: sum %#x; want %#x", n, b, got, dataSum(data))
 			}
 		}
 	}

@@ -36,22 +36,52 @@ func (i *ICRC) Sum(src, dst netip.AddrPort, id, flags uint16, data []byte) uint3
 // goroutines at once.
 type checker struct {
 	scratch [ipv6Len + udpLen]byte
-	recent  [64]prefix
-	masks   []uint32 // what a masked byte before n more adds to the CRC, by n, as far as it was needed
+	recent  [64]around
 	inverse []uint32 // x^-8n in the field of the CRC, by n, as far as it was needed
 	off     bool     // leave it out, to measure what it costs
 }
 
-// prefix is the CRC register after the IP and UDP headers, which are the same for many packets of a connection.
-type prefix struct {
-	key prefixKey
+// around is what all but the data adds to an ICRC, the same for many packets of a connection.
+type around struct {
+	key aroundKey
 	crc uint32
 }
 
-type prefixKey struct {
+type aroundKey struct {
 	src, dst  netip.AddrPort
 	id, flags uint16
-	size      int
+	size      int // of the data
+}
+
+// masked is the place of the byte of the BTH that counts as 0xff.
+const masked = 4
+
+// blank is data whose bytes are all zero but for the one that counts as 0xff.
+var blank = [maxDatagram]byte{masked: 0xff}
+
+// dataSum is what data, BTH up to and including the pad, adds to the ICRC, wherever it goes: a CRC is linear, so that of several
+// things one behind the other is the exclusive or of those of each with zeroes in place of the others, and zeroes in front count
+// for nothing.
+//
+// Precondition: len(data) >= 12.
+func dataSum(data []byte) uint32 {
+	if data[masked] == 0 {
+		return ^crc32.Update(^uint32(0), crc32.IEEETable, data)
+	}
+	h := [bthLen]byte(data)
+	h[masked] = 0
+	return ^crc32.Update(crc32.Update(^uint32(0), crc32.IEEETable, h[:]), crc32.IEEETable, data[bthLen:])
+}
+
+// dataSumAt is dataSum(b[at:]). It may overwrite the four bytes before at, which are there and of no use any more: those of the ICRC of
+// the packet before. Counted with them as zeroes, a full packet without extended header has a length that CRC instructions take
+// to the end, and the last twelve bytes would else take a third as long as all the others.
+func dataSumAt(b []byte, at int) uint32 {
+	if (len(b)-at)%16 != 16-icrcLen || b[at+masked] != 0 {
+		return dataSum(b[at:])
+	}
+	clear(b[at-icrcLen : at])
+	return ^crc32.Update(^uint32(0), crc32.IEEETable, b[at-icrcLen:])
 }
 
 // sum returns the ICRC of data, which is BTH up to and including the pad. id and flags are those of the IPv4 header.
@@ -61,38 +91,29 @@ func (c *checker) sum(src, dst netip.AddrPort, id, flags uint16, data []byte) ui
 	if c.off {
 		return 0
 	}
-	key := prefixKey{src, dst, id, flags, len(data)}
-	p := &c.recent[(len(data)>>2*prefixSpread+int(id))%len(c.recent)]
+	return c.around(aroundKey{src, dst, id, flags, len(data)}) ^ dataSum(data)
+}
+
+// around returns the ICRC of a packet whose data is blank.
+func (c *checker) around(key aroundKey) uint32 {
+	p := &c.recent[(key.size>>2*aroundSpread+int(key.id))%len(c.recent)]
 	if p.key != key {
-		*p = prefix{key, c.headers(&key)}
+		crc := c.headers(&key)
+		for at := 0; at < key.size; {
+			part := blank[min(at, bthLen):min(len(blank), min(at, bthLen)+key.size-at)]
+			crc = crc32.Update(crc, crc32.IEEETable, part)
+			at += len(part)
+		}
+		*p = around{key, crc}
 	}
-	const masked = 4 // the byte of the BTH that counts as 0xff
-	if data[masked] == 0 {
-		// A CRC is linear: what the byte would add is added afterwards, so that data is gone through once and not touched.
-		return crc32.Update(p.crc, crc32.IEEETable, data) ^ c.mask(len(data)-masked-1)
-	}
-	h := [bthLen]byte(data)
-	h[masked] = 0xff
-	return crc32.Update(crc32.Update(p.crc, crc32.IEEETable, h[:]), crc32.IEEETable, data[bthLen:])
+	return p.crc
 }
 
-// prefixSpread keeps the packets of one segmented datagram, whose identifications count up, away from those of the next size.
-const prefixSpread = 37
-
-// mask returns what a byte of 0xff instead of 0, n bytes before the end, changes of a CRC. Precondition: n < maxDatagram.
-func (c *checker) mask(n int) uint32 {
-	if c.masks == nil {
-		c.masks = append(make([]uint32, 0, maxDatagram), crc32.IEEETable[0xff])
-	}
-	for len(c.masks) <= n {
-		m := c.masks[len(c.masks)-1]
-		c.masks = append(c.masks, crc32.IEEETable[byte(m)]^m>>8)
-	}
-	return c.masks[n]
-}
+// aroundSpread keeps the packets of one segmented datagram, whose identifications count up, away from those of the next size.
+const aroundSpread = 37
 
 // headers returns the CRC register after the IP and UDP headers.
-func (c *checker) headers(k *prefixKey) uint32 {
+func (c *checker) headers(k *aroundKey) uint32 {
 	s := c.scratch[:]
 	be := binary.BigEndian
 	udp := udpLen + k.size + icrcLen
@@ -127,16 +148,30 @@ func (c *checker) headers(k *prefixKey) uint32 {
 // packet passes this check with a probability of 2^-16 instead of 2^-32; on IPv6, which has no identification, the
 // check is full.
 func (c *checker) open(src, dst netip.AddrPort, datagram []byte) (data []byte, id uint16, ok bool) {
-	return c.openNear(src, dst, datagram, 0)
-}
-
-// openNear is open that is faster when the identification is the one that is expected.
-func (c *checker) openNear(src, dst netip.AddrPort, datagram []byte, expected uint16) (data []byte, id uint16, ok bool) {
 	if len(datagram) < bthLen+icrcLen || len(datagram) > maxDatagram {
 		return nil, 0, false
 	}
 	data = datagram[:len(datagram)-icrcLen]
-	delta := c.sum(src, dst, expected, DontFragment, data) ^ binary.LittleEndian.Uint32(datagram[len(data):])
+	return c.judge(src, dst, data, 0, c.sum(src, dst, 0, DontFragment, data)^binary.LittleEndian.Uint32(datagram[len(data):]))
+}
+
+// openAt is open of b[at:], behind four bytes that it may overwrite. It is faster when the identification is the one that is
+// expected.
+func (c *checker) openAt(src, dst netip.AddrPort, b []byte, at int, expected uint16) (data []byte, id uint16, ok bool) {
+	if len(b)-at < bthLen+icrcLen || len(b)-at > maxDatagram {
+		return nil, 0, false
+	}
+	end := len(b) - icrcLen
+	data = b[at:end]
+	delta := binary.LittleEndian.Uint32(b[end:])
+	if !c.off {
+		delta ^= c.around(aroundKey{src, dst, expected, DontFragment, len(data)}) ^ dataSumAt(b[:end], at)
+	}
+	return c.judge(src, dst, data, expected, delta)
+}
+
+// judge is open for data whose ICRC is delta away from what it would be with the expected identification.
+func (c *checker) judge(src, dst netip.AddrPort, data []byte, expected uint16, delta uint32) ([]byte, uint16, bool) {
 	if delta == 0 {
 		return data, expected, true
 	}

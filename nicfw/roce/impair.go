@@ -44,7 +44,7 @@ func (m *impairment) apply(out, packets []Packet) []Packet {
 		}
 		overtaken := m.rng.Float64() < m.f.Reorder
 		for range copies {
-			q := Packet{p.Peer, append(make([]byte, 0, len(p.Data)+icrcLen), p.Data...)}
+			q := Packet{Peer: p.Peer, Data: append(make([]byte, 0, len(p.Data)+icrcLen), p.Data...)}
 			if overtaken {
 				m.late = append(m.late, q)
 			} else {

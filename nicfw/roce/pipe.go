@@ -106,7 +106,7 @@ func (p *pipeEnd) Recv(packets []Packet, wait time.Duration) (int, error) {
 			p.count(func(c *LinkCounters) { c.BadICRC++ })
 			return
 		}
-		packets[n] = Packet{q.src, data}
+		packets[n] = Packet{Peer: q.src, Data: data}
 		n++
 	}
 	for n < len(packets) {

@@ -72,6 +72,7 @@ type sockaddr = unix.RawSockaddrInet6
 const (
 	rxMessages   = 32
 	rxBufferSize = 1 << 16 // a coalesced datagram
+	rxRoom       = 64      // before a datagram: for openAt, and to the next line of the cache
 	controlSize  = 64      // room for one control message, aligned
 	maxSegments  = 64      // UDP_MAX_SEGMENTS of kernels before 6.7
 	maxSegmented = 65000   // bytes of a datagram that is to be segmented
@@ -188,10 +189,10 @@ func (l *udpLink) initRecv(gro bool) {
 		n, size = batch, maxDatagram+1 // one more, so that longer ones show
 	}
 	l.rxMsgs, l.rxNames, l.rxIovs = make([]mmsghdr, n), make([]sockaddr, n), make([]unix.Iovec, n)
-	l.rxCtl, l.rxBuf = make([]byte, n*controlSize), make([]byte, n*size)
+	l.rxCtl, l.rxBuf = make([]byte, n*controlSize), make([]byte, n*(rxRoom+size))
 	for i := range l.rxMsgs {
 		h := &l.rxMsgs[i].hdr
-		l.rxIovs[i].Base = &l.rxBuf[i*size]
+		l.rxIovs[i].Base = &l.rxBuf[i*(rxRoom+size)+rxRoom]
 		l.rxIovs[i].SetLen(size)
 		h.Name, h.Iov = (*byte)(unsafe.Pointer(&l.rxNames[i])), &l.rxIovs[i]
 		h.SetIovlen(1)
@@ -209,6 +210,9 @@ func (l *udpLink) initSend() {
 
 func (l *udpLink) LocalAddr() netip.AddrPort { return l.local }
 func (l *udpLink) PathMTU() int              { return l.mtu }
+
+// takesSums implements summer.
+func (l *udpLink) takesSums() bool { return !l.tx.off }
 
 // Counters returns what was carried and dropped.
 func (l *udpLink) Counters() LinkCounters {
@@ -438,31 +442,31 @@ func (l *udpLink) split(packets []Packet) int {
 		m := &l.rxMsgs[l.rxNext]
 		peer := peerAddr(&l.rxNames[l.rxNext])
 		size := len(l.rxBuf) / len(l.rxMsgs)
-		buf := l.rxBuf[l.rxNext*size:][:m.len]
+		buf, have := l.rxBuf[l.rxNext*size:], int(m.len)
 		segment := groSize(l.rxCtl[l.rxNext*controlSize:][:m.hdr.Controllen])
 		if segment <= 0 {
-			segment = len(buf)
+			segment = have
 		}
-		if len(buf) == 0 && peer == l.local { // Wake
+		if have == 0 && peer == l.local { // Wake
 			l.woken.Store(false)
 		}
-		for l.rxOff < len(buf) && n < len(packets) {
-			part := buf[l.rxOff:min(l.rxOff+segment, len(buf))]
-			l.rxOff += len(part)
-			if len(part) < bthLen+icrcLen || len(part) > maxDatagram {
+		for l.rxOff < have && n < len(packets) {
+			at, length := rxRoom+l.rxOff, min(segment, have-l.rxOff)
+			l.rxOff += length
+			if length < bthLen+icrcLen || length > maxDatagram {
 				l.counters.badLength.Add(1)
 				continue
 			}
-			data, id, ok := l.rx.openNear(peer, l.local, part, l.rxID)
+			data, id, ok := l.rx.openAt(peer, l.local, buf[:at+length], at, l.rxID)
 			if !ok {
 				l.counters.badICRC.Add(1)
 				continue
 			}
 			l.rxID = id + 1 // the next segment has it; the kernel joins no others
-			packets[n] = Packet{peer, data}
+			packets[n] = Packet{Peer: peer, Data: data}
 			n++
 		}
-		if l.rxOff >= len(buf) {
+		if l.rxOff >= have {
 			l.rxNext, l.rxOff, l.rxID = l.rxNext+1, 0, 0
 		}
 	}
