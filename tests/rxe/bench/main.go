@@ -272,7 +272,7 @@ func (b *bench) guests(ctx context.Context) error {
 		return err
 	}
 	defer n.Close()
-	server := exec.CommandContext(ctx, b.peer, "-addr", native, "-size", "1048576", "-resources", "4")
+	server := exec.CommandContext(ctx, b.peer, "-addr", native, "-size", "1048576")
 	server.Stderr = b.console
 	if err := n.Do(server.Start); err != nil {
 		return err
@@ -287,7 +287,7 @@ func (b *bench) guests(ctx context.Context) error {
 	programs := map[string]string{"rxepeer": b.peer}
 	for _, g := range []rxe.Guest{
 		{Kernel: "6.1-generic", Addr: prefix(soft), Net: n, Script: servers + "sleep 600"},
-		{Kernel: "6.1-generic", Addr: prefix(ours), Net: n, Programs: programs, Plain: true, Script: "rxepeer -addr " + ours + " -size 1048576 -resources 4 2>/dev/null"},
+		{Kernel: "6.1-generic", Addr: prefix(ours), Net: n, Programs: programs, Plain: true, Script: "rxepeer -addr " + ours + " -size 1048576 2>/dev/null"},
 	} {
 		others.Go(func() { g.Run(serving, io.Discard) })
 	}
