@@ -18,7 +18,7 @@
 // A lease ends when its time is over, when it is revoked, when its user or the agreement loses the right to it, when its peer
 // disconnects or is not heard of for a while: from that moment on each packet is refused with a remote access error.
 //
-// None of it is encrypted or proof against somebody on the path: run it inside a tunnel where the path is not trusted, and let
+// DESIGN.md has what protects all this, with the tests that show it. None of it is encrypted or proof against somebody on the path: run it inside a tunnel where the path is not trusted, and let
 // Options.Closed refuse all leases outside.
 package export
 

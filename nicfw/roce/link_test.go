@@ -11,7 +11,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/backdoor-rhs/backdoor/tests/netns"
 )
 
 // udpPair opens two links on loopback, at addresses that no other test of this machine uses at the same time.
@@ -65,6 +68,77 @@ func TestUDPDrops(t *testing.T) {
 	}
 	if c := a.(*udpLink).Counters(); c.BadICRC != 3 || c.BadLength != 4 {
 		t.Errorf("counters %+v", c)
+	}
+}
+
+// TestOwnInterface: a link that is told so takes what comes by the interface that has its address, and not what comes past it.
+func TestOwnInterface(t *testing.T) {
+	var ns [2]*netns.Namespace // ours, with the address on one interface, and one that reaches it by another
+	for i := range ns {
+		var err error
+		if ns[i], err = netns.New(); errors.Is(err, unix.EPERM) {
+			t.Skip("making a network namespace takes root")
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		defer ns[i].Close()
+	}
+	up := func(name string, a netip.Addr) error {
+		l, err := netlink.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		addr := &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(24, 32)}}
+		return errors.Join(netlink.AddrAdd(l, addr), netlink.LinkSetUp(l))
+	}
+	inside, outside, peer := netip.MustParseAddr("10.99.0.1"), netip.MustParseAddr("10.98.0.1"), netip.MustParseAddr("10.98.0.2")
+	err := errors.Join(
+		ns[0].Do(func() error {
+			return errors.Join(
+				netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "inside"}}),
+				netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "outside"}, PeerName: "peer", PeerNamespace: netlink.NsFd(ns[1].FD())}),
+				up("inside", inside), up("outside", outside))
+		}),
+		ns[1].Do(func() error {
+			to := &net.IPNet{IP: inside.AsSlice(), Mask: net.CIDRMask(32, 32)}
+			return errors.Join(up("peer", peer), netlink.RouteAdd(&netlink.Route{Dst: to, Gw: outside.AsSlice()}))
+		}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	listen := func(at int, cfg UDPConfig) (l Link) {
+		t.Helper()
+		err := ns[at].Do(func() (err error) {
+			l, err = ListenUDP(cfg)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	sender := listen(1, UDPConfig{Addr: netip.AddrPortFrom(peer, 0)})
+	defer sender.Close()
+	for _, own := range []bool{false, true} {
+		l := listen(0, UDPConfig{Addr: netip.AddrPortFrom(inside, 0), OwnInterface: own})
+		n := 0
+		// The first ones may get lost until the neighbour is known, which it is when the second link has its turn.
+		for deadline := time.Now().Add(30 * time.Second); n == 0 && time.Now().Before(deadline); {
+			if err := sender.Send([]Packet{datagramPacket(l.LocalAddr(), 32, 1)}); err != nil {
+				t.Fatal(err)
+			}
+			var err error
+			if n, err = l.Recv(make([]Packet, batch), 200*time.Millisecond); err != nil {
+				t.Fatal(err)
+			}
+			if own {
+				break
+			}
+		}
+		if (n == 0) != own {
+			t.Errorf("with OwnInterface %v, %d packets came by another interface", own, n)
+		}
+		l.Close()
 	}
 }
 

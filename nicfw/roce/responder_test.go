@@ -562,3 +562,40 @@ func TestReplayRate(t *testing.T) {
 		t.Errorf("counters: %v", s.b.counters)
 	}
 }
+
+// TestNumbersAreRandom: what a forger must guess has no pattern: each bit is set in about half of the numbers, and they do not
+// follow each other. The bounds are off by more than ten standard deviations.
+func TestNumbersAreRandom(t *testing.T) {
+	const n = 1000
+	s := newSim(t, 1, faults{}, Limits{QPs: n + 1})
+	var qpns, psns, keys [n]uint32
+	for i := range n {
+		q := s.qp(s.a, QPConfig{})
+		qpns[i], psns[i] = uint32(q.num), uint32(q.req.next)
+		keys[i] = uint32(s.register(s.a, NewBuffer(8), MRConfig{Length: 8, Access: AccessRead}).RKey())
+	}
+	for _, tt := range []struct {
+		name string
+		got  [n]uint32
+		bits int
+	}{{"queue pair numbers", qpns, 24}, {"first packet numbers", psns, 24}, {"keys", keys, 32}} {
+		for b := range tt.bits {
+			set := 0
+			for _, v := range tt.got {
+				set += int(v >> b & 1)
+			}
+			if set < n/3 || set > 2*n/3 {
+				t.Errorf("%s: bit %d is set in %d of %d", tt.name, b, set, n)
+			}
+		}
+		near := 0
+		for i := range n - 1 {
+			if d := int64(tt.got[i+1]) - int64(tt.got[i]); d > -1024 && d < 1024 {
+				near++
+			}
+		}
+		if near > n/50 {
+			t.Errorf("%s: %d of %d are close to the one before", tt.name, near, n)
+		}
+	}
+}
