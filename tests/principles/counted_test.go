@@ -23,10 +23,17 @@ import (
 // countedRAM is the counted guest's memory in MiB.
 const countedRAM = 256
 
+// countedUUID is its system UUID.
+const countedUUID = "6f1e5c1e-0002-4a6b-9d7a-0123456789ab"
+
 // counted is a guest that executes the same instructions each time that it is started, to the last one: one CPU, time that only
 // instructions make pass, randomness from a seed, no input. What an observer from outside costs shows as a difference.
 type counted struct {
 	dir, vmlinuz, initramfs string
+	// Of a guest that is changed from outside.
+	args     []string // of QEMU
+	line     string   // on the kernel's command line
+	writable bool     // what the reader gets
 }
 
 // newCounted builds the guest's only program.
@@ -95,7 +102,8 @@ func (c *counted) run(ctx context.Context, agent bool, reader func(context.Conte
 		"-machine", "q35,memory-backend=ram0", "-object", fmt.Sprintf("memory-backend-file,id=ram0,size=%dM,mem-path=%s,share=on", countedRAM, ram),
 		"-m", strconv.Itoa(countedRAM), "-smp", "1", "-cpu", "max", "-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-seed", "7",
 		"-rtc", "base=2026-01-01T00:00:00,clock=vm", "-serial", "file:"+console, "-kernel", c.vmlinuz, "-initrd", c.initramfs,
-		"-append", fmt.Sprintf("console=ttyS0,115200 quiet panic=-1 counted.agent=%d", on))
+		"-uuid", countedUUID, "-append", fmt.Sprintf("console=ttyS0,115200 quiet panic=-1 counted.agent=%d %s", on, c.line))
+	q.Args = append(q.Args, c.args...)
 	var said bytes.Buffer
 	q.Stderr = &said
 	read, stop := context.WithCancel(ctx)
@@ -109,7 +117,7 @@ func (c *counted) run(ctx context.Context, agent bool, reader func(context.Conte
 		if reader == nil {
 			return
 		}
-		mem, err := hostmem.OpenRAMFile(ram, hostmem.Q35Layout(countedRAM<<20), false)
+		mem, err := hostmem.OpenRAMFile(ram, hostmem.Q35Layout(countedRAM<<20), c.writable)
 		if err != nil {
 			return // then it counts no pass, and the caller complains
 		}
@@ -192,6 +200,18 @@ func TestNotOneInstruction(t *testing.T) {
 	} else {
 		t.Log(err)
 	}
+}
+
+// TestRepairCost: with -whole only; make principles has it in its table.
+func TestRepairCost(t *testing.T) {
+	if testing.Short() || !*whole {
+		t.Skip("-short, or no -whole: the row of make principles that explains a repair's instructions is left out")
+	}
+	said, err := repairCost(t.Context(), &bench{dir: t.TempDir(), lines: t.Output()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Log(said)
 }
 
 // notOneInstruction compares a guest that is observed with one that is not.

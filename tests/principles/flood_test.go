@@ -128,10 +128,7 @@ func answersUnderFlood(ctx context.Context, b *bench) (string, error) {
 	return "p50/p99 " + said, nil
 }
 
-// sentAt has the time at which the request was sent, as long as the connection is there already.
-func sentAt(ctx context.Context, at *time.Time, fresh *bool) context.Context {
-	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn:      func(i httptrace.GotConnInfo) { *fresh = !i.Reused },
-		WroteRequest: func(httptrace.WroteRequestInfo) { *at = time.Now() },
-	})
+// sentAt notes when a request has been sent, after whatever it took to have a connection.
+func sentAt(ctx context.Context, at *time.Time) context.Context {
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{WroteRequest: func(httptrace.WroteRequestInfo) { *at = time.Now() }})
 }

@@ -74,6 +74,34 @@ func available(ctx context.Context, b *bench) (string, error) {
 			}()
 			return func(context.Context) error { return <-ended }, nil
 		}, func(int, int) error { return nil }},
+		{"out of memory", func() (func(context.Context) error, error) {
+			killed := make(chan error, 1)
+			go func() {
+				// A line without an end, of which tail keeps all; the kernel ends it.
+				r, err := b.host.Exec(ctx, "tail /dev/zero >/dev/null; dmesg | grep -c 'Out of memory: Killed process'")
+				if err == nil && r.Code != 0 {
+					err = fmt.Errorf("nothing was killed for want of memory: %s%s", r.Stdout, r.Stderr)
+				}
+				killed <- err
+			}()
+			return func(ctx context.Context) error {
+				select {
+				case err := <-killed:
+					return err
+				case <-ctx.Done():
+					return context.Cause(ctx)
+				}
+			}, nil
+		}, func(int, int) error { return nil }},
+		{"without its network driver", func() (func(context.Context) error, error) {
+			r, err := b.host.Exec(ctx, "rmmod virtio_net && ! [ -e /sys/class/net/eth0 ]")
+			if err == nil && r.Code != 0 {
+				err = fmt.Errorf("the driver stays: %s%s", r.Stdout, r.Stderr)
+			}
+			return func(context.Context) error { return nil }, err
+		}, func(boots, attaches int) error {
+			return errors.Join(b.host.PowerCycle(ctx), back(ctx, boots, attaches))
+		}},
 		{"paused", func() (func(context.Context) error, error) {
 			return finding(detect.KindHostSilent), b.host.Freeze(ctx)
 		}, func(int, int) error { return b.host.Thaw(ctx) }},

@@ -123,7 +123,11 @@ func (m *memory) restore() error {
 }
 
 // tamper has the host's root do something to its own memory while the host stands still for a moment, and waits for what comes of it.
-func (b *bench) tamper(ctx context.Context, do func(*memory, *kernel.Image) error, judge func(ctx context.Context, since time.Time) (string, error)) (figure string, err error) {
+func (b *bench) tamper(ctx context.Context, do func(*memory, *kernel.Image) error, judge func(ctx context.Context, since time.Time) (string, error)) (string, error) {
+	return b.tamperFor(ctx, 30*time.Second, do, judge)
+}
+
+func (b *bench) tamperFor(ctx context.Context, wait time.Duration, do func(*memory, *kernel.Image) error, judge func(ctx context.Context, since time.Time) (string, error)) (figure string, err error) {
 	mem, err := b.ram()
 	if err != nil {
 		return "", err
@@ -149,7 +153,7 @@ func (b *bench) tamper(ctx context.Context, do func(*memory, *kernel.Image) erro
 	if err := still(func() error { return do(m, img) }); err != nil {
 		return "", err
 	}
-	judging, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("not within 30 s"))
+	judging, cancel := context.WithTimeoutCause(ctx, wait, fmt.Errorf("not within %v", wait))
 	defer cancel()
 	return judge(judging, began)
 }

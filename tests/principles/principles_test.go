@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -52,6 +53,7 @@ type bench struct {
 	alone    []uint64 // the counted guest's marks when nobody observes it
 	held     *access.Agreement
 	enrolled time.Duration // how long the agent took to lock it
+	lines    io.Writer     // of what is more than a row has room for
 	dir      string
 	memory   *client.Client // of who may reach memory
 	poller   *export.Poller // of the agent's health page
@@ -75,7 +77,7 @@ func TestPrinciples(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	b := &bench{lab: l, host: l.Host, target: theAgent, dir: t.TempDir()}
+	b := &bench{lines: t.Output(), lab: l, host: l.Host, target: theAgent, dir: t.TempDir()}
 	if b.agent, err = operator.DialDPU(ctx, l.DPU); err != nil {
 		t.Fatal(err)
 	}

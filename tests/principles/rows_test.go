@@ -95,6 +95,11 @@ func rows() []row {
 			},
 		},
 		{
+			principle: "4 nonintrusiveness", mechanism: "repair by the kernel's own functions",
+			experiment: "what a guest executes more when a process is killed from outside, function by function (icount)",
+			run:        repairCost, plant: calm,
+		},
+		{
 			principle: "5 transparency", mechanism: "no driver, no device, no traffic on the host",
 			experiment: "the host's root looks for the agent: PCI, ACPI, iomem, interrupts, devices, log, neighbours, scans; while it stands still and while it works",
 			run:        transparent, plant: calm,
@@ -123,6 +128,30 @@ func rows() []row {
 			run:        renote, plant: calm,
 		},
 		{
+			principle: "7 tamper resistance", mechanism: "comparison with the copy; proofs of an attach",
+			experiment: "the host's root changes the names of its kernel's symbols (kallsyms)",
+			run:        edited("symbols", "kallsyms_", editSymbols), plant: calm,
+		},
+		{
+			principle: "7 tamper resistance", mechanism: "comparison with the copy; proofs of an attach",
+			experiment: "the host's root moves a member in its kernel's types (BTF)",
+			run:        edited("types", "BTF", editTypes), plant: calm,
+		},
+		{
+			principle: "7 tamper resistance", mechanism: "proofs of an attach",
+			experiment: "the host's root plants notes of other kernels in its memory, some altered",
+			run:        plantKernels, plant: calm,
+		},
+		{
+			principle: "7 tamper resistance", mechanism: "compare-and-swap",
+			experiment: "the host's root changes a word without pause while the agent stores to it (time of check, time of use)",
+			run:        race, plant: calm,
+		},
+		{
+			principle: "7 tamper resistance", mechanism: "none", experiment: "the host's root puts old pages back (replay)",
+			missing: "what can be done and what not is in agent/access/DESIGN.md",
+		},
+		{
 			principle: "7 tamper resistance", mechanism: "IOMMU", experiment: "the host reprograms its IOMMU, or points it elsewhere", missing: "the laboratory's window is not behind an IOMMU",
 		},
 		{
@@ -132,11 +161,15 @@ func rows() []row {
 		},
 		{
 			principle: "3 availability", mechanism: "the DPU is a machine of its own",
-			experiment: "Redfish while the host floods, is paused, reset, has interrupts off, panics, is off",
+			experiment: "Redfish while the host floods, is out of memory, has no network driver, is paused, reset, has interrupts off, panics, is off",
 			run:        available,
 			plant: func(ctx context.Context, b *bench) (func() error, error) {
 				return func() error { return b.lab.DPU.QMP(context.WithoutCancel(ctx), "cont", nil, nil) }, b.lab.DPU.QMP(ctx, "stop", nil, nil)
 			},
+		},
+		{
+			principle: "3 availability", mechanism: "the DPU is a machine of its own", experiment: "the host starts another kernel by kexec",
+			missing: "here, where the host has no second kernel; that the next kernel is attached to is tested in agent/kernel (TestGuestKexec)",
 		},
 	}
 }

@@ -4,19 +4,21 @@
 // one for each. It does the same work in spans, tells the counter at the end of each on the console, and switches the machine off.
 //
 // With counted.agent=1 on the kernel's command line it has an agent on the machine itself beside it, which looks at the state of the
-// machine ten times a second: what no observation from outside may cost.
+// machine ten times a second: what no observation from outside may cost. With counted.wall=1 it measures by the clock instead; see wall. With counted.victim=1
+// a process that does nothing but run competes with it: what a repair may kill.
 package main
 
 import (
 	"fmt"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// tsc is RDTSC.
+// tsc is RDTSC, behind a mark for who counts the instructions from outside.
 func tsc() uint64
 
 const (
@@ -27,6 +29,10 @@ const (
 var table [1 << 17]uint64
 
 func main() {
+	if len(os.Args) > 1 { // the victim: it does nothing but run
+		for x := 0; ; x++ {
+		}
+	}
 	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
 		fmt.Println("counted:", err)
 	}
@@ -42,11 +48,22 @@ func main() {
 			}
 		}()
 	}
+	if strings.Contains(string(line), "counted.wall=1") {
+		wall()
+		return
+	}
+	steps := work
+	if strings.Contains(string(line), "counted.victim=1") {
+		steps *= 4 // for the time that the agent needs
+		if _, err := syscall.ForkExec("/init", []string{"/init", "victim"}, &syscall.ProcAttr{Files: []uintptr{0, 1, 2}}); err != nil {
+			fmt.Println("counted:", err)
+		}
+	}
 	var marks [spans + 1]uint64
 	marks[0] = tsc()
 	x := uint64(88172645463325252)
 	for i := range spans {
-		for n := range work {
+		for n := range steps {
 			x ^= x << 13
 			x ^= x >> 7
 			x ^= x << 17
