@@ -2,7 +2,14 @@ package tests
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"flag"
+	"math/big"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -30,8 +37,9 @@ type slots struct {
 	t    *testing.T
 	lab  *lab.Lab
 	dpu  *lab.DPU
-	ek   attest.Digest // of its TPM
-	mark int           // of the console, before the last start
+	ek   attest.Digest  // of its TPM
+	ca   *x509.CertPool // has certified its attestation key
+	mark int            // of the console, before the last start
 }
 
 // TestSlots starts the DPU as a real one is: by a loader that chooses, verifies and measures what it starts. Whatever is wrong with the image in
@@ -64,6 +72,7 @@ func TestSlots(t *testing.T) {
 	s.wantGood(ctx, slot.A, "1.0.0")
 	first := s.dpu.Fingerprint
 	s.pin(ctx)
+	s.enroll(ctx)
 	s.attest(ctx, s.dpu.Slots.Bundle, "1.0.0")
 	s.dpu.PowerOff()
 
@@ -287,14 +296,40 @@ func (s *slots) pin(ctx context.Context) {
 	s.ek = got.EndorsementKey
 }
 
-// attest has the agent prove that it runs the image of a bundle.
+// enroll has an authority certify the TPM, as an owner does for his monitors.
+func (s *slots) enroll(ctx context.Context) {
+	s.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	s.must(err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "owner"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	s.must(err)
+	authority, err := x509.ParseCertificate(der)
+	s.must(err)
+	_, err = s.client().Enroll(ctx, client.Attestation{EndorsementKeys: []attest.Digest{s.ek}}, func(ak attest.Key, _ *client.Attested) ([]byte, error) {
+		der, err := attest.Certify(ak, "dpu", authority, key, time.Now(), time.Hour)
+		return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), err
+	})
+	s.must(err)
+	s.ca = x509.NewCertPool()
+	s.ca.AddCert(authority)
+}
+
+// attest has the agent prove that it runs the image of a bundle: to who knows its endorsement key, and to who knows the authority alone.
 func (s *slots) attest(ctx context.Context, bundle, version string) {
 	s.t.Helper()
 	image, err := s.dpu.Slots.Image(bundle)
 	s.must(err)
-	got, err := s.client().Attest(ctx, client.Attestation{EndorsementKeys: []attest.Digest{s.ek}, Policy: attest.Policy{Images: []attest.Image{image}}})
-	if err != nil || got.Version != version {
-		s.t.Errorf("Attest() = %+v, %v; want version %s", got, err, version)
+	for name, want := range map[string]client.Attestation{
+		"endorsement key": {EndorsementKeys: []attest.Digest{s.ek}, Policy: attest.Policy{Images: []attest.Image{image}}},
+		"authority":       {Policy: attest.Policy{Roots: s.ca, Images: []attest.Image{image}}},
+	} {
+		if got, err := s.client().Attest(ctx, want); err != nil || got.Version != version {
+			s.t.Errorf("Attest() by %s = %+v, %v; want version %s", name, got, err, version)
+		}
 	}
 }
 

@@ -223,8 +223,26 @@ func TestCertificate(t *testing.T) {
 	if ca, err = x509.ParseCertificate(caDER); err != nil {
 		t.Fatal(err)
 	}
+	ak, err := tpm.AttestationKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	certified, err := attest.Certify(ak, "dpu-17", ca, caKey, now, 24*time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c, err := x509.ParseCertificate(certified); err != nil || c.NotAfter.After(ca.NotAfter) || c.Subject.CommonName != "dpu-17" || c.IsCA {
+		t.Errorf("Certify() = %+v, %v", c, err)
+	}
+	if _, err := attest.Certify(ak, "late", ca, caKey, ca.NotAfter, time.Hour); err == nil {
+		t.Error("Certify() by an authority that has ended: no error")
+	}
+	if _, err := attest.Certify(ak, "nobody", own, caKey, now, time.Hour); err == nil {
+		t.Error("Certify() by who is no authority: no error")
+	}
+	// A certificate of the same authority for the same key, but for something else, such as a server.
 	leaf := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "dpu-17"}, NotBefore: ca.NotBefore, NotAfter: ca.NotAfter}
-	certified, err := x509.CreateCertificate(rand.Reader, leaf, ca, own.PublicKey, caKey)
+	server, err := x509.CreateCertificate(rand.Reader, leaf, ca, own.PublicKey, caKey)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -238,6 +256,10 @@ func TestCertificate(t *testing.T) {
 	e.Certificates = [][]byte{certified}
 	if r, err := attest.Verify(e, p); err != nil || !strings.Contains(r.Checks[0].Got, "certified by fleet") {
 		t.Errorf("Verify(certified) = %+v, %v", r, err)
+	}
+	e.Certificates = [][]byte{server}
+	if _, err := attest.Verify(e, p); err == nil || !strings.Contains(err.Error(), "not one for attestation") {
+		t.Errorf("Verify(certified for something else) = %v", err)
 	}
 	e.Certificates = [][]byte{der}
 	if _, err := attest.Verify(e, p); err == nil || !strings.Contains(err.Error(), "certificate chain") {

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	"slices"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -182,6 +183,50 @@ func (t *TPM) Certificate(now time.Time) ([]byte, error) {
 		return nil, fmt.Errorf("make the attestation key's certificate: %w", err)
 	}
 	return der, nil
+}
+
+// certificatePurpose is tcg-kp-AIKCertificate: the extended key usage of certificates for attestation keys (TCG EK Credential Profile for TPM
+// Family 2.0, 2.6, section 3.2.16 names the identifiers). Without it, each server's certificate of the same authority would do.
+var certificatePurpose = asn1.ObjectIdentifier{2, 23, 133, 8, 3}
+
+// Certify makes the certificate (DER) by which an owner's authority says of an attestation key that it sits in a known TPM. The
+// name is what the owner calls that. The certificate does not outlive the authority's own.
+//
+// Precondition: the TPM has proven that it has the key ([NewChallenge]).
+func Certify(ak Key, name string, authority *x509.Certificate, key crypto.Signer, from time.Time, valid time.Duration) ([]byte, error) {
+	if !authority.IsCA {
+		return nil, errors.New("certify the attestation key: the authority's certificate is not one of an authority")
+	}
+	serial := make([]byte, 16)
+	rand.Read(serial)
+	serial[0] &= 0x7f // RFC 5280, 4.1.2.2: positive
+	until := from.Add(valid)
+	if until.After(authority.NotAfter) {
+		until = authority.NotAfter
+	}
+	if !until.After(from) {
+		return nil, fmt.Errorf("certify the attestation key: the authority's certificate ended on %s", authority.NotAfter.Format(time.DateOnly))
+	}
+	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
+		SerialNumber: new(big.Int).SetBytes(serial), Subject: pkix.Name{CommonName: name},
+		NotBefore: from.Add(-time.Hour), NotAfter: until, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature, UnknownExtKeyUsage: []asn1.ObjectIdentifier{certificatePurpose},
+	}, authority, ak.Public, key)
+	if err != nil {
+		return nil, fmt.Errorf("certify the attestation key: %w", err)
+	}
+	return der, nil
+}
+
+// CheckCertificate says whether a certificate is one that [Certify] could have made for the key. Who has signed it is not asked.
+func CheckCertificate(c *x509.Certificate, ak Key) error {
+	switch {
+	case !ak.Public.Equal(c.PublicKey):
+		return errors.New("it is another key's than the attestation key's")
+	case !slices.ContainsFunc(c.UnknownExtKeyUsage, certificatePurpose.Equal):
+		return fmt.Errorf("it is not one for attestation: it lacks the extended key usage %v", certificatePurpose)
+	}
+	return nil
 }
 
 // derSignature is an ECDSA signature of the TPM as X.509 has it.

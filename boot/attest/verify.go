@@ -324,6 +324,9 @@ func (e Evidence) trust(p Policy) (string, error) {
 	if _, err := leaf.Verify(x509.VerifyOptions{Roots: p.Roots, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
 		return f.String(), fmt.Errorf("attestation key: its certificate chain: %w", err)
 	}
+	if err := CheckCertificate(leaf, e.AK); err != nil {
+		return f.String(), fmt.Errorf("attestation key: its certificate: %w", err)
+	}
 	return f.String() + ", certified by " + leaf.Issuer.CommonName, nil
 }
 

@@ -3,14 +3,18 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/query"
 	"github.com/backdoor-rhs/backdoor/boot/attest"
@@ -25,6 +29,8 @@ type attestFlags struct {
 	akCA              string
 	epoch             uint64
 	agreement         string
+	akCAKey, as       string
+	forDays           int
 }
 
 var attestVerb = verb{
@@ -39,6 +45,9 @@ an authority that has certified the latter (-ak-ca). Without any, the fingerprin
 The same can be asked for before every other verb: -attested FILE, or "attested" of a context, names a file with what has to be proven:
 
   {"endorsementKeys": ["9f86d0…"], "bundles": ["backdoor-1.4.bundle"], "epoch": 3}
+  {"attestationCA": "tpm-ca.pem", "bundles": ["backdoor-1.4.bundle"], "epoch": 3}
+
+The second one is for a fleet: one authority instead of each TPM's key. What makes the certificates is backdoor enroll.
 
   backdoor attest -host https://dpu7 -ek 9f86d0… -bundle backdoor-1.4.bundle
   backdoor attest -host https://dpu7                  # shows the keys of its TPM
@@ -46,14 +55,119 @@ The same can be asked for before every other verb: -attested FILE, or "attested"
 Exit status: 0 proven, 3 something differs, 4 unattested: there is no TPM, or none that is trusted.`,
 	flags: func(fs *flag.FlagSet, o *options) {
 		f := &o.attest
-		fs.Var(&f.eks, "ek", "`SHA-256` of a trusted TPM's endorsement key; may be given several times")
+		f.proof(fs)
 		fs.Var(&f.aks, "ak", "`SHA-256` of a trusted attestation key; may be given several times")
-		fs.StringVar(&f.akCA, "ak-ca", "", "PEM `file` with the authority that certifies attestation keys")
-		fs.Var(&f.bundles, "bundle", "update `file` whose image may run; may be given several times (default: any image)")
-		fs.Uint64Var(&f.epoch, "epoch", 0, "lowest security `epoch` that may run")
 		fs.StringVar(&f.agreement, "agreement", "", "`digest` of the access agreement that it must obey, as backdoor agreement show prints it")
 	},
 	run: runAttest,
+}
+
+// proof are the flags that attest and enroll share.
+func (f *attestFlags) proof(fs *flag.FlagSet) {
+	fs.Var(&f.eks, "ek", "`SHA-256` of a trusted TPM's endorsement key; may be given several times")
+	fs.StringVar(&f.akCA, "ak-ca", "", "PEM `file` with the authority that certifies attestation keys")
+	fs.Var(&f.bundles, "bundle", "update `file` whose image may run; may be given several times (default: any image)")
+	fs.Uint64Var(&f.epoch, "epoch", 0, "lowest security `epoch` that may run")
+}
+
+var enrollVerb = verb{
+	name:  "enroll",
+	short: "certify the TPM of an agent's machine, so that monitors know it by an authority",
+	long: `Once in a machine's life its owner compares the endorsement key of its TPM with what came with the machine. This command makes that
+count for all monitors: the agent proves that its attestation key sits in the TPM with that key (TPM2_ActivateCredential), and what it runs, as for
+backdoor attest; then the owner's authority certifies the attestation key, and the agent keeps the certificate and shows it from then on, in
+Redfish, too (TrustedComponent). Monitors need only the authority's certificate: backdoor attest -ak-ca, or "attestationCA" in a file for -attested.
+
+The certificate is one for attestation keys (TCG's extended key usage 2.23.133.8.3); no other certificate of the same authority is taken for one.
+The authority's key is read here and goes nowhere. Any tool makes an authority:
+
+  openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days 3650 -subj "/CN=our TPMs" -keyout tpm-ca.key -out tpm-ca.pem
+  backdoor enroll -host https://dpu7 -ek 9f86d0… -ak-ca tpm-ca.pem -ak-ca-key tpm-ca.key
+  backdoor attest -host https://dpu7 -ak-ca tpm-ca.pem -bundle backdoor-1.4.bundle
+
+Exit status: 0 certified, 3 something differs, 4 unattested.`,
+	flags: func(fs *flag.FlagSet, o *options) {
+		f := &o.attest
+		f.proof(fs)
+		fs.StringVar(&f.akCAKey, "ak-ca-key", "", "PEM `file` with the authority's key")
+		fs.StringVar(&f.as, "as", "", "what the machine is called in the certificate (default: TPM and the endorsement key's first digits)")
+		fs.IntVar(&f.forDays, "days", 365, "how many `days` the certificate is good for")
+	},
+	run: runEnroll,
+}
+
+func runEnroll(ctx context.Context, e *env, args []string) (int, error) {
+	if err := none("enroll", args); err != nil {
+		return 0, err
+	}
+	f := e.o.attest
+	switch {
+	case len(f.eks) == 0:
+		return 0, &usageError{verb: "enroll", msg: "say which TPM it is, by its endorsement key: -ek (backdoor attest shows it, and its owner has to know it)"}
+	case f.akCA == "" || f.akCAKey == "":
+		return 0, &usageError{verb: "enroll", msg: "name the authority that is to certify it: -ak-ca and -ak-ca-key"}
+	case f.forDays < 1:
+		return 0, &usageError{verb: "enroll", msg: "-days: at least one"}
+	}
+	pair, err := tls.LoadX509KeyPair(f.akCA, f.akCAKey)
+	if err != nil {
+		return 0, fmt.Errorf("the authority: %w", err)
+	}
+	key, ok := pair.PrivateKey.(crypto.Signer)
+	if !ok {
+		return 0, fmt.Errorf("the authority: its key (%T) does not sign", pair.PrivateKey)
+	}
+	file, err := f.file()
+	if err != nil {
+		return 0, err
+	}
+	file.AttestationCA = "" // it has none yet, or an old one
+	want, err := file.attestation()
+	if err != nil {
+		return 0, err
+	}
+	a, err := e.openAgent(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer a.Close()
+	var made *x509.Certificate
+	got, err := a.c.Enroll(ctx, want, func(ak attest.Key, got *client.Attested) ([]byte, error) {
+		name := f.as
+		if name == "" {
+			name = "TPM " + got.EndorsementKey.String()[:16]
+		}
+		der, err := attest.Certify(ak, name, pair.Leaf, key, time.Now(), time.Duration(f.forDays)*24*time.Hour)
+		if err != nil {
+			return nil, err
+		}
+		var text []byte
+		for _, c := range append([][]byte{der}, pair.Certificate...) {
+			text = append(text, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c})...)
+		}
+		made, err = x509.ParseCertificate(der)
+		return text, err
+	})
+	var differs *attest.MismatchError
+	switch {
+	case errors.Is(err, client.ErrUnattested):
+		return exitUnsure, err
+	case errors.As(err, &differs):
+		return exitIll, err
+	case err != nil:
+		return 0, e.explain(a.at, err)
+	}
+	out := struct {
+		Name           string        `json:"name"`
+		Issuer         string        `json:"issuer"`
+		Until          time.Time     `json:"until"`
+		EndorsementKey attest.Digest `json:"endorsementKey"`
+		AttestationKey attest.Digest `json:"attestationKey"`
+	}{made.Subject.CommonName, made.Issuer.CommonName, made.NotAfter, got.EndorsementKey, got.AttestationKey}
+	return exitOK, e.answer(out, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "%s: certified by %s until %s\n", query.Clean(out.Name), query.Clean(out.Issuer), out.Until.Format(time.DateOnly))
+		return err
+	})
 }
 
 // An attestFile is the file that -attested names.

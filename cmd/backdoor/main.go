@@ -77,6 +77,7 @@
 //	policy       what a policy would have done about recorded hosts: policy test POLICY RECORDING…
 //	journal      what the agent decided and wrote; -verify checks the chain of hashes
 //	attest       have the agent prove, by its machine's TPM, which image it runs
+//	enroll       certify the TPM of an agent's machine, so that monitors know it by an authority
 //	types        make types for hosts whose kernels carry none: BTF of dwarf2json's file
 //	login        log in to an agent and keep it as a context
 //	config       contexts: get-contexts, use-context, set-context, delete-context, view

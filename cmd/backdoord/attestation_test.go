@@ -1,11 +1,19 @@
 package main
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
+	"log/slog"
+	"math/big"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/boot/attest/attesttest"
@@ -184,5 +192,73 @@ func TestKeySeal(t *testing.T) {
 	}
 	if got, was, err := k.Open(kept); err != nil || !was || string(got) != string(secret) {
 		t.Errorf("Open() in the next image = %q, %v, %v", got, was, err)
+	}
+}
+
+// TestCertify keeps the owner's certificate for the attestation key over restarts, and shows none that is another TPM's.
+func TestCertify(t *testing.T) {
+	dir := t.TempDir()
+	trustOf := func(tpm *attest.TPM) *trust {
+		t.Helper()
+		tr := newTrust(dir, nil, slog.New(slog.DiscardHandler))
+		tr.tpm = tpm
+		var err error
+		if tr.id, err = tr.identity(tpm); err != nil {
+			t.Fatal(err)
+		}
+		close(tr.known)
+		return tr
+	}
+	issuer := func(tr *trust) string {
+		t.Helper()
+		id, err := tr.Identity()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := x509.ParseCertificate(id.Certificates[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.Issuer.CommonName
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	ca := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "owner"}, NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	tpm, _ := attesttest.Start(t, t.TempDir())
+	ak, err := tpm.AttestationKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := attest.Certify(ak, "dpu", ca, key, now, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr := trustOf(tpm)
+	if got := issuer(tr); !strings.HasPrefix(got, "TPM attestation key") {
+		t.Errorf("before: issued by %q; want by itself", got)
+	}
+	if err := tr.Certify([][]byte{der}); err != nil {
+		t.Fatal(err)
+	}
+	for name, tr := range map[string]*trust{"at once": tr, "after a restart": trustOf(tpm)} {
+		if got := issuer(tr); got != "owner" {
+			t.Errorf("%s: issued by %q; want by the owner", name, got)
+		}
+	}
+	other, _ := attesttest.Start(t, t.TempDir())
+	if got := issuer(trustOf(other)); got == "owner" {
+		t.Error("another TPM is shown with the certificate")
+	}
+	if err := os.WriteFile(tr.chain, []byte("torn"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := issuer(trustOf(tpm)); got == "owner" || got == "" {
+		t.Errorf("a damaged file: issued by %q; want by itself", got)
 	}
 }

@@ -2,16 +2,21 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/boot/handover"
+	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/redfish/host"
 	"github.com/backdoor-rhs/backdoor/redfish/service"
 )
@@ -39,16 +44,19 @@ type trust struct {
 	vault  service.Vault
 
 	claims atomic.Pointer[claims] // nil before there is a service
-	known  chan struct{}          // closed when the next two are what they stay
+	known  chan struct{}          // closed when the next two are what they stay, but for the certificates
 	id     host.Identity
 	err    error
+
+	chain string     // file with the attestation key's certificate, if the machine's owner has made one
+	mu    sync.Mutex // guards id.Certificates once known is closed
 }
 
 // newTrust reads what the loader has left.
 func newTrust(stateDir string, images func() []attest.Digest, log *slog.Logger) *trust {
 	t := &trust{
 		log: log, path: measuredLog, file: filepath.Join(stateDir, "keys.sealed"), images: images,
-		opened: make(chan struct{}), known: make(chan struct{}),
+		opened: make(chan struct{}), known: make(chan struct{}), chain: filepath.Join(stateDir, "attestation.pem"),
 	}
 	b, err := handover.Read(handover.Dir)
 	switch {
@@ -101,7 +109,7 @@ func (t *trust) start(ctx context.Context, devices <-chan struct{}) {
 	close(t.opened)
 	logStep(t.log, "TPM", began)
 	began = time.Now()
-	if t.id, t.err = identity(tpm); t.err != nil {
+	if t.id, t.err = t.identity(tpm); t.err != nil {
 		t.log.Error("unattested: the TPM does not work", "err", t.err)
 	}
 	logStep(t.log, "TPM's identity", began)
@@ -145,16 +153,70 @@ func (t *trust) claim() {
 }
 
 // identity reads who a TPM is.
-func identity(tpm *attest.TPM) (id host.Identity, err error) {
+func (t *trust) identity(tpm *attest.TPM) (id host.Identity, err error) {
 	if id.Properties, err = tpm.Properties(); err != nil {
 		return id, err
 	}
 	if id.EndorsementKey, err = tpm.EndorsementKey(); err != nil {
 		return id, err
 	}
+	ak, err := tpm.AttestationKey()
+	if err != nil {
+		return id, err
+	}
+	if id.Certificates, err = t.certified(ak); err == nil {
+		return id, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		t.log.Error("the owner's certificate for the attestation key is of no use", "err", err)
+	}
 	der, err := tpm.Certificate(time.Now())
 	id.Certificates = [][]byte{der}
 	return id, err
+}
+
+// certified reads the chain that the machine's owner has made for its attestation key.
+func (t *trust) certified(ak attest.Key) (chain [][]byte, err error) {
+	rest, err := os.ReadFile(t.chain)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		var b *pem.Block
+		if b, rest = pem.Decode(rest); b == nil {
+			break
+		}
+		chain = append(chain, b.Bytes)
+	}
+	if len(chain) == 0 {
+		return nil, fmt.Errorf("%s: no PEM block", t.chain)
+	}
+	leaf, err := x509.ParseCertificate(chain[0])
+	if err == nil {
+		err = attest.CheckCertificate(leaf, ak)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", t.chain, err)
+	}
+	return chain, nil
+}
+
+// Certify implements host.Certifier.
+func (t *trust) Certify(chain [][]byte) error {
+	if _, err := t.Identity(); err != nil {
+		return err
+	}
+	var text []byte
+	for _, der := range chain {
+		text = append(text, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err := durable.WriteFile(t.chain, text, 0o600); err != nil {
+		return fmt.Errorf("keep the attestation key's certificate: %w", err)
+	}
+	t.id.Certificates = chain
+	return nil
 }
 
 // keys is where the service keeps its private keys; nil: as they are. Where they are sealed, each use waits for the TPM.
@@ -200,6 +262,8 @@ func (t *trust) epoch() (uint64, error) {
 func (t *trust) Identity() (host.Identity, error) {
 	select {
 	case <-t.known:
+		t.mu.Lock()
+		defer t.mu.Unlock()
 		return t.id, t.err
 	default:
 		return host.Identity{}, host.ErrStarting

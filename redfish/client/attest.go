@@ -155,6 +155,48 @@ func (c *Client) attest(ctx context.Context, want Attestation) (*Attested, error
 	return out, nil
 }
 
+// Enroll gives the agent's TPM a certificate for its attestation key, by which others can know it: the agent proves what want says, which must
+// trust its TPM by its endorsement key, issue makes the certificate (PEM, with the chain up to the authority), and the agent keeps it.
+func (c *Client) Enroll(ctx context.Context, want Attestation, issue func(attest.Key, *Attested) ([]byte, error)) (*Attested, error) {
+	if len(want.EndorsementKeys) == 0 {
+		return nil, errors.New("enroll: the TPM has to be known by its endorsement key")
+	}
+	got, err := c.Attest(ctx, want)
+	if err != nil {
+		return got, fmt.Errorf("enroll: %w", err)
+	}
+	ctx = context.WithValue(ctx, proving{}, true)
+	component, err := c.tpm(ctx)
+	if err == nil && starting(component) {
+		err = errors.New("the agent has started anew since it was attested")
+	}
+	if err != nil {
+		return got, fmt.Errorf("enroll: %w", err)
+	}
+	at := component.TPM.IdentityAuthentication.ComponentCertificate.ID
+	var cert schema.Certificate
+	if err := c.Get(ctx, at, &cert); err != nil {
+		return got, fmt.Errorf("enroll: %w", err)
+	}
+	ak, _, err := parseChain(cert.CertificateString)
+	if err == nil && ak.Fingerprint() != got.AttestationKey {
+		err = errors.New("the attestation key has become another one since it was proven")
+	}
+	if err != nil {
+		return got, fmt.Errorf("enroll: %w", err)
+	}
+	text, err := issue(ak, got)
+	if err != nil {
+		return got, fmt.Errorf("enroll: %w", err)
+	}
+	if _, err := c.Post(ctx, "/redfish/v1/CertificateService/Actions/CertificateService.ReplaceCertificate", map[string]any{
+		"CertificateUri": schema.Link{ID: at}, "CertificateString": string(text), "CertificateType": "PEMchain",
+	}, nil); err != nil {
+		return got, fmt.Errorf("enroll: hand the certificate over: %w", err)
+	}
+	return got, nil
+}
+
 // endorsed has the TPM prove that its endorsement key, if that is one of the trusted ones, sits beside the attestation key, and then trusts the
 // latter.
 func (c *Client) endorsed(ctx context.Context, t *schema.TrustedComponent, ak attest.Key, want []attest.Digest, out *Attested, p *attest.Policy) error {

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/base64"
@@ -28,6 +29,12 @@ type Attestor interface {
 	EventLog() ([]byte, error)
 	// Activate answers a challenge, with which a verifier makes sure that the attestation key sits beside the endorsement key.
 	Activate(attest.Challenge) ([]byte, error)
+}
+
+// A Certifier is an Attestor that keeps a certificate for its attestation key, by whoever owns the machine.
+type Certifier interface {
+	// Certify has Identity show the chain (DER) from now on, over restarts.
+	Certify(chain [][]byte) error
 }
 
 // ErrStarting means that the machine's TPM is not ready yet.
@@ -107,6 +114,9 @@ func (h *host) integrity() []service.Route {
 	a := h.o.Attestor
 	if a == nil {
 		return []service.Route{{URI: integrityURI, Type: schema.TypeComponentIntegrityCollection, Name: "Component integrity", Members: service.Fixed()}}
+	}
+	if c, ok := a.(Certifier); ok {
+		h.svc.Certify(akURI, func(chain []*x509.Certificate) error { return certify(a, c, chain) })
 	}
 	return []service.Route{
 		{URI: integrityURI, Type: schema.TypeComponentIntegrityCollection, Name: "Component integrity", Members: h.tpm},
@@ -250,6 +260,35 @@ func (h *host) integrity() []service.Route {
 			},
 		},
 	}
+}
+
+// certify takes the certificate that the machine's owner has made for the attestation key. Whether he is trusted is for those to say who
+// verify it.
+func certify(a Attestor, c Certifier, chain []*x509.Certificate) error {
+	id, err := identity(a)
+	if err != nil {
+		return err
+	}
+	now, err := x509.ParseCertificate(id.Certificates[0])
+	if err != nil {
+		return err
+	}
+	point, ok := now.PublicKey.(*ecdsa.PublicKey)
+	if !ok {
+		return fmt.Errorf("the attestation key is a %T", now.PublicKey)
+	}
+	ak, err := attest.AttestationKey(point)
+	if err != nil {
+		return err
+	}
+	if err := attest.CheckCertificate(chain[0], ak); err != nil {
+		return service.UnfitCertificate(err.Error())
+	}
+	var der [][]byte
+	for _, cert := range chain {
+		der = append(der, cert.Raw)
+	}
+	return c.Certify(der)
 }
 
 // parameter is a parameter in Base64.

@@ -2,10 +2,17 @@ package host
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
+	"math/big"
 	"net"
 	"strings"
 	"sync/atomic"
@@ -162,6 +169,89 @@ func TestAttest(t *testing.T) {
 	if err := dial(t, believing).Get(t.Context(), "/redfish/v1/Systems/system", &system); err != nil || system.HostName != "patient" {
 		t.Errorf("Get() from an agent that attests = %+v, %v", system, err)
 	}
+}
+
+// Certify implements Certifier.
+func (m *testTPM) Certify(chain [][]byte) error {
+	m.id.Certificates = chain
+	return nil
+}
+
+// TestEnroll has the owner's authority certify a TPM, for monitors that know nothing but the authority.
+func TestEnroll(t *testing.T) {
+	m := newTestTPM(t)
+	c := dial(t, attested(t, m, true))
+	ca, roots := newAuthority(t), func(ca authority) client.Attestation {
+		p := x509.NewCertPool()
+		p.AddCert(ca.cert)
+		return client.Attestation{Policy: attest.Policy{Roots: p}}
+	}
+	if _, err := c.Attest(t.Context(), roots(ca)); err == nil {
+		t.Error("Attest() by an authority that has certified nothing: no error")
+	}
+	want := client.Attestation{EndorsementKeys: []attest.Digest{m.id.EndorsementKey.Fingerprint()}}
+	issued := func(ak attest.Key, got *client.Attested) ([]byte, error) {
+		der, err := attest.Certify(ak, "dpu-17", ca.cert, ca.key, time.Now(), time.Hour)
+		return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), err
+	}
+	unasked := func(attest.Key, *client.Attested) ([]byte, error) {
+		t.Error("a certificate is asked for")
+		return nil, errors.New("none")
+	}
+	if _, err := c.Enroll(t.Context(), client.Attestation{EndorsementKeys: []attest.Digest{{9}}}, unasked); err == nil {
+		t.Error("Enroll() of another TPM: no error")
+	}
+	if _, err := c.Enroll(t.Context(), client.Attestation{}, unasked); err == nil {
+		t.Error("Enroll() of any TPM: no error")
+	}
+	for name, text := range map[string]func() []byte{
+		"another key": func() []byte {
+			return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw})
+		},
+		"itself":  func() []byte { return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: m.id.Certificates[0]}) },
+		"nothing": func() []byte { return []byte("no PEM") },
+	} {
+		var e *client.Error
+		if _, err := c.Enroll(t.Context(), want, func(attest.Key, *client.Attested) ([]byte, error) { return text(), nil }); !errors.As(err, &e) || e.Status != 400 {
+			t.Errorf("Enroll() with a certificate of %s = %v; want 400", name, err)
+		}
+	}
+	if got, err := c.Enroll(t.Context(), want, issued); err != nil || got.Version != "1.4.0" {
+		t.Fatalf("Enroll() = %+v, %v", got, err)
+	}
+	if got, err := c.Attest(t.Context(), roots(ca)); err != nil || !strings.Contains(got.Checks[0].Got, "certified by test") {
+		t.Errorf("Attest() by the authority = %+v, %v", got, err)
+	}
+	if _, err := c.Attest(t.Context(), roots(newAuthority(t))); err == nil {
+		t.Error("Attest() by another authority: no error")
+	}
+}
+
+// An authority certifies.
+type authority struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newAuthority(t *testing.T) authority {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return authority{cert, key}
 }
 
 // TestAttestLate has a TPM that is not ready when the service starts: until it is, it is said to be starting, and a client waits for it.

@@ -40,6 +40,9 @@ type certificates struct {
 	config  *tls.Config // made of the above; nil if they have changed since
 	port    int         // that the service listens on; 0 if it does not
 	root    string      // URI of the network protocol's resource; "" without one
+
+	// others are certificates that are not the service's own, by their URIs; see Service.Certify. They do not change while it serves.
+	others map[string]func(chain []*x509.Certificate) error
 }
 
 // clientFile is clients.json in the state directory: AccountService.MultiFactorAuth.ClientCertificate.
@@ -291,11 +294,34 @@ func (c *certificates) request(template *x509.CertificateRequest, key crypto.Sig
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})), nil
 }
 
+// Certify lets clients replace a certificate that is not the service's own, at an URI that has a route: take is given the new one with its chain,
+// keeps it, or says why not. It is for before the service serves.
+func (s *Service) Certify(uri string, take func(chain []*x509.Certificate) error) {
+	if s.certs.others == nil {
+		s.certs.others = map[string]func([]*x509.Certificate) error{}
+	}
+	s.certs.others[uri] = take
+}
+
+// UnfitCertificate is the answer to a certificate that cannot be put where a client wants it.
+func UnfitCertificate(why string) error {
+	return Because(400, "ActionParameterValueError", "The certificate cannot be used: "+why+".", "CertificateString", "CertificateService.ReplaceCertificate").about("CertificateString")
+}
+
+func takeChain(text string, take func([]*x509.Certificate) error) error {
+	chain, key, err := parsePEM([]byte(text))
+	switch {
+	case err != nil:
+		return UnfitCertificate(err.Error())
+	case key != nil:
+		return UnfitCertificate("there is a private key with it, which belongs nowhere near here")
+	}
+	return take(chain)
+}
+
 // replace shows another certificate from now on. Its key comes with it, or is that of the last request or of the present certificate.
 func (c *certificates) replace(text string) error {
-	bad := func(why string) error {
-		return Because(400, "ActionParameterValueError", "The certificate cannot be used: "+why+".", "CertificateString", "CertificateService.ReplaceCertificate").about("CertificateString")
-	}
+	bad := UnfitCertificate
 	chain, key, err := parsePEM([]byte(text))
 	if err != nil {
 		return bad(err.Error())
@@ -626,11 +652,17 @@ func (s *Service) certificateRoutes() []Route {
 					},
 					Do: func(r *Request, v Values) (*Reply, error) {
 						uri := target(v, "CertificateUri")
-						if s.certs.root == "" || uri != s.certs.root+"/HTTPS/Certificates/1" {
-							return nil, Because(400, "ActionParameterValueError", "Only the HTTPS certificate can be replaced.",
+						var err error
+						switch take := s.certs.others[uri]; {
+						case take != nil:
+							err = takeChain(v.String("CertificateString"), take)
+						case s.certs.root != "" && uri == s.certs.root+"/HTTPS/Certificates/1":
+							err = s.certs.replace(v.String("CertificateString"))
+						default:
+							err = Because(400, "ActionParameterValueError", "There is no certificate there that can be replaced.",
 								"CertificateUri", "CertificateService.ReplaceCertificate").about("CertificateUri")
 						}
-						if err := s.certs.replace(v.String("CertificateString")); err != nil {
+						if err != nil {
 							return nil, err
 						}
 						s.Publish(Event{MessageID: resourceEvent + "ResourceChanged", Origin: uri})
