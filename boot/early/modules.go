@@ -66,14 +66,18 @@ func modulesFor(table []alias, modalias string) []string {
 	return names
 }
 
-// modaliases returns the identities of all devices under sysfs.
-func modaliases(sys string) ([]string, error) {
+// modaliases returns the identities of all devices under sysfs that are not in seen yet, and puts those there.
+func modaliases(sys string, seen map[string]bool) ([]string, error) {
 	devices, err := filepath.Glob(filepath.Join(sys, "bus/*/devices/*")) // with /modalias behind it each device's folder would be listed
 	if err != nil {
 		return nil, err
 	}
 	var all []string
 	for _, d := range devices {
+		if seen[d] {
+			continue
+		}
+		seen[d] = true
 		b, err := os.ReadFile(filepath.Join(d, "modalias"))
 		if err != nil { // not every device has one, and any may go at any time
 			continue
@@ -90,6 +94,7 @@ type Modules struct {
 	table  []alias
 	prober *kmodule.Prober
 	asked  []string
+	seen   map[string]bool // devices
 
 	late     sync.WaitGroup // the slow ones
 	busy     atomic.Int32   // how many of them are not done
@@ -149,7 +154,7 @@ func (m *Modules) Load(ctx context.Context) (Outcome, string, error) {
 		first = modulesFor(m.table, "fs-ext4")
 	}
 	for range 8 { // deeper bus hierarchies than that need a look by a person
-		devices, err := modaliases("/sys")
+		devices, err := modaliases("/sys", m.seen)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("find devices: %w", err))
 			break
@@ -187,6 +192,7 @@ func (m *Modules) open() (Outcome, string, error) {
 	if m.table, err = parseAliases(bytes.NewReader(b)); err != nil {
 		return Unclear, "", err
 	}
+	m.seen = map[string]bool{}
 	if m.prober, err = kmodule.NewProber(kmodule.ProbeOpts{}); err != nil {
 		return Unclear, "", fmt.Errorf("read the module dependencies: %w", err)
 	}

@@ -40,6 +40,12 @@ func starts(ctx context.Context, r *report, o options, slots bool) error {
 		return err
 	}
 	var answered, proved []time.Duration
+	var want client.Attestation
+	if slots {
+		if want, err = known(ctx, l.DPU); err != nil {
+			return err
+		}
+	}
 	for i := range o.n {
 		if slots { // the start before must have been good
 			if _, err := l.DPU.Console().Wait(ctx, l.DPU.StartMark(), goodLine); err != nil {
@@ -51,7 +57,7 @@ func starts(ctx context.Context, r *report, o options, slots bool) error {
 		}
 		answered = append(answered, l.DPU.BootTook)
 		if slots {
-			took, err := prove(ctx, l.DPU)
+			took, err := prove(ctx, l.DPU, want)
 			if err != nil {
 				return err
 			}
@@ -77,23 +83,31 @@ func tell(ctx context.Context, r *report, d *lab.DPU, way, when string) error {
 	return ctx.Err()
 }
 
-// prove has the DPU prove that it runs the image of its bundle, and returns how long that took since its start. The keys are taken as they are: it is
-// the lab's own TPM.
-func prove(ctx context.Context, d *lab.DPU) (time.Duration, error) {
+// known is what a monitor knows of the DPU: its TPM's key, taken as it is shown, for it is the lab's own, and the image of its bundle.
+func known(ctx context.Context, d *lab.DPU) (client.Attestation, error) {
+	var want client.Attestation
+	c, err := d.Redfish()
+	if err != nil {
+		return want, err
+	}
+	defer c.Close(ctx)
+	got, _ := c.Attest(ctx, want) // trusts no key, and tells them
+	if got == nil {
+		return want, errors.New("the DPU does not tell the keys of its TPM")
+	}
+	image, err := d.Slots.Image(d.Slots.Bundle)
+	want.Policy = attest.Policy{Keys: []attest.Digest{got.AttestationKey}, Images: []attest.Image{image}}
+	return want, err
+}
+
+// prove has the DPU prove that it runs the image of its bundle, to a monitor that logs in, and returns how long that took since its start.
+func prove(ctx context.Context, d *lab.DPU, want client.Attestation) (time.Duration, error) {
 	c, err := d.Redfish()
 	if err != nil {
 		return 0, err
 	}
 	defer c.Close(ctx)
-	first, _ := c.Attest(ctx, client.Attestation{}) // trusts no key, and tells them
-	if first == nil {
-		return 0, errors.New("the DPU does not tell the keys of its TPM")
-	}
-	image, err := d.Slots.Image(d.Slots.Bundle)
-	if err != nil {
-		return 0, err
-	}
-	if _, err := c.Attest(ctx, client.Attestation{Policy: attest.Policy{Keys: []attest.Digest{first.AttestationKey}, Images: []attest.Image{image}}}); err != nil {
+	if _, err := c.Attest(ctx, want); err != nil {
 		return 0, err
 	}
 	return time.Since(d.Started()), nil
