@@ -61,14 +61,11 @@ func Open(link Link, cfg Config) (*Device, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	d := &Device{
+	return &Device{
 		link: link, log: cfg.Logger, start: time.Now(), seat: make(chan struct{}, 1),
 		rx: make([]Packet, batch), tx: newOutbox(),
 		eng: newEngine(local, link.PathMTU(), cfg.Limits, cfg.Logger),
-	}
-	l, ok := link.(summer)
-	d.tx.sums = ok && l.takesSums()
-	return d, nil
+	}, nil
 }
 
 // now returns the time on the engine's clock, which never shows zero.

@@ -56,8 +56,6 @@ type outbox struct {
 	n       int // packets
 	used    int // bytes of arena
 	limit   int // of n, for the queue pair whose turn it is
-
-	sums bool // the link takes the sums of packets over their data, made while that is in the CPU's nearest cache
 }
 
 func newOutbox() *outbox {
@@ -73,24 +71,13 @@ func (o *outbox) full() bool { return o.n >= o.limit }
 // next returns the next packet with size bytes of Data, whatever is in them. Preconditions: not full; size is a multiple
 // of four and not more than a packet can have.
 func (o *outbox) next(to netip.AddrPort, size int) *Packet {
-	o.finish()
+	clear(o.arena[o.used-icrcLen : o.used])
 	end := o.used + size
 	p := &o.packets[o.n]
-	*p = Packet{Peer: to, Data: o.arena[o.used : end : end+icrcLen]}
+	*p = Packet{Peer: to, Data: o.arena[o.used : end : end+icrcLen], behind: o.arena[o.used-icrcLen : end]}
 	o.used = end + icrcLen
 	o.n++
 	return p
-}
-
-// finish makes the sum of the last packet. It is to be called when all is in it, and may be called again.
-func (o *outbox) finish() {
-	if !o.sums || o.n == 0 {
-		return
-	}
-	if p := &o.packets[o.n-1]; !p.summed {
-		end := o.used - icrcLen
-		p.sum, p.summed = dataSumAt(o.arena[:end], end-len(p.Data)), true
-	}
 }
 
 // drop takes back the packet that next returned last.
@@ -183,7 +170,6 @@ func (e *engine) transmit(now time.Duration, out *outbox) {
 			e.schedule(now, q)
 		}
 	}
-	out.finish()
 	e.counters.Sent += uint64(out.n)
 }
 

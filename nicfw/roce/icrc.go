@@ -73,14 +73,14 @@ func dataSum(data []byte) uint32 {
 	return ^crc32.Update(crc32.Update(^uint32(0), crc32.IEEETable, h[:]), crc32.IEEETable, data[bthLen:])
 }
 
-// dataSumAt is dataSum(b[at:]). It may overwrite the four bytes before at, which are there and of no use any more: those of the ICRC of
-// the packet before. Counted with them as zeroes, a full packet without extended header has a length that CRC instructions take
-// to the end, and the last twelve bytes would else take a third as long as all the others.
+// dataSumAt is dataSum(b[at:]) for data behind four zeroes, such as the place of an ICRC that is not there yet or not any more.
+// Counted with them, a full packet without extended header has a length that CRC instructions take to the end; the last twelve
+// bytes would else take a quarter as long as all the others. The zeroes must not have been stored just before: the instructions
+// would wait for that.
 func dataSumAt(b []byte, at int) uint32 {
 	if (len(b)-at)%16 != 16-icrcLen || b[at+masked] != 0 {
 		return dataSum(b[at:])
 	}
-	clear(b[at-icrcLen : at])
 	return ^crc32.Update(^uint32(0), crc32.IEEETable, b[at-icrcLen:])
 }
 
@@ -155,19 +155,14 @@ func (c *checker) open(src, dst netip.AddrPort, datagram []byte) (data []byte, i
 	return c.judge(src, dst, data, 0, c.sum(src, dst, 0, DontFragment, data)^binary.LittleEndian.Uint32(datagram[len(data):]))
 }
 
-// openAt is open of b[at:], behind four bytes that it may overwrite. It is faster when the identification is the one that is
-// expected.
-func (c *checker) openAt(src, dst netip.AddrPort, b []byte, at int, expected uint16) (data []byte, id uint16, ok bool) {
-	if len(b)-at < bthLen+icrcLen || len(b)-at > maxDatagram {
-		return nil, 0, false
-	}
-	end := len(b) - icrcLen
-	data = b[at:end]
-	delta := binary.LittleEndian.Uint32(b[end:])
+// openAt is open for the data b[at:] with that ICRC. There are four zeroes before at. It is faster when the identification is the one
+// that is expected. Preconditions: those of dataSum, and the length of a packet.
+func (c *checker) openAt(src, dst netip.AddrPort, b []byte, at int, icrc uint32, expected uint16) (data []byte, id uint16, ok bool) {
+	delta := icrc
 	if !c.off {
-		delta ^= c.around(aroundKey{src, dst, expected, DontFragment, len(data)}) ^ dataSumAt(b[:end], at)
+		delta ^= c.around(aroundKey{src, dst, expected, DontFragment, len(b) - at}) ^ dataSumAt(b, at)
 	}
-	return c.judge(src, dst, data, expected, delta)
+	return c.judge(src, dst, b[at:], expected, delta)
 }
 
 // judge is open for data whose ICRC is delta away from what it would be with the expected identification.

@@ -16,8 +16,7 @@ type Packet struct {
 	// Data is BTH, extended headers, payload and pad, without the ICRC. Its capacity leaves room for the ICRC.
 	Data []byte
 
-	sum    uint32 // dataSum(Data), if summed is set
-	summed bool
+	behind []byte // Data with four zeroes before it, if there are such, for dataSumAt; they are the place of another packet's ICRC
 }
 
 // Link carries packets. It puts the ICRC on those that it sends and drops those received with a wrong one, for only the
@@ -42,9 +41,6 @@ type Link interface {
 	Close() error
 }
 
-// summer is a Link that may have use for Packet.sum.
-type summer interface{ takesSums() bool }
-
 // LinkCounters are what a link dropped or could not do. Links that count implement interface{ Counters() LinkCounters }.
 type LinkCounters struct {
 	Received   uint64 // packets handed up
@@ -59,15 +55,16 @@ type LinkCounters struct {
 // seal appends the ICRC to p.Data for a packet that leaves src with an IPv4 identification of id, and returns the UDP
 // payload.
 func (c *checker) seal(src netip.AddrPort, p *Packet, id uint16) []byte {
-	var icrc uint32
-	switch {
-	case c.off:
-	case p.summed:
-		icrc = c.around(aroundKey{src, p.Peer, id, DontFragment, len(p.Data)}) ^ p.sum
-	default:
-		icrc = c.sum(src, p.Peer, id, DontFragment, p.Data)
-	}
+	icrc := c.sum(src, p.Peer, id, DontFragment, p.Data)
 	return binary.LittleEndian.AppendUint32(p.Data, icrc)
+}
+
+// dataSum returns dataSum(p.Data). The ICRC of no packet of the same transmission may have been put on yet.
+func (p *Packet) dataSum() uint32 {
+	if p.behind == nil {
+		return dataSum(p.Data)
+	}
+	return dataSumAt(p.behind, icrcLen)
 }
 
 // InterfaceOf finds the interface of this machine that has an address.

@@ -281,8 +281,10 @@ func TestDuplicateReadInTransfer(t *testing.T) {
 func TestRevokedInTransfer(t *testing.T) {
 	o := newOneEnd(t, QPConfig{}, AccessRead)
 	o.s.b.receive(o.s.now, &Packet{Peer: o.peer, Data: o.request(OpReadRequest, 100, reth(testVA, o.mr.key, 1024), nil)})
-	two := outbox{packets: o.tx.packets[:2], arena: o.tx.arena, limit: 2}
-	o.s.b.transmit(o.s.now, &two)
+	two := newOutbox()
+	two.packets = two.packets[:2]
+	two.reset()
+	o.s.b.transmit(o.s.now, two)
 	o.s.b.revoke(o.mr)
 	if diff := gocmp.Diff([]string{"Acknowledge 102 remote access error msn 1"}, o.answers()); diff != "" {
 		t.Errorf("answers (-want +got):\n%s", diff)

@@ -1,6 +1,7 @@
 package roce
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/bits"
@@ -51,13 +52,14 @@ type udpLink struct {
 	timeout time.Duration // SO_RCVTIMEO; guarded by recvMu
 
 	sendMu   sync.Mutex
-	tx       checker      // guarded by sendMu
-	txMsgs   []mmsghdr    // guarded by sendMu
-	txNames  []sockaddr   // guarded by sendMu
-	txIovs   []unix.Iovec // guarded by sendMu
-	txCtl    []byte       // guarded by sendMu
-	txCount  [batch]int   // packets of each message; guarded by sendMu
-	segments bool         // UDP_SEGMENT works, as far as is known; guarded by sendMu
+	tx       checker       // guarded by sendMu
+	txMsgs   []mmsghdr     // guarded by sendMu
+	txNames  []sockaddr    // guarded by sendMu
+	txIovs   []unix.Iovec  // guarded by sendMu
+	txCtl    []byte        // guarded by sendMu
+	txCount  [batch]int    // packets of each message; guarded by sendMu
+	txSum    [batch]uint32 // dataSum of each packet; guarded by sendMu
+	segments bool          // UDP_SEGMENT works, as far as is known; guarded by sendMu
 }
 
 // mmsghdr is struct mmsghdr of recvmmsg(2) and sendmmsg(2).
@@ -72,7 +74,7 @@ type sockaddr = unix.RawSockaddrInet6
 const (
 	rxMessages   = 32
 	rxBufferSize = 1 << 16 // a coalesced datagram
-	rxRoom       = 64      // before a datagram: for openAt, and to the next line of the cache
+	rxRoom       = 64      // before a datagram, always zero: for openAt, and to the next line of the cache
 	controlSize  = 64      // room for one control message, aligned
 	maxSegments  = 64      // UDP_MAX_SEGMENTS of kernels before 6.7
 	maxSegmented = 65000   // bytes of a datagram that is to be segmented
@@ -210,9 +212,6 @@ func (l *udpLink) initSend() {
 
 func (l *udpLink) LocalAddr() netip.AddrPort { return l.local }
 func (l *udpLink) PathMTU() int              { return l.mtu }
-
-// takesSums implements summer.
-func (l *udpLink) takesSums() bool { return !l.tx.off }
 
 // Counters returns what was carried and dropped.
 func (l *udpLink) Counters() LinkCounters {
@@ -451,13 +450,20 @@ func (l *udpLink) split(packets []Packet) int {
 			l.woken.Store(false)
 		}
 		for l.rxOff < have && n < len(packets) {
-			at, length := rxRoom+l.rxOff, min(segment, have-l.rxOff)
-			l.rxOff += length
-			if length < bthLen+icrcLen || length > maxDatagram {
+			at, end := rxRoom+l.rxOff, rxRoom+min(l.rxOff+segment, have)
+			l.rxOff = end - rxRoom
+			if end-at < bthLen+icrcLen {
+				l.counters.badLength.Add(1)
+				continue // it is the last one, or all are as short
+			}
+			// The ICRC gives way to the zeroes that openAt wants to see before the next packet.
+			icrc := binary.LittleEndian.Uint32(buf[end-icrcLen:])
+			clear(buf[end-icrcLen : end])
+			if end-at > maxDatagram {
 				l.counters.badLength.Add(1)
 				continue
 			}
-			data, id, ok := l.rx.openAt(peer, l.local, buf[:at+length], at, l.rxID)
+			data, id, ok := l.rx.openAt(peer, l.local, buf[:end-icrcLen], at, icrc, l.rxID)
 			if !ok {
 				l.counters.badICRC.Add(1)
 				continue
@@ -529,6 +535,11 @@ func (l *udpLink) Send(packets []Packet) error {
 
 // sendBatch sends at most batch packets.
 func (l *udpLink) sendBatch(packets []Packet) error {
+	if !l.tx.off {
+		for i := range packets {
+			l.txSum[i] = packets[i].dataSum()
+		}
+	}
 	for next := 0; next < len(packets); {
 		first, msgs := next, 0
 		for next < len(packets) {
@@ -559,7 +570,11 @@ func (l *udpLink) prepare(msg int, packets []Packet, at int) int {
 		if n > 0 && (p.Peer != packets[0].Peer || len(p.Data) > size || total+len(p.Data)+icrcLen > maxSegmented) || n == maxSegments {
 			break
 		}
-		wire := l.tx.seal(l.local, p, uint16(n))
+		icrc := uint32(0)
+		if !l.tx.off {
+			icrc = l.tx.around(aroundKey{l.local, p.Peer, uint16(n), DontFragment, len(p.Data)}) ^ l.txSum[at+n]
+		}
+		wire := binary.LittleEndian.AppendUint32(p.Data, icrc)
 		// Packets of a Device lie one behind the other.
 		if last := at + iovs - 1; iovs > 0 && uintptr(unsafe.Pointer(l.txIovs[last].Base))+uintptr(l.txIovs[last].Len) == uintptr(unsafe.Pointer(&wire[0])) {
 			l.txIovs[last].SetLen(int(l.txIovs[last].Len) + len(wire))
