@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"flag"
@@ -19,7 +20,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/agent/policy"
 	"github.com/backdoor-rhs/backdoor/boot/wireguard"
 	"github.com/backdoor-rhs/backdoor/images/builder"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
@@ -82,10 +85,10 @@ func (m *monitor) said() string {
 	return s[max(0, len(s)-6000):]
 }
 
-// goOn lets the script go on.
-func (m *monitor) goOn() {
+// goOn lets the script go on, and tells it something.
+func (m *monitor) goOn(tell string) {
 	m.t.Helper()
-	if _, err := io.WriteString(m.input, "\n"); err != nil {
+	if _, err := io.WriteString(m.input, tell+"\n"); err != nil {
 		m.t.Fatal(err)
 	}
 }
@@ -182,7 +185,8 @@ var pieces = [][2]uint64{{16 << 20, 24 << 20}, {0x1234567, 3000001}}
 
 // TestRDMA: unmodified RDMA programs on a stock kernel reach the host's memory through the DPU, while the host runs, stands still and is
 // dead; what they read is what is in its RAM file; and the operator's command does its work over the same wire, through the tunnel that
-// policy demands for it and that the DPU has made at boot.
+// policy demands for it and that the DPU has made at boot: it looks, stores and takes that back, stops a process and takes that back, and
+// switches the host off and on.
 func TestRDMA(t *testing.T) {
 	needLab(t)
 	image := labImage(t)
@@ -204,7 +208,13 @@ func testRDMA(t *testing.T, kernel, image string, programs map[string]string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := lab.Up(ctx, lab.Config{DPUImage: image + ".cpio.zst", DPUKernel: image + ".vmlinuz", Tunnel: monitorKey.Public()})
+	rules := policy.Default()
+	rules.Detectors.RunawayFor, rules.Detectors.RunawayShare = policy.Duration(3*time.Second), 0.3
+	soon, err := json.Marshal(rules)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := lab.Up(ctx, lab.Config{DPUImage: image + ".cpio.zst", DPUKernel: image + ".vmlinuz", Tunnel: monitorKey.Public(), Policy: soon})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -218,6 +228,19 @@ func testRDMA(t *testing.T, kernel, image string, programs map[string]string) {
 	}
 	key, err := os.ReadFile(filepath.Join(l.DPU.StateDir, "rdma-key"))
 	if err != nil {
+		t.Fatal(err)
+	}
+	memoryKey, err := os.ReadFile(filepath.Join(l.DPU.StateDir, "rdma-memory-key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.Post(ctx, "/redfish/v1/AccountService/Roles", map[string]any{
+		"RoleId": "Memory", "AssignedPrivileges": []string{"Login", "ConfigureComponents", "ConfigureSelf"}, "OemPrivileges": []string{"BackdoorMemory"},
+	}, nil); err != nil {
+		t.Fatal(err)
+	}
+	account := map[string]any{"UserName": "memory", "Password": "a long password 1", "RoleId": "Memory"}
+	if _, err := o.Post(ctx, "/redfish/v1/AccountService/Accounts", account, nil); err != nil {
 		t.Fatal(err)
 	}
 	dpuKey, err := wireguard.LoadKey(filepath.Join(l.DPU.StateDir, "tunnel-key"))
@@ -239,25 +262,51 @@ func testRDMA(t *testing.T, kernel, image string, programs map[string]string) {
 	for _, p := range pieces {
 		fmt.Fprintf(&sums, "sum=$(fetch %v %d %d | sha256sum) && echo \"sum %d ${sum%%%% *}\"\n", lab.DPUWireAddress.Addr(), p[0], p[1], p[0])
 	}
+	_, size := l.Host.RAM()
+	place := size/2 + 0x120 // somewhere in RAM: what is there is put back while the host stands still
+	dpu := lab.DPUWireAddress.Addr()
 	script := `try() { name=$1; shift; if "$@" >/out 2>&1; then echo "result $name ok"; else echo "result $name failed"; cat /out; fi; }
 pause() { echo "phase $1"; read x </dev/ttyS0; }
+# The command needs the UDP port that rxe holds.
+rxe_off() { rdma link delete rxe0; rmmod rdma_rxe; }
+rxe_on() {
+	insmod /modules/*-rdma_rxe.ko
+	rdma link add rxe0 type rxe netdev eth0
+	n=0; while ! [ -c /dev/infiniband/uverbs0 ] && [ $n -lt 200 ]; do sleep 0.05; n=$((n+1)); done
+}
+record() { sed -n 's/.*take it back with: restore //p' /out; }
 ip -6 addr add fd00:bd::3/64 dev eth0
 n=0; while ! ping -6 -c 1 -W 1 ` + lab.DPUWireAddress6.Addr().String() + ` >/dev/null 2>&1 && [ $n -lt 30 ]; do n=$((n+1)); done
-n=0; while ! ping -c 1 -W 1 ` + lab.DPUWireAddress.Addr().String() + ` >/dev/null 2>&1 && [ $n -lt 30 ]; do n=$((n+1)); done
+n=0; while ! ping -c 1 -W 1 ` + dpu.String() + ` >/dev/null 2>&1 && [ $n -lt 30 ]; do n=$((n+1)); done
 ` + steps(*rdmaWhole) + `
 pause running
 ` + sums.String() + `
-pause still
-try dead_lat ib_read_lat -F -n 50 -p 18515 ` + lab.DPUWireAddress.Addr().String() + `
-try dead_bw ib_read_bw -F -s 65536 -n 40 -p 18515 ` + lab.DPUWireAddress.Addr().String() + `
-` + sums.String() + `
-rdma link delete rxe0
-rmmod rdma_rxe
+rxe_off
 echo '` + strings.TrimSpace(string(key)) + `' >/key
-b="backdoor -rdma-key /key -timeout 60s -rdma ` + lab.DPUWireAddress.Addr().String() + `"
+echo '` + strings.TrimSpace(string(memoryKey)) + `' >/memory-key
+b="backdoor -rdma-key /key -timeout 60s -rdma ` + dpu.String() + `"
 try cli_outside_refused sh -c "$b findings >/out2 2>&1; [ \$? = 5 ] && grep rdma.encrypted /out2"
 try tunnel tunnel /wg0.json
 b="backdoor -rdma-key /key -timeout 60s -rdma ` + lab.DPUTunnelAddress.Addr().String() + `"
+m="backdoor -user memory -rdma-key /memory-key -timeout 60s -rdma ` + lab.DPUTunnelAddress.Addr().String() + `"
+pause still
+try cli_write $m write ` + fmt.Sprintf("%#x", place+3) + ` 0a0b0c0d0e -y
+written=$(record)
+try cli_cas $m cas ` + fmt.Sprintf("%#x", place+8) + ` $x 0x1122334455667788 -y
+swapped=$(record)
+pause stored
+try cli_restore $m restore $swapped $written -y
+pause restored
+try cli_heal $b heal $x -action stop-process -y
+finding=$x
+pause stopped
+try cli_undo $b undo $finding -y
+rxe_on
+pause continued
+try dead_lat ib_read_lat -F -n 50 -p 18515 ` + dpu.String() + `
+try dead_bw ib_read_bw -F -s 65536 -n 40 -p 18515 ` + dpu.String() + `
+` + sums.String() + `
+rxe_off
 try cli_status_3 sh -c "$b status; [ \$? = 3 ]"
 try cli_ps sh -c "$b ps | grep -q init"
 try cli_dmesg sh -c "$b dmesg | grep -q 'Kernel panic'"
@@ -294,11 +343,60 @@ pause end
 	if err := l.Host.Freeze(ctx); err != nil {
 		t.Fatal(err)
 	}
-	m.goOn()
+	m.goOn("")
 	m.wait(ctx, `phase still`)
 	m.sums(l, 0)
+	// What is stored by RDMA is in the RAM file, and nothing of it is left when it was taken back.
+	before := m.ram(l, place, 32)
+	word := binary.LittleEndian.Uint64(before[8:])
+	m.goOn(fmt.Sprintf("%#x", word))
+	m.wait(ctx, `phase stored`)
+	want := bytes.Clone(before)
+	copy(want[3:], []byte{10, 11, 12, 13, 14})
+	binary.LittleEndian.PutUint64(want[8:], 0x1122334455667788)
+	if got := m.ram(l, place, 32); !bytes.Equal(got, want) {
+		t.Errorf("after write and cas the RAM file has % x; want % x; before it had % x", got, want, before)
+	}
+	m.goOn("")
+	m.wait(ctx, `phase restored`)
+	if got := m.ram(l, place, 32); !bytes.Equal(got, before) {
+		t.Errorf("after restore the RAM file has % x; want % x", got, before)
+	}
 	if err := l.Host.Thaw(ctx); err != nil {
 		t.Fatal(err)
+	}
+	// A process is stopped and, when that is taken back, goes on.
+	runaway, err := l.Host.Fault(ctx, lab.FaultRunaway)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := func() string {
+		all, err := l.Host.PS(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range all {
+			if p.PID == runaway.PID {
+				return p.State
+			}
+		}
+		return "gone"
+	}
+	f, err := o.WaitFinding(ctx, func(f detect.Finding) bool {
+		return f.Kind == detect.KindRunawayProcess && f.Culprit.TGID == runaway.PID
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.goOn(f.ID)
+	m.wait(ctx, `phase stopped`)
+	if s := now(); s != "T" {
+		t.Errorf("process %d, stopped by an order over RDMA, has state %q; want T", runaway.PID, s)
+	}
+	m.goOn("")
+	m.wait(ctx, `phase continued`)
+	if s := now(); s != "R" && s != "S" {
+		t.Errorf("process %d, whose stop was taken back over RDMA, has state %q; want R", runaway.PID, s)
 	}
 	if _, err := l.Host.Fault(ctx, lab.FaultPanic); err != nil {
 		t.Fatal(err)
@@ -311,7 +409,7 @@ pause end
 		t.Fatal(err)
 	}
 	boots := l.Host.Boots()
-	m.goOn()
+	m.goOn("")
 	m.wait(ctx, `result cli_write_refused`)
 	m.sums(l, len(pieces))
 	if err := l.Host.Thaw(ctx); err != nil {
@@ -343,7 +441,7 @@ pause end
 			t.Errorf("%d packets with a wrong ICRC", k.Value)
 		}
 	}
-	m.goOn()
+	m.goOn("")
 }
 
 // results complains about each step that failed, and about those that are missing.
@@ -359,13 +457,29 @@ func (m *monitor) results() {
 			m.t.Errorf("%s: %s", r[1], r[2])
 		}
 	}
-	want := strings.Count(steps(*rdmaWhole), "try ") + strings.Count(steps(*rdmaWhole), " & back=$!") + 2 + 11
+	want := strings.Count(steps(*rdmaWhole), "try ") + strings.Count(steps(*rdmaWhole), " & back=$!") + 2 + 16
 	if n != want {
 		m.t.Errorf("%d steps said how they ended; want %d", n, want)
 	}
 	if m.t.Failed() {
 		m.t.Logf("the monitor said\n%s", out)
 	}
+}
+
+// ram returns bytes of the RAM file.
+func (m *monitor) ram(l *lab.Lab, at int64, n int) []byte {
+	m.t.Helper()
+	path, _ := l.Host.RAM()
+	f, err := os.Open(path)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer f.Close()
+	b := make([]byte, n)
+	if _, err := f.ReadAt(b, at); err != nil {
+		m.t.Fatal(err)
+	}
+	return b
 }
 
 // sums holds what the librdmacm client read, from the given answer on, against the RAM file.

@@ -119,10 +119,13 @@ func writeState(dir string, cfg Config, l *Lab) (parties, error) {
 	if err != nil {
 		return parties{}, fmt.Errorf("write the agreement: %w", err)
 	}
-	secret := make([]byte, export.KeySize)
-	rand.Read(secret)
+	secret := func() []byte {
+		b := make([]byte, export.KeySize)
+		rand.Read(b)
+		return []byte(base64.StdEncoding.EncodeToString(b))
+	}
 	for name, data := range map[string][]byte{
-		"rdma-key": []byte(base64.StdEncoding.EncodeToString(secret)), "agreement.json": doc, "policy.json": rules, "bmc-password": []byte(password), "bmc-ca.pem": l.BMC.CA,
+		"rdma-key": secret(), "rdma-memory-key": secret(), "agreement.json": doc, "policy.json": rules, "bmc-password": []byte(password), "bmc-ca.pem": l.BMC.CA,
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
 			return parties{}, &InfraError{Op: "write the DPU's state", Err: err}
@@ -144,7 +147,9 @@ func writeState(dir string, cfg Config, l *Lab) (parties, error) {
 		HostBMC:    &service,
 		Redfish:    config.Redfish{Listen: ":443"},
 		RDMA: config.RDMA{
-			Addresses: []netip.Addr{DPUWireAddress.Addr(), DPUWireAddress6.Addr()}, Keys: []config.RDMAKey{{User: "admin", File: "rdma-key"}}, MemoryByKey: true,
+			Addresses: []netip.Addr{DPUWireAddress.Addr(), DPUWireAddress6.Addr()}, MemoryByKey: true,
+			// There is no account "memory" until somebody makes one.
+			Keys: []config.RDMAKey{{User: "admin", File: "rdma-key"}, {User: "memory", File: "rdma-memory-key"}},
 		},
 		Boot: boot.Config{
 			Hostname: "dpu",
