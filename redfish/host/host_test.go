@@ -397,6 +397,7 @@ var testHardware = Hardware{
 		{Name: "a b", Index: 4, Init: true, Type: 1, MAC: "52:54:00:12:34:58", MTU: 1500},
 	},
 	DIMMs:       []DIMM{{ID: "dimm0", Locator: "DIMM 0", Bank: "BANK A", Bytes: 512 << 20, Type: 0x1a, Handle: 0x1100}, {ID: "dimm1", Locator: "DIMM 1"}},
+	Disks:       []kernel.Disk{{Name: "sda", Size: 8 << 30}, {Name: "nvme0n1", Size: 1 << 40}},
 	Controllers: []kernel.MemoryController{{Name: "test", Correctable: 4, CorrectableUnplaced: 1, Modules: []kernel.ECCCounter{{Label: "mc#0", Handle: 0x1100, Correctable: 3}}}},
 	RAM:         []hostmem.Range{{Start: 0x1000, Size: 0x9e000}, {Start: 1 << 20, Size: 511 << 20}},
 }

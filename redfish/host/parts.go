@@ -29,6 +29,7 @@ type Hardware struct {
 	DIMMs      []DIMM
 	// Controllers are the memory controllers whose errors the kernel counts.
 	Controllers []kernel.MemoryController
+	Disks       []kernel.Disk // those that are pieces of hardware
 	Firmware    Firmware
 }
 
@@ -51,6 +52,16 @@ func (h *host) parts() []service.Route {
 				return ids, nil
 			},
 		},
+		{
+			URI: systemURI + "/SimpleStorage", Type: schema.TypeSimpleStorageCollection, Name: "Storage of the host",
+			Members: func(r *service.Request) (ids []string, err error) {
+				if len(h.look(r.Context()).Disks) > 0 {
+					ids = append(ids, "disks")
+				}
+				return ids, nil
+			},
+		},
+		{URI: systemURI + "/SimpleStorage/{storage}", Type: schema.TypeSimpleStorage, Get: h.disks},
 		{URI: systemURI + "/Processors/{processor}", Type: schema.TypeProcessor, Get: h.processor},
 		{
 			URI: systemURI + "/EthernetInterfaces", Type: schema.TypeEthernetInterfaceCollection, Name: "Ethernet interfaces of the host",
@@ -104,6 +115,15 @@ func (h *host) readHardware(ctx context.Context) (Hardware, error) {
 	if list, err := v.Processors(); err == nil {
 		w.Processors = list
 	}
+	for d, err := range v.Disks() {
+		if err != nil {
+			w.Disks = nil
+			break
+		}
+		if isHardware(d) {
+			w.Disks = append(w.Disks, d)
+		}
+	}
 	for i, err := range v.Interfaces() {
 		if err != nil {
 			w.Interfaces = nil
@@ -114,6 +134,25 @@ func (h *host) readHardware(ctx context.Context) (Hardware, error) {
 		}
 	}
 	return w, nil
+}
+
+// isHardware tells a disk from what the kernel makes of files, memory and other disks.
+func isHardware(d kernel.Disk) bool {
+	name := strings.TrimRight(d.Name, "0123456789")
+	return d.Size > 0 && !slices.Contains([]string{"loop", "ram", "zram", "nbd", "dm-", "md", "md_d", "drbd", "pmem"}, name)
+}
+
+// disks are the host's disks as its kernel has them. Which controller each is at, other resources would tell.
+func (h *host) disks(r *service.Request) (schema.Object, error) {
+	all := h.look(r.Context()).Disks
+	if len(all) == 0 || r.Param("storage") != "disks" {
+		return nil, service.ErrNotFound
+	}
+	out := &schema.SimpleStorage{Resource: schema.Resource{Name: "Disks"}, Status: &schema.Status{State: schema.StateEnabled}}
+	for _, d := range all {
+		out.Devices = append(out.Devices, schema.StorageDevice{Name: d.Name, CapacityBytes: d.Size, Status: &schema.Status{State: schema.StateEnabled}})
+	}
+	return out, nil
 }
 
 // nodeName reads init_uts_ns.name.nodename, or nothing.
@@ -155,6 +194,9 @@ func (h *host) summarize(ctx context.Context, out *schema.ComputerSystem) {
 	}
 	if len(w.DIMMs) > 0 {
 		out.Memory = schema.LinkTo(systemURI + "/Memory")
+	}
+	if len(w.Disks) > 0 {
+		out.SimpleStorage = schema.LinkTo(systemURI + "/SimpleStorage")
 	}
 	if out.Manufacturer == "" { // the service processor has the last word
 		out.Manufacturer, out.Model = w.Firmware.Vendor, cmp.Or(out.Model, w.Firmware.Product)

@@ -329,6 +329,32 @@ func TestMemoryModules(t *testing.T) {
 	}
 }
 
+func TestDisks(t *testing.T) {
+	c := connect(t, newFakeAgent())
+	s, err := c.System(t.Context())
+	if err != nil || s.SimpleStorage == nil {
+		t.Fatalf("the system has no storage: %v", err)
+	}
+	var all []schema.SimpleStorage
+	for m, err := range client.Members[schema.SimpleStorage](t.Context(), c, s.SimpleStorage.ID) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, m)
+	}
+	if len(all) != 1 || len(all[0].Devices) != 2 || all[0].Devices[0].Name != "sda" || all[0].Devices[1].CapacityBytes != 1<<40 {
+		t.Errorf("storage %+v", all)
+	}
+	for name, want := range map[string]bool{"sda": true, "vda": true, "nvme0n1": true, "mmcblk0": true, "sr0": true, "loop0": false, "ram15": false, "zram0": false, "dm-3": false, "md127": false} {
+		if got := isHardware(kernel.Disk{Name: name, Size: 1}); got != want {
+			t.Errorf("%s is hardware: %v", name, got)
+		}
+	}
+	if isHardware(kernel.Disk{Name: "sr0"}) {
+		t.Error("a drive without a medium has no capacity to show")
+	}
+}
+
 // Errors are a module's only if there is no doubt whose they are.
 func TestErrorsOfModules(t *testing.T) {
 	counter := func(label string, handle uint16, n uint64) kernel.ECCCounter {

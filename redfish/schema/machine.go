@@ -7,6 +7,7 @@ const (
 	TypeOperatingSystem       = "OperatingSystem.v1_0_2.OperatingSystem"
 	TypeMemory                = "Memory.v1_23_0.Memory"
 	TypeMemoryMetrics         = "MemoryMetrics.v1_8_0.MemoryMetrics"
+	TypeSimpleStorage         = "SimpleStorage.v1_3_2.SimpleStorage"
 	TypeProcessor             = "Processor.v1_22_0.Processor"
 	TypeEthernetInterface     = "EthernetInterface.v1_12_4.EthernetInterface"
 	TypeVirtualMedia          = "VirtualMedia.v1_6_5.VirtualMedia"
@@ -20,6 +21,7 @@ const (
 
 	TypeProcessorCollection         = "ProcessorCollection.ProcessorCollection"
 	TypeMemoryCollection            = "MemoryCollection.MemoryCollection"
+	TypeSimpleStorageCollection     = "SimpleStorageCollection.SimpleStorageCollection"
 	TypeEthernetInterfaceCollection = "EthernetInterfaceCollection.EthernetInterfaceCollection"
 	TypeVirtualMediaCollection      = "VirtualMediaCollection.VirtualMediaCollection"
 	TypeNetworkAdapterCollection    = "NetworkAdapterCollection.NetworkAdapterCollection"
@@ -88,6 +90,20 @@ type MemoryMetrics struct {
 type MemoryPeriod struct {
 	Correctable   uint64 `json:"CorrectableECCErrorCount"`
 	Uncorrectable uint64 `json:"UncorrectableECCErrorCount"`
+}
+
+// SimpleStorage is SimpleStorage.v1_3_2.SimpleStorage: disks, and nothing of how they are attached.
+type SimpleStorage struct {
+	Resource
+	Devices []StorageDevice `json:"Devices"`
+	Status  *Status         `json:"Status,omitempty"`
+}
+
+// StorageDevice is SimpleStorage.v1_3_2.Device.
+type StorageDevice struct {
+	Name          string  `json:"Name"`
+	CapacityBytes uint64  `json:"CapacityBytes"`
+	Status        *Status `json:"Status,omitempty"`
 }
 
 // PhysicalLocation is Resource.v1_20_0.Location.

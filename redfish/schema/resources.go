@@ -76,6 +76,7 @@ type ComputerSystem struct {
 	MemorySummary    *MemorySummary    `json:"MemorySummary,omitempty"`
 	Processors       *Link             `json:"Processors,omitempty"`
 	Memory           *Link             `json:"Memory,omitempty"`
+	SimpleStorage    *Link             `json:"SimpleStorage,omitempty"`
 	EthernetIfaces   *Link             `json:"EthernetInterfaces,omitempty"`
 	VirtualMedia     *Link             `json:"VirtualMedia,omitempty"`
 	LogServices      *Link             `json:"LogServices,omitempty"`

@@ -2,7 +2,7 @@
 //
 // Synopsis:
 //
-//	go run ./tests/bench [-json] [-n N] [-kernel 6.1] [-part files|start|dpu|images]
+//	go run ./tests/bench [-json] [-n N] [-kernel 6.1] [-part files|start|upload|dpu|images]
 //
 // Description:
 //
@@ -12,7 +12,8 @@
 //	-json      print JSON instead of a table
 //	-n N       how often each fault is made (5)
 //	-kernel V  the host's kernel for the faults (6.1); attaching is measured on 6.1 and 6.12
-//	-part P    only one part: images, files (native, on a RAM file), start (the DPU's, -n times) or dpu
+//	-part P    only one part: images, files (native, on a RAM file), start (the DPU's, -n times), upload (-n bundles
+//	           into it) or dpu
 package main
 
 import (
@@ -37,7 +38,7 @@ import (
 // Figure is one measured value.
 type Figure struct {
 	Name   string    `json:"name"`
-	Unit   string    `json:"unit"` // "ms", "µs", "B", "MiB" or "%"
+	Unit   string    `json:"unit"` // "ms", "µs", "B", "MiB", "MB/s" or "%"
 	Values []float64 `json:"values"`
 	Median float64   `json:"median"`
 	Max    float64   `json:"max"`
@@ -95,7 +96,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	asJSON := flags.Bool("json", false, "print JSON")
 	flags.IntVar(&o.n, "n", 5, "how often each fault is made")
 	flags.StringVar(&o.kernel, "kernel", "6.1", "the host's kernel for the faults")
-	only := flags.String("part", "", "only this part: images, files, start or dpu")
+	only := flags.String("part", "", "only this part: images, files, start, upload or dpu")
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
@@ -112,6 +113,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		{"images", images},
 		{"files", files},
 		{"start", start},
+		{"upload", upload},
 		{"dpu", dpu},
 	} {
 		if *only != "" && *only != part.name {
