@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"runtime/debug"
 	"time"
 
@@ -110,11 +111,16 @@ func keep(ctx context.Context, path string, log *slog.Logger, stdout, stderr io.
 	return k.run(ctx)
 }
 
-// limitMemory keeps the garbage collector from letting the heap grow into what a small machine has. GOMEMLIMIT wins.
+// limitMemory keeps the garbage collector from letting the heap grow into what a small machine has: the agent is a guest there, and
+// 64 MiB resident, its program included, are what it should take while a host of usual size is watched. So it is collected more often than
+// Go would by itself. GOGC and GOMEMLIMIT win.
 func limitMemory(total uint64) {
-	const least, most = 48 << 20, 512 << 20
+	const share, least, most = 8, 48 << 20, 512 << 20
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(40)
+	}
 	if debug.SetMemoryLimit(-1) < 1<<62 { // set by the environment
 		return
 	}
-	debug.SetMemoryLimit(int64(min(max(total/2, least), most)))
+	debug.SetMemoryLimit(int64(min(max(total/share, least), most)))
 }
