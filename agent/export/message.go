@@ -109,9 +109,9 @@ type HealRequest struct {
 // Agreed returns what of a plan counts when it is carried out, which is what its digest is of. It fits into a request, which is one
 // message.
 func Agreed(p heal.Plan) *heal.Plan {
-	a := &heal.Plan{ID: p.ID, Action: p.Action, Finding: p.Finding, Title: p.Title, Risk: p.Risk, Made: p.Made, Target: p.Target, Targets: p.Targets, Steps: []heal.Step{}}
+	a := &heal.Plan{ID: p.ID, Action: p.Action, Finding: p.Finding, Title: p.Title, Risk: p.Risk, Made: p.Made, Target: p.Target, Targets: p.Targets, More: p.More, Steps: []heal.Step{}}
 	for _, s := range p.Steps {
-		a.Steps = append(a.Steps, heal.Step{Op: s.Op, Object: s.Object})
+		a.Steps = append(a.Steps, heal.Step{Op: s.Op, Object: s.Object, Power: s.Power, Network: s.Network})
 	}
 	return a
 }

@@ -235,15 +235,22 @@ type Plan struct {
 	Lifts []string `json:"lifts,omitempty"`
 }
 
-// Digest names what a plan does, in hexadecimal digits: its action, finding, title and targets, and what each step does to which object.
-// Addresses and bytes do not count, nor what is new in each plan: they are others from one moment to the next.
+// Digest names what a plan does and to whom, in hexadecimal digits: its action, finding and targets, and what each step does to which
+// object. Addresses, bytes and counts do not count, for they are others from one moment to the next; nor do, in one of several plans of
+// a repair (More), the steps and those of its targets that are found anew each time: a fork bomb grows while somebody reads.
 func (p Plan) Digest() string {
-	type step struct{ Op, Object string }
-	steps := make([]step, len(p.Steps))
-	for i, s := range p.Steps {
-		steps[i] = step{string(s.Op), s.Object}
+	type step struct {
+		Op, Object, Power string
+		Network           *NetworkOrder
 	}
-	b, err := json.Marshal([]any{p.Action, p.Finding, p.Title, p.Target, p.Targets, steps})
+	what := []any{p.Action, p.Finding, p.Target}
+	if !p.More {
+		what = append(what, p.Targets)
+		for _, s := range p.Steps {
+			what = append(what, step{string(s.Op), s.Object, s.Power, s.Network})
+		}
+	}
+	b, err := json.Marshal(what)
 	if err != nil {
 		panic(err) // nothing in it can fail
 	}

@@ -139,7 +139,7 @@ func (a *fakeAgent) Heal(_ context.Context, r engine.HealRequest) (heal.Plan, *h
 		},
 	}
 	if a.moved && !r.DryRun {
-		p.Title = "kill another (413)"
+		p.Target = &heal.Target{PID: 413, TGID: 413, Comm: "another"}
 	}
 	if err := p.Agreed(r.Agreed); err != nil || r.DryRun {
 		return p, nil, err

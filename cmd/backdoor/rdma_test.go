@@ -61,7 +61,7 @@ func (h *rdmaHost) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, *
 		return h.fakeAgent.Heal(ctx, r)
 	}
 	p, _, err := h.fakeAgent.Heal(ctx, engine.HealRequest{Finding: r.Finding, DryRun: true})
-	p.Title = fmt.Sprintf("kill another (%d)", n)
+	p.Target = &heal.Target{PID: n, TGID: n, Comm: "another"}
 	return p, nil, errors.Join(err, p.Agreed(r.Agreed))
 }
 

@@ -117,7 +117,7 @@ func keep(ctx context.Context, path string, log *slog.Logger, stdout, stderr io.
 func limitMemory(total uint64) {
 	const share, least, most = 8, 48 << 20, 512 << 20
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(40)
+		debug.SetGCPercent(30)
 	}
 	if debug.SetMemoryLimit(-1) < 1<<62 { // set by the environment
 		return

@@ -307,7 +307,7 @@ func TestUndo(t *testing.T) {
 		t.Errorf("dry run = %+v, %v", out, err)
 	}
 	other := out.Plan
-	other.Title = "Continue another"
+	other.Target = &heal.Target{PID: 1}
 	if _, err := c.UndoHeal(t.Context(), client.UndoRequest{Finding: "cpu-stall-1", Plan: other.Digest()}, nil); err == nil || !strings.Contains(err.Error(), "moved on") {
 		t.Errorf("undo by another plan = %v", err)
 	}
@@ -363,7 +363,7 @@ func TestHeal(t *testing.T) {
 	}
 	// What somebody has agreed to is done, and nothing else.
 	other := dry.Plan
-	other.Title = "Kill init (1)"
+	other.Target = &heal.Target{PID: 1}
 	if _, out, err := run(client.HealRequest{Finding: "runaway-process-2", Plan: other.Digest()}); err == nil || out.Outcome != nil || !strings.Contains(err.Error(), "moved on") {
 		t.Errorf("heal by another plan = %+v, %v", out, err)
 	}
