@@ -186,12 +186,13 @@ func (u *updates) end() { <-u.busy }
 func (u *updates) task(r *Request, o UpdateOptions, image func(context.Context) (io.ReadCloser, error), end func(error)) (*Reply, error) {
 	return r.Task("Update", func(ctx context.Context, t *Task) (_ *Reply, err error) {
 		defer u.end()
-		defer func() { end(err) }()
 		in, err := image(ctx)
 		if err != nil {
+			end(err)
 			return nil, err
 		}
 		defer in.Close()
+		defer func() { end(err) }() // before the image is closed: whoever sends it is to learn why
 		defer context.AfterFunc(ctx, func() { in.Close() })() // a read that waits ends when the task is cancelled
 		limited := &limitReader{in: in, left: u.svc.o.Updater.MaxImage()}
 		err = u.svc.o.Updater.Install(ctx, limited, o, t.Report)
@@ -256,7 +257,10 @@ func (u *updates) pull(r *Request, v Values) (*Reply, error) {
 			return nil, err
 		}
 		return remote, nil
-	}, func(error) { client.CloseIdleConnections() })
+	}, func(error) {
+		remote.Close()
+		client.CloseIdleConnections()
+	})
 	if err != nil {
 		u.end()
 	}
