@@ -192,7 +192,7 @@ func (u *updates) task(r *Request, o UpdateOptions, image func(context.Context) 
 			return nil, err
 		}
 		defer in.Close()
-		defer func() { end(err) }() // before the image is closed: whoever sends it is to learn why
+		defer func() { end(err) }()                           // before the image is closed: whoever sends it is to learn why
 		defer context.AfterFunc(ctx, func() { in.Close() })() // a read that waits ends when the task is cancelled
 		limited := &limitReader{in: in, left: u.svc.o.Updater.MaxImage()}
 		err = u.svc.o.Updater.Install(ctx, limited, o, t.Report)
