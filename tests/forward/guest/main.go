@@ -1,5 +1,6 @@
 // Guest is the first program of a machine with two network cards, eth0 and eth1. It forwards between them, by the packet path or by a Linux
-// bridge, as it is told on the console: a line "packetpath" or "bridge", which it answers by "forward: " and what it does now.
+// bridge, as it is told on the console: a line "packetpath", "bridge", or
+// "unyielding", the packet path in softirqs, which does not give way to the agent. It answers by "forward: " and what it does now.
 package main
 
 import (
@@ -102,10 +103,15 @@ func (m *machine) forward(how string) (string, error) {
 		m.bridge = nil
 	}
 	switch how {
-	case "packetpath", "packetpath-generic":
+	case "packetpath", "unyielding":
 		var err error
-		if m.path, err = datapath.Open(datapath.Config{Host: host, Uplink: uplink, Generic: how != "packetpath"}); err != nil {
+		if m.path, err = datapath.Open(datapath.Config{Host: host, Uplink: uplink}); err != nil {
 			return "", err
+		}
+		if how == "unyielding" {
+			if err := os.WriteFile("/sys/class/net/"+host+"/threaded", []byte("0"), 0); err != nil {
+				return "", err
+			}
 		}
 		native, err := m.path.Native()
 		return fmt.Sprintf("packet path, native %v, yields %v", native, m.path.Yields == nil), err
