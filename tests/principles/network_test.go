@@ -155,11 +155,16 @@ func invisible(ctx context.Context, b *bench) (string, error) {
 	return fmt.Sprintf("%d frames on the cable, 0 of the agent's machine", n), nil
 }
 
-// stream has the host send a datagram each millisecond to the peer, for a time; it does not wait for the end.
+// stream has the host send a datagram each millisecond to the peer, until ctx ends and no longer than for a time; it does not wait for the end.
 func (b *bench) stream(ctx context.Context, text string, d time.Duration) {
-	go b.host.Frames(ctx, control.FramesArgs{ // that nothing comes is noticed where it is waited for
-		Frames: [][]byte{eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 17, 0, nil, udp(7777, 7777, text)))}, For: d, Gap: time.Millisecond,
-	})
+	frame := eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 17, 0, nil, udp(7777, 7777, text)))
+	go func() { // that nothing comes is noticed where it is waited for
+		for end := time.Now().Add(d); ctx.Err() == nil && time.Now().Before(end); {
+			if _, err := b.host.Frames(context.WithoutCancel(ctx), control.FramesArgs{Frames: [][]byte{frame}, For: time.Second, Gap: time.Millisecond}); err != nil {
+				return
+			}
+		}
+	}()
 }
 
 // order gives the packet path an order the short way, and tells how long the answer took.
@@ -173,7 +178,9 @@ func (b *bench) order(ctx context.Context, o client.NetworkOrder) (time.Duration
 func contain(ctx context.Context, b *bench) (string, error) {
 	const text = "contain me"
 	mark := b.peer.mark()
-	b.stream(ctx, text, 15*time.Second)
+	sending, stop := context.WithCancel(ctx)
+	defer stop()
+	b.stream(sending, text, 3*time.Minute)
 	if _, err := b.peer.wait(ctx, mark, carries(text)); err != nil {
 		return "", fmt.Errorf("the host's traffic does not get through: %w", err)
 	}

@@ -45,18 +45,19 @@ type bench struct {
 	agent *operator.Agent
 	peer  *peer // a machine on the wire
 	// What plants change.
-	target   target
-	allow    []string
-	calm     bool // something is left undone, or done, so that the row must turn red
-	onHost   bool // the counted guest has an agent of its own
-	guest    *counted
-	alone    []uint64 // the counted guest's marks when nobody observes it
-	held     *access.Agreement
-	enrolled time.Duration // how long the agent took to lock it
-	lines    io.Writer     // of what is more than a row has room for
-	dir      string
-	memory   *client.Client // of who may reach memory
-	poller   *export.Poller // of the agent's health page
+	target     target
+	allow      []string
+	calm       bool // something is left undone, or done, so that the row must turn red
+	onHost     bool // the counted guest has an agent of its own
+	guest      *counted
+	alone      []uint64  // the counted guest's marks when nobody observes it
+	unrepaired *executed // by the guest of which nothing is killed
+	held       *access.Agreement
+	enrolled   time.Duration // how long the agent took to lock it
+	lines      io.Writer     // of what is more than a row has room for
+	dir        string
+	memory     *client.Client // of who may reach memory
+	poller     *export.Poller // of the agent's health page
 }
 
 // policy bounds a flood without asking, as a fleet's would.

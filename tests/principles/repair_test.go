@@ -37,7 +37,7 @@ type executed struct {
 }
 
 // repairCost runs a guest of which a process is killed from outside, and the same one without, and explains the difference in the instructions
-// executed, function by function: all counts together must be the guest's own, to the last instruction, and the functions that only the killed
+// executed, function by function: all counts together must be the guest's own, but for what is begun twice, and the functions that only the killed
 // guest has executed must be those by which a kernel kills. What is planted is that nothing is repaired, so that there is no difference.
 func repairCost(ctx context.Context, b *bench) (string, error) {
 	g, err := newCounted(ctx, b.dir)
@@ -49,10 +49,14 @@ func repairCost(ctx context.Context, b *bench) (string, error) {
 		return "", fmt.Errorf("build the plugin: %w: %s", err, text)
 	}
 	g.line, g.writable = "counted.victim=1", true
-	without, err := countFunctions(ctx, g, plugin, nil)
-	if err != nil {
-		return "", fmt.Errorf("without a repair: %w", err)
+	if b.unrepaired == nil {
+		e, err := countFunctions(ctx, g, plugin, nil)
+		if err != nil {
+			return "", fmt.Errorf("without a repair: %w", err)
+		}
+		b.unrepaired = &e
 	}
+	without := *b.unrepaired
 	repair := killVictim
 	if b.calm {
 		repair = nil
@@ -61,9 +65,11 @@ func repairCost(ctx context.Context, b *bench) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("with a repair: %w", err)
 	}
+	// An instruction that a page fault breaks off is begun again, and so is one that reaches a device where the emulator had not expected that.
+	// The plugin counts it each time that it is begun.
 	for _, e := range []executed{without, with} {
-		if e.counted != e.tsc {
-			return "", fmt.Errorf("the functions have executed %d instructions together, and the guest has counted %d", e.counted, e.tsc)
+		if again := int64(e.counted - e.tsc); again < 0 || again > int64(e.tsc/1e6) {
+			return "", fmt.Errorf("the functions have begun %d instructions together, and the guest has counted %d", e.counted, e.tsc)
 		}
 	}
 	type change struct {
@@ -83,6 +89,12 @@ func repairCost(ctx context.Context, b *bench) (string, error) {
 	if len(all) == 0 {
 		return "", errors.New("the repair has made no difference")
 	}
+	slices.SortFunc(all, func(a, b change) int { return cmp.Compare(b.by, a.by) })
+	if b.lines != nil {
+		for _, c := range all {
+			fmt.Fprintf(b.lines, "%-40s %+d (with %d, without %d)\n", c.name, c.by, with.functions[c.name], without.functions[c.name])
+		}
+	}
 	for _, must := range []string{"irq_work_run_list", "do_send_sig_info", "do_group_exit", "do_exit", "exit_mmap"} {
 		if !only[must] || with.functions[must] == 0 {
 			return "", fmt.Errorf("%s has executed %d instructions with the repair and %d without", must, with.functions[must], without.functions[must])
@@ -100,20 +112,14 @@ func repairCost(ctx context.Context, b *bench) (string, error) {
 			kernelMore += c.by
 		}
 	}
-	slices.SortFunc(all, func(a, b change) int { return cmp.Compare(b.by, a.by) })
 	var top []string
 	for _, c := range all {
 		if only[c.name] && len(top) < 12 {
 			top = append(top, fmt.Sprintf("%s %d", c.name, c.by))
 		}
 	}
-	if b.lines != nil {
-		for _, c := range all {
-			fmt.Fprintf(b.lines, "%-40s %+d (with %d, without %d)\n", c.name, c.by, with.functions[c.name], without.functions[c.name])
-		}
-	}
-	return fmt.Sprintf("a kill changes %+d instructions, all of them told: %+d of programs (the victim's that it no longer executes), %+d in %d functions of the kernel that nothing else called (%s, …), "+
-		"%+d in %d others (ticks and switches that are no more), %+d without a symbol", int64(with.counted-without.counted), with.functions[ofPrograms]-without.functions[ofPrograms],
+	return fmt.Sprintf("a kill changes %+d instructions by the guest's own count; told by function, those begun twice among them (%d with, %d without): %+d of programs (the victim's that it no longer executes), %+d in %d functions of the kernel that nothing else called (%s, …), "+
+		"%+d in %d others (ticks and switches that are no more), %+d without a symbol", int64(with.tsc-without.tsc), with.counted-with.tsc, without.counted-without.tsc, with.functions[ofPrograms]-without.functions[ofPrograms],
 		kernelOnly, n, strings.Join(top, ", "), kernelMore, len(all)-n, nobody), nil
 }
 

@@ -11,6 +11,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"os/signal"
 	"strings"
 	"syscall"
 	"time"
@@ -54,7 +55,8 @@ func main() {
 	}
 	steps := work
 	if strings.Contains(string(line), "counted.victim=1") {
-		steps *= 4 // for the time that the agent needs
+		steps *= 4                     // for the time that the agent needs
+		signal.Ignore(syscall.SIGCHLD) // the kernel buries the victim
 		if _, err := syscall.ForkExec("/init", []string{"/init", "victim"}, &syscall.ProcAttr{Files: []uintptr{0, 1, 2}}); err != nil {
 			fmt.Println("counted:", err)
 		}
