@@ -171,7 +171,7 @@ func BenchmarkListings(b *testing.B) {
 // TestListings compares the listings of a running kernel with what that kernel says of itself.
 func TestListings(t *testing.T) {
 	forEachGuest(t, func(t *testing.T, kernel string) {
-		g := startObjects(t, kernel, guestOptions{})
+		g := startObjects(t, kernel, guestOptions{cmdline: "numa=fake=2"}) // two nodes where the kernel is built to (CONFIG_NUMA_EMU)
 		img := g.attach(Options{})
 		tests := []guestTest{
 			{"modules", testModules},
@@ -521,6 +521,16 @@ func about(got, want, slack uint64) bool { return got <= want+slack && want <= g
 func testMemory(t *testing.T, g *guest, img *Image) {
 	meminfo, vmstat, zones, buddies := g.read("/proc/meminfo"), g.read("/proc/vmstat"), g.read("/proc/zoneinfo"), g.read("/proc/buddyinfo")
 	pressure := g.read("/proc/pressure/memory")
+	perNode := make(map[int]string)
+	online := strings.TrimSpace(g.read("/sys/devices/system/node/online"))
+	_, last, _ := strings.Cut(online, "-") // "0", or "0-1"
+	highest, _ := strconv.Atoi(last)
+	if img.Info().Arch == "x86_64" && strings.HasPrefix(img.Info().Release, "6.1.") && !strings.Contains(img.Info().Release, "cloud") && highest == 0 {
+		t.Error("the kernel is built to make two nodes, and has one")
+	}
+	for i := range highest + 1 {
+		perNode[i] = g.read(fmt.Sprintf("/sys/devices/system/node/node%d/vmstat", i))
+	}
 	v := g.frozenView(img)
 	began := time.Now()
 	m, err := v.MemoryUse()
@@ -597,6 +607,22 @@ func testMemory(t *testing.T, g *guest, img *Image) {
 		for i, b := range blocks {
 			if want, _ := strconv.ParseUint(b, 10, 64); !about(z.Buddies[i], want, want/2+50) {
 				t.Errorf("%s: %d blocks of order %d; the guest has %d", z.Name, z.Buddies[i], i, want)
+			}
+		}
+	}
+	if len(m.Nodes) != highest+1 {
+		t.Errorf("%d nodes; the guest has %q", len(m.Nodes), online)
+	}
+	for i, node := range m.Nodes {
+		if node.Node != i {
+			t.Errorf("node %d is the one of index %d", node.Node, i)
+		}
+		for line := range strings.Lines(perNode[node.Node]) {
+			f := strings.Fields(line)
+			want, _ := strconv.ParseUint(f[1], 10, 64)
+			got, ok := node.Counters.Get(f[0])
+			if !ok && !strings.HasPrefix(f[0], "numa_") || ok && !about(got, want, want/5+500) {
+				t.Errorf("node %d: %s = %d; the guest has %d", node.Node, f[0], got, want)
 			}
 		}
 	}

@@ -19,10 +19,12 @@ type MemoryUse struct {
 	Tables    uint64 `json:"tables"` // page tables
 	SwapTotal uint64 `json:"swapTotal"`
 	SwapFree  uint64 `json:"swapFree"`
+	PageSize  uint64 `json:"pageSize"`
 	// SwapUnknown says that the kernel can swap, and that its total could not be found: both figures are zero then.
 	SwapUnknown bool `json:"swapUnknown,omitempty"`
 
-	Zones []Zone `json:"zones"`
+	Zones []Zone       `json:"zones"`
+	Nodes []MemoryNode `json:"nodes"`
 	// Pressure is nil if the kernel does not account for stalls.
 	Pressure *Pressure `json:"pressure,omitempty"`
 	// Counters are those of /proc/vmstat, by its names, but in pages where huge pages are counted there, and without those of
@@ -63,6 +65,13 @@ type Zone struct {
 	Buddies []uint64 `json:"buddies"`
 }
 
+// MemoryNode is a node of the machine's memory (struct pglist_data, include/linux/mmzone.h) and its part of the counters, by the names of
+// /sys/devices/system/node/nodeN/vmstat; those of events are kept for the whole machine alone.
+type MemoryNode struct {
+	Node     int      `json:"node"`
+	Counters Counters `json:"counters"`
+}
+
 // Pressure is how long tasks have waited for something (PSI, kernel/sched/psi.c). The averages are of when the kernel last
 // made them: it does so every two seconds while something waits.
 type Pressure struct {
@@ -97,7 +106,8 @@ type memoryWalk struct {
 	zoneStat, nodeStat           VirtAddr
 	eventStates                  VirtAddr
 	vmstatText                   VirtAddr
-	reserved                     uint64 // pages
+	reserved                     uint64   // pages
+	names                        []string // of the zones' counters and of the nodes'
 }
 
 // MemoryUse tells what the host's memory is used for.
@@ -156,7 +166,7 @@ func (w *memoryWalk) run() error {
 	if err != nil {
 		return err
 	}
-	u.Total = n * page
+	u.Total, u.PageSize = n*page, page
 	c := make(map[string]uint64, len(u.Counters))
 	for _, x := range u.Counters {
 		c[x.Name] = x.Value
@@ -221,7 +231,8 @@ func (w *memoryWalk) counters() error {
 	read := func(va VirtAddr, n, from int) error {
 		values, err := w.v.pointers("vm_stat", va, n)
 		for i, value := range values {
-			u.Counters = append(u.Counters, Counter{name[from+i], uint64(max(0, int64(value)))}) // may be below zero for a moment, as the kernel itself knows
+			w.names = append(w.names, name[from+i])
+			u.Counters = append(u.Counters, Counter{name[from+i], notNegative(value)})
 		}
 		return err
 	}
@@ -258,6 +269,9 @@ func (w *memoryWalk) counters() error {
 	return nil
 }
 
+// notNegative is a counter's value; it may be below zero for a moment, as the kernel itself knows.
+func notNegative[T ~uint64](n T) uint64 { return uint64(max(0, int64(n))) }
+
 func (w *memoryWalk) optional(typ, name string) int {
 	n, err := w.v.img.types.enum(typ, name)
 	if err != nil || n < 0 || n > 64 {
@@ -269,6 +283,7 @@ func (w *memoryWalk) optional(typ, name string) int {
 func (w *memoryWalk) zones() error {
 	v, r := w.v, &w.r
 	id, zones, first := r.field("pglist_data", 4, "node_id"), r.field("pglist_data", 4, "nr_zones"), r.field("pglist_data", 0, "node_zones")
+	stat := r.field("pglist_data", 8*uint64(w.nodeItems), "vm_stat")
 	zone := r.shape("zone", "name", "managed_pages.counter", "present_pages", "_watermark[]", "free_area[]", "vm_stat[]", "watermark_boost?")
 	zoneSize, areaSize := r.size("zone"), r.size("free_area")
 	free := r.field("free_area", 8, "nr_free")
@@ -312,6 +327,7 @@ func (w *memoryWalk) zones() error {
 			return &CorruptError{"pglist_data", at, fmt.Sprintf("node %d of %d zones, %d pages in reserve", node, count, kept)}
 		}
 		w.reserved += kept
+		sums := make([]uint64, w.zoneItems)
 		for i := range count {
 			t, err := v.thing(zone, at+VirtAddr(first+uint64(i)*zoneSize))
 			if err != nil {
@@ -328,17 +344,36 @@ func (w *memoryWalk) zones() error {
 				return err
 			}
 			marks, areas := t.bytes("_watermark"), t.bytes("free_area")
-			if len(marks) < 24 || areaSize < free+8 || len(t.bytes("vm_stat")) < 8 {
+			if len(marks) < 24 || areaSize < free+8 {
 				return t.corrupt("%d bytes of watermarks, free areas of %d", len(marks), areaSize)
 			}
 			boost := t.num("watermark_boost")
 			z.Min, z.Low, z.High = (le64(marks)+boost)*page, (le64(marks[8:])+boost)*page, (le64(marks[16:])+boost)*page
-			z.Free = uint64(max(0, int64(le64(t.bytes("vm_stat"))))) * page // NR_FREE_PAGES is the first
+			items := t.bytes("vm_stat")
+			if len(items) != 8*len(sums) {
+				return t.corrupt("%d bytes of counters", len(items))
+			}
+			for i := range sums {
+				sums[i] += le64(items[8*i:])
+			}
+			z.Free = notNegative(le64(items)) * page // NR_FREE_PAGES is the first
 			for ; uint64(len(areas)) >= areaSize; areas = areas[areaSize:] {
 				z.Buddies = append(z.Buddies, le64(areas[free:]))
 			}
 			w.use.Zones = append(w.use.Zones, z)
 		}
+		own, err := v.pointers("pglist_data", at+VirtAddr(stat), w.nodeItems)
+		if err != nil {
+			return err
+		}
+		for _, n := range own {
+			sums = append(sums, uint64(n))
+		}
+		m := MemoryNode{Node: int(node)}
+		for i, name := range w.names {
+			m.Counters = append(m.Counters, Counter{name, notNegative(sums[i])})
+		}
+		w.use.Nodes = append(w.use.Nodes, m)
 	}
 	return nil
 }

@@ -9,8 +9,8 @@ import (
 // Probe is a place of the kernel's code into which something was hooked while it runs.
 type Probe struct {
 	Addr VirtAddr `json:"addr"` // of the kernel's record of it
-	Kind string   `json:"kind"` // kprobe, ftrace, tracepoint, uprobe or lsm
-	// Place is the function, the tracepoint, who uses ftrace, where in a program, or the hook and whose it is.
+	Kind string   `json:"kind"` // kprobe, ftrace, tracepoint, livepatch, uprobe or lsm
+	// Place is the function (by its name alone for a live patch), the tracepoint, who uses ftrace, where in a program, or the hook and whose it is.
 	Place    string `json:"place"`
 	Function string `json:"function"` // that is called there
 	Disabled bool   `json:"disabled,omitempty"`
@@ -24,14 +24,14 @@ const (
 	kprobeGone, kprobeDisabled = 1, 2
 )
 
-// Probes lists the kprobes, the users of ftrace and of tracepoints.
+// Probes lists the kprobes, the users of ftrace and of tracepoints, and the functions that live patches replace.
 func (v *View) Probes() iter.Seq2[Probe, error] {
 	return settled(v, "walk probes", func() ([]Probe, error) {
 		all, err := v.kprobes()
 		if err != nil {
 			return all, err
 		}
-		for _, more := range []func() ([]Probe, error){v.ftraceUsers, v.tracepointUsers} {
+		for _, more := range []func() ([]Probe, error){v.ftraceUsers, v.tracepointUsers, v.livePatches} {
 			list, err := more()
 			all = append(all, list...)
 			if err != nil {

@@ -72,6 +72,8 @@ func TestRecord(t *testing.T) {
 		if _, err := Open(t.Context(), dump{rec, img.note.text}, Options{}); err != nil { // what that looks at is recorded, too
 			t.Fatal(err)
 		}
+		// What tells that there is nothing behind the direct map is recorded, too: damaged pointers lead there.
+		_ = img.View(t.Context()).ReadVirt(img.space.linear[1].end+64, make([]byte, 8))
 		rec.Label("note", strconv.FormatUint(uint64(note), 10))
 		rec.Label("release", img.Info().Release)
 		rec.Label("bootID", img.Info().BootID)

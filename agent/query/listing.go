@@ -143,7 +143,7 @@ The exit status is 3 if tasks wait for each other.
   backdoor -image vmcore disks -json | jq '.disks[].inFlight[] | select(.age > 1e10)'`}, AskDisks),
 		listing(Listing{Served: true, Name: "bpf", Resource: "BPF", Short: "the eBPF programs, maps and links of the host",
 			Long: `  backdoor -image vmcore bpf`}, AskBPF),
-		listing(Listing{Served: true, Name: "probes", Resource: "Probes", Short: "what is hooked into the kernel's code: kprobes, ftrace, tracepoints",
+		listing(Listing{Served: true, Name: "probes", Resource: "Probes", Short: "what is hooked into the kernel's code: kprobes, ftrace, tracepoints, live patches",
 			Long: `  backdoor -image vmcore probes`}, AskProbes),
 		listing(Listing{Name: "uprobes", Resource: "Uprobes", Short: "what is hooked into the code of the host's programs",
 			Long: `The path is that within the file system that the program is in.

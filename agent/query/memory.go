@@ -52,6 +52,23 @@ func (m Memory) Text(w io.Writer) error {
 	}
 	p.table("<>>>>>><", rows)
 	p.printf("\n")
+	if len(m.Nodes) > 1 {
+		rows = [][]string{{"NODE", "FREE", "ANONYMOUS", "FILES", "SLAB"}}
+		for _, n := range m.Nodes {
+			row := []string{strconv.Itoa(n.Node)}
+			for _, names := range [][]string{{"nr_free_pages"}, {"nr_anon_pages"}, {"nr_file_pages"}, {"nr_slab_reclaimable", "nr_slab_unreclaimable"}} {
+				var pages uint64
+				for _, name := range names {
+					k, _ := n.Counters.Get(name)
+					pages += k
+				}
+				row = append(row, Bytes(pages*m.PageSize))
+			}
+			rows = append(rows, row)
+		}
+		p.table("<>>>>", rows)
+		p.printf("\n")
+	}
 	if m.Pressure == nil {
 		p.printf("the kernel does not account for pressure\n")
 	} else {

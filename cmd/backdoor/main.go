@@ -39,7 +39,7 @@
 //	workqueues   what the kernel's workers do, and what waits for them
 //	disks        the host's block devices and the requests under way
 //	bpf          the eBPF programs, maps and links of the host
-//	probes       what is hooked into the kernel's code: kprobes, ftrace, tracepoints
+//	probes       what is hooked into the kernel's code: kprobes, ftrace, tracepoints, live patches
 //	uprobes      what is hooked into the code of the host's programs
 //	lsm          what the host's security modules have called at the kernel's hooks
 //	about        the kernel's command line, taint, clock, security modules and swap

@@ -180,7 +180,7 @@ func (r *Recorder) WriteTo(w io.Writer) (int64, error) {
 	if _, err := out.Write(appendRecordingHeader(nil)); err != nil {
 		return out.n, fmt.Errorf("write recording: %w", err)
 	}
-	z, err := zstd.NewWriter(out, zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithEncoderConcurrency(1))
+	z, err := zstd.NewWriter(out, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithEncoderConcurrency(1))
 	if err != nil {
 		return out.n, fmt.Errorf("write recording: %w", err)
 	}
