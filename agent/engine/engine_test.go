@@ -479,6 +479,7 @@ func TestSwitchedOff(t *testing.T) {
 			inBubble(t, func(m *made, o *Options) {
 				pw = &fakePower{m: m}
 				o.Power, o.Agreement, o.Policy.Rules = pw, agreement(t, guestUUID, heal.PowerCycle), nil
+				o.Interval = 500 * time.Millisecond // minutes have many passes
 				for _, k := range detect.Kinds() {
 					if k != detect.KindPolicy { // whose rules need a condition
 						o.Policy.Rules = append(o.Policy.Rules, automatic(string(k), heal.PowerCycle)...)
@@ -492,7 +493,7 @@ func TestSwitchedOff(t *testing.T) {
 				}
 				time.Sleep(3 * time.Second) // it takes its time to shut down
 				m.set(func(m *made) { m.off, m.frozen = gone, time.Now() })
-				time.Sleep(20 * time.Minute)
+				time.Sleep(8 * time.Minute)
 				s := w.e.State()
 				m.set(func(*made) {
 					if fs := w.e.Findings(); len(fs) > 0 || len(pw.did) != 1 || s.Health != CouldNotTell {
@@ -510,7 +511,7 @@ func TestSwitchedOff(t *testing.T) {
 	}
 	// A host that goes on long after it was to shut down, and stands still then, is ill.
 	inBubble(t, func(m *made, o *Options) {
-		o.Power, o.Agreement = &fakePower{m: m}, agreement(t, guestUUID, heal.PowerCycle)
+		o.Power, o.Agreement, o.Interval = &fakePower{m: m}, agreement(t, guestUUID, heal.PowerCycle), 500*time.Millisecond
 	}, func(t *testing.T, m *made, w *watched) {
 		w.wait(time.Second, "attach", ofType(EventAttached))
 		if err := w.e.PowerControl(t.Context(), "shutdown", "alice"); err != nil {
