@@ -505,6 +505,10 @@ func TestSwitchedOff(t *testing.T) {
 					t.Fatal(err)
 				}
 				m.set(func(m *made) { m.off = true })
+				time.Sleep(time.Minute)
+				if fs := w.e.Findings(); len(fs) > 0 {
+					t.Errorf("a minute after it was switched on: %+v", fs)
+				}
 				w.wait(10*time.Minute, "boot-stuck", ofKind(EventFinding, detect.KindBootStuck))
 			})
 		}
