@@ -454,13 +454,13 @@ func TestStoresNeedTheAgreement(t *testing.T) {
 // bigRead keeps reading until an error comes.
 func bigRead(ctx context.Context, qp *roce.QP, l Lease, began chan<- struct{}) error {
 	buf := make([]byte, 40*hostmem.PageSize)
-	for n := 0; ; n++ {
+	begin := sync.OnceFunc(func() { close(began) })
+	defer begin()
+	for {
 		if err := qp.Read(ctx, buf, 1<<32, l.RKey); err != nil {
 			return err
 		}
-		if n == 0 {
-			close(began)
-		}
+		begin()
 	}
 }
 

@@ -169,6 +169,11 @@ func (r *responder) receive(now time.Duration, in *inbound) {
 		if r.refused != 0 && r.renaks > 0 {
 			r.renaks--
 			r.nak = r.refused
+			// One that has got on since, by answers which it had given up for lost, is told of what it waits for: a refusal of
+			// what lies behind it would mean nothing to it. All before epsn was done.
+			if psn.Sub(r.nakPSN) > 0 && psn.Sub(r.epsn) <= 0 {
+				r.nakPSN = psn
+			}
 		} else {
 			r.q.e.counters.BadState++
 		}

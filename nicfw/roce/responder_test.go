@@ -298,6 +298,37 @@ func TestRevokedInTransfer(t *testing.T) {
 	}
 }
 
+// TestRevokedWhileRepeated: a peer that asked again for what it then got after all has moved on when the repetition is refused, and
+// learns of the refusal where it is.
+func TestRevokedWhileRepeated(t *testing.T) {
+	o := newOneEnd(t, QPConfig{}, AccessRead|AccessWrite)
+	read := func(psn PSN, va uint64, n uint32) []byte {
+		return o.request(OpReadRequest, psn, reth(va, o.mr.key, n), nil)
+	}
+	if got := o.give(read(100, testVA, 1024)); len(got) != 4 {
+		t.Fatalf("answers: %q; want 4", got)
+	}
+	o.s.now += time.Second
+	o.s.b.receive(o.s.now, &Packet{Peer: o.peer, Data: read(101, testVA+256, 768)})
+	o.s.b.revoke(o.mr)
+	if diff := gocmp.Diff([]string{"Acknowledge 101 remote access error msn 1"}, o.answers()); diff != "" {
+		t.Errorf("answers (-want +got):\n%s", diff)
+	}
+	for _, tt := range []struct {
+		psn  PSN
+		want string
+	}{
+		{100, "Acknowledge 101 remote access error msn 1"},
+		{103, "Acknowledge 103 remote access error msn 1"},
+		{104, "Acknowledge 104 remote access error msn 1"}, // the next request, which is not done
+		{105, "Acknowledge 104 remote access error msn 1"}, // one behind it must not count that as done
+	} {
+		if diff := gocmp.Diff([]string{tt.want}, o.give(read(tt.psn, testVA, 8))); diff != "" {
+			t.Errorf("PSN %d (-want +got):\n%s", tt.psn, diff)
+		}
+	}
+}
+
 func TestExpiredLease(t *testing.T) {
 	o := newOneEnd(t, QPConfig{}, 0)
 	mr := o.s.register(o.s.b, o.mem, MRConfig{Length: 8, Access: AccessRead, Lifetime: time.Second})
