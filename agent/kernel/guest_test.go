@@ -248,19 +248,29 @@ func startGuest(t testing.TB, kernel string, o guestOptions) *guest {
 	return g
 }
 
-// ready waits for the guest's userland.
-func (g *guest) ready() {
+// ready waits for the guest's userland. It says whether it had to reset the guest for that.
+func (g *guest) ready() (again bool) {
 	g.t.Helper()
-	g.ctl.SetReadDeadline(time.Now().Add(3 * time.Minute))
-	for {
-		line, err := g.in.ReadString('\n')
-		if err != nil {
-			g.t.Fatalf("guest is not ready: %v", err)
-		}
-		if strings.Contains(line, `"ready"`) {
-			return
+	// Rarely a kernel dies of the emulator as it starts: it was seen to, of an int3 of its own patching in sched_clock_cpu, and without a
+	// word. That is nothing of what is tested here, and is begun anew, once.
+	for try := range 2 {
+		g.ctl.SetReadDeadline(time.Now().Add(2 * time.Minute))
+		for {
+			line, err := g.in.ReadString('\n')
+			if try == 0 && errors.Is(err, os.ErrDeadlineExceeded) {
+				g.t.Log("the guest's kernel does not come up; it is reset")
+				g.execute("system_reset")
+				break
+			}
+			if err != nil {
+				g.t.Fatalf("guest is not ready: %v", err)
+			}
+			if strings.Contains(line, `"ready"`) {
+				return try > 0
+			}
 		}
 	}
+	panic("unreachable")
 }
 
 // send puts a command to the guest that it will not answer.
