@@ -115,7 +115,7 @@ func keep(ctx context.Context, path string, log *slog.Logger, stdout, stderr io.
 // 64 MiB resident, its program included, are what it should take while a host of usual size is watched. So it is collected more often than
 // Go would by itself. GOGC and GOMEMLIMIT win.
 func limitMemory(total uint64) {
-	const share, least, most = 8, 48 << 20, 512 << 20
+	const share, least, most = 4, 48 << 20, 512 << 20
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(30)
 	}
