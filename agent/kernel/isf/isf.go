@@ -47,7 +47,7 @@ func Read(r io.Reader) (*File, error) {
 		if limited.N <= 0 {
 			return nil, fmt.Errorf("symbol file: more than %d MiB", maxSize>>20)
 		}
-		return nil, fmt.Errorf("symbol file: %w", err)
+		return nil, fmt.Errorf("symbol file: not the JSON that dwarf2json writes, or damaged: %w", err)
 	}
 	if len(doc.Structs) == 0 {
 		return nil, errors.New("symbol file: no user_types; want the JSON that dwarf2json writes")
