@@ -9,7 +9,10 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"runtime/metrics"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/backdoor-rhs/backdoor/boot"
 	"github.com/backdoor-rhs/backdoor/cmd/backdoord/config"
@@ -111,16 +114,57 @@ func keep(ctx context.Context, path string, log *slog.Logger, stdout, stderr io.
 	return k.run(ctx)
 }
 
-// limitMemory keeps the garbage collector from letting the heap grow into what a small machine has: the agent is a guest there, and
-// 64 MiB resident, its program included, are what it should take while a host of usual size is watched. So it is collected more often than
-// Go would by itself. GOGC and GOMEMLIMIT win.
-func limitMemory(total uint64) {
-	const share, least, most = 4, 48 << 20, 512 << 20
+// The agent is a guest on its machine: 64 MiB resident, some 20 of them its program, are what it should take while a host of usual size is
+// watched. So the garbage collector works more often than it would by itself, and what Go holds is kept within a limit that follows what
+// is in use: without one, freed memory stays resident for minutes.
+const (
+	memoryPercent = 30
+	memoryLeast   = 32 << 20 // bytes that Go may hold before the limit follows
+	memoryRoom    = 8 << 20  // bytes of free and of new objects beside what is in use
+)
+
+// limitMemory sets the limit and moves it every second until ctx ends. GOGC and GOMEMLIMIT win. It logs the most that was resident, when that has
+// grown.
+func limitMemory(ctx context.Context, total uint64, log *slog.Logger) {
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(30)
+		debug.SetGCPercent(memoryPercent)
 	}
-	if debug.SetMemoryLimit(-1) < 1<<62 { // set by the environment
-		return
+	fixed := debug.SetMemoryLimit(-1) < 1<<62 // by the environment
+	limit := memoryLimit(0, total)
+	if !fixed {
+		debug.SetMemoryLimit(limit)
 	}
-	debug.SetMemoryLimit(int64(min(max(total/share, least), most)))
+	live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+	var peak, logged int64 // KiB
+	for tick := time.NewTicker(time.Second); ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		metrics.Read(live)
+		// Setting it stops the world for a moment.
+		if now := memoryLimit(live[0].Value.Uint64(), total); !fixed && (now > limit || now < limit-limit/8) {
+			limit = now
+			debug.SetMemoryLimit(limit)
+		}
+		var use unix.Rusage
+		if err := unix.Getrusage(unix.RUSAGE_SELF, &use); err != nil {
+			continue
+		}
+		most := int64(use.Maxrss)
+		if most == peak && most > logged { // it has stood still for a second
+			log.Info("memory", "peakKiB", most, "limitMiB", limit>>20)
+			logged = most
+		}
+		peak = most
+	}
+}
+
+// memoryLimit is how much Go may hold on a machine with that memory when the collector has left live bytes in use: a quarter more, and room, but
+// not above a quarter of the machine's memory or 512 MiB.
+func memoryLimit(live, total uint64) int64 {
+	const share, atLeast, most = 4, 48 << 20, 512 << 20
+	top := min(max(total/share, atLeast), most)
+	return int64(min(max(live+live/4+memoryRoom, memoryLeast), top))
 }

@@ -36,7 +36,7 @@ const journalSize = 16 << 20
 func work(ctx context.Context, f flags, level *slog.LevelVar, log *slog.Logger, console io.Writer) int {
 	var si unix.Sysinfo_t
 	if err := unix.Sysinfo(&si); err == nil {
-		limitMemory(uint64(si.Totalram) * uint64(si.Unit))
+		go limitMemory(ctx, uint64(si.Totalram)*uint64(si.Unit), log)
 	}
 	cfg, why := configure(f.config)
 	if why != nil {

@@ -25,6 +25,10 @@ type HashCost struct {
 	Memory, Passes uint32
 }
 
+// usualHash is the cost by default: of those that OWASP's Password Storage Cheat Sheet calls equal (19 MiB and 2 passes, 12 and 3, 9 and 4, 7 and
+// 5), the one with the least memory, which must fit beside everything else on a small machine.
+var usualHash = HashCost{Memory: 7 << 10, Passes: 5}
+
 const (
 	minPassword = 8
 	maxPassword = 128

@@ -343,7 +343,7 @@ func BenchmarkConnections(b *testing.B) {
 
 // BenchmarkBasic is a GET with basic authentication, the password being remembered.
 func BenchmarkBasic(b *testing.B) {
-	s, _ := newTestService(b, Options{Limits: Limits{Hash: HashCost{Memory: 12 << 10, Passes: 3}}})
+	s, _ := newTestService(b, Options{Limits: Limits{Hash: usualHash}})
 	p := newPeer(b, listen(b, s))
 	for b.Loop() {
 		if a := p.do("GET", "/redfish/v1/Systems/system", ""); a.StatusCode != 200 {
@@ -354,7 +354,7 @@ func BenchmarkBasic(b *testing.B) {
 
 // BenchmarkLogin is one password check with the default cost.
 func BenchmarkLogin(b *testing.B) {
-	s, _ := newTestService(b, Options{Limits: Limits{Hash: HashCost{Memory: 12 << 10, Passes: 3}}})
+	s, _ := newTestService(b, Options{Limits: Limits{Hash: usualHash}})
 	a := s.accounts.list()[0]
 	for b.Loop() {
 		if !s.accounts.matches(a.Hash, testPassword) {

@@ -141,7 +141,7 @@ func (l *Limits) defaults() {
 	set(&l.UserStreams, 4)
 	set(&l.Page, 500)
 	set(&l.Expanded, 1000)
-	set(&l.Hash, HashCost{Memory: 12 << 10, Passes: 3})
+	set(&l.Hash, usualHash)
 	set(&l.LockAfter, 5)
 	set(&l.LockTime, 30*time.Second)
 	set(&l.CachedLogin, time.Minute)

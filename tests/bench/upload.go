@@ -7,6 +7,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"sync"
 	"time"
 
@@ -151,8 +153,30 @@ func upload(ctx context.Context, r *report, o options) (err error) {
 		return err
 	}
 	r.add("DPU: resident memory of the agent, after it", "MiB", how, rss)
+	// The agent logs the most that its kernel has counted, once that stands still.
+	line, err := l.DPU.Console().Wait(ctx, 0, peakLine)
+	if err != nil {
+		return err
+	}
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(5 * time.Second):
+	}
+	for _, l := range l.DPU.Console().Since(0) {
+		if peakLine.MatchString(l.Text) {
+			line = l
+		}
+	}
+	kib, err := strconv.ParseFloat(peakLine.FindStringSubmatch(line.Text)[1], 64)
+	if err != nil {
+		return err
+	}
+	r.add("DPU: resident memory of the agent, the most ever", "MiB", "the DPU's kernel, ru_maxrss, from the start of the agent on, attach included", kib/1024)
 	return nil
 }
+
+var peakLine = regexp.MustCompile(`msg=memory peakKiB=(\d+)`)
 
 // zeros reads as zeros everywhere.
 type zeros struct{}
