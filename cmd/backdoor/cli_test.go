@@ -299,7 +299,7 @@ func newBench(t *testing.T) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.Handle(host.Routes(s, host.Options{Agent: b.agent, Journal: fakeJournal{}, Version: "1.0.0", View: b.agent.look, Memory: fakeRAM, DumpDir: b.path("dumps"), Datapath: fakeDatapath{}})...)
+	s.Handle(host.Routes(s, host.Options{Agent: b.agent, Journal: fakeJournal{}, Version: "1.0.0", View: b.agent.look, Memory: fakeRAM, Core: fakeCore, DumpDir: b.path("dumps"), Datapath: fakeDatapath{}})...)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

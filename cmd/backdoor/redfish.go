@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -131,19 +132,24 @@ var metricsVerb = verb{
 
 var collectVerb = verb{
 	name:  "collect",
-	args:  "dmesg|memory ADDRESS LENGTH|list|get ID",
-	words: []string{"dmesg", "memory", "list", "get"},
+	args:  "dmesg|memory ADDRESS LENGTH|vmcore|list|get ID",
+	words: []string{"dmesg", "memory", "vmcore", "list", "get"},
 	short: "diagnostic data of the host, as files",
 	long: `The agent collects the data as a task and keeps it until it restarts; the file is then downloaded. A download that breaks off goes on where
-it was, also when it is called again: what has come so far is in FILE.part.
+it was, also when it is called again with get: what has come so far is in FILE.ID-TIME.part.
 
   dmesg   the kernel's log
   memory  a range of the host's RAM, by its physical address
+  vmcore  all of the host's RAM as an ELF core, for crash, drgn, makedumpfile and backdoor itself; it takes the privilege BackdoorMemory
   list    what the agent keeps
   get     download it (again)
 
+A vmcore is not kept by the agent but read from the host while it is downloaded, at most 128 MiB a second. That of a host that runs is not of one moment;
+stop the host before (backdoor power pause, where its service processor can) or take it of one that is dead.
+
   backdoor collect dmesg -o dmesg.txt
-  backdoor collect memory 0x100000 1048576 -o ram.bin`,
+  backdoor collect memory 0x100000 1048576 -o ram.bin
+  backdoor collect vmcore -o vmcore && backdoor -mem vmcore ps`,
 	flags: func(fs *flag.FlagSet, o *options) {
 		fs.StringVar(&o.output, "o", "", "`file` to write to")
 	},
@@ -151,7 +157,7 @@ it was, also when it is called again: what has come so far is in FILE.part.
 }
 
 func runCollect(ctx context.Context, e *env, args []string) (int, error) {
-	want := map[string]int{"dmesg": 1, "memory": 3, "list": 1, "get": 2}[args[0]]
+	want := map[string]int{"dmesg": 1, "memory": 3, "vmcore": 1, "list": 1, "get": 2}[args[0]]
 	if len(args) != want {
 		return 0, &usageError{verb: "collect", msg: fmt.Sprintf("collect %s takes %d arguments", args[0], want-1)}
 	}
@@ -177,6 +183,8 @@ func runCollect(ctx context.Context, e *env, args []string) (int, error) {
 		entry, err = a.c.CollectLog(ctx, e.progress)
 	case "memory":
 		entry, err = a.c.CollectMemory(ctx, start, length, e.progress)
+	case "vmcore":
+		entry, err = a.c.CollectCore(ctx, e.progress)
 	case "get":
 		entry = new(schema.LogEntry)
 		if strings.ContainsAny(args[1], "/?#%") {
@@ -202,8 +210,12 @@ func runCollect(ctx context.Context, e *env, args []string) (int, error) {
 	if err != nil {
 		return 0, e.explain(a.at, err)
 	}
-	n, err := save(ctx, a.c, entry.AdditionalDataURI, e.o.output)
+	n, err := e.save(ctx, a.c, entry, e.o.output)
 	if err != nil {
+		var now schema.LogEntry
+		if a.c.Get(ctx, entry.ODataID, &now) == nil && now.Severity != schema.HealthOK && now.Resolution != "" {
+			err = fmt.Errorf("%w (%s)", err, query.Clean(now.Resolution))
+		}
 		return 0, fmt.Errorf("download entry %s to %s: %w; to go on: backdoor collect get %s -o %s", entry.ID, e.o.output, e.explain(a.at, err), entry.ID, e.o.output)
 	}
 	return exitOK, e.answer(map[string]any{"entry": entry.ID, "file": e.o.output, "bytes": n}, func(w io.Writer) error {
@@ -213,11 +225,18 @@ func runCollect(ctx context.Context, e *env, args []string) (int, error) {
 }
 
 // save downloads into a file, by way of another beside it with which a later call goes on. It returns the file's size.
-func save(ctx context.Context, c *client.Client, uri, path string) (int64, error) {
-	if uri == "" {
+func (e *env) save(ctx context.Context, c *client.Client, entry *schema.LogEntry, path string) (int64, error) {
+	if entry.AdditionalDataURI == "" {
 		return 0, errors.New("the entry has no data")
 	}
-	part := path + ".part"
+	// Another entry may have the same ID once the agent has restarted.
+	made := strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' {
+			return r
+		}
+		return -1
+	}, entry.Created)
+	part := fmt.Sprintf("%s.%s-%s.part", path, filepath.Base(entry.ID), made)
 	f, err := os.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return 0, err
@@ -227,14 +246,38 @@ func save(ctx context.Context, c *client.Client, uri, path string) (int64, error
 	if err != nil {
 		return 0, err
 	}
-	n, err := c.Resume(ctx, uri, st.Size(), f)
+	w := &meter{Writer: f, e: e, done: st.Size(), total: entry.AdditionalDataSize}
+	n, err := c.Resume(ctx, entry.AdditionalDataURI, st.Size(), w)
 	if err != nil {
 		return 0, err
+	}
+	if size := st.Size() + n; entry.AdditionalDataSize > 0 && size != entry.AdditionalDataSize {
+		return 0, fmt.Errorf("%d of %d bytes have come", size, entry.AdditionalDataSize)
 	}
 	if err := errors.Join(f.Sync(), f.Close()); err != nil {
 		return 0, err
 	}
 	return st.Size() + n, os.Rename(part, path)
+}
+
+// meter shows people how a download comes on, every two seconds.
+type meter struct {
+	io.Writer
+	e           *env
+	done, total int64
+	shown       time.Time
+}
+
+func (m *meter) Write(b []byte) (int, error) {
+	n, err := m.Writer.Write(b)
+	m.done += int64(n)
+	if now := time.Now(); m.total > 0 && now.Sub(m.shown) > 2*time.Second {
+		m.shown = now
+		if f := file(m.e.stderr); f != nil && isTerminal(f) {
+			fmt.Fprintf(m.e.stderr, "backdoor: %d of %d MiB, %d %%\n", m.done>>20, m.total>>20, 100*m.done/m.total)
+		}
+	}
+	return n, err
 }
 
 // progress shows how a task comes on, to people.

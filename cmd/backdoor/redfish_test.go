@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"debug/elf"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -11,12 +12,24 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/backdoor-rhs/backdoor/agent/dump"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
 
 // fakeRAM is RAM from 1 MiB on in which each byte tells its address.
 func fakeRAM(context.Context) (io.ReaderAt, []hostmem.Range, error) {
 	return addressRAM{}, []hostmem.Range{{Start: 1 << 20, Size: 1 << 20}}, nil
+}
+
+// fakeCore is a core of that RAM.
+func fakeCore(context.Context) (*dump.Core, error) {
+	mem, ram, _ := fakeRAM(context.Background())
+	return dump.New(dump.Source{
+		Arch: "x86_64", Memory: mem, RAM: ram, VMCOREINFO: "OSRELEASE=6.1\nPAGESIZE=4096\n",
+		Image: kernel.Span{Virt: 0xffffffff81000000, Phys: 0x110000, Size: 0x8000}, Direct: kernel.Span{Virt: 0xffff888000000000, Size: 1 << 30},
+	})
 }
 
 type addressRAM struct{}
@@ -54,8 +67,15 @@ func TestCollectAndMemory(t *testing.T) {
 	if got, err := os.ReadFile(b.path("ram.bin")); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("the file has %d bytes, %v", len(got), err)
 	}
-	// A download that broke off goes on.
-	b.write("again.bin.part", string(want[:1000]))
+	// A download that broke off goes on, with what has come of this entry and of no other.
+	_, list, _ := do("collect list -json")
+	var entries []schema.LogEntry
+	if err := json.Unmarshal([]byte(list), &entries); err != nil || len(entries) != 1 {
+		t.Fatalf("collect list -json: %v: %s", err, list)
+	}
+	made := strings.NewReplacer("-", "", ":", "", "T", "", "Z", "", ".", "", "+", "").Replace(entries[0].Created)
+	b.write("again.bin.1-"+made+".part", string(want[:1000]))
+	b.write("again.bin.1-20200101000000.part", "of another entry 1")
 	if code, out, errs := do("collect get 1 -o $DIR/again.bin"); code != 0 || !strings.Contains(out, "4096 bytes") {
 		t.Fatalf("collect get: %s %s", out, errs)
 	}
@@ -65,7 +85,7 @@ func TestCollectAndMemory(t *testing.T) {
 	if code, out, _ := do("collect list"); code != 0 || !strings.Contains(out, "4096") {
 		t.Errorf("collect list: %q", out)
 	}
-	for _, line := range []string{"collect dmesg", "collect list -o x", "collect memory 0x1 -o x", "collect memory here 1 -o x", "collect memory 0x100000 0 -o x", "collect get ../1 -o x"} {
+	for _, line := range []string{"collect dmesg", "collect list -o x", "collect memory 0x1 -o x", "collect memory here 1 -o x", "collect memory 0x100000 0 -o x", "collect get ../1 -o x", "collect vmcore", "collect vmcore now -o x"} {
 		if code, _, _ := do(line); code != exitUsage {
 			t.Errorf("%s = %d; want a usage error", line, code)
 		}
@@ -93,6 +113,22 @@ func TestCollectAndMemory(t *testing.T) {
 	b.write("memory", "correct-horse-battery\n")
 	mem := func(line string) (int, string, string) {
 		return b.run(line+login+"memory -password-file $DIR/memory", "")
+	}
+	if code, _, errs := do("collect vmcore -o $DIR/core"); code != exitDenied || !strings.Contains(errs, "BackdoorMemory") {
+		t.Errorf("collect vmcore by the administrator = %d: %s; want %d", code, errs, exitDenied)
+	}
+	if code, out, errs := mem("collect vmcore -o $DIR/core"); code != 0 {
+		t.Errorf("collect vmcore = %d: %s%s", code, out, errs)
+	}
+	core, err := elf.Open(b.path("core"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer core.Close()
+	ram := core.Progs[len(core.Progs)-1]
+	first := make([]byte, 16)
+	if _, err := ram.ReadAt(first, 0x41); err != nil || string(first) != "ABCDEFGHIJKLMNOP" || ram.Paddr != 1<<20 || ram.Filesz != 1<<20 {
+		t.Errorf("the core's last segment = %+v, with %q at 0x41, %v", ram.ProgHeader, first, err)
 	}
 	code, out, errs := mem("memory read 0x100041 17")
 	if want := "0000000000100041  41 42 43 44 45 46 47 48 49 4a 4b 4c 4d 4e 4f 50  |ABCDEFGHIJKLMNOP|\n0000000000100051  51                                               |Q|\n"; code != 0 || out != want {

@@ -17,6 +17,12 @@ func (c *Client) CollectLog(ctx context.Context, progress func(schema.Task)) (*s
 	return c.collect(ctx, "#LogService.CollectDiagnosticData", map[string]any{"DiagnosticDataType": "OEM", "OEMDiagnosticDataType": "Dmesg"}, progress)
 }
 
+// CollectCore has a core of the host's memory (vmcore) laid out, and waits for it. Its bytes are read from the host while it is downloaded. It takes the
+// privilege BackdoorMemory.
+func (c *Client) CollectCore(ctx context.Context, progress func(schema.Task)) (*schema.LogEntry, error) {
+	return c.collect(ctx, "#LogService.CollectDiagnosticData", map[string]any{"DiagnosticDataType": "OS"}, progress)
+}
+
 // CollectMemory has a range of the host's RAM collected, and waits for it.
 func (c *Client) CollectMemory(ctx context.Context, start uint64, length int64, progress func(schema.Task)) (*schema.LogEntry, error) {
 	return c.collect(ctx, "#BackdoorLogService.CollectMemoryRange", map[string]any{"Start": fmt.Sprintf("%#x", start), "Length": length}, progress)

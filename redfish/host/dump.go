@@ -15,6 +15,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/dump"
+	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/agent/query"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
@@ -40,16 +42,28 @@ const (
 // dumps is the diagnostic data that was collected: files in a directory, and what is known of them in memory.
 type dumps struct {
 	mu   sync.Mutex
-	last uint64 // Id given last; guarded by mu
-	all  []dump // the oldest first; guarded by mu
+	last uint64      // Id given last; guarded by mu
+	all  []collected // the oldest first; guarded by mu
 }
 
-type dump struct {
+// collected is one piece of diagnostic data: a file, or a core, which is read from the host's memory when it is downloaded.
+type collected struct {
 	id, oemType, what string
-	path              string
-	media, name       string // as a download
+	path              string     // empty for a core
+	core              *dump.Core // nil for a file
+	boot              string     // of a core: the boot of the kernel that it is of
+	media, name       string     // as a download
 	size              int64
 	made              time.Time
+	trouble           string // why the last download of a core broke off; guarded by dumps.mu
+}
+
+// standard is the DiagnosticDataType.
+func (d *collected) standard() string {
+	if d.core != nil {
+		return "OS"
+	}
+	return "OEM"
 }
 
 // collecting are the routes of the log service that collects diagnostic data from the host's memory. It may be looked at under the
@@ -63,16 +77,27 @@ func (h *host) collecting() []service.Route {
 		Resource:     schema.Resource{Name: "Diagnostic data", Description: "Data that was collected from the host's memory, the oldest first; it is gone when the agent restarts"},
 		LogEntryType: "OEM", LogPurposes: []string{"Diagnostic"}, OverWritePolicy: "WrapsWhenFull", MaxNumberOfRecords: maxDumps,
 	})
-	reader := service.Privileges{{service.ConfigureComponents, PrivilegeReadMemory}}
+	// Who may read raw memory may look at parts of it all the more. What a core takes beyond that, collectCore checks.
+	reader := service.Privileges{{service.ConfigureComponents, PrivilegeReadMemory}, {service.ConfigureComponents, PrivilegeMemory}}
 	routes[0].Actions = []service.Action{
 		{
 			Name: "LogService.CollectDiagnosticData", Privileges: reader,
 			Parameters: []service.Property{
-				{Name: "DiagnosticDataType", Kind: service.String, Required: true, Values: []string{"OEM"}},
-				{Name: "OEMDiagnosticDataType", Kind: service.String, Required: true, Values: []string{dumpDmesg}},
+				{Name: "DiagnosticDataType", Kind: service.String, Required: true, Values: []string{"OS", "OEM"}},
+				{Name: "OEMDiagnosticDataType", Kind: service.String, Values: []string{dumpDmesg}},
 			},
-			Do: func(r *service.Request, _ service.Values) (*service.Reply, error) {
-				return h.collect(r, dump{oemType: dumpDmesg, what: "kernel log of the host", media: "text/plain; charset=utf-8", name: "dmesg.txt"}, h.writeDmesg)
+			Do: func(r *service.Request, v service.Values) (*service.Reply, error) {
+				const action = "LogService.CollectDiagnosticData"
+				if v.String("DiagnosticDataType") == "OS" {
+					if v.Has("OEMDiagnosticDataType") {
+						return nil, service.Because(400, "ActionParameterValueConflict", "OEMDiagnosticDataType goes with the DiagnosticDataType OEM only.", "OEMDiagnosticDataType", v.String("OEMDiagnosticDataType"))
+					}
+					return h.collectCore(r)
+				}
+				if !v.Has("OEMDiagnosticDataType") {
+					return nil, service.Because(400, "ActionParameterMissing", "The DiagnosticDataType OEM takes an OEMDiagnosticDataType.", action, "OEMDiagnosticDataType")
+				}
+				return h.collect(r, collected{oemType: dumpDmesg, what: "kernel log of the host", media: "text/plain; charset=utf-8", name: "dmesg.txt"}, h.writeDmesg)
 			},
 		},
 		{
@@ -90,7 +115,7 @@ func (h *host) collecting() []service.Route {
 				defer h.dumps.mu.Unlock()
 				var errs []error
 				for _, d := range h.dumps.all {
-					errs = append(errs, os.Remove(d.path))
+					errs = append(errs, d.remove())
 				}
 				h.dumps.all = nil
 				return nil, errors.Join(errs...)
@@ -115,7 +140,7 @@ func clearDumps(dir string) {
 }
 
 // collect has the data written as a task, whose monitor ends with the Location of the new entry.
-func (h *host) collect(r *service.Request, d dump, write func(context.Context, io.Writer, func(percent int)) error) (*service.Reply, error) {
+func (h *host) collect(r *service.Request, d collected, write func(context.Context, io.Writer, func(percent int)) error) (*service.Reply, error) {
 	if err := h.o.Agent.MayRead(); err != nil {
 		return nil, refusal(err)
 	}
@@ -131,8 +156,72 @@ func (h *host) collect(r *service.Request, d dump, write func(context.Context, i
 	})
 }
 
+// collectCore lays out a core of the host's memory, all of it. It is not kept: whoever downloads it has it read.
+func (h *host) collectCore(r *service.Request) (*service.Reply, error) {
+	if err := mayHaveCore(r.Caller); err != nil {
+		return nil, err
+	}
+	if err := h.o.Agent.MayRead(); err != nil {
+		return nil, refusal(err)
+	}
+	const what = "core of the host's memory (vmcore)"
+	return r.Task("Collect the "+what, func(ctx context.Context, t *service.Task) (*service.Reply, error) {
+		ctx, cancel := context.WithTimeout(ctx, dumpTimeout)
+		defer cancel()
+		t.Progress(1, "The layout of the host's memory is read.")
+		core, boot, err := h.core(ctx)
+		if err != nil {
+			return nil, refusal(err)
+		}
+		for _, ram := range core.RAM() {
+			if err := h.o.Agent.MayLease(ram, false); err != nil {
+				return nil, refusal(err)
+			}
+		}
+		d := h.take(collected{what: what + fmt.Sprintf(", %d MiB of RAM as it is when it is downloaded", core.Size()>>20), core: core, boot: boot, size: core.Size(), name: "vmcore"})
+		return &service.Reply{Status: 201, Location: dumpURI + "/Entries/" + d.id}, nil
+	})
+}
+
+func mayHaveCore(c service.Caller) error {
+	if !c.May(PrivilegeMemory) {
+		return service.Because(403, "InsufficientPrivilege", "The host's memory as a whole is for who has the privilege "+PrivilegeMemory+".")
+	}
+	return nil
+}
+
+// coreRate is how much of the host's memory one core takes, in bytes/s: DMA competes with the host's own CPUs for its memory's bandwidth.
+const coreRate = 128 << 20
+
+// core lays out a core of the host that is watched, and tells which boot of it that is.
+func (h *host) core(ctx context.Context) (*dump.Core, string, error) {
+	k := h.o.Agent.State().Kernel
+	if k == nil {
+		return nil, "", engine.ErrNotAttached
+	}
+	if h.o.Core != nil {
+		c, err := h.o.Core(ctx)
+		return c, k.BootID, err
+	}
+	v, err := h.o.Agent.View(ctx)
+	if err != nil {
+		return nil, "", err
+	}
+	img := v.Image()
+	if err := img.Prove(ctx); errors.Is(err, kernel.ErrGone) {
+		return nil, "", err
+	}
+	s, err := dump.Of(v)
+	if err != nil {
+		return nil, "", err
+	}
+	s.Memory = hostmem.Budget(img.Memory(), coreRate)
+	c, err := dump.New(s)
+	return c, img.Info().BootID, err
+}
+
 // keep writes a dump's file and takes it in; the oldest give way.
-func (h *host) keep(d dump, write func(io.Writer) error) (_ dump, err error) {
+func (h *host) keep(d collected, write func(io.Writer) error) (_ collected, err error) {
 	if err := os.MkdirAll(h.o.DumpDir, 0o700); err != nil {
 		return d, fmt.Errorf("keep diagnostic data: %w", err)
 	}
@@ -154,23 +243,43 @@ func (h *host) keep(d dump, write func(io.Writer) error) (_ dump, err error) {
 	if err != nil {
 		return d, fmt.Errorf("keep diagnostic data: %w", err)
 	}
-	d.size, d.made = info.Size(), h.now()
+	d.size = info.Size()
+	return h.take(d), nil
+}
+
+// take takes in what was collected; the oldest gives way.
+func (h *host) take(d collected) collected {
 	s := &h.dumps
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	total := d.size
+	total := d.kept()
 	for _, old := range s.all {
-		total += old.size
+		total += old.kept()
 	}
 	for len(s.all) > 0 && (len(s.all) >= maxDumps || total > maxDumpBytes) {
-		total -= s.all[0].size
-		_ = os.Remove(s.all[0].path) // a file that is already gone takes no place
+		total -= s.all[0].kept()
+		_ = s.all[0].remove() // a file that is already gone takes no place
 		s.all = s.all[1:]
 	}
 	s.last++
-	d.id = strconv.FormatUint(s.last, 10)
+	d.id, d.made = strconv.FormatUint(s.last, 10), h.now()
 	s.all = append(s.all, d)
-	return d, nil
+	return d
+}
+
+// kept is how many bytes are kept on the agent's disk.
+func (d *collected) kept() int64 {
+	if d.core != nil {
+		return 0
+	}
+	return d.size
+}
+
+func (d *collected) remove() error {
+	if d.core != nil {
+		return nil
+	}
+	return os.Remove(d.path)
 }
 
 // writeDmesg writes the kernel log as dmesg(1) does.
@@ -197,7 +306,7 @@ func (h *host) collectMemory(r *service.Request, v service.Values) (*service.Rep
 		return nil, err
 	}
 	want := hostmem.Range{Start: start, Size: uint64(v.Int("Length"))}
-	d := dump{oemType: dumpMemory, what: fmt.Sprintf("%d bytes of the host's memory from %#x on", want.Size, uint64(start)), name: fmt.Sprintf("memory-%#x.bin", uint64(start))}
+	d := collected{oemType: dumpMemory, what: fmt.Sprintf("%d bytes of the host's memory from %#x on", want.Size, uint64(start)), name: fmt.Sprintf("memory-%#x.bin", uint64(start))}
 	return h.collect(r, d, func(ctx context.Context, w io.Writer, progress func(int)) error {
 		return h.writeMemory(ctx, w, want, progress)
 	})
@@ -259,20 +368,24 @@ func (h *host) dumpEntries(*service.Request) (service.Listing, error) {
 		ID:  func(i int) string { return all[i].id },
 		At: func(i int) (schema.Object, error) {
 			d := all[i]
-			return &schema.LogEntry{
+			e := &schema.LogEntry{
 				Resource:  schema.Resource{Name: "Diagnostic data"},
 				EntryType: "Oem", OEMRecordFmt: "Backdoor diagnostic data", Created: schema.Time(d.made), Severity: schema.HealthOK,
 				Message: "The " + d.what + ".", MessageID: "BackdoorHost.1.0.DiagnosticData", MessageArgs: []string{d.what},
-				DiagnosticDataType: "OEM", OEMDiagnosticDataType: d.oemType,
+				DiagnosticDataType: d.standard(), OEMDiagnosticDataType: d.oemType,
 				AdditionalDataURI: dumpURI + "/Attachments/" + d.id, AdditionalDataSize: d.size,
-			}, nil
+			}
+			if d.trouble != "" {
+				e.Severity, e.Resolution = schema.HealthWarning, "The last download broke off: "+d.trouble+"."
+			}
+			return e, nil
 		},
 	}, nil
 }
 
-// downloadDump sends a dump's file to who may have collected it, as long as the agreement still permits reading.
+// downloadDump sends what was collected to who may have collected it, as long as the agreement still permits reading.
 func (h *host) downloadDump(r *service.Request) (*service.File, error) {
-	if !r.Caller.May(PrivilegeReadMemory) {
+	if !r.Caller.May(PrivilegeReadMemory) && !r.Caller.May(PrivilegeMemory) {
 		return nil, service.Because(403, "InsufficientPrivilege", "Diagnostic data is for who has the privilege "+PrivilegeReadMemory+".")
 	}
 	if err := h.o.Agent.MayRead(); err != nil {
@@ -280,11 +393,25 @@ func (h *host) downloadDump(r *service.Request) (*service.File, error) {
 	}
 	h.dumps.mu.Lock()
 	defer h.dumps.mu.Unlock()
-	i := slices.IndexFunc(h.dumps.all, func(d dump) bool { return d.id == r.Param("dump") })
+	i := slices.IndexFunc(h.dumps.all, func(d collected) bool { return d.id == r.Param("dump") })
 	if i < 0 {
 		return nil, service.ErrNotFound
 	}
 	d := h.dumps.all[i]
+	if d.core != nil {
+		if err := mayHaveCore(r.Caller); err != nil {
+			return nil, err
+		}
+		f := &coreFile{SectionReader: io.NewSectionReader(d.core, 0, d.size), h: h, d: d, ctx: r.Context()}
+		err := f.permitted()
+		if errors.Is(err, kernel.ErrGone) {
+			return nil, service.Because(410, "ResourceMissingAtURI", sentence(err)+" Collect another.", dumpURI+"/Attachments/"+d.id)
+		}
+		if err != nil {
+			return nil, refusal(err)
+		}
+		return &service.File{Content: f, Type: d.media, Name: d.name, Made: d.made}, nil
+	}
 	f, err := os.Open(d.path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, service.ErrNotFound
@@ -294,3 +421,56 @@ func (h *host) downloadDump(r *service.Request) (*service.File, error) {
 	}
 	return &service.File{Content: f, Type: d.media, Name: d.name, Made: d.made}, nil
 }
+
+// coreFile is a core as a download. Each read looks whether the agreement still permits it and the host still runs the kernel that the core is
+// of: the parts of two boots would make no sense together.
+type coreFile struct {
+	*io.SectionReader
+	h   *host
+	d   collected
+	ctx context.Context
+}
+
+func (f *coreFile) permitted() error {
+	for _, ram := range f.d.core.RAM() {
+		if err := f.h.o.Agent.MayLease(ram, false); err != nil {
+			return err
+		}
+	}
+	if k := f.h.o.Agent.State().Kernel; k == nil || k.BootID != f.d.boot {
+		return fmt.Errorf("%w: the core is of a kernel that the host no longer runs", kernel.ErrGone)
+	}
+	return nil
+}
+
+func (f *coreFile) Read(b []byte) (int, error) {
+	err := f.ctx.Err()
+	if err == nil {
+		err = f.permitted()
+	}
+	if err != nil {
+		f.broke(err)
+		return 0, err
+	}
+	n, err := f.SectionReader.Read(b)
+	if err != nil && !errors.Is(err, io.EOF) {
+		f.broke(err)
+	}
+	return n, err
+}
+
+// broke notes why a download breaks off: HTTP has no place for it once a file is under way.
+func (f *coreFile) broke(err error) {
+	if f.ctx.Err() != nil {
+		return // the client has gone
+	}
+	f.h.dumps.mu.Lock()
+	defer f.h.dumps.mu.Unlock()
+	for i := range f.h.dumps.all {
+		if f.h.dumps.all[i].id == f.d.id {
+			f.h.dumps.all[i].trouble = err.Error()
+		}
+	}
+}
+
+func (f *coreFile) Close() error { return nil }

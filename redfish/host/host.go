@@ -16,6 +16,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/dump"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/agent/journal"
@@ -98,6 +99,8 @@ type Options struct {
 	Hardware func(context.Context) (Hardware, error)
 	// Memory opens the host's memory for reading, with the map of its RAM; nil means that of Agent.View.
 	Memory func(context.Context) (io.ReaderAt, []hostmem.Range, error)
+	// Core lays out a core of the host's memory; nil means of Agent.View's.
+	Core func(context.Context) (*dump.Core, error)
 }
 
 // host is the state behind the resources.

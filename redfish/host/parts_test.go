@@ -2,6 +2,8 @@ package host
 
 import (
 	"bytes"
+	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,14 +12,17 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/dump"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 )
@@ -199,6 +204,89 @@ func TestCollect(t *testing.T) {
 	}
 }
 
+// flaky is testMemory that cannot be read from an address on until it is mended.
+type flaky struct{ from *atomic.Int64 }
+
+func (m flaky) ReadAt(b []byte, off int64) (int, error) {
+	if from := m.from.Load(); from != 0 && off+int64(len(b)) > from {
+		return 0, &hostmem.FaultError{Op: "read", Addr: hostmem.PhysAddr(from), Len: len(b)}
+	}
+	return testMemory{}.ReadAt(b, off)
+}
+
+// TestCollectCore wants the host's memory as a core for who has the right to all of it, in parts, and of one boot only.
+func TestCollectCore(t *testing.T) {
+	a := newFakeAgent()
+	a.state.Kernel = &kernel.Info{BootID: "one"}
+	var bad atomic.Int64
+	ram := []hostmem.Range{{Start: 0x1000, Size: 0x9e000}, {Start: 1 << 20, Size: 4 << 20}}
+	c, url := connectWith(t, a, func(o *Options) {
+		o.Core = func(context.Context) (*dump.Core, error) {
+			return dump.New(dump.Source{
+				Arch: "aarch64", Memory: flaky{&bad}, RAM: ram, VMCOREINFO: "OSRELEASE=6.1\n",
+				Image: kernel.Span{Virt: 0xffff800008000000, Phys: 1 << 20, Size: 1 << 20}, Direct: kernel.Span{Virt: 0xffff000000000000, Size: 1 << 30},
+			})
+		}
+	})
+	if _, err := c.CollectCore(t.Context(), nil); status(err) != 403 {
+		t.Errorf("an administrator without %s: %v; want 403", PrivilegeMemory, err)
+	}
+	m := operator(t, c, url, "mem", PrivilegeMemory)
+	e, err := m.CollectCore(t.Context(), nil)
+	if err != nil || e.DiagnosticDataType != "OS" || e.AdditionalDataSize < 0x49e000 {
+		t.Fatalf("CollectCore = %+v, %v", e, err)
+	}
+	if err := c.Get(t.Context(), e.AdditionalDataURI, nil); status(err) != 403 {
+		t.Errorf("download by an administrator without %s: %v; want 403", PrivilegeMemory, err)
+	}
+	var whole bytes.Buffer
+	if n, err := m.Download(t.Context(), e.AdditionalDataURI, &whole); n != e.AdditionalDataSize || err != nil {
+		t.Fatalf("Download = %d, %v", n, err)
+	}
+	want := make([]byte, 4<<20)
+	_, _ = testMemory{}.ReadAt(want, 1<<20)
+	if got := whole.Bytes(); !bytes.Equal(got[len(got)-len(want):], want) || string(got[:4]) != "\x7fELF" {
+		t.Error("the core does not end with the last range of RAM")
+	}
+	// It breaks off where the memory does, says so, and goes on once that is mended.
+	bad.Store(3 << 20)
+	var parts bytes.Buffer
+	n, err := m.Download(t.Context(), e.AdditionalDataURI, &parts)
+	if err == nil || n == 0 || n >= e.AdditionalDataSize {
+		t.Errorf("Download of memory that cannot be read = %d, %v", n, err)
+	}
+	var entry schema.LogEntry
+	if err := m.Get(t.Context(), e.ODataID, &entry); err != nil || entry.Severity != schema.HealthWarning || !strings.Contains(entry.Resolution, "0x300000") {
+		t.Errorf("the entry = %+v, %v; want the address at which it broke off", entry, err)
+	}
+	bad.Store(0)
+	if _, err := m.Resume(t.Context(), e.AdditionalDataURI, n, &parts); err != nil || !bytes.Equal(parts.Bytes(), whole.Bytes()) {
+		t.Errorf("Resume = %d bytes in all, %v", parts.Len(), err)
+	}
+	a.mu.Lock()
+	a.denied = access.ErrDenied
+	a.mu.Unlock()
+	if _, err := m.Download(t.Context(), e.AdditionalDataURI, io.Discard); status(err) != 403 {
+		t.Errorf("without the agreement's right = %v; want 403", err)
+	}
+	a.mu.Lock()
+	a.denied, a.state.Kernel = nil, &kernel.Info{BootID: "two"}
+	a.mu.Unlock()
+	if _, err := m.Download(t.Context(), e.AdditionalDataURI, io.Discard); status(err) != 410 {
+		t.Errorf("after the host's restart = %v; want 410", err)
+	}
+	for body, want := range map[string]string{
+		`{"DiagnosticDataType":"OS","OEMDiagnosticDataType":"Dmesg"}`: "ActionParameterValueConflict",
+		`{"DiagnosticDataType":"OEM"}`:                                "ActionParameterMissing",
+		`{"DiagnosticDataType":"PreOS"}`:                              "ActionParameterValueNotInList",
+	} {
+		var e *client.Error
+		if _, err := m.Post(t.Context(), dumpURI+"/Actions/LogService.CollectDiagnosticData", json.RawMessage(body), nil); !errors.As(err, &e) || e.Status != 400 || !strings.HasSuffix(e.Messages[0].MessageID, want) {
+			t.Errorf("%s = %v; want %s", body, err, want)
+		}
+	}
+}
+
 // TestDumpsAreBounded wants the oldest dumps to give way, and nothing to be left of one that failed or of an earlier run.
 func TestDumpsAreBounded(t *testing.T) {
 	dir := t.TempDir()
@@ -208,18 +296,18 @@ func TestDumpsAreBounded(t *testing.T) {
 	h := &host{o: Options{Agent: newFakeAgent(), DumpDir: dir}, now: bootTime.Local}
 	h.collecting()
 	for range maxDumps + 3 {
-		if _, err := h.keep(dump{}, func(w io.Writer) error { _, err := io.WriteString(w, "x"); return err }); err != nil {
+		if _, err := h.keep(collected{}, func(w io.Writer) error { _, err := io.WriteString(w, "x"); return err }); err != nil {
 			t.Fatal(err)
 		}
 	}
 	big := bytes.Repeat([]byte{1}, maxDumpBytes/2)
 	for range 3 {
-		if _, err := h.keep(dump{}, func(w io.Writer) error { _, err := w.Write(big); return err }); err != nil {
+		if _, err := h.keep(collected{}, func(w io.Writer) error { _, err := w.Write(big); return err }); err != nil {
 			t.Fatal(err)
 		}
 	}
 	broken := errors.New("broken")
-	if _, err := h.keep(dump{}, func(io.Writer) error { return broken }); !errors.Is(err, broken) {
+	if _, err := h.keep(collected{}, func(io.Writer) error { return broken }); !errors.Is(err, broken) {
 		t.Errorf("keep = %v; want %v", err, broken)
 	}
 	files, err := os.ReadDir(dir)

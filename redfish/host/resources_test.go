@@ -41,7 +41,13 @@ func connect(t *testing.T, a *fakeAgent) *client.Client {
 // connectAt is connect for tests that need more clients: it returns the service's address, too.
 func connectAt(t *testing.T, a *fakeAgent) (*client.Client, string) {
 	t.Helper()
-	s := newTestService(t, a, service.Options{})
+	return connectWith(t, a, func(*Options) {})
+}
+
+// connectWith is connectAt with other options of the resources.
+func connectWith(t *testing.T, a *fakeAgent, change func(*Options)) (*client.Client, string) {
+	t.Helper()
+	s := newTestServiceWith(t, a, service.Options{}, change)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -8,7 +8,7 @@
 // Description:
 //
 // FILE is the RAM file of a q35 machine with a 6.1 kernel: that of the lab's host, or a copy. The machine should stand still. Of it an
-// ELF core is made, as drgn and crash want it. vmlinux is that kernel's with its debug symbols, of Debian's linux-image-…-dbg
+// ELF core is made by package dump. vmlinux is that kernel's with its debug symbols, of Debian's linux-image-…-dbg
 // (283 MB, 590 MB unpacked): backdoor needs none. drgn is python3-drgn, crash is crash; what is not installed is left out.
 //
 // The programs are run in turn, each as a process from its start to its end, so that a busy machine treats all alike; compare the ratios.
@@ -18,7 +18,6 @@ import (
 	"bytes"
 	"context"
 	_ "embed"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -32,6 +31,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/dump"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
@@ -200,97 +200,23 @@ func drain[T any](seq func(func(T, error) bool)) (last error) {
 	return last
 }
 
-// writeCore writes the memory of an image as an ELF core for drgn and crash: the VMCOREINFO note, the kernel's text, and all RAM where the
-// direct map has it.
+// writeCore writes the memory of an image as the ELF core that package dump makes.
 func writeCore(path string, img *kernel.Image) error {
-	v := img.View(context.Background())
-	read := func(pa hostmem.PhysAddr, n int) ([]byte, error) {
-		b := make([]byte, n)
-		_, err := img.Memory().ReadAt(b, int64(pa))
-		return b, err
-	}
-	header, err := read(img.Info().Note, 12)
+	src, err := dump.Of(img.View(context.Background()))
 	if err != nil {
 		return err
 	}
-	le := binary.LittleEndian
-	note, err := read(img.Info().Note, int(12+(le.Uint32(header)+3)&^3+(le.Uint32(header[4:])+3)&^3))
+	core, err := dump.New(src)
 	if err != nil {
 		return err
-	}
-	at, err := img.Symbol("page_offset_base")
-	if err != nil {
-		return err
-	}
-	direct, err := v.Uint64(at)
-	if err != nil {
-		return err
-	}
-	text, err := img.Symbol("_text")
-	if err != nil {
-		return err
-	}
-	end, err := img.Symbol("_end")
-	if err != nil {
-		return err
-	}
-	textAt, err := v.Phys(text)
-	if err != nil {
-		return err
-	}
-	var notes bytes.Buffer
-	for cpu := range img.Info().CPUs { // struct elf_prstatus, of no registers
-		binary.Write(&notes, le, []uint32{5, 336, 1})
-		notes.WriteString("CORE\x00\x00\x00\x00")
-		status := make([]byte, 336)
-		le.PutUint32(status[32:], uint32(cpu+1))
-		notes.Write(status)
-	}
-	notes.Write(note)
-	type load struct{ va, pa, size, offset uint64 }
-	const align = 1 << 12
-	ranges := img.RAM()
-	offset := (uint64(64+56*(2+len(ranges)))+uint64(notes.Len())+align-1)&^(align-1) + 0
-	var loads []load
-	for _, r := range ranges {
-		size := r.End() - r.Start
-		loads = append(loads, load{direct + uint64(r.Start), uint64(r.Start), uint64(size), offset})
-		if textAt >= r.Start && textAt < r.End() {
-			loads = append(loads, load{uint64(text), uint64(textAt), uint64(end - text), offset + uint64(textAt-r.Start)})
-		}
-		offset += uint64(size)
 	}
 	f, err := os.Create(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	var b bytes.Buffer
-	b.WriteString("\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00")
-	binary.Write(&b, le, []uint16{4, 62})    // ET_CORE, EM_X86_64
-	binary.Write(&b, le, uint32(1))          // EV_CURRENT
-	binary.Write(&b, le, []uint64{0, 64, 0}) // entry, phoff, shoff
-	binary.Write(&b, le, uint32(0))          // flags
-	binary.Write(&b, le, []uint16{64, 56, uint16(1 + len(loads)), 0, 0, 0})
-	program := func(kind, flags uint32, offset, va, pa, size uint64) {
-		binary.Write(&b, le, []uint32{kind, flags})
-		binary.Write(&b, le, []uint64{offset, va, pa, size, size, 0})
-	}
-	program(4, 0, uint64(64+56*(1+len(loads))), 0, 0, uint64(notes.Len())) // PT_NOTE
-	for _, l := range loads {
-		program(1, 7, l.offset, l.va, l.pa, l.size) // PT_LOAD
-	}
-	b.Write(notes.Bytes())
-	if _, err := f.WriteAt(b.Bytes(), 0); err != nil {
+	if _, err := io.Copy(f, io.NewSectionReader(core, 0, core.Size())); err != nil {
 		return err
-	}
-	for i, l := range loads {
-		if i > 0 && l.va == uint64(text) {
-			continue // in the one before
-		}
-		if _, err := io.Copy(io.NewOffsetWriter(f, int64(l.offset)), io.NewSectionReader(img.Memory(), int64(l.pa), int64(l.size))); err != nil {
-			return err
-		}
 	}
 	return f.Close()
 }
