@@ -154,6 +154,12 @@ The exit status is 3 if tasks wait for each other.
   backdoor -image vmcore lsm -json | jq '.probes[] | select(.function | contains("["))'`}, AskLSM),
 		listing(Listing{Served: true, Name: "about", Resource: "KernelState", Short: "the kernel's command line, taint, clock, security modules and swap",
 			Long: `  backdoor -image vmcore about`}, AskHost),
+		listing(Listing{Served: true, Name: "pstore", Resource: "PersistentStore", Short: "what earlier kernels left of their logs when they died",
+			Long: `The files of /sys/fs/pstore if that is mounted there, of any backend; else what is in the memory of ramoops. "dmesg -previous" leaves
+out what this boot has written itself.
+
+  backdoor -image vmcore pstore
+  backdoor -image vmcore pstore -json | jq -r '.records[] | select(.reason == "Panic").text'`}, AskPstore),
 		listing(Listing{Served: true, Name: "rcu", Resource: "RCU", Short: "whether RCU gets on, and which CPUs it waits for",
 			Long: `  backdoor -image vmcore rcu`}, AskRCU),
 		listing(Listing{Name: "timers", Resource: "Timers", Short: "what the kernel's timers will do next",

@@ -133,6 +133,11 @@ func TestListingText(t *testing.T) {
 		{"vmstat.txt", Memory{whole, kernel.MemoryUse{Total: 8 << 30, Free: 1 << 30, Available: 4 << 30, Zones: []kernel.Zone{{Name: "DMA32", Managed: 1 << 30, Free: 1 << 20, Min: 4096, Low: 8192, High: 16384, Buddies: []uint64{1, 2, 3}}},
 			Counters: kernel.Counters{{Name: "pgfault", Value: 7}, {Name: "allocstall_dma", Value: 1}, {Name: "allocstall_normal", Value: 2}}, Pressure: &kernel.Pressure{IO: kernel.Stall{Some: kernel.StallTime{Avg10: 1.5}}}}}},
 		{"load.txt", RunQueues{whole, kernel.Load{Averages: [3]float64{0.5, 1.25, 2}, Queues: []kernel.RunQueue{{CPU: 0, Switches: 10}, {CPU: 1, Running: 2, Fair: 2, CurrPID: 7, CurrComm: evil}}}}},
+		{"pstore.txt", Pstore{whole, kernel.Pstore{Backend: "ramoops", Records: []kernel.PstoreRecord{
+			{Name: "dmesg-ramoops-1", Type: "dmesg", Time: at, Reason: "Oops", Part: 2, Text: "Oops#1 Part2\n<4>[    1.000000] " + evil + "\n"},
+			{Name: "dmesg-ramoops-0", Type: "dmesg", Time: at, Problem: "is compressed, but not by deflate, or damaged", ThisBoot: true},
+			{Name: "console-ramoops-0", Type: "console", Text: "last"}}}, true}},
+		{"pstore-none.txt", Pstore{whole, kernel.Pstore{Backend: "efi_pstore"}, true}},
 		{"stack.txt", Stack{Extent{At: at, Doubts: []string{"ORC entry: not found; frames with a ? are guessed"}}, kernel.Stack{PID: 7, Comm: evil, State: "D", Why: "x",
 			Frames: []kernel.Frame{{Addr: 0xffffffff81000123, Symbol: "schedule", Offset: 0x23}, {Addr: 0xffffffffc0001000, Module: "virtio_net"}, {Addr: 0xffffffff81000200, Symbol: "do_exit", Guessed: true}}}}},
 		{"print.txt", Object{whole, 0x1000, kernel.Value{Type: "struct x", Parts: []kernel.Value{{Name: "a", Type: "int", Text: "-1"}, {Name: "b", Type: "struct y", Offset: 8, Parts: []kernel.Value{{Name: "c", Type: "char[4]", Offset: 8, Text: `"` + evil + `"`}}}}}}},
@@ -148,6 +153,22 @@ func TestListingText(t *testing.T) {
 		if _, err := json.Marshal(x.answer); err != nil {
 			t.Errorf("%s: %v", x.name, err)
 		}
+	}
+}
+
+func TestPrevious(t *testing.T) {
+	p := Pstore{Pstore: kernel.Pstore{Records: []kernel.PstoreRecord{
+		{Name: "old", Text: "Panic#1 Part1\n<6>[    1.0] info\n of two lines\n<3>[    2.0] error\n of two\n<12>[    3.0] daemon\n<x>\n"},
+		{Name: "new", ThisBoot: true}}}}
+	all := p
+	all.Previous(nil)
+	if len(all.Records) != 1 || all.Records[0] != p.Records[0] {
+		t.Errorf("previous = %+v", all.Records)
+	}
+	level := uint8(4)
+	p.Previous(&level)
+	if got, want := p.Records[0].Text, "Panic#1 Part1\n<3>[    2.0] error\n of two\n<12>[    3.0] daemon\n<x>\n"; got != want {
+		t.Errorf("lines of level 4 = %q, want %q", got, want)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -203,14 +204,16 @@ var dmesgVerb = verb{
 	name:  "dmesg",
 	short: "the host's kernel log",
 	long: `-level takes emerg, alert, crit, err, warn, notice, info or debug and shows that and worse. With -w -json each record is a
-line of JSON.
+line of JSON. -previous shows what earlier boots left in pstore: see backdoor help pstore.
 
   backdoor dmesg -level err
   backdoor dmesg -w
+  backdoor dmesg -previous
   backdoor -image vmcore dmesg`,
 	flags: func(fs *flag.FlagSet, o *options) {
 		fs.BoolVar(&o.follow, "w", false, "wait for new records and show them, too, until interrupted")
 		fs.StringVar(&o.level, "level", "", "least severe `level` shown")
+		fs.BoolVar(&o.previous, "previous", false, "show the logs that earlier boots left when they died")
 		fs.DurationVar(&o.interval, "interval", time.Second, "`time` between the samples; of -w, between the looks")
 	},
 	run: func(ctx context.Context, e *env, args []string) (int, error) {
@@ -225,11 +228,17 @@ line of JSON.
 			}
 			o.MaxLevel = &l
 		}
+		if e.o.previous && e.o.follow {
+			return 0, &usageError{verb: "dmesg", msg: "-previous and -w do not go together: nothing is added to the log of a boot that is over"}
+		}
 		s, err := e.open(ctx)
 		if err != nil {
 			return 0, err
 		}
 		defer s.Close()
+		if e.o.previous {
+			return e.previousLogs(ctx, s, o.MaxLevel)
+		}
 		l, err := s.Dmesg(ctx, o)
 		if err != nil {
 			return 0, err
@@ -239,6 +248,23 @@ line of JSON.
 		}
 		return exitOK, e.follow(ctx, s, o, l)
 	},
+}
+
+func (e *env) previousLogs(ctx context.Context, s source, maxLevel *uint8) (int, error) {
+	all := query.Listings()
+	a, err := s.List(ctx, all[slices.IndexFunc(all, func(l query.Listing) bool { return l.Name == "pstore" })], nil)
+	if err != nil {
+		return 0, err
+	}
+	var p query.Pstore
+	switch a := a.(type) {
+	case query.Pstore:
+		p = a
+	case *query.Pstore:
+		p = *a
+	}
+	p.Previous(maxLevel)
+	return complete(p.Complete), e.answer(p, p.Text)
 }
 
 // follow shows a log and what is added to it, until ctx ends. It goes on through a reboot of the host.

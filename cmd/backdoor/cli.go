@@ -56,7 +56,7 @@ type options struct {
 	timeout time.Duration
 
 	// verbs' own
-	all, threads, follow, dryRun, yes, verify, savePassword, names, explain, twoPersons bool
+	all, threads, follow, previous, dryRun, yes, verify, savePassword, names, explain, twoPersons bool
 	rows                                                                                int
 	interval                                                                            time.Duration
 	level, action, file, filter, after, output                                          string

@@ -43,6 +43,7 @@
 //	uprobes      what is hooked into the code of the host's programs
 //	lsm          what the host's security modules have called at the kernel's hooks
 //	about        the kernel's command line, taint, clock, security modules and swap
+//	pstore       what earlier kernels left of their logs when they died
 //	rcu          whether RCU gets on, and which CPUs it waits for
 //	timers       what the kernel's timers will do next
 //	irqs         interrupts and softirqs of each CPU

@@ -37,6 +37,7 @@ func listings() []listed {
 		list[query.SlabCaches]("slabtop"),
 		list[query.Memory]("vmstat"),
 		list[query.MemoryErrors]("edac"),
+		list[query.Pstore]("pstore"),
 		list[query.RunQueues]("load"),
 		list[query.Cgroups]("cgroups"),
 		list[query.Containers]("containers"),

@@ -203,6 +203,10 @@ func answer(cmd []string) any {
 		return "ok"
 	case "kexec": // load the kernel in /kexec, to be started at once, or when this one crashes
 		return loadKernel(arg)
+	case "ramoops":
+		return loadRamoops()
+	case "pstore":
+		return pstore()
 	case "sysrq":
 		return fmt.Sprint(os.WriteFile("/proc/sysrq-trigger", []byte(arg), 0))
 	}
@@ -246,6 +250,49 @@ func loadKernel(when string) string {
 		}()
 	}
 	return "ok"
+}
+
+// loadRamoops loads the modules of the initramfs, with the parameters that the command line has for them, as modprobe(8) does.
+func loadRamoops() string {
+	line, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return err.Error()
+	}
+	names, _ := filepath.Glob("/modules/*.ko")
+	for _, name := range names {
+		var params []string
+		_, module, _ := strings.Cut(strings.TrimSuffix(filepath.Base(name), ".ko"), "-")
+		for _, word := range strings.Fields(string(line)) {
+			if p, ok := strings.CutPrefix(word, module+"."); ok {
+				params = append(params, p)
+			}
+		}
+		b, err := os.ReadFile(name)
+		if err == nil {
+			err = unix.InitModule(b, strings.Join(params, " "))
+		}
+		if err != nil {
+			return fmt.Sprintf("load %s: %v", name, err)
+		}
+	}
+	return "ok"
+}
+
+// pstore mounts the file system of that name and returns what its files hold.
+func pstore() any {
+	if err := unix.Mount("pstore", "/sys/fs/pstore", "pstore", 0, ""); err != nil && err != unix.EBUSY {
+		return err.Error()
+	}
+	files := make(map[string]string)
+	names, _ := filepath.Glob("/sys/fs/pstore/*")
+	for _, name := range names {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			return err.Error()
+		}
+		files[filepath.Base(name)] = string(b)
+	}
+	return files
 }
 
 func kallsyms() any {
