@@ -57,15 +57,15 @@ type options struct {
 
 	// verbs' own
 	all, threads, follow, previous, dryRun, yes, verify, savePassword, names, explain, twoPersons bool
-	rows                                                                                int
-	interval                                                                            time.Duration
-	level, action, file, filter, after, output                                          string
-	agreement                                                                           agreementFlags
-	attest                                                                              attestFlags
-	attested                                                                            string
-	img                                                                                 imageFlags
-	flash                                                                               flashFlags
-	network                                                                             networkFlags
+	rows                                                                                          int
+	interval                                                                                      time.Duration
+	level, action, file, filter, after, output                                                    string
+	agreement                                                                                     agreementFlags
+	attest                                                                                        attestFlags
+	attested                                                                                      string
+	img                                                                                           imageFlags
+	flash                                                                                         flashFlags
+	network                                                                                       networkFlags
 }
 
 func (o *options) global(fs *flag.FlagSet) {
