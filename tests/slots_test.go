@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"flag"
 	"math/big"
@@ -18,11 +19,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/boot/slot"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/tests/lab"
+	"github.com/backdoor-rhs/backdoor/tests/operator"
 )
 
 var thorough = flag.Bool("thorough", false, "have TestSlots wait for watchdogs too, which takes minutes")
@@ -74,7 +78,11 @@ func TestSlots(t *testing.T) {
 	s.pin(ctx)
 	s.enroll(ctx)
 	s.attest(ctx, s.dpu.Slots.Bundle, "1.0.0")
+	s.agreement(ctx, "")
 	s.dpu.PowerOff()
+	unpaused, err := s.dpu.ReadState(lockFile)
+	s.must(err)
+	var paused []byte
 
 	s.story("an image with a changed byte is passed over", func() {
 		s.install(lab.Release{Version: "1.1.0"})
@@ -83,9 +91,14 @@ func TestSlots(t *testing.T) {
 		s.wantGood(ctx, slot.A, "1.0.0")
 		s.wantBad(slot.B, "damaged")
 		s.attest(ctx, s.dpu.Slots.Bundle, "1.0.0") // its PCR is not spoiled by the attempt
+		s.order(ctx, access.Pause, 1)
 	})
 	s.story("an image that panics is given up", func() {
 		s.install(lab.Release{Version: "1.2.0", Arguments: "rdinit=/nothing init=/nothing"})
+		// Meanwhile somebody with the disk in his hands puts back what the agreement's lock was before its owner's pause.
+		paused, err = s.dpu.ReadState(lockFile)
+		s.must(err)
+		s.must(s.dpu.WriteState(map[string][]byte{lockFile: unpaused}))
 		if !*thorough { // otherwise all three starts are waited for
 			s.count(slot.B, slot.TrialBoots-1)
 		}
@@ -94,6 +107,9 @@ func TestSlots(t *testing.T) {
 		s.wantGood(ctx, slot.A, "1.0.0")
 		s.t.Logf("from power on, through the panics, to the other image's first answer: %.1f s", time.Since(began).Seconds())
 		s.wantBad(slot.B, "never said that it is good")
+		s.agreement(ctx, "is not the file that the TPM knows")
+		s.dpu.PowerOff()
+		s.must(s.dpu.WriteState(map[string][]byte{lockFile: paused}))
 	})
 	if *thorough {
 		s.story("an image that hangs is given up by the watchdog", func() {
@@ -124,8 +140,11 @@ func TestSlots(t *testing.T) {
 		s.must(s.dpu.Slots.Make(file, lab.Release{Version: "2.0.0", Epoch: 2}))
 		s.boot(ctx)
 		s.wantGood(ctx, slot.A, "1.0.0")
+		s.agreement(ctx, "the owner has paused")
+		s.order(ctx, access.Resume, 2)
 		s.push(ctx, file)
 		s.wantGood(ctx, slot.B, "2.0.0")
+		s.agreement(ctx, "")
 		s.settled(ctx, 2)
 		s.boot(ctx) // the loader raises the TPM's counter
 		s.wantGood(ctx, slot.B, "2.0.0")
@@ -158,6 +177,38 @@ func TestSlots(t *testing.T) {
 		s.boot(ctx)
 		s.wantGood(ctx, slot.B, "2.0.0")
 	})
+}
+
+// lockFile holds the access agreement and the orders about it, in the agent's state.
+const lockFile = "agreement.lock"
+
+// agreement waits until the agent says why it permits nothing; empty: until the agreement holds.
+func (s *slots) agreement(ctx context.Context, denied string) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	agent := operator.Agent{Client: s.client()}
+	st, err := agent.WaitState(ctx, "the agreement to be judged", func(st engine.State) bool {
+		return st.Agreement != nil && strings.Contains(st.Agreement.Denied, denied) && (denied != "" || st.Agreement.Denied == "")
+	})
+	if err != nil {
+		s.t.Errorf("the agreement is %+v; want it denied because %q: %v", st.Agreement, denied, err)
+	}
+}
+
+// order has the owner give an order about the agreement.
+func (s *slots) order(ctx context.Context, what string, sequence uint64) {
+	s.t.Helper()
+	agent := operator.Agent{Client: s.client()}
+	st, err := agent.State(ctx)
+	s.must(err)
+	key, err := s.lab.Key("owner")
+	s.must(err)
+	o := &access.Order{Version: access.Version, Agreement: st.Agreement.Digest, Sequence: sequence, Order: what, Issued: time.Now().UTC().Truncate(time.Second), Reason: "a test"}
+	s.must(o.Sign(key))
+	doc, err := json.Marshal(o)
+	s.must(err)
+	s.must(agent.ObeyOrder(ctx, doc))
 }
 
 // settled waits until the disk says that nothing below an epoch is started any more: the recovery image was renewed for it.

@@ -40,6 +40,11 @@ func (a *Agreement) Grant(hostUUID string, now func() time.Time) Grant {
 
 // Denied returns why nothing at all is permitted now, or nil.
 func (g Grant) Denied() error {
+	if g.lock != nil {
+		if err := g.lock.Shut(); err != nil {
+			return err
+		}
+	}
 	if g.agreement == nil && g.denied == "" {
 		g.denied = "there is no access agreement; have the host's owner sign one"
 	}

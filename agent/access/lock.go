@@ -3,6 +3,7 @@ package access
 import (
 	"bytes"
 	"crypto/ed25519"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,6 +32,13 @@ type Lock struct {
 	s  locked // guarded by mu
 	// saved is when s was last written because of the time alone; guarded by mu.
 	saved time.Time
+	// anchor is where the file's digest is kept besides; nil if nowhere. Guarded by mu, as the rest.
+	anchor Anchor
+	// shut is why nothing is permitted or changed, whatever the file says; nil if it counts.
+	shut error
+	// kept is the digest of the file. If the anchor knows another one, kept is that one's, and lost says so in hexadecimal.
+	kept [sha256.Size]byte
+	lost string
 }
 
 // maxLock bounds the file of a lock, in bytes: an agreement, a few orders, and the digests that it keeps.
@@ -47,6 +55,8 @@ type locked struct {
 	Orders []Order `json:"orders"`
 	// Seen is the latest time of which the agent knows. The clock cannot bring an agreement back that had ended.
 	Seen time.Time `json:"seen"`
+	// Anchored says that the file's digest is kept by an anchor, so that it counts with that alone.
+	Anchored bool `json:"anchored,omitempty"`
 }
 
 // OpenLock opens the lock in a file, or an empty one that will be written there. A nil now is time.Now.
@@ -55,6 +65,10 @@ func OpenLock(path string, owner ed25519.PublicKey, now func() time.Time) (*Lock
 		now = time.Now
 	}
 	l := &Lock{path: path, owner: owner, now: now, s: locked{Version: Version}}
+	var err error
+	if l.kept, err = l.s.digest(); err != nil {
+		return nil, err
+	}
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return l, nil
@@ -93,6 +107,12 @@ func OpenLock(path string, owner ed25519.PublicKey, now func() time.Time) (*Lock
 		}
 	}
 	l.s = s
+	if l.kept, err = s.digest(); err != nil {
+		return nil, err
+	}
+	if s.Anchored {
+		l.shut = fmt.Errorf("%s is tied to the machine's TPM, which has not been asked: %w", path, ErrDenied)
+	}
 	return l, nil
 }
 
@@ -129,6 +149,12 @@ func (l *Lock) Offer(a *Agreement) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.lost != "" {
+		return l.refound(a)
+	}
+	if l.shut != nil {
+		return l.shut
+	}
 	retired := l.s.Retired
 	if old := l.s.Agreement; old != nil {
 		was, err := old.Digest()
@@ -188,6 +214,9 @@ func (l *Lock) Obey(o *Order) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.shut != nil {
+		return l.shut
+	}
 	if l.s.Agreement == nil {
 		return fmt.Errorf("there is no access agreement to which the order could apply: %w", ErrDenied)
 	}
@@ -263,7 +292,7 @@ func (l *Lock) time() time.Time {
 	}
 	l.s.Seen = now
 	const often = 10 * time.Minute
-	if l.s.Agreement != nil && now.Sub(l.saved) > often {
+	if l.s.Agreement != nil && l.shut == nil && now.Sub(l.saved) > often {
 		l.saved = now
 		_ = l.write(l.s) // what this fails to keep, the next one does
 	}
@@ -309,6 +338,7 @@ func (l *Lock) write(next locked) error {
 	if next.Retired == nil {
 		next.Retired = []string{}
 	}
+	next.Anchored = l.anchor != nil
 	b, err := json.MarshalIndent(next, "", "\t")
 	if err != nil {
 		return fmt.Errorf("write the lock of the access agreement: %w", err)
@@ -316,9 +346,16 @@ func (l *Lock) write(next locked) error {
 	if len(b) > maxLock {
 		return fmt.Errorf("write the lock of the access agreement: %d bytes are more than it can hold", len(b))
 	}
-	if err := durable.WriteFile(l.path, append(bytes.TrimSpace(b), '\n'), 0o600); err != nil {
+	done, err := l.announce(next)
+	if err == nil {
+		err = durable.WriteFile(l.path, append(bytes.TrimSpace(b), '\n'), 0o600)
+	}
+	if err == nil {
+		l.s = next
+		err = done()
+	}
+	if err != nil {
 		return fmt.Errorf("write the lock of the access agreement: %w", err)
 	}
-	l.s = next
 	return nil
 }

@@ -186,6 +186,8 @@ func (e *Engine) State() State {
 		if err := e.grant().Denied(); err != nil {
 			s.Agreement.Denied = err.Error()
 		}
+	} else if err := e.o.Agreement.Shut(); err != nil {
+		s.Agreement = &AgreementState{Denied: err.Error()}
 	}
 	return s
 }

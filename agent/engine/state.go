@@ -112,7 +112,7 @@ type Progress struct {
 	Total uint64 `json:"total"`
 }
 
-// AgreementState says what the agreement permits.
+// AgreementState says what the agreement permits. Without an ID there is none, and Denied says why none is taken.
 type AgreementState struct {
 	ID         string        `json:"id"`
 	Host       access.Host   `json:"host"`

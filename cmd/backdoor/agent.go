@@ -132,6 +132,8 @@ func statusOf(st engine.State, now time.Time) query.Status {
 	switch g := st.Agreement; {
 	case g == nil:
 		s.Agent.Agreement = "none: nothing is written to the host"
+	case g.ID == "":
+		s.Agent.Agreement = "none: " + g.Denied
 	case g.Denied != "":
 		s.Agent.Agreement = g.ID + " does not apply: " + g.Denied
 	default:

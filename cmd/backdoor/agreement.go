@@ -5,7 +5,9 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -80,7 +82,7 @@ that its owner and enough of its monitors have signed takes its place. The host 
 		fs.BoolVar(&f.write, "permit-write", false, "permit to write to the host's memory")
 		fs.BoolVar(&f.twoPersons, "two-persons", false, "have each store by address need a second operator's consent")
 		fs.BoolVar(&f.power, "permit-power", false, "permit to switch the host's power")
-		fs.StringVar(&f.succeeds, "succeeds", "", "agreement `file` whose place the new one is to take while that one holds")
+		fs.StringVar(&f.succeeds, "succeeds", "", "agreement `file` whose place the new one is to take while that one holds; or the SHA-256 that an agent whose lock is lost asks for")
 		fs.IntVar(&f.quorum, "quorum", 0, "how many `monitors` it takes for a successor, besides the owner (default all)")
 		fs.Var(&f.emergencyKeys, "emergency-key", "somebody who may break the glass with others, as `NAME=KEY`; may be given several times")
 		fs.IntVar(&f.emergencyThreshold, "emergency-threshold", 2, "how many of the emergency `keys` it takes")
@@ -209,7 +211,9 @@ func newAgreement(f agreementFlags, now time.Time) (*access.Agreement, error) {
 // further adds what an agreement need not have.
 func (f agreementFlags) further(a *access.Agreement) error {
 	a.Quorum = f.quorum
-	if f.succeeds != "" {
+	if digest, err := hex.DecodeString(f.succeeds); err == nil && len(digest) == sha256.Size {
+		a.Succeeds = f.succeeds
+	} else if f.succeeds != "" {
 		old, err := readAgreement(f.succeeds)
 		if err != nil {
 			return err

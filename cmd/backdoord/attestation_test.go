@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
@@ -15,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/boot/attest/attesttest"
 )
@@ -192,6 +195,106 @@ func TestKeySeal(t *testing.T) {
 	}
 	if got, was, err := k.Open(kept); err != nil || !was || string(got) != string(secret) {
 		t.Errorf("Open() in the next image = %q, %v, %v", got, was, err)
+	}
+}
+
+// TestAnchor ties the lock of the access agreement to a real TPM, and then takes away or exchanges what it rests on, as somebody with the
+// disk in his hands could.
+func TestAnchor(t *testing.T) {
+	dir, state := t.TempDir(), t.TempDir()
+	log := slog.New(slog.NewTextHandler(t.Output(), nil))
+	keys, lockFile := filepath.Join(state, "keys.sealed"), filepath.Join(state, "agreement.lock")
+	owner, monitor := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32)), ed25519.NewKeyFromSeed(bytes.Repeat([]byte{2}, 32))
+	public := func(k ed25519.PrivateKey) access.Key { return access.Key(k.Public().(ed25519.PublicKey)) }
+	const host = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
+	a := &access.Agreement{
+		Version: access.Version, ID: "anchored", Host: access.Host{UUID: host}, Owner: access.Party{Name: "owner", Key: public(owner)},
+		Monitors: []access.Party{{Name: "monitor", Key: public(monitor)}}, Rights: access.Rights{Read: true, Actions: []string{}},
+		ValidFrom: time.Now().Add(-time.Hour).UTC(), ValidUntil: time.Now().Add(24 * time.Hour).UTC(),
+	}
+	for _, k := range []ed25519.PrivateKey{owner, monitor} {
+		if err := a.Sign(k); err != nil {
+			t.Fatal(err)
+		}
+	}
+	first := started("1.0")
+	off := func() {}
+	// start is a start of the machine with one image, whose sealed keys are for the first.
+	start := func(image attest.Log, key ed25519.PublicKey) (*access.Lock, error) {
+		t.Helper()
+		off()
+		var tpm *attest.TPM
+		tpm, off = attesttest.Start(t, dir)
+		extend(t, tpm, image)
+		tr := newTrust(state, func() []attest.Digest { return []attest.Digest{first.Replay(attest.ImagePCR)} }, log)
+		tr.path, tr.loaded = filepath.Join(t.TempDir(), "eventlog"), image
+		if err := tr.open(tpm); err != nil {
+			t.Fatal(err)
+		}
+		close(tr.opened)
+		lock, err := access.OpenLock(lockFile, key, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lock.Await()
+		return lock, lock.Anchor(tr.anchor(key))
+	}
+	mine := owner.Public().(ed25519.PublicKey)
+	lock, err := start(first, mine)
+	if err == nil {
+		err = lock.Offer(a)
+	}
+	if err == nil {
+		err = lock.Grant(host).Permit(access.Read)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if lock, err = start(first, mine); err != nil || lock.Grant(host).Permit(access.Read) != nil {
+		t.Fatalf("after a restart: %v, %v", err, lock.Grant(host).Permit(access.Read))
+	}
+
+	good := map[string][]byte{}
+	for _, f := range []string{keys, lockFile} {
+		if good[f], err = os.ReadFile(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tt := range []struct {
+		name  string
+		do    func() error
+		image attest.Log
+		owner ed25519.PublicKey
+		want  string
+	}{
+		{"the lock is taken away", func() error { return os.Remove(lockFile) }, first, mine, "not the file that the TPM knows"},
+		{"the sealed key is taken away", func() error { return os.Remove(keys) }, first, mine, attest.ErrNotOurs.Error()},
+		{"the lock and the sealed key are", func() error { return errors.Join(os.Remove(lockFile), os.Remove(keys)) }, first, mine, attest.ErrNotOurs.Error()},
+		{"the lock and the owner are exchanged", func() error { return os.Remove(lockFile) }, first, monitor.Public().(ed25519.PublicKey), attest.ErrNotOurs.Error()},
+		{"the sealed key is spoiled", func() error { return os.WriteFile(keys, []byte("{}"), 0o600) }, first, mine, "a key that this image cannot open"},
+		{"another image runs", func() error { return nil }, started("0.9"), mine, "a key that this image cannot open"},
+	} {
+		if err := tt.do(); err != nil {
+			t.Fatal(err)
+		}
+		lock, err := start(tt.image, tt.owner)
+		if !errors.Is(err, access.ErrDenied) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: Anchor() = %v; want it to say %q", tt.name, err, tt.want)
+		}
+		if err := lock.Offer(a); err == nil {
+			t.Errorf("%s: the agreement is taken", tt.name)
+		}
+		if err := lock.Grant(host).Permit(access.Read); !errors.Is(err, access.ErrDenied) {
+			t.Errorf("%s: Permit() = %v", tt.name, err)
+		}
+		for f, b := range good {
+			if err := os.WriteFile(f, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if lock, err = start(first, mine); err != nil || lock.Grant(host).Permit(access.Read) != nil {
+		t.Errorf("with everything back: %v, %v", err, lock.Grant(host).Permit(access.Read))
 	}
 }
 

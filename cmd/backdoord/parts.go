@@ -70,8 +70,9 @@ func newParts(cfg config.Config, log *slog.Logger) *parts {
 }
 
 // lockAgreement opens the lock of the access agreement in the state directory, which decides once it holds one, and offers it the
-// configured document. It returns nil, which permits nothing, if there is no owner to trust.
-func lockAgreement(cfg config.Config, offered *access.Agreement, log *slog.Logger) *access.Lock {
+// configured document. Where the machine's TPM is to vouch for the lock, both wait for that. It returns nil, which permits nothing, if
+// there is no owner to trust.
+func lockAgreement(cfg config.Config, offered *access.Agreement, t *trust, log *slog.Logger) *access.Lock {
 	if len(cfg.Agreement.OwnerKey) == 0 {
 		return nil
 	}
@@ -80,8 +81,25 @@ func lockAgreement(cfg config.Config, offered *access.Agreement, log *slog.Logge
 		log.Error("nothing is permitted", "err", err)
 		return nil
 	}
-	if offered == nil {
+	if t == nil || !t.measured() {
+		offerAgreement(lock, offered, log)
 		return lock
+	}
+	lock.Await()
+	go func() {
+		if err := lock.Anchor(t.anchor(cfg.Agreement.OwnerKey)); err != nil {
+			log.Error("nothing is permitted", "err", err)
+		}
+		offerAgreement(lock, offered, log)
+		t.claim()
+	}()
+	return lock
+}
+
+// offerAgreement offers the configured document to the lock, if there is one.
+func offerAgreement(lock *access.Lock, offered *access.Agreement, log *slog.Logger) {
+	if offered == nil {
+		return
 	}
 	if err := lock.Offer(offered); err != nil {
 		if held := lock.Agreement(); held != nil {
@@ -90,7 +108,6 @@ func lockAgreement(cfg config.Config, offered *access.Agreement, log *slog.Logge
 			log.Error("the access agreement is not taken: nothing is permitted", "err", err)
 		}
 	}
-	return lock
 }
 
 func loadAgreement(c config.Agreement) (*access.Agreement, error) {

@@ -5,7 +5,9 @@ import (
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
+	"crypto/hmac"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -99,6 +101,13 @@ func (k *keySeal) refresh() error {
 	}
 	k.to = to
 	return nil
+}
+
+// derive returns a secret of 32 bytes for one purpose, which only they have who have the key.
+func (k *keySeal) derive(purpose string) []byte {
+	h := hmac.New(sha256.New, k.key)
+	h.Write([]byte(purpose))
+	return h.Sum(nil)
 }
 
 // Seal implements service.Vault.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/boot/handover"
 	"github.com/backdoor-rhs/backdoor/internal/durable"
@@ -244,6 +246,33 @@ func (t *trust) refresh() {
 		t.log.Error("seal the agent's keys to the images in the slots", "err", err)
 	}
 }
+
+// anchor is what the lock of the access agreement is tied to, once the TPM is open; nil if there is nothing. Only the images in the machine's
+// slots can use it: another one, or one whose sealed key was taken away, learns that there is one, and no more.
+func (t *trust) anchor(owner []byte) access.Anchor {
+	<-t.opened
+	if t.tpm == nil {
+		return nil
+	}
+	if t.seal != nil {
+		return t.tpm.Anchor(t.seal.derive("anchor of the access agreement"), owner)
+	}
+	switch there, err := t.tpm.Anchored(); {
+	case err != nil:
+		return noAnchor{err}
+	case there:
+		return noAnchor{errors.New("it is tied to the TPM, by a key that this image cannot open")}
+	}
+	return nil
+}
+
+// A noAnchor stands for an anchor that cannot be used.
+type noAnchor struct{ why error }
+
+func (n noAnchor) Read() (is, next [sha256.Size]byte, ok bool, err error) {
+	return is, next, false, n.why
+}
+func (n noAnchor) Write(is, next [sha256.Size]byte) error { return n.why }
 
 // epoch is the TPM's security epoch; 0 without a TPM: the disk's word has to do then.
 func (t *trust) epoch() (uint64, error) {

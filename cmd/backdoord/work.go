@@ -145,7 +145,7 @@ func (w *worker) openEngine(p *parts, why error) {
 		Memory:    memory(w.cfg, w.log, why),
 		Writes:    w.cfg.Writes,
 		HostUUID:  w.cfg.HostUUID,
-		Agreement: lockAgreement(w.cfg, p.agreement, w.log),
+		Agreement: lockAgreement(w.cfg, p.agreement, w.trust, w.log),
 		Mailbox:   w.cfg.Agreement.Mailbox,
 		Policy:    p.policy,
 		Journal:   w.journal,

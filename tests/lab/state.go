@@ -211,6 +211,23 @@ func writeKey(path string, k ed25519.PrivateKey) error {
 	return os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
 }
 
+// Key reads a private key of the run: the "owner"'s or the "monitor"'s, who have signed the agreement.
+func (l *Lab) Key(name string) (ed25519.PrivateKey, error) {
+	raw, err := os.ReadFile(filepath.Join(l.dir, name+".key"))
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(raw)
+	if block == nil {
+		return nil, fmt.Errorf("%s.key is no PEM", name)
+	}
+	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("%s.key: %w", name, err)
+	}
+	return k.(ed25519.PrivateKey), nil
+}
+
 // keep stores the keys of a run beside its other files.
 func (p parties) keep(dir string) error {
 	err := errors.Join(writeKey(filepath.Join(dir, "owner.key"), p.owner), writeKey(filepath.Join(dir, "monitor.key"), p.monitor))

@@ -68,7 +68,7 @@ func (b *bench) enrol(ctx context.Context) (time.Duration, error) {
 	}
 	var owner ed25519.PrivateKey
 	for _, who := range []string{"owner", "monitor"} {
-		k, err := b.key(who)
+		k, err := b.lab.Key(who)
 		if err == nil {
 			err = signed.Sign(k)
 		}
@@ -107,11 +107,11 @@ func hostHasNoSay(ctx context.Context, b *bench) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	owner, err := b.key("owner")
+	owner, err := b.lab.Key("owner")
 	if err != nil {
 		return "", err
 	}
-	monitor, err := b.key("monitor")
+	monitor, err := b.lab.Key("monitor")
 	if err != nil {
 		return "", err
 	}

@@ -3,13 +3,9 @@ package principles
 import (
 	"context"
 	"crypto/ed25519"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -305,30 +301,13 @@ func difference(a, b string) string {
 	return strings.Join(out[:min(len(out), 20)], "\n")
 }
 
-// key reads a private key of the run.
-func (b *bench) key(name string) (ed25519.PrivateKey, error) {
-	raw, err := os.ReadFile(filepath.Join(b.lab.Dir(), name+".key"))
-	if err != nil {
-		return nil, err
-	}
-	block, _ := pem.Decode(raw)
-	if block == nil {
-		return nil, fmt.Errorf("%s.key is no PEM", name)
-	}
-	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
-	if err != nil {
-		return nil, err
-	}
-	return k.(ed25519.PrivateKey), nil
-}
-
 // locked tries to change the agreement by everybody alone, and has its owner stop it.
 func locked(ctx context.Context, b *bench) (string, error) {
-	owner, err := b.key("owner")
+	owner, err := b.lab.Key("owner")
 	if err != nil {
 		return "", err
 	}
-	monitor, err := b.key("monitor")
+	monitor, err := b.lab.Key("monitor")
 	if err != nil {
 		return "", err
 	}
