@@ -3,6 +3,7 @@ package tests
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"path"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/query"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
@@ -20,6 +22,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/redfish/service"
 	"github.com/backdoor-rhs/backdoor/tests/guest"
+	"github.com/backdoor-rhs/backdoor/tests/operator"
 )
 
 // TestMemoryErrors has an engine look at a kernel whose EDAC core counts errors, which a module tells it of, and compares what the
@@ -128,6 +131,48 @@ func TestMemoryErrors(t *testing.T) {
 			t.Errorf("%s: %+v, health %s; the kernel says %+v", module.ID, got, module.Status.Health, want)
 		}
 	}
+
+	// The detectors, by the counts that the kernel shows: what lost data, and what does not yet fail.
+	lostData := map[string]bool{}
+	for _, mc := range m.Controllers {
+		at := fmt.Sprintf("mc%d", mc.Index)
+		lostData[at] = number(sysfs, at, "ue_noinfo_count") > 0
+		for _, d := range mc.Modules {
+			lostData[fmt.Sprintf("%s/dimm%d", at, d.Index)] = number(sysfs, at, fmt.Sprintf("dimm%d", d.Index), "dimm_ue_count") > 0
+		}
+	}
+	maps.DeleteFunc(lostData, func(_ string, lost bool) bool { return !lost })
+	waitHardware(t, c, lostData)
+	// Another module has twelve errors corrected, of which ten within a day are too many.
+	const failing = "mc0/dimm3"
+	for range 11 {
+		g.Ask("write /proc/bdedac ce 3", "written", &done)
+	}
+	lostData[failing] = false
+	waitHardware(t, c, lostData)
+}
+
+// waitHardware waits until the findings about the hardware are those: the keys of parts of the memory, and whether they have lost data.
+func waitHardware(t *testing.T, c *client.Client, want map[string]bool) {
+	t.Helper()
+	agent := operator.Agent{Client: c}
+	var got map[string]bool
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
+		all, err := agent.Findings(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = map[string]bool{}
+		for _, f := range all {
+			if f.Kind == detect.KindHardware && f.Resolved == nil {
+				got[f.Key] = f.Severity == detect.Critical
+			}
+		}
+		if maps.Equal(got, want) {
+			return
+		}
+	}
+	t.Errorf("the findings about the hardware are %v; want %v", got, want)
 }
 
 // serveHost serves a guest as an agent does that may look, and no more.

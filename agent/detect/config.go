@@ -44,6 +44,8 @@ type Config struct {
 	// FloodPackets is how many frames a second of the host are a flood, and FloodSYNs how many connections a second that it begins and
 	// does not use.
 	FloodPackets, FloodSYNs int
+	// CorrectedADay is how many errors of one memory module, corrected within a day, say that it is failing.
+	CorrectedADay int
 }
 
 // DefaultConfig returns the settings that suit a server.
@@ -67,6 +69,8 @@ func DefaultConfig() Config {
 		BootFor:      5 * time.Minute,
 		FloodPackets: 200000,
 		FloodSYNs:    1000,
+
+		CorrectedADay: 10,
 	}
 }
 
@@ -107,6 +111,9 @@ func (c Config) Check() error {
 	if c.FloodPackets < 1 || c.FloodSYNs < 1 {
 		return fmt.Errorf("detector settings floodPackets %d and floodSYNs %d: they are numbers a second, at least 1", c.FloodPackets, c.FloodSYNs)
 	}
+	if c.CorrectedADay < 1 {
+		return fmt.Errorf("detector setting correctedADay is %d; it is a number of errors, at least 1", c.CorrectedADay)
+	}
 	for _, r := range c.RunawayExempt {
 		if r.First > r.Last {
 			return fmt.Errorf("exempt user range %d to %d is the wrong way round", r.First, r.Last)
@@ -124,5 +131,5 @@ func (c Config) Keep() (beats, tasks time.Duration) {
 func Detectors(c Config) []Detector {
 	return []Detector{panicDetector(c), hostSilent(c), cpuStall(c), runawayProcess(c), forkBomb(c), memoryHog(c), exhaustion(c),
 		softLockup(c), oops(c), rcuStall(c), hungTask(c), tampering(c),
-		stuckWork(c), stuckIO(c), thrashing(c), tainted(c), clock(c), bootStuck(c)}
+		stuckWork(c), stuckIO(c), thrashing(c), tainted(c), memoryErrors(c), clock(c), bootStuck(c)}
 }

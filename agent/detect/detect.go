@@ -122,6 +122,7 @@ const (
 	NeedUsage      Need = "usage"      // Pass.Usage, one of them from this pass
 	NeedSigns      Need = "signs"      // Pass.Signs
 	NeedJams       Need = "jams"       // Pass.Jams
+	NeedMemory     Need = "memory"     // Pass.Memory, one of them from lately
 	NeedNetwork    Need = "network"    // Pass.Network, one of them from lately
 )
 
@@ -150,6 +151,8 @@ type Pass struct {
 	Usage []kernel.Usage `json:"usage,omitempty"`
 	Signs []kernel.Signs `json:"signs,omitempty"` // oldest first
 	Jams  []JamSample    `json:"jams,omitempty"`  // oldest first
+	// Memory is what was counted of the memory's errors, oldest first: MemoryApart from each other, but for the newest.
+	Memory []MemorySample `json:"memory,omitempty"`
 	// Network is what the packet path between the host and the wire has seen, oldest first.
 	Network []NetworkSample `json:"network,omitempty"`
 	// Changes is where the kernel's code, its constants and its table of interrupts are not as they were when the agent first looked.

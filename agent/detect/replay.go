@@ -50,10 +50,11 @@ func Replay(ctx context.Context, c Config, whole Pass, more []Detector, say func
 		p.Usage = until(whole.Usage, at, func(u *kernel.Usage) time.Time { return u.At })
 		p.Signs = until(whole.Signs, at, func(s *kernel.Signs) time.Time { return s.At })
 		p.Jams = until(whole.Jams, at, func(j *JamSample) time.Time { return j.At })
+		p.Memory = until(whole.Memory, at, func(m *MemorySample) time.Time { return m.At })
 		for k := range detectors {
 			d := &detectors[k]
 			if slices.ContainsFunc(d.Needs, func(n Need) bool {
-				return n == NeedPanic && p.Panic == nil || n == NeedTasks && len(p.Tasks) == 0 || n == NeedUsage && len(p.Usage) == 0 || n == NeedSigns && len(p.Signs) == 0 || n == NeedJams && len(p.Jams) == 0
+				return n == NeedPanic && p.Panic == nil || n == NeedTasks && len(p.Tasks) == 0 || n == NeedUsage && len(p.Usage) == 0 || n == NeedSigns && len(p.Signs) == 0 || n == NeedJams && len(p.Jams) == 0 || n == NeedMemory && len(p.Memory) == 0
 			}) {
 				continue
 			}

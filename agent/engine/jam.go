@@ -85,3 +85,26 @@ func (w *watcher) addJam(s detect.JamSample) {
 		w.jams = slices.Delete(w.jams, 0, 1)
 	}
 }
+
+// countMemory takes a sample of the memory's errors. A kernel that counts none, as those of most virtual machines, has none.
+func (w *watcher) countMemory(v *kernel.View, now time.Time) {
+	s := detect.MemorySample{At: now}
+	if v != nil {
+		for c, err := range v.MemoryControllers() {
+			if errors.Is(err, kernel.ErrNotSupported) || errors.Is(err, kernel.ErrNotFound) {
+				break
+			}
+			if err != nil {
+				return // torn: the next one will tell
+			}
+			s.Controllers = append(s.Controllers, c)
+		}
+	}
+	if n := len(w.memory); n > 1 && w.memory[n-1].At.Sub(w.memory[n-2].At) < detect.MemoryApart {
+		w.memory = w.memory[:n-1]
+	}
+	w.memory = append(w.memory, s)
+	for len(w.memory) > 2 && now.Sub(w.memory[0].At) > detect.MemoryKept {
+		w.memory = slices.Delete(w.memory, 0, 1)
+	}
+}

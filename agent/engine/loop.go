@@ -91,6 +91,7 @@ type watcher struct {
 	signs     []kernel.Signs
 	network   []detect.NetworkSample
 	jams      []detect.JamSample
+	memory    []detect.MemorySample
 	nextSigns time.Time
 	nextJams  time.Time
 	// nextMailbox is when the host's memory is searched for an agreement again.
@@ -320,7 +321,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	w.nextUUID, w.lived = time.Time{}, time.Time{}
 	w.golden.end()
 	w.golden.next = now.Add(goldenAfter)
-	w.jams, w.nextJams, w.noKernel = nil, now, time.Time{}
+	w.jams, w.memory, w.nextJams, w.noKernel = nil, nil, now, time.Time{}
 	// A kernel that goes on after what looked like a reset shows that this host's firmware writes there while it runs.
 	lies := info.BootID == w.ended
 	w.firmware, w.ended = nil, ""
@@ -529,8 +530,9 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	if berr == nil && !panicState.Panicked && !now.Before(w.nextJams) {
 		w.nextJams = now.Add(jamsEvery)
 		w.addJam(jam(p.View, panicState, w.jams))
+		w.countMemory(p.View, now)
 	}
-	p.Jams = w.jams
+	p.Jams, p.Memory = w.jams, w.memory
 	p.Took = time.Since(now)
 	failed := errors.Join(perr, berr, uerr, terr)
 	if serr != nil { // the passes that follow will show whether it is more than that
@@ -776,6 +778,8 @@ func lacking(d *detect.Detector, p *detect.Pass) detect.Need {
 			has = len(p.Signs) > 0
 		case detect.NeedJams:
 			has = len(p.Jams) > 0
+		case detect.NeedMemory:
+			has = len(p.Memory) > 0
 		case detect.NeedNetwork:
 			has = len(p.Network) > 0
 		}

@@ -128,6 +128,9 @@ func (p Policy) DetectConfig() detect.Config {
 	if s.FloodSYNs != 0 {
 		c.FloodSYNs = s.FloodSYNs
 	}
+	if s.CorrectedADay != 0 {
+		c.CorrectedADay = s.CorrectedADay
+	}
 	if s.HogFloor != 0 {
 		c.HogFloor = s.HogFloor
 	}

@@ -26,7 +26,8 @@
 //	    "ioFor": "20s",
 //	    "bootFor": "5m",
 //	    "floodPackets": 200000,
-//	    "floodSYNs": 1000
+//	    "floodSYNs": 1000,
+//	    "correctedADay": 10
 //	  },
 //	  "blast": {"tasks": 4096, "bytes": 8388608},
 //	  "flap": {"repairs": 6, "within": "10m"},
@@ -147,6 +148,7 @@ type Detectors struct {
 	BootFor       Duration `json:"bootFor,omitempty"`
 	FloodPackets  int      `json:"floodPackets,omitempty"`
 	FloodSYNs     int      `json:"floodSYNs,omitempty"`
+	CorrectedADay int      `json:"correctedADay,omitempty"`
 }
 
 // Policy is the document.
