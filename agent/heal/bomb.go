@@ -196,15 +196,7 @@ func planBatch(m model, f detect.Finding) (p Plan, more bool, err error) {
 		return fail(err)
 	}
 	victims = victims[:min(len(victims), len(boxes)*perPage)]
-	hb, err := m.Heartbeat()
-	if err != nil {
-		return fail(fmt.Errorf("choose a CPU: %w", err))
-	}
-	cpu, err := pickCPU(m, hb, nil)
-	if err != nil {
-		return fail(err)
-	}
-	listVA, listPA, err := lazyList(m, cpu.ID)
+	cpu, listVA, listPA, err := soonestTick(m, nil)
 	if err != nil {
 		return fail(err)
 	}

@@ -59,15 +59,7 @@ func planCall(m model, p Plan, fn function) (Plan, error) {
 	if err != nil {
 		return fail(err)
 	}
-	hb, err := m.Heartbeat()
-	if err != nil {
-		return fail(fmt.Errorf("choose a CPU: %w", err))
-	}
-	cpu, err := pickCPU(m, hb, nil)
-	if err != nil {
-		return fail(err)
-	}
-	listVA, listPA, err := lazyList(m, cpu.ID)
+	cpu, listVA, listPA, err := soonestTick(m, nil)
 	if err != nil {
 		return fail(err)
 	}

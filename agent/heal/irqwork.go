@@ -143,6 +143,19 @@ func ibtOff(m model) bool {
 	return err == nil && caps>>bit&1 == 0
 }
 
+// soonestTick chooses the CPU whose timer tick is to carry out a call, as pickCPU says, and returns where its list head is.
+func soonestTick(m model, victim *kernel.Task) (cpu kernel.CPU, listVA kernel.VirtAddr, listPA hostmem.PhysAddr, err error) {
+	before, err := m.Heartbeat()
+	if err != nil {
+		return cpu, 0, 0, fmt.Errorf("choose a CPU: %w", err)
+	}
+	if cpu, err = pickCPU(m, before, victim); err != nil {
+		return cpu, 0, 0, err
+	}
+	listVA, listPA, err = lazyList(m, cpu.ID)
+	return cpu, listVA, listPA, err
+}
+
 // pickCPU chooses the CPU that will tick soonest: the one on which the victim runs, for that one is surely busy; else any
 // other that is busy; else the idle one with the nearest timer event. A CPU that is busy but does not tick within the time of
 // a few ticks is not asked: its interrupts are off.

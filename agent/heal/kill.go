@@ -111,15 +111,7 @@ func planSignal(m model, f detect.Finding, what signal) (Plan, error) {
 	if err != nil {
 		return fail(err)
 	}
-	hb, err := m.Heartbeat()
-	if err != nil {
-		return fail(fmt.Errorf("choose a CPU: %w", err))
-	}
-	cpu, err := pickCPU(m, hb, &vic.thread)
-	if err != nil {
-		return fail(err)
-	}
-	listVA, listPA, err := lazyList(m, cpu.ID)
+	cpu, listVA, listPA, err := soonestTick(m, &vic.thread)
 	if err != nil {
 		return fail(err)
 	}
