@@ -63,6 +63,8 @@ type Config struct {
 	// Unagreed leaves the access agreement out of the DPU's state: the DPU waits for the one that the host's part in it (backdoor-agree, in
 	// HOST's userland then) holds in HOST's memory. The agreement as it was signed is in the run directory.
 	Unagreed bool
+	// SecondKernel puts a second kernel and userland, the same again, into HOST's memory, which Host.Kexec has it start.
+	SecondKernel bool
 	// Policy is the agent's policy file; nil means its default, which heals nothing without being asked.
 	Policy json.RawMessage
 	// CacheDir keeps HOST's userland between runs; empty means the user's cache directory.
@@ -196,6 +198,11 @@ func Up(ctx context.Context, cfg Config) (l *Lab, err error) {
 	initramfs, err := userland(ctx, cfg.CacheDir, root, k, cfg.Unagreed)
 	if err != nil {
 		return l, err
+	}
+	if cfg.SecondKernel {
+		if initramfs, err = withSecond(l.dir, initramfs, k); err != nil {
+			return l, err
+		}
 	}
 	say("host: Linux %s, %d CPUs, %d MiB", k.Release, cfg.HostCPUs, cfg.HostMemory>>20)
 	if err := l.makeWire(cfg.WireCapture); err != nil {

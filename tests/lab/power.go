@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"time"
+
+	"github.com/backdoor-rhs/backdoor/tests/lab/control"
 )
 
 // The power of HOST. Off is strict: the QEMU process is gone and the memory reads as zero, as with the plug pulled.
@@ -43,6 +45,21 @@ func (h *Host) Reset(ctx context.Context) error {
 		return err
 	}
 	return h.QMP(ctx, "cont", nil, nil) // a frozen machine comes back, too
+}
+
+// Kexec has HOST start its second kernel (Config.SecondKernel), without its firmware. What it was asked for and has not answered yet is lost.
+func (h *Host) Kexec(ctx context.Context) error {
+	var fired control.Fired
+	if err := h.Do(ctx, control.OpKexec, nil, &fired); err != nil {
+		return err
+	}
+	h.mu.Lock()
+	l := h.line
+	h.mu.Unlock()
+	if l != nil {
+		l.forget()
+	}
+	return nil
 }
 
 // Shutdown presses the power button: HOST's userland shuts down in order, if it still can.

@@ -20,6 +20,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/images/kernels"
 	"github.com/backdoor-rhs/backdoor/images/modpack"
 	"github.com/backdoor-rhs/backdoor/internal/durable"
+	"github.com/backdoor-rhs/backdoor/tests/lab/control"
 )
 
 const modulePath = "github.com/backdoor-rhs/backdoor"
@@ -106,6 +107,30 @@ func userland(ctx context.Context, cache, root string, k kernels.Kernel, agree b
 		return "", &InfraError{Op: "pack the host's userland", Err: err}
 	}
 	prune(dir)
+	return path, nil
+}
+
+// withSecond makes, in dir, an initramfs of HOST's userland that holds a kernel and the userland once more.
+func withSecond(dir, userland string, k kernels.Kernel) (string, error) {
+	first, err := os.ReadFile(userland)
+	if err != nil {
+		return "", &InfraError{Op: "pack the host's second kernel", Err: err}
+	}
+	vmlinuz, err := os.ReadFile(k.Vmlinuz)
+	if err != nil {
+		return "", &InfraError{Op: "pack the host's second kernel", Err: err}
+	}
+	var a initramfs.Archive
+	a.File(control.SecondKernel[1:], vmlinuz, 0o600)
+	a.File(control.SecondInitrd[1:], first, 0o600)
+	second, err := a.Bytes()
+	if err != nil {
+		return "", &InfraError{Op: "pack the host's second kernel", Err: err}
+	}
+	path := filepath.Join(dir, "host-initrd.cpio")
+	if err := os.WriteFile(path, slices.Concat(first, second), 0o644); err != nil {
+		return "", &InfraError{Op: "pack the host's second kernel", Err: err}
+	}
 	return path, nil
 }
 

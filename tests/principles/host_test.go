@@ -104,6 +104,9 @@ func available(ctx context.Context, b *bench) (string, error) {
 		{"reset", func() (func(context.Context) error, error) {
 			return func(context.Context) error { return nil }, b.host.Reset(ctx)
 		}, func(boots, attaches int) error { return back(ctx, boots, attaches) }},
+		{"starting another kernel by kexec", func() (func(context.Context) error, error) {
+			return func(context.Context) error { return nil }, b.host.Kexec(ctx)
+		}, func(boots, attaches int) error { return back(ctx, boots, attaches) }},
 		{"interrupts off", func() (func(context.Context) error, error) {
 			_, err := b.host.Fault(ctx, lab.FaultIRQsOff)
 			return finding(detect.KindCPUStall), err

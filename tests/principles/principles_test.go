@@ -73,7 +73,7 @@ func TestPrinciples(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 	defer cancel()
-	l, err := lab.Up(ctx, lab.Config{Datapath: true, Unagreed: true, Policy: policy, Log: t.Output()})
+	l, err := lab.Up(ctx, lab.Config{Datapath: true, Unagreed: true, SecondKernel: true, Policy: policy, Log: t.Output()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -161,15 +161,11 @@ func rows() []row {
 		},
 		{
 			principle: "3 availability", mechanism: "the DPU is a machine of its own",
-			experiment: "Redfish while the host floods, is out of memory, has no network driver, is paused, reset, has interrupts off, panics, is off",
+			experiment: "Redfish while the host floods, is out of memory, has no network driver, is paused, reset, starts another kernel by kexec, has interrupts off, panics, is off",
 			run:        available,
 			plant: func(ctx context.Context, b *bench) (func() error, error) {
 				return func() error { return b.lab.DPU.QMP(context.WithoutCancel(ctx), "cont", nil, nil) }, b.lab.DPU.QMP(ctx, "stop", nil, nil)
 			},
-		},
-		{
-			principle: "3 availability", mechanism: "the DPU is a machine of its own", experiment: "the host starts another kernel by kexec",
-			missing: "here, where the host has no second kernel; that the next kernel is attached to is tested in agent/kernel (TestGuestKexec)",
 		},
 	}
 }

@@ -16,6 +16,12 @@ const Port = "/dev/ttyS1"
 // ServicePort is the TCP port of the host's stateful service; see the package comment of hostinit.
 const ServicePort = 7007
 
+// SecondKernel and SecondInitrd are where the host has a kernel to start by itself, if it was given one.
+const (
+	SecondKernel = "/second/vmlinuz"
+	SecondInitrd = "/second/initrd"
+)
+
 // MaxLine bounds a line in bytes, either way.
 const MaxLine = 16 << 20
 
@@ -43,6 +49,7 @@ const (
 	OpExec   = "exec"   // ExecArgs → ExecResult
 	OpSysrq  = "sysrq"  // SysrqArgs → Fired; the key is pressed at Fired.At
 	OpKill   = "kill"   // KillArgs
+	OpKexec  = "kexec"  // → Fired: start the kernel in SecondKernel, which takes over at Fired.At
 	OpTrace  = "trace"  // TraceArgs: start counting functions
 	OpFrames = "frames" // FramesArgs → FramesResult: send raw frames on eth0
 	OpTraced = "traced" // → []FunctionCost: stop counting and report

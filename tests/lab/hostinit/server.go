@@ -142,6 +142,8 @@ func (s *server) do(req control.Request) (any, error) {
 			return nil, err
 		}
 		return s.sysrq(a)
+	case control.OpKexec:
+		return s.kexec()
 	case control.OpKill:
 		var a control.KillArgs
 		if err := args(req, &a); err != nil {
@@ -167,8 +169,42 @@ func args(req control.Request, v any) error {
 	return nil
 }
 
-// sysrqDelay is the time in which the answer gets over the line before the key is pressed.
-const sysrqDelay = 100 * time.Millisecond
+// kexec starts the second kernel with the command line of this one. Like a sysrq it answers first.
+func (s *server) kexec() (any, error) {
+	kernel, err := os.Open(control.SecondKernel)
+	if err != nil {
+		return nil, fmt.Errorf("kexec: %w", err)
+	}
+	defer kernel.Close()
+	initrd, err := os.Open(control.SecondInitrd)
+	if err != nil {
+		return nil, fmt.Errorf("kexec: %w", err)
+	}
+	defer initrd.Close()
+	line, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return nil, fmt.Errorf("kexec: %w", err)
+	}
+	if err := unix.KexecFileLoad(int(kernel.Fd()), int(initrd.Fd()), strings.TrimSpace(string(line)), 0); err != nil {
+		return nil, fmt.Errorf("kexec: load %s: %w", kernel.Name(), err)
+	}
+	return soon("kexec", func() error { return unix.Reboot(unix.LINUX_REBOOT_CMD_KEXEC) }), nil
+}
+
+// soon does what may be the last thing that this machine does, after the answer has had time to get over the line.
+func soon(what string, do func() error) control.Fired {
+	const delay = 100 * time.Millisecond
+	at := clock()
+	at.Boot += delay
+	at.Wall = at.Wall.Add(delay)
+	go func() {
+		time.Sleep(at.Boot - clock().Boot)
+		if err := do(); err != nil {
+			fmt.Fprintf(os.Stderr, "hostinit: %s: %v\n", what, err)
+		}
+	}()
+	return control.Fired{At: at}
+}
 
 func (s *server) sysrq(a control.SysrqArgs) (any, error) {
 	if len(a.Key) != 1 {
@@ -178,17 +214,11 @@ func (s *server) sysrq(a control.SysrqArgs) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	at := clock()
-	at.Boot += sysrqDelay
-	at.Wall = at.Wall.Add(sysrqDelay)
-	go func() {
+	return soon("sysrq", func() error {
 		defer f.Close()
-		time.Sleep(at.Boot - clock().Boot)
-		if _, err := f.WriteString(a.Key); err != nil {
-			fmt.Fprintln(os.Stderr, "hostinit: sysrq:", err)
-		}
-	}()
-	return control.Fired{At: at}, nil
+		_, err := f.WriteString(a.Key)
+		return err
+	}), nil
 }
 
 // userHZ is the unit of the times in /proc/PID/stat: USER_HZ, 100 on every architecture that the lab runs.
