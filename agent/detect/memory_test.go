@@ -30,7 +30,9 @@ func TestMemoryErrorsDetector(t *testing.T) {
 	}{
 		{"nothing", year, func(time.Duration, *kernel.MemoryController) {}, "", ""},
 		{"many, all of them long ago", year, func(_ time.Duration, c *kernel.MemoryController) { c.Modules[0].Correctable = 1000 }, "", ""},
-		{"one an hour", year, func(at time.Duration, c *kernel.MemoryController) { c.Modules[1].Correctable = 1000 + uint64(at/time.Hour) }, "mc0/dimm3", Warning},
+		{"one an hour", year, func(at time.Duration, c *kernel.MemoryController) {
+			c.Modules[1].Correctable = 1000 + uint64(at/time.Hour)
+		}, "mc0/dimm3", Warning},
 		{"nine in the day", year, func(at time.Duration, c *kernel.MemoryController) {
 			c.Modules[1].Correctable = 9 * uint64(at) / uint64(MemoryKept)
 		}, "", ""},
