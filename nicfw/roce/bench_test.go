@@ -101,6 +101,7 @@ func TestServe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	d.tx.noSums = in.NoICRC
 	pd := d.NewPD()
 	mr, err := pd.Register(make(flat, in.Size), MRConfig{Length: uint64(in.Size), Access: AccessRead | AccessWrite})
 	if err != nil {
@@ -151,6 +152,7 @@ func newTarget(b testing.TB, cfg UDPConfig, in invitation) target {
 	if err != nil {
 		b.Fatal(err)
 	}
+	d.tx.noSums = in.NoICRC
 	q, err := d.NewQP(d.NewPD(), d.NewCQ(), QPConfig{})
 	if err != nil {
 		b.Fatal(err)

@@ -16,7 +16,8 @@ type Packet struct {
 	// Data is BTH, extended headers, payload and pad, without the ICRC. Its capacity leaves room for the ICRC.
 	Data []byte
 
-	behind []byte // Data with four zeroes before it, if there are such, for dataSumAt; they are the place of another packet's ICRC
+	sum    uint32 // dataSum(Data), if it is summed
+	summed bool
 }
 
 // Link carries packets. It puts the ICRC on those that it sends and drops those received with a wrong one, for only the
@@ -55,16 +56,16 @@ type LinkCounters struct {
 // seal appends the ICRC to p.Data for a packet that leaves src with an IPv4 identification of id, and returns the UDP
 // payload.
 func (c *checker) seal(src netip.AddrPort, p *Packet, id uint16) []byte {
-	icrc := c.sum(src, p.Peer, id, DontFragment, p.Data)
+	icrc := c.around(aroundKey{src, p.Peer, id, DontFragment, len(p.Data)}) ^ p.dataSum()
 	return binary.LittleEndian.AppendUint32(p.Data, icrc)
 }
 
-// dataSum returns dataSum(p.Data). The ICRC of no packet of the same transmission may have been put on yet.
+// dataSum returns dataSum(p.Data).
 func (p *Packet) dataSum() uint32 {
-	if p.behind == nil {
-		return dataSum(p.Data)
+	if p.summed {
+		return p.sum
 	}
-	return dataSumAt(p.behind, icrcLen)
+	return dataSum(p.Data)
 }
 
 // InterfaceOf finds the interface of this machine that has an address.
