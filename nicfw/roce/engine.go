@@ -53,9 +53,9 @@ func newEngine(local netip.AddrPort, mtu int, limits Limits, log *slog.Logger) *
 type outbox struct {
 	packets []Packet
 	arena   []byte
-	n       int // packets
-	used    int // bytes of arena
-	limit   int // of n, for the queue pair whose turn it is
+	n       int  // packets
+	used    int  // bytes of arena
+	limit   int  // of n, for the queue pair whose turn it is
 	noSums  bool // leave out settle, to measure what it costs
 }
 

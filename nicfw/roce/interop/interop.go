@@ -30,7 +30,7 @@ type Server struct {
 	Region roce.Region
 	Length uint64 // of the region, bytes
 	Access roce.Access
-	QP     roce.QPConfig
+	QP     roce.QPConfig // Resources: 16 by default
 	Log    *slog.Logger
 	// Verbs, if not nil, serves perftest instead of Device; Region must then be a *roce.Buffer.
 	Verbs *uverbs.Device
@@ -97,6 +97,16 @@ func (s *Server) ServePerftest(ctx context.Context, l net.Listener) error {
 	}
 }
 
+// config returns what queue pairs are made with. perftest's clients have as many requests outstanding as they are told of, so that
+// the same number must be in the queue pair and in the record.
+func (s *Server) config() roce.QPConfig {
+	cfg := s.QP
+	if cfg.Resources == 0 {
+		cfg.Resources = 16
+	}
+	return cfg
+}
+
 // perftest answers one client. Each message of the client is one write, and waits for an answer of the same length; all
 // but the key records can be echoed: versions, page and cache line size, path MTU, bandwidth reports, and "done".
 func (s *Server) perftest(ctx context.Context, c net.Conn) error {
@@ -108,7 +118,7 @@ func (s *Server) perftest(ctx context.Context, c net.Conn) error {
 			q.Close()
 		}
 	}()
-	cfg := s.QP
+	cfg := s.config()
 	buf := make([]byte, 4096)
 	for {
 		n, err := c.Read(buf)
@@ -208,7 +218,7 @@ func (s *Server) connect(r record, cfg roce.QPConfig) (io.Closer, record, error)
 		return nil, record{}, err
 	}
 	local := s.Device.Link().LocalAddr().Addr()
-	return q, record{max(s.QP.Resources, 1), q.QPN(), q.PSN(), mr.RKey(), windowVA, local}, nil
+	return q, record{cfg.Resources, q.QPN(), q.PSN(), mr.RKey(), windowVA, local}, nil
 }
 
 // connectVerbs is connect with a verbs device of the kernel.
@@ -236,7 +246,7 @@ func (s *Server) connectVerbs(r record, cfg roce.QPConfig) (_ io.Closer, _ recor
 	if err := q.Connect(roce.Remote{Addr: r.gid, QPN: r.qpn, PSN: r.psn}); err != nil {
 		return nil, record{}, err
 	}
-	return all, record{max(s.QP.Resources, 1), q.QPN(), q.PSN(), mr.RKey(), mr.Addr(), s.Verbs.Addr()}, nil
+	return all, record{cfg.Resources, q.QPN(), q.PSN(), mr.RKey(), mr.Addr(), s.Verbs.Addr()}, nil
 }
 
 // closers are closed from the last to the first.
@@ -280,7 +290,7 @@ func (s *Server) ServeRping(ctx context.Context, l *roce.Listener) error {
 		if err != nil {
 			return err
 		}
-		q, err := r.Accept(s.Device.NewPD(), nil, s.QP, nil)
+		q, err := r.Accept(s.Device.NewPD(), nil, s.config(), nil)
 		if err != nil {
 			s.Log.Warn("rping client", "peer", r.Peer(), "err", err)
 			continue
@@ -407,7 +417,7 @@ func (s *Server) ServePerftestCM(ctx context.Context, l *roce.Listener) error {
 		if err != nil {
 			return err
 		}
-		q, err := r.Accept(pd, nil, s.QP, nil)
+		q, err := r.Accept(pd, nil, s.config(), nil)
 		if err != nil {
 			s.Log.Warn("perftest client", "peer", r.Peer(), "err", err)
 			continue
@@ -423,7 +433,7 @@ func (s *Server) ServePerftestCM(ctx context.Context, l *roce.Listener) error {
 func (s *Server) perftestCM(ctx context.Context, q *roce.QP, mr *roce.MR) error {
 	var mine [cmRecordLen]byte
 	be := binary.BigEndian
-	be.PutUint32(mine[4:], uint32(max(s.QP.Resources, 1)))
+	be.PutUint32(mine[4:], uint32(s.config().Resources))
 	be.PutUint32(mine[8:], uint32(q.QPN()))
 	be.PutUint32(mine[16:], uint32(mr.RKey()))
 	be.PutUint64(mine[24:], mr.Addr())
@@ -479,7 +489,7 @@ func (s *Server) ServeMemory(ctx context.Context, l *roce.Listener) error {
 		private := binary.BigEndian.AppendUint64(nil, mr.Addr())
 		private = binary.BigEndian.AppendUint64(private, mr.Len())
 		private = binary.BigEndian.AppendUint32(private, uint32(mr.RKey()))
-		q, err := r.Accept(pd, nil, s.QP, private)
+		q, err := r.Accept(pd, nil, s.config(), private)
 		if err != nil {
 			s.Log.Warn("memory client", "peer", r.Peer(), "err", err)
 			continue

@@ -49,7 +49,7 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	size := f.Int("size", 64<<20, "bytes of memory")
 	access := f.String("access", "rwa", "rights: read, write, atomic")
 	mtu := f.Int("mtu", 0, "path MTU; 0 is what fits the interface")
-	resources := f.Int("resources", 0, "READ and atomic requests that a peer may have outstanding; 0 is the default of package roce")
+	resources := f.Int("resources", 0, "READ and atomic requests that a peer may have outstanding; 0 is 16")
 	spin := f.Duration("spin", 0, "busy polling before sleeping")
 	offload := f.Bool("offload", true, "use UDP_SEGMENT and UDP_GRO")
 	loss := f.Float64("loss", 0, "probability that a packet gets lost, each way; likewise duplicated and reordered")
