@@ -35,6 +35,11 @@ type Image struct {
 		plan *signsPlan
 	}
 
+	orc struct {
+		once sync.Once
+		plan *orcPlan
+	}
+
 	cached  *carried // what is known of this build; nil if nothing is
 	btfHead []byte   // the first part of the BTF
 	// elsewhere says that the types are not the kernel's own but Options.Types's.

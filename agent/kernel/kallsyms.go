@@ -7,6 +7,8 @@ import (
 	"hash/maphash"
 	"slices"
 	"sort"
+	"strings"
+	"sync"
 )
 
 // The symbol table that the kernel keeps of itself, scripts/kallsyms.c and kernel/kallsyms.c: names compressed with a
@@ -37,6 +39,9 @@ type kallsyms struct {
 	more   map[string]VirtAddr
 	sorted []moreSymbol // the same, by address
 
+	// asked are the answers of symbol, from settle on: the walks of a pass ask for the same few hundred again and again.
+	asked *askedSymbols
+
 	hashes [256]tokenHash // of tokens
 	heads  [256]tokenHash // of tokens that stand first in a name, and so begin with the type
 	mul    uint64
@@ -46,6 +51,36 @@ type kallsyms struct {
 type moreSymbol struct {
 	va   VirtAddr
 	name string
+}
+
+// askedSymbols is safe for concurrent use.
+type askedSymbols struct {
+	mu sync.RWMutex
+	va map[string]VirtAddr // guarded by mu
+}
+
+// maxAsked bounds askedSymbols: beyond, a name is looked up each time.
+const maxAsked = 2048
+
+func (a *askedSymbols) get(name string) (VirtAddr, bool) {
+	if a == nil {
+		return 0, false
+	}
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	va, ok := a.va[name]
+	return va, ok
+}
+
+func (a *askedSymbols) put(name string, va VirtAddr) {
+	if a == nil {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.va) < maxAsked {
+		a.va[strings.Clone(name)] = va
+	}
 }
 
 // tokenHash continues the polynomial hash of a name by one token: h*pow + sum.
@@ -288,6 +323,9 @@ func (k *kallsyms) infer(known map[string]VirtAddr, base, tables VirtAddr) (matc
 
 // symbol returns the address of a name that only one address has.
 func (k *kallsyms) symbol(name string) (VirtAddr, error) {
+	if va, ok := k.asked.get(name); ok {
+		return va, nil
+	}
 	found := k.find(name)
 	if len(found) == 0 {
 		if va, ok := k.more[name]; ok {
@@ -301,6 +339,7 @@ func (k *kallsyms) symbol(name string) (VirtAddr, error) {
 			return 0, fmt.Errorf("symbol %q is at %d addresses: %w", name, len(found), ErrAmbiguous)
 		}
 	}
+	k.asked.put(name, va)
 	return va, nil
 }
 
@@ -319,12 +358,13 @@ func (k *kallsyms) add(name string, va VirtAddr) {
 // bare returns the table without what depends on where the kernel is. The copy shares what is never written again.
 func (k *kallsyms) bare() *kallsyms {
 	b := *k
-	b.address, b.formula, b.places, b.more, b.sorted = nil, "", kallsymsPlaces{}, nil, nil
+	b.address, b.formula, b.places, b.more, b.sorted, b.asked = nil, "", kallsymsPlaces{}, nil, nil, nil
 	return &b
 }
 
 // settle puts what was added in order; nothing is added afterwards.
 func (k *kallsyms) settle() {
+	k.asked = &askedSymbols{va: make(map[string]VirtAddr)}
 	for name, va := range k.more {
 		k.sorted = append(k.sorted, moreSymbol{va, name})
 	}

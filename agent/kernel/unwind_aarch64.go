@@ -6,7 +6,7 @@ import "fmt"
 // Procedure Call Standard for the Arm 64-bit Architecture, 6.4.6).
 type frameWalk struct {
 	v        *View
-	lo, hi   VirtAddr // the stack
+	lo, hi   VirtAddr // the part of the stack that is in use
 	stack    []byte
 	pc, fp   VirtAddr
 	last     VirtAddr // the final record: that in the pt_regs at the stack's top
@@ -48,14 +48,15 @@ func (v *View) frameRecords(t Task) (stackWalk, error) {
 		return nil, a.corrupt("%d pages at %v for a stack at %v", a.num("nr_pages"), a.ptr("addr"), w.lo)
 	}
 	w.hi = w.lo + VirtAddr(size)
-	w.stack = make([]byte, size)
-	if err := v.img.space.object(v, "stack", w.lo, w.stack); err != nil {
-		return nil, err
-	}
 	w.last = w.hi - VirtAddr(regsSize) + VirtAddr(record)
 	w.pc, w.fp, w.reached = s.ptr("thread.cpu_context.pc"), s.ptr("thread.cpu_context.fp"), s.ptr("thread.cpu_context.sp")
 	if w.reached < w.lo || w.reached >= w.hi || w.reached%8 != 0 {
 		return nil, s.corrupt("stack pointer %v is not in the stack at %v", w.reached, w.lo)
+	}
+	w.lo = w.reached
+	w.stack = make([]byte, w.hi-w.lo)
+	if err := v.img.space.object(v, "stack", w.lo, w.stack); err != nil {
+		return nil, err
 	}
 	return w, nil
 }

@@ -8,23 +8,67 @@ import (
 // unwinder follows the frames of a stack by the ORC tables that the kernel carries for that (arch/x86/kernel/unwind_orc.c,
 // Documentation/arch/x86/orc-unwinder.rst).
 type unwinder struct {
+	*orcPlan
 	v          *View
-	lo, hi     VirtAddr // the stack
+	lo, hi     VirtAddr // the part of the stack that is in use
 	stack      []byte
 	ip, sp, bp VirtAddr
 	signal     bool // ip is where an interrupt hit, not a return address
 
-	entry               *shape
-	entrySize           uint64
-	regIP, regSP        uint64 // in pt_regs
-	regBP, regCS        uint64
-	call, regs, partial uint64 // ORC_TYPE_…
-	endType, noType     int64
-	ips, stop, entries  VirtAddr
-	stext, etext        VirtAddr
-	frames              []VirtAddr
-	module              *shape
-	reg                 orcRegisters
+	frames []VirtAddr
+	reg    orcRegisters
+}
+
+// orcPlan is what unwinding needs to know of a kernel.
+type orcPlan struct {
+	err                  error
+	task, area, inactive *shape
+	inactiveSize         uint64
+	firstSize            uint64 // of the stack of init_task, zero if it is not known
+	entry                *shape
+	entrySize            uint64
+	regIP, regSP         uint64 // in pt_regs
+	regBP, regCS         uint64
+	call, regs, partial  uint64 // ORC_TYPE_…
+	endType, noType      int64
+	ips, stop, entries   VirtAddr
+	stext, etext         VirtAddr
+	module               *shape
+	moduleErr            error
+}
+
+func (img *Image) orcPlan() *orcPlan {
+	img.orc.once.Do(func() {
+		r := resolver{img: img}
+		p := &orcPlan{noType: -1, endType: -1}
+		p.task = r.shape("task_struct", "stack", "thread.sp", "stack_vm_area?")
+		p.area = r.shape("vm_struct", "addr", "nr_pages")
+		p.inactive = r.shape("inactive_task_frame", "bp", "ret_addr")
+		p.inactiveSize = r.size("inactive_task_frame")
+		p.stext, p.etext = r.symbol("_stext"), r.symbol("_etext")
+		p.ips, p.stop, p.entries = r.symbol("__start_orc_unwind_ip"), r.symbol("__stop_orc_unwind_ip"), r.symbol("__start_orc_unwind")
+		p.entry = r.shape("orc_entry", "sp_offset", "bp_offset", "sp_reg", "bp_reg", "type", "end?")
+		p.entrySize = r.size("orc_entry")
+		p.regIP, p.regSP = r.field("pt_regs", 8, "ip"), r.field("pt_regs", 8, "sp")
+		p.regBP, p.regCS = r.field("pt_regs", 8, "bp"), r.field("pt_regs", 0, "cs")
+		// Since Linux commit fb799447ae29 ("x86,objtool: Split UNWIND_HINT_EMPTY in two") (in v6.4) the end of the stack is a
+		// type, as is the undefined; before, it was a bit.
+		if _, ok := p.entry.fields["end"]; ok {
+			p.call, p.regs, p.partial = 0, 1, 2
+		} else {
+			p.noType, p.endType, p.call, p.regs, p.partial = 0, 1, 2, 3, 4
+		}
+		p.err = r.err
+		first := resolver{img: img}
+		if n := first.symbol("__end_init_stack", "__end_init_task") - first.symbol("init_stack"); first.err == nil {
+			p.firstSize = uint64(n)
+		}
+		modules := resolver{img: img}
+		p.module = modules.shape("module", "arch.num_orcs", "arch.orc_unwind_ip", "arch.orc_unwind")
+		p.moduleErr = modules.err
+		img.orc.plan = p
+	})
+	return img.orc.plan
 }
 
 // orcRegisters are the numbers by which an ORC entry names what a frame is relative to, arch/x86/include/asm/orc_types.h. They
@@ -41,29 +85,11 @@ var (
 )
 
 func (v *View) unwinder(t Task) (*unwinder, error) {
-	r := resolver{img: v.img}
-	u := &unwinder{v: v, noType: -1, endType: -1}
-	task := r.shape("task_struct", "stack", "thread.sp", "stack_vm_area?")
-	area := r.shape("vm_struct", "addr", "nr_pages")
-	inactive := r.shape("inactive_task_frame", "bp", "ret_addr")
-	inactiveSize := r.size("inactive_task_frame")
-	u.stext, u.etext = r.symbol("_stext"), r.symbol("_etext")
-	u.ips, u.stop, u.entries = r.symbol("__start_orc_unwind_ip"), r.symbol("__stop_orc_unwind_ip"), r.symbol("__start_orc_unwind")
-	u.entry = r.shape("orc_entry", "sp_offset", "bp_offset", "sp_reg", "bp_reg", "type", "end?")
-	u.entrySize = r.size("orc_entry")
-	u.regIP, u.regSP = r.field("pt_regs", 8, "ip"), r.field("pt_regs", 8, "sp")
-	u.regBP, u.regCS = r.field("pt_regs", 8, "bp"), r.field("pt_regs", 0, "cs")
-	if r.err != nil {
-		return nil, r.err
+	u := &unwinder{v: v, orcPlan: v.img.orcPlan()}
+	if u.err != nil {
+		return nil, u.err
 	}
-	// Since Linux commit fb799447ae29 ("x86,objtool: Split UNWIND_HINT_EMPTY in two") (in v6.4) the end of the stack is a
-	// type, as is the undefined; before, it was a bit.
-	if _, ok := u.entry.fields["end"]; ok {
-		u.call, u.regs, u.partial = 0, 1, 2
-	} else {
-		u.noType, u.endType, u.call, u.regs, u.partial = 0, 1, 2, 3, 4
-	}
-	s, err := v.thing(task, t.Addr)
+	s, err := v.thing(u.task, t.Addr)
 	if err != nil {
 		return nil, err
 	}
@@ -72,9 +98,9 @@ func (v *View) unwinder(t Task) (*unwinder, error) {
 		return nil, fmt.Errorf("stack of thread %d, which has ended: %w", t.PID, ErrNotFound)
 	}
 	// The size is a constant of the source. What holds the stack tells it; so does the room between the symbols of the first.
-	threadSize := uint64(r.symbol("__end_init_stack", "__end_init_task") - r.symbol("init_stack"))
+	threadSize := u.firstSize
 	if p := s.ptr("stack_vm_area"); p != 0 {
-		a, err := v.thing(area, p)
+		a, err := v.thing(u.area, p)
 		if err != nil {
 			return nil, err
 		}
@@ -82,41 +108,62 @@ func (v *View) unwinder(t Task) (*unwinder, error) {
 			return nil, a.corrupt("%d pages at %v for a stack at %v", a.num("nr_pages"), a.ptr("addr"), u.lo)
 		}
 		threadSize = a.num("nr_pages") * v.img.pageSize
-	} else if r.err != nil {
-		return nil, r.err
+	} else if threadSize == 0 {
+		return nil, fmt.Errorf("size of the stack of thread %d: %w", t.PID, ErrNotSupported)
 	}
 	if threadSize > maxStack || threadSize < 4096 || uint64(u.lo)%4096 != 0 || !v.img.space.valid(u.lo, 8) {
 		return nil, s.corrupt("stack of %d bytes at %v", threadSize, u.lo)
 	}
 	u.hi = u.lo + VirtAddr(threadSize)
-	u.stack = make([]byte, threadSize)
+	sp := s.ptr("thread.sp")
+	if sp < u.lo || sp+VirtAddr(u.inactiveSize) > u.hi || sp%8 != 0 {
+		return nil, s.corrupt("stack pointer %v is not in the stack at %v", sp, u.lo)
+	}
+	u.lo = sp
+	u.stack = make([]byte, u.hi-u.lo)
 	if err := v.img.space.object(v, "stack", u.lo, u.stack); err != nil {
 		return nil, err
 	}
-	sp := s.ptr("thread.sp")
-	if sp < u.lo || sp+VirtAddr(inactiveSize) > u.hi || sp%8 != 0 {
-		return nil, s.corrupt("stack pointer %v is not in the stack at %v", sp, u.lo)
-	}
-	frame, err := v.thing(inactive, sp)
+	frame, err := v.thing(u.inactive, sp)
 	if err != nil {
 		return nil, err
 	}
-	u.ip, u.bp, u.sp = frame.ptr("ret_addr"), frame.ptr("bp"), sp+VirtAddr(inactiveSize)
-	return u, u.registers()
+	u.ip, u.bp, u.sp = frame.ptr("ret_addr"), frame.ptr("bp"), sp+VirtAddr(u.inactiveSize)
+	if u.reg, err = v.orcRegisters(u.orcPlan); err != nil {
+		return nil, err
+	}
+	return u, nil
+}
+
+// orcRegisters returns the numbers of the registers, which it finds out once in a pass.
+func (v *View) orcRegisters(p *orcPlan) (orcRegisters, error) {
+	v.mu.Lock()
+	known := v.orc
+	v.mu.Unlock()
+	if known != nil {
+		return *known, nil
+	}
+	reg, err := p.registers(v)
+	if err == nil {
+		v.mu.Lock()
+		v.orc = &reg
+		v.mu.Unlock()
+	}
+	return reg, err
 }
 
 // registers finds out the numbers of the registers: where a function begins, the frame is 8 bytes above the stack pointer and
 // the frame pointer is untouched. The first part of the table has many such entries.
-func (u *unwinder) registers() error {
+func (p *orcPlan) registers(v *View) (orcRegisters, error) {
 	const sample, enough = 512, 16
-	n := min(sample, uint64(u.stop-u.ips)/4)
-	b := make([]byte, n*u.entrySize)
-	if err := u.v.img.space.object(u.v, "orc_entry", u.entries, b); err != nil {
-		return err
+	n := min(sample, uint64(p.stop-p.ips)/4)
+	b := make([]byte, n*p.entrySize)
+	if err := v.img.space.object(v, "orc_entry", p.entries, b); err != nil {
+		return orcRegisters{}, err
 	}
 	votes := make(map[uint64]int)
-	for ; len(b) > 0; b = b[u.entrySize:] {
-		e := thing{u.entry, object{span: span{0, u.entrySize}, b: b}}
+	for ; len(b) > 0; b = b[p.entrySize:] {
+		e := thing{p.entry, object{span: span{0, p.entrySize}, b: b}}
 		if e.num("sp_offset") == 8 && e.num("bp_offset") == 0 {
 			votes[e.num("sp_reg")]++
 		}
@@ -127,11 +174,10 @@ func (u *unwinder) registers() error {
 	}
 	for _, r := range []orcRegisters{orcRegisters414, orcRegisters70} {
 		if votes[r.sp] >= enough && 10*votes[r.sp] >= 9*total {
-			u.reg = r
-			return nil
+			return r, nil
 		}
 	}
-	return fmt.Errorf("the stack pointer's number in ORC entries cannot be told (%v): %w", votes, ErrNotSupported)
+	return orcRegisters{}, fmt.Errorf("the stack pointer's number in ORC entries cannot be told (%v): %w", votes, ErrNotSupported)
 }
 
 func (u *unwinder) found() []VirtAddr { return u.frames }
@@ -257,12 +303,8 @@ func (u *unwinder) find(at VirtAddr) (thing, error) {
 		}
 		return u.search(at, u.ips, u.entries, int(u.stop-u.ips)/4)
 	}
-	if u.module == nil {
-		r := resolver{img: u.v.img}
-		u.module = r.shape("module", "arch.num_orcs", "arch.orc_unwind_ip", "arch.orc_unwind")
-		if r.err != nil {
-			return thing{}, r.err
-		}
+	if u.moduleErr != nil {
+		return thing{}, u.moduleErr
 	}
 	m, err := u.v.moduleAt(at)
 	if err != nil {

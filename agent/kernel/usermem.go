@@ -71,6 +71,12 @@ type UserMemory struct {
 		at   hostmem.PhysAddr
 		page []byte // nil if there is none yet
 	}
+	// leaf is the last table of the lowest level, which maps the addresses that begin with from.
+	leaf struct {
+		from  uint64
+		table hostmem.PhysAddr
+		known bool
+	}
 }
 
 const maxLevels = 8 // of page tables, on any architecture
@@ -152,8 +158,14 @@ func (m *UserMemory) page(va uint64) (pa hostmem.PhysAddr, size uint64, state Pa
 	if va>>top != 0 {
 		return 0, 0, PageAbsent, fmt.Errorf("address %#x is not of a process: %w", va, ErrNotMapped)
 	}
-	table := m.space.root
-	for i, level := range m.space.levels {
+	table, first := m.space.root, 0
+	lowest := len(m.space.levels) - 1
+	span := m.space.levels[lowest].shift + m.space.levels[lowest].bits
+	if m.leaf.known && m.leaf.from == va>>span {
+		table, first = m.leaf.table, lowest
+	}
+	for i := first; i <= lowest; i++ {
+		level := m.space.levels[i]
 		index := va >> level.shift & (1<<level.bits - 1)
 		size := uint64(1) << level.shift
 		left := size - va&(size-1)
@@ -179,7 +191,9 @@ func (m *UserMemory) page(va uint64) (pa hostmem.PhysAddr, size uint64, state Pa
 		if page {
 			return pa&^hostmem.PhysAddr(size-1) + hostmem.PhysAddr(va&(size-1)), left, PagePresent, nil
 		}
-		table = pa
+		if table = pa; i == lowest-1 {
+			m.leaf.from, m.leaf.table, m.leaf.known = va>>span, pa, true
+		}
 	}
 	return 0, 0, PageAbsent, &CorruptError{"page table", VirtAddr(va), "the last level holds a table"}
 }

@@ -32,6 +32,7 @@ type View struct {
 	order []hostmem.PhysAddr          // guarded by mu; ring of the keys of pages, oldest at next
 	next  int                         // guarded by mu
 	slab  []byte                      // guarded by mu; unused pages
+	orc   *orcRegisters               // guarded by mu; nil until a stack was unwound
 	tasks map[int]Task                // guarded by mu; nil if they were not all read; not changed once it is here
 }
 

@@ -44,7 +44,20 @@ func (w words) load(dst []byte, off int) {
 		i++
 	}
 	n := len(dst) / 8
-	for _, v := range w.q[i : i+n] {
+	from := w.q[i : i+n]
+	for len(from) >= 8 { // spares seven of eight checks of bounds
+		q, d := (*[8]uint64)(from), (*[64]byte)(dst)
+		binary.NativeEndian.PutUint64(d[0:], q[0])
+		binary.NativeEndian.PutUint64(d[8:], q[1])
+		binary.NativeEndian.PutUint64(d[16:], q[2])
+		binary.NativeEndian.PutUint64(d[24:], q[3])
+		binary.NativeEndian.PutUint64(d[32:], q[4])
+		binary.NativeEndian.PutUint64(d[40:], q[5])
+		binary.NativeEndian.PutUint64(d[48:], q[6])
+		binary.NativeEndian.PutUint64(d[56:], q[7])
+		from, dst = from[8:], dst[64:]
+	}
+	for _, v := range from {
 		binary.NativeEndian.PutUint64(dst, v)
 		dst = dst[8:]
 	}
