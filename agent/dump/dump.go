@@ -13,7 +13,8 @@
 // Nothing of that depends on when it is read, so that a transfer that broke goes on where it was. What is in the memory does: a host that runs
 // changes it meanwhile. Readers of a core of a live kernel know that (/proc/kcore is one), and one of a dead or stopped kernel is exact.
 //
-// There are no registers but those that a kernel left in memory when it died by kdump: what else is in the CPUs is not in memory.
+// There are no registers but those that a kernel left in memory when it died by kdump: what else is in the CPUs is not in memory. crash(8) takes a
+// core without them with --kaslr=auto.
 package dump
 
 import (

@@ -149,7 +149,7 @@ stop the host before (backdoor power pause, where its service processor can) or 
 
   backdoor collect dmesg -o dmesg.txt
   backdoor collect memory 0x100000 1048576 -o ram.bin
-  backdoor collect vmcore -o vmcore && backdoor -mem vmcore ps`,
+  backdoor collect vmcore -o vmcore && backdoor -image vmcore ps`,
 	flags: func(fs *flag.FlagSet, o *options) {
 		fs.StringVar(&o.output, "o", "", "`file` to write to")
 	},

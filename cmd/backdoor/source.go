@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"strconv"
@@ -95,6 +96,14 @@ func openRAM(path, layout string) (hostmem.Memory, error) {
 	st, err := os.Stat(path)
 	if err != nil {
 		return nil, err
+	}
+	if f, err := os.Open(path); err == nil {
+		magic := make([]byte, 4)
+		_, err := io.ReadFull(f, magic)
+		f.Close()
+		if err == nil && string(magic) == "\x7fELF" {
+			return nil, &usageError{msg: path + " is an ELF core, not the RAM of a machine byte for byte: say -image " + path}
+		}
 	}
 	size := uint64(st.Size())
 	var extents []hostmem.Extent

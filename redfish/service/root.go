@@ -13,6 +13,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/backdoor-rhs/backdoor/internal/durable"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
@@ -23,6 +24,7 @@ const redfishVersion = "1.23.0"
 
 // standardRoutes are the resources that every service has.
 func (s *Service) standardRoutes() []Route {
+	openapi := sync.OnceValue(s.openapi) // not before all routes are there
 	routes := []Route{
 		{URI: "/", Document: func() (string, []byte) {
 			index := s.o.Index
@@ -36,6 +38,7 @@ func (s *Service) standardRoutes() []Route {
 		}},
 		{URI: "/redfish/v1/odata", Document: func() (string, []byte) { return "application/json;charset=utf-8", s.odata }},
 		{URI: "/redfish/v1/$metadata", Document: func() (string, []byte) { return "application/xml;charset=utf-8", s.metadata }},
+		{URI: "/redfish/v1/openapi.yaml", Document: func() (string, []byte) { return "application/yaml;charset=utf-8", openapi() }},
 		{URI: "/redfish/v1", Type: schema.TypeServiceRoot, Get: s.root},
 		{
 			URI: "/redfish/v1/Registries", Type: schema.TypeRegistryFileCollection, Name: "Message Registries",

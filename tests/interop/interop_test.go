@@ -3,10 +3,13 @@ package interop
 import (
 	"bytes"
 	"context"
+	"debug/elf"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -35,6 +38,8 @@ type fleet struct {
 	lab   *lab.Lab
 	agent *native.Agent
 	image string // URI
+
+	memory *client.Client // of the user who may have raw memory; nil until it is needed
 }
 
 // TestFleet starts one host and one agent and lets every client at them.
@@ -79,6 +84,11 @@ func TestFleet(t *testing.T) {
 	}))
 	defer files.Close()
 	f := &fleet{lab: l, agent: a, image: files.URL + "/x.iso"}
+	defer func() {
+		if f.memory != nil {
+			_ = f.memory.Close(ctx)
+		}
+	}()
 	t.Run("truth", f.testTruth)
 	t.Run("memory", f.testMemory)
 	t.Run("pause", f.testPause)
@@ -185,6 +195,30 @@ func (f *fleet) testTruth(t *testing.T) {
 	}
 }
 
+// memoryUser makes the user who may have raw memory, the first time, and returns its client.
+func (f *fleet) memoryUser(t *testing.T) *client.Client {
+	t.Helper()
+	const password = "a long password 1"
+	if f.memory == nil {
+		if _, err := f.agent.Post(t.Context(), "/redfish/v1/AccountService/Roles", map[string]any{
+			"RoleId": "Memory", "AssignedPrivileges": []string{"Login", "ConfigureComponents", "ConfigureSelf"}, "OemPrivileges": []string{"BackdoorMemory"},
+		}, nil); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.agent.Post(t.Context(), "/redfish/v1/AccountService/Accounts", map[string]any{"UserName": "memory", "Password": password, "RoleId": "Memory"}, nil); err != nil {
+			t.Fatal(err)
+		}
+		config := f.agent.Config
+		config.User, config.Password = "memory", password
+		c, err := client.New(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.memory = c
+	}
+	return f.memory
+}
+
 // testMemory changes the host's name in its kernel's memory, by a store under a lease, and takes it back; the host itself is asked
 // what it is called.
 func (f *fleet) testMemory(t *testing.T) {
@@ -197,22 +231,7 @@ func (f *fleet) testMemory(t *testing.T) {
 		}
 		return strings.TrimSpace(r.Stdout)
 	}
-	const password = "a long password 1"
-	if _, err := f.agent.Post(ctx, "/redfish/v1/AccountService/Roles", map[string]any{
-		"RoleId": "Memory", "AssignedPrivileges": []string{"Login", "ConfigureComponents", "ConfigureSelf"}, "OemPrivileges": []string{"BackdoorMemory"},
-	}, nil); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.agent.Post(ctx, "/redfish/v1/AccountService/Accounts", map[string]any{"UserName": "memory", "Password": password, "RoleId": "Memory"}, nil); err != nil {
-		t.Fatal(err)
-	}
-	config := f.agent.Config
-	config.User, config.Password = "memory", password
-	c, err := client.New(config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close(ctx)
+	c := f.memoryUser(t)
 	path, size := f.lab.Host.RAM()
 	file, err := os.Open(path)
 	if err != nil {
@@ -311,9 +330,109 @@ func (f *fleet) testPause(t *testing.T) {
 		if s, err := f.agent.System(ctx); err != nil || s.PowerState != step.power {
 			t.Errorf("after %s: power %q, %v; want %q", step.reset, s.PowerState, err, step.power)
 		}
+		if step.reset == schema.ResetPause {
+			f.testCore(t)
+		}
 	}
 	if r, err := f.lab.Host.Exec(ctx, "echo alive"); err != nil || strings.TrimSpace(r.Stdout) != "alive" {
 		t.Errorf("after Resume the host says %q, %v", r.Stdout, err)
+	}
+}
+
+// testCore takes a core of the host while its CPUs stand, in two parts, and holds every page of it against the machine's RAM.
+func (f *fleet) testCore(t *testing.T) {
+	c := f.memoryUser(t)
+	path, _ := f.lab.Host.RAM()
+	ram, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ram.Close()
+	e, err := c.CollectCore(t.Context(), nil)
+	if err != nil {
+		t.Fatalf("collect a core: %v", err)
+	}
+	w := &coreCheck{ram: ram, stop: 100 << 20}
+	began := time.Now()
+	if n, err := c.Download(t.Context(), e.AdditionalDataURI, w); err == nil || n != w.at {
+		t.Fatalf("download broken off by the client: %d bytes, %v", n, err)
+	}
+	w.stop = 0
+	if n, err := c.Resume(t.Context(), e.AdditionalDataURI, w.at, w); err != nil || w.at != e.AdditionalDataSize || w.differ != 0 || w.err != nil {
+		t.Errorf("a core of %d bytes came as %d, the last %d behind the break, %d bytes differ from the RAM file: %v, %v", e.AdditionalDataSize, w.at, n, w.differ, err, w.err)
+	}
+	if w.compared < 500<<20 || w.machine != elf.EM_X86_64 || !strings.Contains(w.notes, "OSRELEASE=") {
+		t.Errorf("of a core for %v %d bytes were compared; notes: %.60q", w.machine, w.compared, w.notes)
+	}
+	t.Logf("%d MiB in %v", w.at>>20, time.Since(began).Round(time.Millisecond))
+}
+
+// coreCheck compares the segments of a core with a machine's RAM, which is at the same addresses in its file, as they come.
+type coreCheck struct {
+	ram      *os.File
+	stop     int64 // where the client breaks off; zero: nowhere
+	head     []byte
+	loads    []elf.ProgHeader
+	machine  elf.Machine
+	notes    string
+	at       int64
+	compared int64
+	differ   int64
+	err      error
+}
+
+func (w *coreCheck) Write(b []byte) (int, error) {
+	const enough = 64 << 10 // holds headers and notes of a machine with few CPUs
+	if w.stop > 0 && w.at > w.stop {
+		return 0, errors.New("the client breaks off")
+	}
+	if len(w.head) < enough {
+		w.head = append(w.head, b[:min(len(b), enough-len(w.head))]...)
+		if len(w.head) == enough {
+			w.parse()
+		}
+	}
+	for _, p := range w.loads {
+		from, to := max(w.at, int64(p.Off)), min(w.at+int64(len(b)), int64(p.Off+p.Filesz))
+		if from >= to {
+			continue
+		}
+		want := make([]byte, to-from)
+		if _, err := w.ram.ReadAt(want, int64(p.Paddr)+from-int64(p.Off)); err != nil {
+			w.err = err
+			return 0, err
+		}
+		w.compared += to - from
+		if got := b[from-w.at : to-w.at]; !bytes.Equal(got, want) {
+			for i := range got {
+				if got[i] != want[i] {
+					w.differ++
+				}
+			}
+		}
+	}
+	w.at += int64(len(b))
+	return len(b), nil
+}
+
+func (w *coreCheck) parse() {
+	f, err := elf.NewFile(bytes.NewReader(w.head))
+	if err != nil {
+		w.err = err
+		return
+	}
+	w.machine = f.Machine
+	for _, p := range f.Progs {
+		switch p.Type {
+		case elf.PT_NOTE:
+			b, err := io.ReadAll(p.Open())
+			w.notes, w.err = string(b), errors.Join(w.err, err)
+		case elf.PT_LOAD:
+			w.loads = append(w.loads, p.ProgHeader)
+		}
+	}
+	if len(w.loads) > 1 {
+		w.loads = w.loads[1:] // the first is the kernel's image once more
 	}
 }
 

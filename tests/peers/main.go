@@ -407,7 +407,7 @@ func race(ctx context.Context, w io.Writer, dir, core, vmlinux, compare string, 
 	runners := []*runner{{name: "backdoor ps", cmd: []string{ours, "-image", core, "ps", "-threads"}}}
 	for _, r := range []*runner{
 		{name: "drgn", cmd: []string{"drgn", "-q", "-c", core, "-s", vmlinux, compare, "ps"}},
-		{name: "crash", cmd: []string{"crash", "-s", vmlinux, core}, stdin: "ps\nq\n"},
+		{name: "crash", cmd: []string{"crash", "-s", "--kaslr=auto", vmlinux, core}, stdin: "ps\nq\n"},
 	} {
 		if _, err := exec.LookPath(r.name); err != nil {
 			fmt.Fprintf(w, "%s is not installed\n", r.name)
