@@ -38,10 +38,9 @@ func (h *host) system() service.Route {
 			}
 			out.Status = h.status(out.PowerState, open)
 			h.describe(r.Context(), out)
-			var running *schema.Link
 			if k := state.Kernel; k != nil && state.Phase == engine.Attached {
 				out.HostName = cmp.Or(h.look(r.Context()).HostName, k.Hostname)
-				running = schema.LinkTo(systemURI + "/OperatingSystem")
+				out.OperatingSystem = schema.LinkTo(systemURI + "/OperatingSystem")
 				if k.CPUs > 0 {
 					out.ProcessorSummary = &schema.ProcessorSummary{LogicalProcessorCount: k.CPUs}
 				}
@@ -55,8 +54,7 @@ func (h *host) system() service.Route {
 			var err error
 			out.OEM, err = oem.Object(systemSchema.Type("ComputerSystem"), systemOEM{
 				RDMA: h.rdmaLink(), Datapath: h.linked(datapathURI),
-				OperatingSystem: running,
-				Phase:           string(state.Phase), Since: state.Since, Health: string(state.Health), Why: state.Why, OpenFindings: len(open),
+				Phase: string(state.Phase), Since: state.Since, Health: string(state.Health), Why: state.Why, OpenFindings: len(open),
 				State: schema.LinkTo(stateURI), Tasks: schema.LinkTo(tasksURI),
 				Modules: listingLink("Modules"), Interfaces: listingLink("Interfaces"), OpenFiles: listingLink("OpenFiles"), Mounts: listingLink("Mounts"),
 				Sockets: listingLink("Sockets"), SlabCaches: listingLink("SlabCaches"), Memory: listingLink("Memory"), MemoryErrors: listingLink("MemoryErrors"), PersistentStore: listingLink("PersistentStore"), Load: listingLink("Load"),
