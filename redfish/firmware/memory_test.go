@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -104,6 +105,31 @@ func TestFlashMemory(t *testing.T) {
 	before, began := peak(), time.Now()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
+	// Beside it, an operator looks at the service.
+	looked := make(chan []time.Duration, 1)
+	looking, stop := context.WithCancel(ctx)
+	defer stop()
+	go func() {
+		var all []time.Duration
+		defer func() { looked <- all }()
+		c, err := client.New(client.Config{URL: m.url, User: user, Password: password, Insecure: true})
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer c.Close(ctx)
+		for looking.Err() == nil {
+			var o map[string]any
+			began := time.Now()
+			if err := c.Get(looking, "/redfish/v1/UpdateService", &o); err != nil {
+				if looking.Err() == nil {
+					t.Errorf("GET beside the upload: %v", err)
+				}
+				return
+			}
+			all = append(all, time.Since(began))
+		}
+	}()
 	task, err := m.client.Push(ctx, image, size(t, image), client.PushOptions{}, nil)
 	if err == nil {
 		_, err = m.client.Wait(ctx, task.ODataID, nil)
@@ -112,6 +138,13 @@ func TestFlashMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	took, after := time.Since(began), peak()
+	stop()
+	gets := <-looked
+	slices.Sort(gets)
+	if len(gets) == 0 {
+		t.Fatal("nothing was answered beside the upload")
+	}
+	t.Logf("%d GETs beside it, median %v, p99 %v", len(gets), gets[len(gets)/2].Round(time.Microsecond), gets[len(gets)*99/100].Round(time.Microsecond))
 	t.Logf("%d MiB in %v, %.0f MB/s; at most %.1f MiB of memory, %.1f before", size(t, image)>>20, took.Round(time.Millisecond), float64(size(t, image))/1e6/took.Seconds(), float64(after)/(1<<20), float64(before)/(1<<20))
 	if after > most {
 		t.Errorf("the process that flashed took %d bytes of memory; want at most %d", after, most)
