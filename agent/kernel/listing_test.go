@@ -261,12 +261,16 @@ func testModules(t *testing.T, g *guest, img *Image) {
 			sections[name][s] = strings.TrimSpace(g.read("/sys/module/" + name + "/sections/" + s))
 		}
 	}
+	values := make(map[string]map[string]string)
+	for name := range sections {
+		values[name] = g.files("/sys/module/"+name+"/parameters", "*")
+	}
 	v := g.frozenView(img)
 	got := make(map[string]Module)
 	for _, m := range gather(t, v, v.Modules()) {
 		got[m.Name] = m
 	}
-	lines := 0
+	lines, parameters := 0, 0
 	for line := range strings.Lines(proc) {
 		// virtio_net 86016 0 - Live 0xffffffffc0390000 (E)
 		f := strings.Fields(line)
@@ -300,9 +304,30 @@ func testModules(t *testing.T, g *guest, img *Image) {
 		if len(m.Sections) < 3 {
 			t.Errorf("%s has %d sections", m.Name, len(m.Sections))
 		}
+		params, err := v.ModuleParameters(m)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, p := range params {
+			file := "/sys/module/" + m.Name + "/parameters/" + p.Name
+			if said, ok := values[m.Name][file]; p.Perm != 0 && ok && strings.TrimSuffix(said, "\n") != p.Value && p.Type != "" {
+				t.Errorf("%s = %q (%s); sysfs has %q", file, p.Value, p.Type, said)
+			} else if ok != (p.Perm&0o444 != 0) {
+				t.Errorf("%s with permissions %o: sysfs has it: %v", file, p.Perm, ok)
+			} else if ok && p.Type != "" {
+				parameters++
+			}
+			delete(values[m.Name], file)
+		}
+		if len(values[m.Name]) > 0 {
+			t.Errorf("%s lacks the parameters %q", m.Name, values[m.Name])
+		}
 	}
 	if lines != len(got) || lines < 4 {
 		t.Errorf("%d modules; the guest has %d", len(got), lines)
+	}
+	if parameters < 3 {
+		t.Errorf("%d parameters were compared", parameters)
 	}
 }
 

@@ -73,6 +73,10 @@ their addresses. A live module that is not in all three is marked HIDDEN, and th
 
   backdoor -image vmcore lsmod
   backdoor -mem /dev/shm/vm.ram lsmod -json | jq '.modules[] | select(.missing)'`}, AskModules),
+		listing(Listing{Name: "modinfo", Resource: "Module", Args: "NAME", Short: "one of the host's kernel modules, with its sections and parameters",
+			Long: `The values of the parameters are those of now.
+
+  backdoor -image vmcore modinfo virtio_net`}, AskModule),
 		listing(Listing{Served: true, Name: "ip", Resource: "Interfaces", Short: "the host's network interfaces",
 			Long: `Interfaces of all network namespaces, with their addresses; those of containers are marked by the number of their namespace.
 Counters that only the driver knows are shown as "-".
@@ -209,6 +213,13 @@ and cannot be told. If the unwinding comes to a halt, what looks like a return a
 		listing(Listing{Name: "sym", Resource: "Symbol", Args: "NAME|ADDR", Short: "the address of a symbol of the kernel, or what is at an address",
 			Long: `  backdoor -image vmcore sym init_task
   backdoor -image vmcore sym 0xffffffff81000123`}, AskSymbol),
+		listing(Listing{Secret: true, Name: "x", Resource: "Examined", Args: "FORMAT NAME|ADDR", Short: "the kernel's memory as it is, as x of gdb and crash shows it: x/8xg ADDR",
+			Long: `FORMAT is a count, a format (x, d, u, o, t, c, a for addresses with their symbols, s for text) and a size (b, h, w, g: 1 to 8 bytes); it may
+stand behind a slash. All memory of all programs can be seen so: -secrets must be said.
+
+  backdoor -image vmcore x/16xg init_task -secrets
+  backdoor -image vmcore x/s linux_banner -secrets
+  backdoor -image vmcore x 4a 0xffffffff82400000 -secrets`}, Examine),
 		listing(Listing{Name: "print", Resource: "Object", Args: "TYPE NAME|ADDR", Short: "an object of the kernel, by its type",
 			Long: `TYPE is any that the kernel's BTF knows. The number before each member is its offset.
 

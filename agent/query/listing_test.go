@@ -137,6 +137,10 @@ func TestListingText(t *testing.T) {
 			{Name: "dmesg-ramoops-1", Type: "dmesg", Time: at, Reason: "Oops", Part: 2, Text: "Oops#1 Part2\n<4>[    1.000000] " + evil + "\n"},
 			{Name: "dmesg-ramoops-0", Type: "dmesg", Time: at, Problem: "is compressed, but not by deflate, or damaged", ThisBoot: true},
 			{Name: "console-ramoops-0", Type: "console", Text: "last"}}}, true}},
+		{"x.txt", Examined{whole, 0x1000, "x", 8, []Unit{{0x1000, "0x0000000000000001", "init_task+0x0"}, {0x1008, "0x0000000000000002", ""}, {0x1010, "0x0000000000000003", ""}}}},
+		{"x-s.txt", Examined{whole, 0x1000, "s", 0, []Unit{{0x1000, `"` + evil + `"`, ""}, {0x1008, `""`, ""}}}},
+		{"modinfo.txt", Module{whole, kernel.Module{Name: "dummy", State: "live", Size: 16384, Base: 0xffffffffc0001000, Refs: 1, UsedBy: []string{evil}, Version: "1" + evil, Taint: 1 << 12,
+			Sections: []kernel.Section{{Name: ".text", Addr: 0xffffffffc0001000}}}, []kernel.Parameter{{Name: "n", Perm: 0o444, Type: "int", Value: "-1"}, {Name: "s", Type: "charp", Value: evil}, {Name: "own"}}}},
 		{"pstore-none.txt", Pstore{whole, kernel.Pstore{Backend: "efi_pstore"}, true}},
 		{"stack.txt", Stack{Extent{At: at, Doubts: []string{"ORC entry: not found; frames with a ? are guessed"}}, kernel.Stack{PID: 7, Comm: evil, State: "D", Why: "x",
 			Frames: []kernel.Frame{{Addr: 0xffffffff81000123, Symbol: "schedule", Offset: 0x23}, {Addr: 0xffffffffc0001000, Module: "virtio_net"}, {Addr: 0xffffffff81000200, Symbol: "do_exit", Guessed: true}}}}},
@@ -215,5 +219,19 @@ func TestArguments(t *testing.T) {
 	}
 	if pid, err := process(nil, 1); pid != 1 || err != nil {
 		t.Errorf("no process = %d, %v", pid, err)
+	}
+}
+
+func TestUnits(t *testing.T) {
+	for s, want := range map[string]unitFormat{"": {1, 8, 'x'}, "8xg": {8, 8, 'x'}, "4dw": {4, 4, 'd'}, "c": {1, 1, 'c'}, "2ab": {2, 8, 'a'}, "s": {1, 8, 's'}, "3b": {3, 1, 'x'}} {
+		if got, err := parseUnits(s); err != nil || got != want {
+			t.Errorf("%q = %+v, %v; want %+v", s, got, err, want)
+		}
+	}
+	for _, s := range []string{"0x", "65537b", "8193g", "99999999999999999999x", "x-1", "8 g", "i"} {
+		var wrong *ArgumentError
+		if _, err := parseUnits(s); !errors.As(err, &wrong) {
+			t.Errorf("%q: %v", s, err)
+		}
 	}
 }

@@ -51,7 +51,11 @@ func (s Stack) Text(w io.Writer) error {
 }
 
 func place(f kernel.Frame) string {
-	s := fmt.Sprintf("%#016x  ", uint64(f.Addr))
+	return fmt.Sprintf("%#016x  ", uint64(f.Addr)) + within(f)
+}
+
+// within names the function or variable that a frame's address is in.
+func within(f kernel.Frame) (s string) {
 	if f.Symbol != "" {
 		s += fmt.Sprintf("%s+%#x", Clean(f.Symbol), f.Offset)
 	}

@@ -187,6 +187,10 @@ func (e *env) dispatch(ctx context.Context, args []string) (int, error) {
 		}
 		return 0, &usageError{msg: "no verb given"}
 	}
+	if format, ok := strings.CutPrefix(name, "x/"); ok { // as gdb has it
+		args = slices.Insert(slices.Clone(args), at+1, format)
+		name = "x"
+	}
 	v, ok := lookup(name)
 	if !ok {
 		return 0, &usageError{msg: fmt.Sprintf("there is no verb %q", name)}

@@ -24,6 +24,7 @@
 //	top          the host's busiest processes
 //	dmesg        the host's kernel log; -w follows it
 //	lsmod        the host's kernel modules, those that hide among them
+//	modinfo      one of the host's kernel modules, with its sections and parameters
 //	ip           the host's network interfaces
 //	pstree       the host's processes as a tree
 //	lsof         the files that processes have open
@@ -58,6 +59,7 @@
 //	mem          memory of a process: mem PID ADDR BYTES; -secrets must be said
 //	stack        where in the kernel a thread sleeps: stack PID
 //	sym          the address of a symbol of the kernel, or what is at an address
+//	x            the kernel's memory as it is, as x of gdb and crash shows it: x/8xg ADDR
 //	print        an object of the kernel, by its type: print task_struct init_task
 //	watch        follow the host's health by RDMA
 //	read         bytes of the host's memory, by RDMA

@@ -136,6 +136,22 @@ func TestRecordedHosts(t *testing.T) {
 					ask(exitOK, &maps, "maps", "1")
 					i := slices.IndexFunc(maps.Mappings, func(m kernel.Mapping) bool { return m.Name == "[stack]" })
 					ask(exitOK, answer, "mem", "1", fmt.Sprint(maps.Mappings[i].End-16), "16", "-secrets")
+				case "x":
+					ask(exitOK, answer, "x/s", "linux_banner", "-secrets")
+					if a := answer.(*query.Examined); len(a.Values) != 1 || !strings.HasPrefix(a.Values[0].Text, `"Linux version `) {
+						t.Errorf("x/s linux_banner = %+v", a)
+					}
+					ask(exitOK, answer, "-secrets", "x", "4xw", "linux_banner")
+					if a := answer.(*query.Examined); len(a.Values) != 4 || a.Values[0].Text != "0x756e694c" || a.Values[3].Addr != a.Addr+12 {
+						t.Errorf("x/4xw linux_banner = %+v", a)
+					}
+					for _, wrong := range []string{"x/8q", "x/0xb", "x/9999999g"} {
+						if code, _, stderr := command(t, "-image", path, wrong, "init_task", "-secrets"); code != exitUsage || !strings.Contains(stderr, "8xg") {
+							t.Errorf("%s: exit %d, %q", wrong, code, stderr)
+						}
+					}
+				case "modinfo":
+					continue // what the parameters hold was not recorded; package kernel compares it with the guest's own word
 				case "print":
 					ask(exitOK, answer, "print", "list_head", "init_task")
 				default:
