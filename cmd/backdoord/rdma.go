@@ -94,8 +94,8 @@ func (r *remote) serve(ctx context.Context, addr netip.Addr) error {
 	if err != nil && r.cfg.Encrypted {
 		return err
 	}
-	// What is inside a tunnel must come through it.
-	link, err := roce.ListenUDP(roce.UDPConfig{Addr: netip.AddrPortFrom(addr, 0), PathMTU: r.cfg.PathMTU, Spin: r.cfg.Spin.Std(), OwnInterface: tunnel})
+	// What is inside a tunnel must come through it, and what is for the wire not from the host.
+	link, err := roce.ListenUDP(roce.UDPConfig{Addr: netip.AddrPortFrom(addr, 0), PathMTU: r.cfg.PathMTU, Spin: r.cfg.Spin.Std(), OwnInterface: true})
 	if err != nil {
 		return err
 	}

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/export"
@@ -76,8 +78,18 @@ func TestRDMA(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, out := start(t, "-config", path)
+	started, _ := out.wait(t, 0, `worker started" pid=(\d+)`)
 	cl := login(t, out, addr)
 	out.wait(t, 0, `RDMA is served`)
+	t.Run("interface", func(t *testing.T) {
+		worker, err := strconv.Atoi(started[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := boundTo(t, worker, netip.AddrPortFrom(agentIP, roce.Port)); got != "lo" {
+			t.Errorf("the socket at %v takes what comes by interface %q; want lo alone", agentIP, got)
+		}
+	})
 
 	link, err := roce.ListenUDP(roce.UDPConfig{Addr: netip.AddrPortFrom(ourIP, 0)})
 	if err != nil {
@@ -178,4 +190,41 @@ func TestRDMAKeys(t *testing.T) {
 			t.Errorf("loadKeys(%s) = %v, %v", name, keys, err)
 		}
 	}
+}
+
+// boundTo returns the interface that a process's UDP socket keeps to, empty if to none.
+func boundTo(t *testing.T, pid int, addr netip.AddrPort) string {
+	t.Helper()
+	process, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(process)
+	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		n, err := strconv.Atoi(f.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		fd, err := unix.PidfdGetfd(process, n, 0)
+		if errors.Is(err, unix.EPERM) {
+			t.Skip("this system does not let a test look at the sockets of a process that it started")
+		} else if err != nil {
+			continue // closed meanwhile
+		}
+		defer unix.Close(fd)
+		name, _ := unix.Getsockname(fd)
+		if a, ok := name.(*unix.SockaddrInet4); ok && netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port)) == addr {
+			bound, err := unix.GetsockoptString(fd, unix.SOL_SOCKET, unix.SO_BINDTODEVICE)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return bound
+		}
+	}
+	t.Fatalf("process %d has no socket at %v", pid, addr)
+	return ""
 }

@@ -49,6 +49,7 @@ type udpLink struct {
 	idle    bool          // the last receive found less than it had room for; guarded by recvMu
 	singles int           // receives in a row that found one message; guarded by recvMu
 	starved int           // times still that busy polling yields at once; guarded by recvMu
+	crowded int           // times still that there is no busy polling; guarded by recvMu
 	timeout time.Duration // SO_RCVTIMEO; guarded by recvMu
 
 	sendMu   sync.Mutex
@@ -272,8 +273,13 @@ func (l *udpLink) Close() error {
 func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 	l.recvMu.Lock()
 	defer l.recvMu.Unlock()
-	if l.starved > 0 && wait != 0 {
-		l.starved--
+	spin := l.spin
+	if wait != 0 {
+		l.starved = max(l.starved-1, 0)
+		if l.crowded > 0 {
+			l.crowded--
+			spin = 0
+		}
 	}
 	var start time.Time // of looking for packets
 	for {
@@ -287,7 +293,7 @@ func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 			return 0, nil
 		}
 		// After a receive that emptied the socket, sleeping at once saves looking in vain.
-		if !l.idle || wait == 0 || l.spin > 0 {
+		if !l.idle || wait == 0 || spin > 0 {
 			if err := l.recvmmsg(unix.MSG_DONTWAIT); err == nil {
 				return l.deliver(packets)
 			} else if err != unix.EAGAIN {
@@ -305,18 +311,22 @@ func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 			if left = wait - passed; wait > 0 && left <= 0 {
 				return 0, nil
 			}
-			if passed < l.spin {
+			if passed < spin {
 				if l.starved > 0 || passed > patience {
 					if l.starved == 0 {
 						l.starved = starvedFor
 					}
+					before := time.Now()
 					unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+					if time.Since(before) > crowdedAfter {
+						l.crowded, spin = crowdedFor, 0
+					}
 				}
 				continue
 			}
-		case wait > 0 || l.spin > 0:
+		case wait > 0 || spin > 0:
 			start = time.Now()
-			if l.spin > 0 {
+			if spin > 0 {
 				continue
 			}
 		}
@@ -334,10 +344,14 @@ func (l *udpLink) Recv(packets []Packet, wait time.Duration) (int, error) {
 }
 
 // Busy polling holds the CPU for as long as an answer usually takes. When none came by then, whom we wait for may need this
-// very CPU: it is then yielded at each turn, and so from the start for the next receives.
+// very CPU: it is then yielded at each turn, and so from the start for the next receives. Where it does not come back soon, others
+// have work enough for it, and who yields stands behind all of them for a time slice, while who sleeps is put before them
+// when a packet comes: the next receives sleep at once.
 const (
-	patience   = 20 * time.Microsecond
-	starvedFor = 64
+	patience     = 20 * time.Microsecond
+	starvedFor   = 64
+	crowdedAfter = time.Millisecond
+	crowdedFor   = 256
 )
 
 // Sleeping for longer than shortSleep is done by a receive with a timeout, which is one system call and may end early: it is

@@ -305,7 +305,8 @@ type Redfish struct {
 
 // RDMA is the agent's remote access by RDMA, see package agent/export.
 type RDMA struct {
-	// Addresses are those of the agent's machine on which UDP port 4791 is served.
+	// Addresses are those of the agent's machine on which UDP port 4791 is served, each at the interface (or VLAN) that has it and at
+	// no other.
 	Addresses []netip.Addr `json:"addresses,omitempty"`
 	// PathMTU is the payload of a packet: 256, 512, 1024, 2048 or 4096; default is what fits the MTU of the address's interface.
 	PathMTU int `json:"pathMTU,omitempty"`
