@@ -85,7 +85,7 @@ const (
 type UDPConfig struct {
 	Addr       netip.AddrPort // a definite address of this machine; port 0 is 4791, where peers send to
 	PathMTU    int            // 256 to 4096; default: what fits into the MTU of the address's interface
-	Spin       time.Duration  // how long Recv looks for packets before it sleeps: latency for CPU time
+	Spin       time.Duration  // how long Recv looks for packets before it sleeps, unless others want the CPU: latency for CPU time
 	RecvBuffer int            // bytes; default 8 MiB; less if the system's limit is lower and we may not exceed it
 	SendBuffer int            // bytes; default 1 MiB; the smaller, the earlier Send waits for a slow wire
 	NoOffload  bool           // do without UDP_SEGMENT and UDP_GRO
