@@ -58,7 +58,7 @@ var owners = map[string][]string{
 	"github.com/cilium/ebpf/btf":          {"agent/kernel"},
 	"github.com/ulikunitz/xz":             {"images", "agent/kernel/isf"},
 	"github.com/cilium/ebpf/link":         {"nicfw/datapath", "nicfw/roce/afxdp"},
-	"github.com/cilium/ebpf/rlimit":       {"nicfw/datapath", "nicfw/roce/afxdp"},
+	"github.com/cilium/ebpf/rlimit":       {"nicfw/roce/afxdp"},
 	"github.com/google/go-tpm":            {"boot"},
 	"github.com/u-root/":                  {"boot", "cmd", "images", "tests"},
 	"github.com/klauspost/compress":       {"nicfw/hostmem", "images", "boot", "agent/dump"},

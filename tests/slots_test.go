@@ -12,6 +12,7 @@ import (
 	"flag"
 	"math/big"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -347,26 +348,56 @@ func (s *slots) pin(ctx context.Context) {
 	s.ek = got.EndorsementKey
 }
 
-// enroll has an authority certify the TPM, as an owner does for his monitors.
+// enroll has an authority certify the TPM, as an owner does for his monitors: by the command, which first is given another machine's endorsement
+// key; and has a monitor that knows the authority alone ask for the proof.
 func (s *slots) enroll(ctx context.Context) {
 	s.t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	s.must(err)
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "owner"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	dir, program := s.t.TempDir(), buildCommand(s.t)
+	write := func(name, kind string, data []byte) string {
+		path := filepath.Join(dir, name)
+		if kind != "" {
+			data = pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: data})
+		}
+		s.must(os.WriteFile(path, data, 0o600))
+		return path
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	s.must(err)
-	authority, err := x509.ParseCertificate(der)
-	s.must(err)
-	_, err = s.client().Enroll(ctx, client.Attestation{EndorsementKeys: []attest.Digest{s.ek}}, func(ak attest.Key, _ *client.Attested) ([]byte, error) {
-		der, err := attest.Certify(ak, "dpu", authority, key, time.Now(), time.Hour)
-		return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), err
-	})
-	s.must(err)
+	authority := func(name string) (*x509.Certificate, string, string) {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		s.must(err)
+		template := &x509.Certificate{
+			SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+			IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		}
+		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+		s.must(err)
+		cert, err := x509.ParseCertificate(der)
+		s.must(err)
+		private, err := x509.MarshalPKCS8PrivateKey(key)
+		s.must(err)
+		return cert, write(name+".pem", "CERTIFICATE", der), write(name+".key", "PRIVATE KEY", private)
+	}
+	cert, ca, key := authority("owner")
+	_, other, _ := authority("other")
+	at := []string{"-host", s.dpu.URL, "-fingerprint", s.dpu.Fingerprint, "-user", s.dpu.User, "-password-file", write("password", "", []byte(s.dpu.Password))}
+	for _, run := range []struct {
+		verb, want string
+		exit       int
+		args       []string
+	}{
+		{"enroll", "endorsement key", 3, []string{"-ek", strings.Repeat("ab", 32), "-ak-ca", ca, "-ak-ca-key", key}},
+		{"enroll", "dpu7: certified by owner until", 0, []string{"-ek", s.ek.String(), "-ak-ca", ca, "-ak-ca-key", key, "-as", "dpu7", "-bundle", s.dpu.Slots.Bundle}},
+		{"attest", "attested: backdoor 1.0.0", 0, []string{"-ak-ca", ca, "-bundle", s.dpu.Slots.Bundle}},
+		{"attest", "not attested", 3, []string{"-ak-ca", other, "-bundle", s.dpu.Slots.Bundle}},
+	} {
+		c := exec.CommandContext(ctx, program, slices.Concat([]string{run.verb}, at, run.args)...)
+		c.Env = append(os.Environ(), "HOME="+dir, "XDG_CONFIG_HOME="+dir) // no contexts of whoever runs the test
+		out, _ := c.CombinedOutput()                                      // its exit status is looked at
+		if got := c.ProcessState.ExitCode(); got != run.exit || !strings.Contains(string(out), run.want) {
+			s.t.Errorf("backdoor %s %s: exit %d; want %d and %q in\n%s", run.verb, run.args, got, run.exit, run.want, out)
+		}
+	}
 	s.ca = x509.NewCertPool()
-	s.ca.AddCert(authority)
+	s.ca.AddCert(cert)
 }
 
 // attest has the agent prove that it runs the image of a bundle: to who knows its endorsement key, and to who knows the authority alone.

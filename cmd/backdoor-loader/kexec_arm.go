@@ -60,24 +60,11 @@ func load(kernel, initrd *os.File, commandLine string) error {
 	if err != nil {
 		return fmt.Errorf("place the initramfs: %w", err)
 	}
-	chosen, ok := fdt.NodeByName("chosen")
-	if !ok {
-		return errors.New("the device tree has no /chosen")
+	tree, err := handOn(fdt, ramfsAt, len(ramfs), commandLine)
+	if err != nil {
+		return err
 	}
-	for _, p := range []string{"linux,elfcorehdr", "linux,usable-memory-range", "kaslr-seed", "rng-seed", "linux,initrd-start", "linux,initrd-end"} {
-		chosen.RemoveProperty(p)
-	}
-	put := func(name string, v uintptr) {
-		chosen.UpdateProperty(name, binary.BigEndian.AppendUint32(nil, uint32(v)))
-	}
-	put("linux,initrd-start", ramfsAt.Start)
-	put("linux,initrd-end", ramfsAt.Start+uintptr(len(ramfs)))
-	chosen.UpdateProperty("bootargs", append([]byte(commandLine), 0))
-	var tree bytes.Buffer
-	if _, err := fdt.Write(&tree); err != nil {
-		return fmt.Errorf("write the device tree: %w", err)
-	}
-	if _, err := room.AddPhysSegment(tree.Bytes(), upper); err != nil {
+	if _, err := room.AddPhysSegment(tree, upper); err != nil {
 		return fmt.Errorf("place the device tree: %w", err)
 	}
 	const arm = 40 << 16 // KEXEC_ARCH_ARM

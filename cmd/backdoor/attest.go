@@ -117,7 +117,13 @@ func runEnroll(ctx context.Context, e *env, args []string) (int, error) {
 	if !ok {
 		return 0, fmt.Errorf("the authority: its key (%T) does not sign", pair.PrivateKey)
 	}
-	file, err := f.file()
+	switch now := time.Now(); {
+	case !pair.Leaf.IsCA:
+		return 0, fmt.Errorf("the authority: %s is not an authority's certificate (CA:TRUE)", f.akCA)
+	case now.After(pair.Leaf.NotAfter):
+		return 0, fmt.Errorf("the authority: its certificate ended on %s", pair.Leaf.NotAfter.Format(time.DateOnly))
+	}
+	file, err := f.file("enroll")
 	if err != nil {
 		return 0, err
 	}
@@ -151,9 +157,9 @@ func runEnroll(ctx context.Context, e *env, args []string) (int, error) {
 	var differs *attest.MismatchError
 	switch {
 	case errors.Is(err, client.ErrUnattested):
-		return exitUnsure, err
+		return 0, &codeError{exitUnsure, err}
 	case errors.As(err, &differs):
-		return exitIll, err
+		return 0, &codeError{exitIll, err}
 	case err != nil:
 		return 0, e.explain(a.at, err)
 	}
@@ -184,11 +190,12 @@ type attestFile struct {
 	dir string
 }
 
-func (f attestFlags) file() (attestFile, error) {
+// file is what the flags of a verb say as a file would.
+func (f attestFlags) file(verb string) (attestFile, error) {
 	out := attestFile{AttestationCA: f.akCA, Bundles: f.bundles, Epoch: f.epoch}
 	if f.agreement != "" {
 		if err := out.Agreement.UnmarshalText([]byte(f.agreement)); err != nil {
-			return out, &usageError{verb: "attest", msg: fmt.Sprintf("-agreement %s: %v", f.agreement, err)}
+			return out, &usageError{verb: verb, msg: fmt.Sprintf("-agreement %s: %v", f.agreement, err)}
 		}
 	}
 	for _, k := range []struct {
@@ -199,7 +206,7 @@ func (f attestFlags) file() (attestFile, error) {
 		for _, text := range k.from {
 			var d attest.Digest
 			if err := d.UnmarshalText([]byte(text)); err != nil {
-				return out, &usageError{verb: "attest", msg: fmt.Sprintf("-%s %s: %v", k.flag, text, err)}
+				return out, &usageError{verb: verb, msg: fmt.Sprintf("-%s %s: %v", k.flag, text, err)}
 			}
 			*k.to = append(*k.to, d)
 		}
@@ -294,7 +301,7 @@ func runAttest(ctx context.Context, e *env, args []string) (int, error) {
 	if err := none("attest", args); err != nil {
 		return 0, err
 	}
-	f, err := e.o.attest.file()
+	f, err := e.o.attest.file("attest")
 	if err != nil {
 		return 0, err
 	}

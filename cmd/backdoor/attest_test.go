@@ -2,8 +2,16 @@ package main
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 )
@@ -32,6 +40,47 @@ func TestAttestUnattested(t *testing.T) {
 		b.write("proof.json", text)
 		if code, out, _ := b.run("status -attested $DIR/proof.json", ""); code == exitOK || out != "" {
 			t.Errorf("%s: exit %d, %q; want an error", name, code, out)
+		}
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.write("ca.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})))
+	for name, c := range map[string]struct {
+		ca    bool
+		until time.Duration
+	}{"leaf.pem": {false, time.Hour}, "ended.pem": {true, -time.Minute}, "ca.pem": {true, time.Hour}} {
+		template := &x509.Certificate{
+			SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(c.until),
+			IsCA: c.ca, BasicConstraintsValid: true,
+		}
+		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.write(name, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
+	}
+	good := strings.Repeat("ab", 32)
+	for _, tt := range []struct {
+		args, want string
+		code       int
+	}{
+		{"-ak-ca $DIR/ca.pem -ak-ca-key $DIR/ca.key", "say which TPM it is", exitUsage},
+		{"-ek " + good, "-ak-ca and -ak-ca-key", exitUsage},
+		{"-ek abc -ak-ca $DIR/ca.pem -ak-ca-key $DIR/ca.key", "-ek abc: a digest has 64", exitUsage},
+		{"-ek " + good + " -ak-ca $DIR/ca.pem -ak-ca-key $DIR/ca.key -days 0", "at least one", exitUsage},
+		{"-ek " + good + " -ak-ca $DIR/absent.pem -ak-ca-key $DIR/ca.key", "absent.pem", exitError},
+		{"-ek " + good + " -ak-ca $DIR/leaf.pem -ak-ca-key $DIR/ca.key", "not an authority's certificate", exitError},
+		{"-ek " + good + " -ak-ca $DIR/ended.pem -ak-ca-key $DIR/ca.key", "ended on", exitError},
+		{"-ek " + good + " -ak-ca $DIR/ca.pem -ak-ca-key $DIR/ca.key", "unattested", exitUnsure},
+	} {
+		if code, out, errs := b.run("enroll "+tt.args, ""); code != tt.code || !strings.Contains(errs, tt.want) || out != "" {
+			t.Errorf("enroll %s: exit %d, %q, %q; want %d and %q", tt.args, code, out, errs, tt.code, tt.want)
 		}
 	}
 	if code, _, errs := b.run("attest -ek abc", ""); code != exitUsage {

@@ -43,7 +43,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-	"github.com/cilium/ebpf/rlimit"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -153,9 +152,9 @@ func (g *Gateway) open(c Config) error {
 	if err := hide(host); err != nil {
 		return err
 	}
-	if err := rlimit.RemoveMemlock(); err != nil {
-		return fmt.Errorf("lift the limit of locked memory: %w", err)
-	}
+	// Before Linux 5.11, BPF memory counts as locked; where it does and the limit cannot be lifted, the programs fail to load. cilium/ebpf's
+	// rlimit would try at each start of the agent whether it does, and make a map for that.
+	_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY})
 	if err := os.MkdirAll(g.pin, 0o700); err != nil {
 		return fmt.Errorf("make the folder for pins (is a BPF file system mounted there?): %w", err)
 	}
