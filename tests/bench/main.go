@@ -2,7 +2,7 @@
 //
 // Synopsis:
 //
-//	go run ./tests/bench [-json] [-n N] [-kernel 6.1] [-part files|start|upload|dpu|images]
+//	go run ./tests/bench [-json] [-n N] [-kernel 6.1] [-part files|start|upload|update|dpu|images]
 //
 // Description:
 //
@@ -13,7 +13,7 @@
 //	-n N       how often each fault is made (5)
 //	-kernel V  the host's kernel for the faults (6.1); attaching is measured on 6.1 and 6.12
 //	-part P    only one part: images, files (native, on a RAM file), start (the DPU's, -n times), upload (-n bundles
-//	           into it) or dpu
+//	           into it), update (-n bundles until the new image is good, fallbacks, 1 GiB natively) or dpu
 package main
 
 import (
@@ -96,7 +96,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	asJSON := flags.Bool("json", false, "print JSON")
 	flags.IntVar(&o.n, "n", 5, "how often each fault is made")
 	flags.StringVar(&o.kernel, "kernel", "6.1", "the host's kernel for the faults")
-	only := flags.String("part", "", "only this part: images, files, start, upload or dpu")
+	only := flags.String("part", "", "only this part: images, files, start, upload, update or dpu")
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
@@ -114,6 +114,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		{"files", files},
 		{"start", start},
 		{"upload", upload},
+		{"update", update},
 		{"dpu", dpu},
 	} {
 		if *only != "" && *only != part.name {
