@@ -192,8 +192,9 @@ var UpdateSchema = oem.Schema{
 // Configure gives a service its UpdateService.
 func Configure(o *service.Options, u *Updater) {
 	o.Updater = u
-	s := service.Schema{Namespace: UpdateSchema.Name, Versions: []string{UpdateSchema.Version}, CSDL: UpdateSchema.CSDL(), JSON: map[string][]byte{}}
-	s.JSON[UpdateSchema.Name+"."+UpdateSchema.Version], _ = UpdateSchema.JSON() // it describes no resource
+	s := service.Schema{Namespace: UpdateSchema.Name, Versions: []string{UpdateSchema.Version}, CSDL: UpdateSchema.CSDL, JSON: map[string]func() []byte{
+		UpdateSchema.Name + "." + UpdateSchema.Version: func() []byte { versioned, _ := UpdateSchema.JSON(); return versioned }, // it describes no resource
+	}}
 	o.Schemas = append(o.Schemas, s)
 }
 

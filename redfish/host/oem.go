@@ -84,11 +84,11 @@ func schemas() (out []service.Schema) {
 
 // served is a schema in all its forms.
 func served(s oem.Schema) service.Schema {
-	out := service.Schema{Namespace: s.Name, Versions: []string{s.Version}, CSDL: s.CSDL(), JSON: map[string][]byte{}}
-	versioned, unversioned := s.JSON()
-	out.JSON[s.Name+"."+s.Version] = versioned
-	if unversioned != nil {
-		out.JSON[s.Name] = unversioned
+	out := service.Schema{Namespace: s.Name, Versions: []string{s.Version}, CSDL: s.CSDL, JSON: map[string]func() []byte{
+		s.Name + "." + s.Version: func() []byte { versioned, _ := s.JSON(); return versioned },
+	}}
+	if s.Resource != nil {
+		out.JSON[s.Name] = func() []byte { _, unversioned := s.JSON(); return unversioned }
 	}
 	return out
 }

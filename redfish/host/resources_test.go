@@ -439,7 +439,7 @@ func TestSchemas(t *testing.T) {
 	for _, s := range schemas() {
 		path := filepath.Join("testdata", s.Namespace+"_v1.xml")
 		if *update {
-			if err := os.WriteFile(path, s.CSDL, 0o644); err != nil {
+			if err := os.WriteFile(path, s.CSDL(), 0o644); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -447,7 +447,7 @@ func TestSchemas(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if d := cmp.Diff(string(want), string(s.CSDL)); d != "" {
+		if d := cmp.Diff(string(want), string(s.CSDL())); d != "" {
 			t.Errorf("%s differs; if that is meant, run the test with -update (-want +got):\n%s", path, d)
 		}
 	}

@@ -93,9 +93,9 @@ func (s *Service) standardRoutes() []Route {
 	}
 	for _, own := range s.o.Schemas {
 		for id, text := range own.JSON {
-			routes = append(routes, Route{URI: schemaFilesURI + id + ".json", Document: func() (string, []byte) { return "application/json;charset=utf-8", text }})
+			routes = append(routes, Route{URI: schemaFilesURI + id + ".json", Document: func() (string, []byte) { return "application/json;charset=utf-8", text() }})
 		}
-		routes = append(routes, Route{URI: own.uri(), Document: func() (string, []byte) { return "application/xml;charset=utf-8", own.CSDL }})
+		routes = append(routes, Route{URI: own.uri(), Document: func() (string, []byte) { return "application/xml;charset=utf-8", own.CSDL() }})
 	}
 	for i := range s.o.Registries {
 		own := &s.o.Registries[i]

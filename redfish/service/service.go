@@ -77,9 +77,10 @@ type Credential struct{ User, Password string }
 type Schema struct {
 	Namespace string   // "BackdoorComputerSystem"
 	Versions  []string // "v1_0_0"
-	CSDL      []byte
-	// JSON are the same as JSON schemas by the Ids of their files, "BackdoorState.v1_0_0" and, of a resource, "BackdoorState".
-	JSON map[string][]byte
+	// CSDL writes the schema, and JSON the same as JSON schemas by the Ids of their files, "BackdoorState.v1_0_0" and, of a resource,
+	// "BackdoorState": each time that one is asked for, which is seldom.
+	CSDL func() []byte
+	JSON map[string]func() []byte
 }
 
 // Registry is a message registry (MessageRegistry.v1_7_0) that DMTF does not publish.
