@@ -44,6 +44,10 @@ type dumps struct {
 	mu   sync.Mutex
 	last uint64      // Id given last; guarded by mu
 	all  []collected // the oldest first; guarded by mu
+
+	// All cores of a kernel share one budget.
+	img    *kernel.Image  // guarded by mu
+	budget hostmem.Memory // of img's memory; guarded by mu
 }
 
 // collected is one piece of diagnostic data: a file, or a core, which is read from the host's memory when it is downloaded.
@@ -190,7 +194,7 @@ func mayHaveCore(c service.Caller) error {
 	return nil
 }
 
-// coreRate is how much of the host's memory one core takes, in bytes/s: DMA competes with the host's own CPUs for its memory's bandwidth.
+// coreRate is how much of the host's memory cores take together, in bytes/s: DMA competes with the host's own CPUs for its memory's bandwidth.
 const coreRate = 128 << 20
 
 // core lays out a core of the host that is watched, and tells which boot of it that is.
@@ -215,7 +219,12 @@ func (h *host) core(ctx context.Context) (*dump.Core, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	s.Memory = hostmem.Budget(img.Memory(), coreRate)
+	h.dumps.mu.Lock()
+	if h.dumps.img != img {
+		h.dumps.img, h.dumps.budget = img, hostmem.Budget(img.Memory(), coreRate)
+	}
+	s.Memory = h.dumps.budget
+	h.dumps.mu.Unlock()
 	c, err := dump.New(s)
 	return c, img.Info().BootID, err
 }
