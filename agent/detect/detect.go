@@ -157,7 +157,9 @@ type Pass struct {
 	Network []NetworkSample `json:"network,omitempty"`
 	// Changes is where the kernel's code, its constants and its table of interrupts are not as they were when the agent first looked.
 	Changes []kernel.Change `json:"changes,omitempty"`
-	View    *kernel.View    `json:"-"` // the fresh view; nil in a replayed series
+	// Weakened are the kernel's protections that are weaker than they have been since the agent attached.
+	Weakened []Weakened   `json:"weakened,omitempty"`
+	View     *kernel.View `json:"-"` // the fresh view; nil in a replayed series
 	// Tickless says that CPUs of this host may run a task without timer ticks (nohz_full): the scheduler then looks after
 	// them from another CPU once a second.
 	Tickless bool `json:"tickless,omitempty"`

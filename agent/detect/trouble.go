@@ -295,9 +295,35 @@ func tampering(c Config) Detector {
 					}
 				}
 			}
-			return append(out, changed(p.Changes)...), nil
+			return slices.Concat(out, weakened(p.Weakened), changed(p.Changes)), nil
 		},
 	}
+}
+
+// Weakened is a protection of the kernel as it was when it stood strongest, and as it is.
+type Weakened struct {
+	Was kernel.Guard `json:"was"`
+	Now kernel.Guard `json:"now"`
+}
+
+// weakened reports protections that were switched off or made weaker. Some of them an administrator may lower, and may have lowered; the
+// others no system call does.
+func weakened(all []Weakened) []Finding {
+	var out []Finding
+	for _, w := range all {
+		f := Finding{
+			Key: "guard " + w.Now.Name, Kind: KindTampering, Severity: Warning, Confidence: 0.9,
+			Title:    fmt.Sprintf("%s was lowered from %s to %s", w.Now.Name, w.Was.Text, w.Now.Text),
+			Detail:   "a protection of the kernel is weaker than it was; if no administrator has done that, somebody with root's rights prepares more",
+			Evidence: []Evidence{{w.Now.Object, w.Now.Text}, {"address", w.Now.Addr.String()}},
+		}
+		if w.Now.OneWay {
+			f.Severity, f.Confidence = Critical, 0.97
+			f.Detail = "no system call lowers this: it was written past the kernel"
+		}
+		out = append(out, f)
+	}
+	return out
 }
 
 // changedAt reports whether an address is in a change.

@@ -212,3 +212,14 @@ func TestChanges(t *testing.T) {
 		}
 	}
 }
+
+func TestWeakened(t *testing.T) {
+	one := func(name string, oneWay bool) Weakened {
+		return Weakened{Was: kernel.Guard{Name: name, Level: 1, Text: "1"}, Now: kernel.Guard{Name: name, Object: "x", Text: "0", OneWay: oneWay}}
+	}
+	p := &Pass{Signs: []kernel.Signs{{}}, Weakened: []Weakened{one("lockdown", true), one("SELinux", false)}}
+	fs := detect(t, tampering(DefaultConfig()), p)
+	if len(fs) != 2 || fs[0].Severity != Critical || fs[1].Severity != Warning || fs[0].Key != "guard lockdown" || fs[1].Title != "SELinux was lowered from 1 to 0" {
+		t.Errorf("findings = %+v; want a critical one of what nobody may lower, and a warning", fs)
+	}
+}

@@ -86,6 +86,28 @@ func (w *watcher) addJam(s detect.JamSample) {
 	}
 }
 
+// lookAtGuards compares the kernel's protections with how they stood strongest since the attach.
+func (w *watcher) lookAtGuards(v *kernel.View) {
+	if v == nil {
+		return
+	}
+	now, err := v.Guards()
+	if err != nil {
+		return // the next look will tell
+	}
+	if w.guards == nil {
+		w.guards = make(map[string]kernel.Guard)
+	}
+	w.weakened = nil
+	for _, g := range now {
+		if was, ok := w.guards[g.Name]; !ok || g.Level >= was.Level {
+			w.guards[g.Name] = g
+		} else {
+			w.weakened = append(w.weakened, detect.Weakened{Was: was, Now: g})
+		}
+	}
+}
+
 // countMemory takes a sample of the memory's errors. A kernel that counts none, as those of most virtual machines, has none.
 func (w *watcher) countMemory(v *kernel.View, now time.Time) {
 	s := detect.MemorySample{At: now}

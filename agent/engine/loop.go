@@ -92,6 +92,8 @@ type watcher struct {
 	network   []detect.NetworkSample
 	jams      []detect.JamSample
 	memory    []detect.MemorySample
+	guards    map[string]kernel.Guard // as they stood strongest
+	weakened  []detect.Weakened
 	nextSigns time.Time
 	nextJams  time.Time
 	// nextMailbox is when the host's memory is searched for an agreement again.
@@ -322,6 +324,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	w.golden.end()
 	w.golden.next = now.Add(goldenAfter)
 	w.jams, w.memory, w.nextJams, w.noKernel = nil, nil, now, time.Time{}
+	w.guards, w.weakened = nil, nil
 	// A kernel that goes on after what looked like a reset shows that this host's firmware writes there while it runs.
 	lies := info.BootID == w.ended
 	w.firmware, w.ended = nil, ""
@@ -531,8 +534,9 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		w.nextJams = now.Add(jamsEvery)
 		w.addJam(jam(p.View, panicState, w.jams))
 		w.countMemory(p.View, now)
+		w.lookAtGuards(p.View)
 	}
-	p.Jams, p.Memory = w.jams, w.memory
+	p.Jams, p.Memory, p.Weakened = w.jams, w.memory, w.weakened
 	p.Took = time.Since(now)
 	failed := errors.Join(perr, berr, uerr, terr)
 	if serr != nil { // the passes that follow will show whether it is more than that

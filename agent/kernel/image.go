@@ -30,6 +30,7 @@ type Image struct {
 	identity               identity
 	beat                   *beatPlan
 	usage                  *usagePlan
+	guards                 guards
 	signs                  struct {
 		once sync.Once
 		plan *signsPlan

@@ -119,6 +119,11 @@ machines have no such driver. The exit status is 3 if an error could not be corr
 
   backdoor -image vmcore edac
   backdoor -image vmcore edac -json | jq '.controllers[].modules[] | select(.correctable > 0)'`}, AskMemoryErrors),
+		listing(Listing{Served: true, Name: "protections", Resource: "Protections", Short: "what the host's kernel protects itself with",
+			Long: `Lockdown, AppArmor, SELinux, Yama, randomised addresses and the like, as far as the kernel has them, and how strong they stand.
+
+  backdoor -image vmcore protections
+  backdoor -image vmcore protections -json | jq '.guards[] | select(.level == 0)'`}, AskProtections),
 		listing(Listing{Served: true, Name: "load", Resource: "Load", Short: "the host's load averages and run queues",
 			Long: `  backdoor -image vmcore load`}, AskLoad),
 		listing(Listing{Served: true, Name: "cgroups", Resource: "ControlGroups", Short: "the host's control groups: limits and use",

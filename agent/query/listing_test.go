@@ -110,6 +110,7 @@ func TestListingText(t *testing.T) {
 		answer Answer
 	}{
 		{"lsmod.txt", mods}, {"ip.txt", links}, {"lsof.txt", files}, {"mount.txt", mnts}, {"ss.txt", socks}, {"slabtop.txt", slabs}, {"edac.txt", ecc}, {"pstree.txt", processes},
+		{"protections.txt", Protections{whole, []kernel.Guard{{Name: "lockdown", Object: "kernel_locked_down", Level: 1, Text: "LOCKDOWN_INTEGRITY_MAX", OneWay: true}, {Name: "AppArmor's mode", Object: "aa_g_profile_mode", Text: "APPARMOR_COMPLAIN"}}}},
 		{"cgroups.txt", groups}, {"containers.txt", boxes}, {"locks.txt", held},
 		{"workqueues.txt", WorkerPools{whole, []kernel.WorkerPool{{ID: 0, Workers: 2, Idle: 2}, {ID: 4, CPU: -1, Workers: 3, Idle: 2, Waiting: 31 * time.Second,
 			Running: []kernel.Working{{Work: kernel.Work{Function: "flush_to_ldisc", Queue: evil}, PID: 44, Comm: "kworker/u4:1", Desc: evil}}, Pending: []kernel.Work{{Function: "vmstat_update", Queue: "mm_percpu_wq"}}}}}},
