@@ -1,11 +1,12 @@
 /*
  * verify: a librdmacm client that checks every byte.
  *
- *	verify ADDRESS [SEED]
+ *	verify ADDRESS [SEED [ROUNDS]]
  *
  * It connects to the memory service of rxepeer (port 7175), which tells address, key and length of a window in its
  * private data. Word i of the window holds i * 0x9e3779b97f4a7c15, little endian, but for the last megabyte, which is
  * for writing. It reads at random, writes and reads back, counts by atomics, and makes requests that must be refused.
+ * ROUNDS (200) is of each kind.
  *
  * Build: cc -O2 -o verify verify.c -lrdmacm -libverbs
  */
@@ -134,14 +135,16 @@ static void refused(const char *what, enum ibv_wr_opcode op, uint32_t n, uint64_
 int main(int argc, char **argv)
 {
 	uint64_t total = 0, ro, n, off;
+	int rounds;
 
 	host = argv[1];
 	srandom(argc > 2 ? atoi(argv[2]) : 1);
+	rounds = argc > 3 ? atoi(argv[3]) : 200;
 	buf = aligned_alloc(4096, MAX);
 	open_connection();
 	ro = win.length - SCRATCH;
 
-	for (int i = 0; i < 200; i++) {
+	for (int i = 0; i < rounds; i++) {
 		n = random() % (i % 4 ? 9000 : MAX) + (i > 0);
 		off = random() % (ro - n);
 		memset(buf, 0xee, n);
@@ -150,9 +153,9 @@ int main(int argc, char **argv)
 		check(buf, off, n);
 		total += n;
 	}
-	printf("READ: 200 of up to 1 MiB, %lu bytes right\n", total);
+	printf("READ: %d of up to 1 MiB, %lu bytes right\n", rounds, total);
 
-	for (int i = 0; i < 200; i++) {
+	for (int i = 0; i < rounds; i++) {
 		uint64_t at[16];
 
 		for (int k = 0; k < 16; k++) {
@@ -166,9 +169,9 @@ int main(int argc, char **argv)
 			for (int k = 0; k < 16; k++)
 				check(buf + k * 65536, at[k], 65536);
 	}
-	printf("READ: 3200 of 64 KiB, 16 at once, right\n");
+	printf("READ: %d of 64 KiB, 16 at once, right\n", 16 * rounds);
 
-	for (int i = 0; i < 100; i++) {
+	for (int i = 0; i < rounds; i++) {
 		uint8_t *copy = malloc(200000);
 
 		n = random() % 200000;
@@ -186,10 +189,10 @@ int main(int argc, char **argv)
 		}
 		free(copy);
 	}
-	printf("WRITE: 100 of up to 200 kB, read back right\n");
+	printf("WRITE: %d of up to 200 kB, read back right\n", rounds);
 
 	uint64_t first = 0;
-	for (int i = 0; i < 200; i++) {
+	for (int i = 0; i < rounds; i++) {
 		post(IBV_WR_ATOMIC_FETCH_AND_ADD, buf, 8, win.va + ro, win.rkey, 0, 3);
 		if (wait_one())
 			die("FETCH_AND_ADD");
@@ -200,13 +203,13 @@ int main(int argc, char **argv)
 			return 1;
 		}
 	}
-	post(IBV_WR_ATOMIC_CMP_AND_SWP, buf, 8, win.va + ro, win.rkey, first + 600, 42);
-	if (wait_one() || *(uint64_t *)buf != first + 600)
+	post(IBV_WR_ATOMIC_CMP_AND_SWP, buf, 8, win.va + ro, win.rkey, first + 3 * rounds, 42);
+	if (wait_one() || *(uint64_t *)buf != first + 3 * rounds)
 		die("CMP_AND_SWP that fits");
 	post(IBV_WR_ATOMIC_CMP_AND_SWP, buf, 8, win.va + ro, win.rkey, 41, 43);
 	if (wait_one() || *(uint64_t *)buf != 42)
 		die("CMP_AND_SWP that does not fit");
-	printf("ATOMIC: 200 FETCH_AND_ADD each once, CMP_AND_SWP right\n");
+	printf("ATOMIC: %d FETCH_AND_ADD each once, CMP_AND_SWP right\n", rounds);
 
 	refused("READ with a wrong key", IBV_WR_RDMA_READ, 8, win.va, win.rkey + 1);
 	refused("READ behind the end", IBV_WR_RDMA_READ, 9, win.va + win.length - 8, win.rkey);
