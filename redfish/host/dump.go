@@ -80,6 +80,7 @@ func (h *host) collecting() []service.Route {
 	routes := h.log(dumpURI, h.dumpEntries, schema.LogService{
 		Resource:     schema.Resource{Name: "Diagnostic data", Description: "Data that was collected from the host's memory, the oldest first; it is gone when the agent restarts"},
 		LogEntryType: "OEM", LogPurposes: []string{"Diagnostic"}, OverWritePolicy: "WrapsWhenFull", MaxNumberOfRecords: maxDumps,
+		DiagnosticDataDetails: []schema.DiagnosticDataDetails{{DiagnosticDataType: "OS"}, {DiagnosticDataType: "OEM", OEMDiagnosticDataType: dumpDmesg}},
 	})
 	// Who may read raw memory may look at parts of it all the more. What a core takes beyond that, collectCore checks.
 	reader := service.Privileges{{service.ConfigureComponents, PrivilegeReadMemory}, {service.ConfigureComponents, PrivilegeMemory}}

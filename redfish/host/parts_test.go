@@ -161,6 +161,9 @@ func TestCollect(t *testing.T) {
 	if err := c.Get(t.Context(), dumpURI, &log); err != nil {
 		t.Fatal(err)
 	}
+	if want := []schema.DiagnosticDataDetails{{DiagnosticDataType: "OS"}, {DiagnosticDataType: "OEM", OEMDiagnosticDataType: "Dmesg"}}; !slices.Equal(log.DiagnosticDataDetails, want) {
+		t.Errorf("the log service says that it collects %+v; want %+v", log.DiagnosticDataDetails, want)
+	}
 	collect := func(action string, body map[string]any) (schema.LogEntry, error) {
 		t.Helper()
 		resp, err := c.Post(t.Context(), log.Actions[action].Target, body, nil)

@@ -212,6 +212,14 @@ type LogService struct {
 	DateTimeLocalOffset string   `json:"DateTimeLocalOffset,omitempty"`
 	Status              *Status  `json:"Status,omitempty"`
 	Entries             *Link    `json:"Entries,omitempty"`
+
+	DiagnosticDataDetails []DiagnosticDataDetails `json:"DiagnosticDataDetails,omitempty"`
+}
+
+// DiagnosticDataDetails is LogService.v1_9_0.DiagnosticDataDetails: one type of data that CollectDiagnosticData takes.
+type DiagnosticDataDetails struct {
+	DiagnosticDataType    string
+	OEMDiagnosticDataType string `json:"OEMDiagnosticDataType,omitempty"`
 }
 
 // LogEntry is LogEntry.v1_21_0.LogEntry.
