@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"cmp"
 	"fmt"
 	"iter"
 	"time"
@@ -193,13 +194,10 @@ func (v *View) function(at VirtAddr) (string, error) {
 func (v *View) jiffies() (now, hz uint64, err error) {
 	r := resolver{img: v.img}
 	count := r.symbol("jiffies_64", "jiffies")
-	at := VirtAddr(8) // see keeperLayout
-	if f, err := v.img.types.field("tk_data", "timekeeper"); err == nil {
-		at = VirtAddr(f.Offset)
-	}
-	tick := r.symbol("tk_core") + at + VirtAddr(r.field("timekeeper", 8, "ntp_tick"))
-	if r.err != nil {
-		return 0, 0, r.err
+	keeper := &v.img.lay.keeper
+	tick := keeper.addr + VirtAddr(v.img.keeperOffset()+r.field("timekeeper", 8, "ntp_tick"))
+	if err := cmp.Or(keeper.err, r.err); err != nil {
+		return 0, 0, err
 	}
 	if now, err = v.Uint64(count); err != nil {
 		return 0, 0, err
