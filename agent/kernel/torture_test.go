@@ -34,6 +34,9 @@ func testTorture(t *testing.T, g *guest, img *Image) {
 			before := v.Confidence()
 			err := q.ask(v, &unsure)
 			if errors.Is(err, ErrNotSupported) {
+				if pass == 0 {
+					t.Logf("%s: %v", q.name, err)
+				}
 				continue
 			}
 			if errors.Is(err, ErrTorn) {
