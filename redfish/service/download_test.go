@@ -26,7 +26,10 @@ func TestDownload(t *testing.T) {
 	data, closed := []byte("0123456789"), 0
 	s.Handle(Route{
 		URI: "/redfish/v1/Systems/system/File", Type: schema.TypeLogEntry,
-		Download: func(*Request) (*File, error) {
+		Download: func(r *Request) (*File, error) {
+			if end, bounded := r.Context().Deadline(); bounded {
+				t.Errorf("a download has to end by %v, however long it is", end)
+			}
 			return &File{Content: closing{bytes.NewReader(data), &closed}, Name: "dmesg.txt", Made: time.Unix(1e9, 0)}, nil
 		},
 	})

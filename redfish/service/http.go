@@ -104,6 +104,9 @@ func (s *Service) serve(ctx context.Context, w http.ResponseWriter, hr *http.Req
 	if err := s.admit(r); err != nil {
 		return err
 	}
+	if n.route != nil && n.route.Download != nil {
+		r.ctx = hr.Context() // a file may take as long as the client goes on taking it
+	}
 	if n.route != nil && n.route.Stream != nil {
 		if hr.Method == http.MethodHead {
 			w.Header().Set("Content-Type", media)
