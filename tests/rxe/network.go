@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
 
@@ -15,7 +16,7 @@ import (
 type Network struct {
 	*netns.Namespace
 	bridge netlink.Link
-	taps   int
+	taps   atomic.Int32
 }
 
 // NewNetwork makes a network in which this process has the given addresses. It needs root.
@@ -48,8 +49,7 @@ func NewNetwork(addrs ...netip.Prefix) (_ *Network, err error) {
 
 // port adds a port for a guest and returns QEMU's -netdev for it.
 func (n *Network) port() (string, error) {
-	n.taps++
-	name := fmt.Sprintf("tap%d", n.taps)
+	name := fmt.Sprintf("tap%d", n.taps.Add(1))
 	err := n.Do(func() error {
 		a := netlink.NewLinkAttrs()
 		a.Name = name
