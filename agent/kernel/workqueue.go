@@ -56,7 +56,8 @@ func (v *View) WorkerPools() iter.Seq2[WorkerPool, error] {
 		w := workWalk{v: v, left: maxWorks}
 		r := resolver{img: v.img}
 		idr := r.symbol("worker_pool_idr") + VirtAddr(r.field("idr", 0, "idr_rt"))
-		w.pool = r.shape("worker_pool", "flags", "cpu", "node", "id", "watchdog_ts", "worklist[]", "nr_workers", "nr_idle", "workers[]")
+		// Since Linux commit 6037160e52d7 ("workqueue: Rename pool->watchdog_ts to pool->last_progress_ts"), seen in v7.2.
+		w.pool = r.shape("worker_pool", "flags", "cpu", "node", "id", "watchdog_ts|last_progress_ts", "worklist[]", "nr_workers", "nr_idle", "workers[]")
 		w.worker = r.shape("worker", "node[]", "current_work", "current_func", "current_pwq", "task", "desc[]")
 		w.work = r.shape("work_struct", "data.counter", "entry[]", "func")
 		w.pwq = r.shape("pool_workqueue", "pool", "wq")
