@@ -225,7 +225,7 @@ func TestPstore(t *testing.T) {
 				t.Errorf("%s of %v, part %d, is behind %s of %v, part %d", r.Name, r.Time, r.Part, b.Name, b.Time, b.Part)
 			}
 		}
-		if len(died) != len(files)-2 {
+		if len(died) > len(files)-2 { // less if the last was still to be written
 			t.Errorf("%d dumps of the dead kernel, %d of the guest's", len(died), len(files)-2)
 		}
 	})
