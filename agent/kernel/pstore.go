@@ -414,7 +414,7 @@ func zoneContent(b []byte) []byte {
 // dumpHeader parses the line that ramoops_write_kmsg_hdr puts before a dump: ====1689345600.123456-C. C is compressed, D is not, as without
 // a letter.
 func dumpHeader(b []byte) (at time.Time, compressed bool, text []byte, ok bool) {
-	line, text, found := bytes.Cut(b[:min(len(b), 64)], []byte("\n"))
+	line, _, found := bytes.Cut(b[:min(len(b), 64)], []byte("\n"))
 	rest, is := bytes.CutPrefix(line, []byte("===="))
 	if !found || !is {
 		return at, false, nil, false

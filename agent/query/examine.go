@@ -72,8 +72,8 @@ func parseUnits(s string) (unitFormat, error) {
 }
 
 // Examine reads memory at an address of the kernel, in the way that the first argument says.
-func Examine(_ context.Context, v *kernel.View, args []string) (Examined, error) {
-	e := Examined{Extent: now(nil), Values: []Unit{}}
+func Examine(ctx context.Context, v *kernel.View, args []string) (Examined, error) {
+	e := Examined{Extent: now(ctx), Values: []Unit{}}
 	u, err := parseUnits(strings.TrimPrefix(args[0], "/"))
 	if err != nil {
 		return e, err
