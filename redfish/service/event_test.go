@@ -240,6 +240,16 @@ func (r *receiver) wait(t *testing.T, n int) (ids []string) {
 	return nil
 }
 
+// settle waits until the last event received is that one, and returns the different ones in their order. One that was under way when its
+// subscription was suspended may come twice.
+func (r *receiver) settle(t *testing.T, last string) (ids []string) {
+	t.Helper()
+	for n := 1; len(ids) == 0 || ids[len(ids)-1] != last; n++ {
+		ids = slices.Compact(r.wait(t, n))
+	}
+	return ids
+}
+
 func TestPush(t *testing.T) {
 	dir := t.TempDir()
 	s, _ := newTestService(t, Options{StateDir: dir, Reach: anywhere})
@@ -278,7 +288,7 @@ func TestPush(t *testing.T) {
 	if a := p.do("POST", sub+"/Actions/EventDestination.ResumeSubscription", `{"DeliverBufferedEventDuration":"PT1H"}`); a.StatusCode != 204 {
 		t.Fatalf("resume = %d %s", a.StatusCode, a.body)
 	}
-	if got := r.wait(t, 2); got[1] != resourceEvent+"TestMessage" {
+	if got := r.settle(t, resourceEvent+"TestMessage"); len(got) != 2 {
 		t.Errorf("after resuming: %q", got)
 	}
 	// Without what was missed.
@@ -286,7 +296,7 @@ func TestPush(t *testing.T) {
 	s.Publish(Event{MessageID: resourceEvent + "ResourceRemoved", Origin: "/redfish/v1/Systems/system"})
 	p.do("POST", sub+"/Actions/EventDestination.ResumeSubscription", `{"DeliverBufferedEventDuration":"PT0S"}`)
 	s.Publish(Event{MessageID: resourceEvent + "ResourceCreated", Origin: "/redfish/v1/Systems/system"})
-	if got := r.wait(t, 3); got[2] != resourceEvent+"ResourceCreated" {
+	if got := r.settle(t, resourceEvent+"ResourceCreated"); len(got) != 3 {
 		t.Errorf("after resuming from now: %q", got)
 	}
 	if a := p.do("POST", sub+"/Actions/EventDestination.ResumeSubscription", `{"DeliverBufferedEventDuration":"soon"}`); a.StatusCode != 400 {
