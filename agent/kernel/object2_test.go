@@ -703,3 +703,32 @@ func soon(t *testing.T, what string, ok func() bool) {
 		}
 	}
 }
+
+func testPCI(t *testing.T, g *guest, img *Image) {
+	const at = "/sys/bus/pci/devices/"
+	var names, drivers map[string]string
+	g.ask(&names, "links "+at+"*")
+	g.ask(&drivers, "links "+at+"*/driver")
+	var want, got []string
+	for path := range names {
+		num := func(file string) uint64 {
+			n, err := strconv.ParseUint(strings.TrimSpace(g.read(path+"/"+file)), 0, 32)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+		driver := drivers[path+"/driver"]
+		want = append(want, fmt.Sprintf("%s %04x:%04x %04x:%04x %06x %02x %s", strings.TrimPrefix(path, at), num("vendor"), num("device"),
+			num("subsystem_vendor"), num("subsystem_device"), num("class"), num("revision"), driver[strings.LastIndex(driver, "/")+1:]))
+	}
+	v := g.frozenView(img)
+	for _, d := range gather(t, v, v.PCIDevices()) {
+		got = append(got, fmt.Sprintf("%s %04x:%04x %04x:%04x %06x %02x %s", d.Name, d.Vendor, d.Device, d.SubVendor, d.SubDevice, d.Class, d.Revision, d.Driver))
+	}
+	slices.Sort(want)
+	slices.Sort(got)
+	if !slices.Equal(got, want) || len(want) < 2 {
+		t.Errorf("PCI devices\n%s\nthe guest has\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}

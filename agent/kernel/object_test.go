@@ -29,6 +29,7 @@ var objectTests = []guestTest{
 	{"interrupts", testInterrupts},
 	{"RCU", testRCU},
 	{"disks", testDisks},
+	{"pci", testPCI},
 	{"BPF", testBPF},
 	{"probes", testProbes},
 	{"keys", testKeys},

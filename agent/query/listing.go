@@ -119,6 +119,11 @@ machines have no such driver. The exit status is 3 if an error could not be corr
 
   backdoor -image vmcore edac
   backdoor -image vmcore edac -json | jq '.controllers[].modules[] | select(.correctable > 0)'`}, AskMemoryErrors),
+		listing(Listing{Served: true, Name: "lspci", Resource: "PCI", Short: "what is on the host's PCI buses",
+			Long: `The functions of PCI devices as the host's kernel has found them, and the driver of each.
+
+  backdoor -image vmcore lspci
+  backdoor -image vmcore lspci -json | jq '.devices[] | select(.driver == null)'`}, AskPCI),
 		listing(Listing{Served: true, Name: "protections", Resource: "Protections", Short: "what the host's kernel protects itself with",
 			Long: `Lockdown, AppArmor, SELinux, Yama, randomised addresses and the like, as far as the kernel has them, and how strong they stand.
 

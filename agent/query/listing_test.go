@@ -110,6 +110,7 @@ func TestListingText(t *testing.T) {
 		answer Answer
 	}{
 		{"lsmod.txt", mods}, {"ip.txt", links}, {"lsof.txt", files}, {"mount.txt", mnts}, {"ss.txt", socks}, {"slabtop.txt", slabs}, {"edac.txt", ecc}, {"pstree.txt", processes},
+		{"lspci.txt", PCI{whole, []kernel.PCIDevice{{Name: "0000:00:1f.2", Vendor: 0x8086, Device: 0x2922, SubVendor: 0x1af4, SubDevice: 0x1100, Class: 0x010601, Revision: 2, Driver: "ahci"}, {Name: evil, Class: 0xff0000, Driver: evil}}}},
 		{"protections.txt", Protections{whole, []kernel.Guard{{Name: "lockdown", Object: "kernel_locked_down", Level: 1, Text: "LOCKDOWN_INTEGRITY_MAX", OneWay: true}, {Name: "AppArmor's mode", Object: "aa_g_profile_mode", Text: "APPARMOR_COMPLAIN"}}}},
 		{"cgroups.txt", groups}, {"containers.txt", boxes}, {"locks.txt", held},
 		{"workqueues.txt", WorkerPools{whole, []kernel.WorkerPool{{ID: 0, Workers: 2, Idle: 2}, {ID: 4, CPU: -1, Workers: 3, Idle: 2, Waiting: 31 * time.Second,

@@ -33,6 +33,7 @@
 //	slabtop      what the host's kernel uses its own memory for
 //	vmstat       what the host's memory is used for
 //	edac         the errors that the host's memory controllers have counted
+//	lspci        what is on the host's PCI buses
 //	protections  what the host's kernel protects itself with
 //	load         the host's load averages and run queues
 //	cgroups      the host's control groups: limits and use

@@ -166,6 +166,7 @@ func Routes(svc *service.Service, o Options) []service.Route {
 	routes = append(routes, h.logs()...)
 	routes = append(routes, h.parts()...)
 	routes = append(routes, h.memoryRoutes()...)
+	routes = append(routes, h.pciRoutes()...)
 	routes = append(routes, h.media()...)
 	routes = append(routes, h.managerParts()...)
 	routes = append(routes, h.integrity()...)
@@ -236,6 +237,9 @@ func (h *host) enclosure() service.Route {
 			out.Manufacturer, out.Model, out.SerialNumber, out.PartNumber, out.SKU = m.Manufacturer, m.Model, m.SerialNumber, m.PartNumber, m.SKU
 			out.Status = h.status(power, nil)
 			out.Status.Conditions = nil // they are the system's
+			if len(h.look(r.Context()).PCI) > 0 {
+				out.PCI = schema.LinkTo(pciURI)
+			}
 			return out, nil
 		},
 	}

@@ -396,8 +396,13 @@ var testHardware = Hardware{
 		{Name: "eth1", Index: 3, Init: true, Type: 1, MAC: "52:54:00:12:34:57", MTU: 1500, Flags: 1},
 		{Name: "a b", Index: 4, Init: true, Type: 1, MAC: "52:54:00:12:34:58", MTU: 1500},
 	},
-	DIMMs:       []DIMM{{ID: "dimm0", Locator: "DIMM 0", Bank: "BANK A", Bytes: 512 << 20, Type: 0x1a, Handle: 0x1100}, {ID: "dimm1", Locator: "DIMM 1"}},
-	Disks:       []kernel.Disk{{Name: "sda", Size: 8 << 30}, {Name: "nvme0n1", Size: 1 << 40}},
+	DIMMs: []DIMM{{ID: "dimm0", Locator: "DIMM 0", Bank: "BANK A", Bytes: 512 << 20, Type: 0x1a, Handle: 0x1100}, {ID: "dimm1", Locator: "DIMM 1"}},
+	Disks: []kernel.Disk{{Name: "sda", Size: 8 << 30}, {Name: "nvme0n1", Size: 1 << 40}},
+	PCI: []kernel.PCIDevice{
+		{Name: "0000:00:1f.0", Vendor: 0x8086, Device: 0x2918, Class: 0x060100, Revision: 2, Driver: "lpc_ich"},
+		{Name: "0000:00:1f.2", Vendor: 0x8086, Device: 0x2922, SubVendor: 0x1af4, SubDevice: 0x1100, Class: 0x010601, Revision: 2, Driver: "ahci"},
+		{Name: "0001:3b:00.0", Vendor: 0x15b3, Device: 0x101e, Class: 0x020000, Virtual: true},
+	},
 	Controllers: []kernel.MemoryController{{Name: "test", Correctable: 4, CorrectableUnplaced: 1, Modules: []kernel.ECCCounter{{Label: "mc#0", Handle: 0x1100, Correctable: 3}}}},
 	RAM:         []hostmem.Range{{Start: 0x1000, Size: 0x9e000}, {Start: 1 << 20, Size: 511 << 20}},
 }

@@ -38,6 +38,7 @@ func listings() []listed {
 		list[query.Memory]("vmstat"),
 		list[query.MemoryErrors]("edac"),
 		list[query.Pstore]("pstore"),
+		list[query.PCI]("lspci"),
 		list[query.Protections]("protections"),
 		list[query.RunQueues]("load"),
 		list[query.Cgroups]("cgroups"),

@@ -113,6 +113,7 @@ type systemOEM struct {
 	SlabCaches      *schema.Link `json:"slabCaches" doc:"The link to what the host's kernel uses its own memory for."`
 	Memory          *schema.Link `json:"memory" doc:"The link to what the host's memory is used for."`
 	MemoryErrors    *schema.Link `json:"memoryErrors" doc:"The link to the errors that the host's memory controllers have counted."`
+	PCI             *schema.Link `json:"pCI" doc:"The link to what is on the PCI buses of the host."`
 	Protections     *schema.Link `json:"protections" doc:"The link to what the host's kernel protects itself with, and how strong that stands."`
 	PersistentStore *schema.Link `json:"persistentStore" doc:"The link to what earlier kernels of the host left of their logs when they died."`
 	Load            *schema.Link `json:"load" doc:"The link to the load averages and run queues of the host."`

@@ -30,6 +30,7 @@ type Hardware struct {
 	// Controllers are the memory controllers whose errors the kernel counts.
 	Controllers []kernel.MemoryController
 	Disks       []kernel.Disk // those that are pieces of hardware
+	PCI         []kernel.PCIDevice
 	Firmware    Firmware
 }
 
@@ -124,6 +125,13 @@ func (h *host) readHardware(ctx context.Context) (Hardware, error) {
 			w.Disks = append(w.Disks, d)
 		}
 	}
+	for d, err := range v.PCIDevices() {
+		if err != nil {
+			w.PCI = nil
+			break
+		}
+		w.PCI = append(w.PCI, d)
+	}
 	for i, err := range v.Interfaces() {
 		if err != nil {
 			w.Interfaces = nil
@@ -197,6 +205,9 @@ func (h *host) summarize(ctx context.Context, out *schema.ComputerSystem) {
 	}
 	if len(w.Disks) > 0 {
 		out.SimpleStorage = schema.LinkTo(systemURI + "/SimpleStorage")
+	}
+	for _, s := range w.slots() {
+		out.PCIeDevices = append(out.PCIeDevices, schema.Link{ID: s.uri()})
 	}
 	if out.Manufacturer == "" { // the service processor has the last word
 		out.Manufacturer, out.Model = w.Firmware.Vendor, cmp.Or(out.Model, w.Firmware.Product)

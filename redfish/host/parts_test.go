@@ -472,3 +472,57 @@ func TestErrorsOfModules(t *testing.T) {
 		}
 	}
 }
+
+func TestPCI(t *testing.T) {
+	c := connect(t, newFakeAgent())
+	var sys schema.ComputerSystem
+	var chassis schema.Chassis
+	if err := errors.Join(c.Get(t.Context(), systemURI, &sys), c.Get(t.Context(), "/redfish/v1/Chassis/1", &chassis)); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for d, err := range client.Members[schema.PCIeDevice](t.Context(), c, chassis.PCI.ID) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, d.ID+" "+d.DeviceType)
+		for f, err := range client.Members[schema.PCIeFunction](t.Context(), c, d.Functions.ID) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, fmt.Sprintf("%s/%d %s %s %s %s:%s %s", d.ID, f.FunctionID, f.FunctionType, f.DeviceClass, f.ClassCode, f.VendorID, f.DeviceID, f.SubsystemID))
+			if f.Links.Device.ID != d.ODataID {
+				t.Errorf("function %s is of %s, not of %s", f.ODataID, f.Links.Device.ID, d.ODataID)
+			}
+		}
+	}
+	want := []string{
+		"0000-00-1f MultiFunction", "0000-00-1f/0 Physical Bridge 0x060100 0x8086:0x2918 ", "0000-00-1f/2 Physical MassStorageController 0x010601 0x8086:0x2922 0x1100",
+		"0001-3b-00 SingleFunction", "0001-3b-00/0 Virtual NetworkController 0x020000 0x15b3:0x101e ",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("PCI devices\n%q\nwant\n%q", got, want)
+	}
+	if len(sys.PCIeDevices) != 2 || sys.PCIeDevices[1].ID != pciURI+"/0001-3b-00" {
+		t.Errorf("the system has %+v", sys.PCIeDevices)
+	}
+	for _, wrong := range []string{"/0000-00-00", "/0000-00-1f/PCIeFunctions/1", "/0000-00-1f/PCIeFunctions/x"} {
+		var apiErr *client.Error
+		if err := c.Get(t.Context(), pciURI+wrong, nil); !errors.As(err, &apiErr) || apiErr.Status != 404 {
+			t.Errorf("GET %s = %v; want 404", wrong, err)
+		}
+	}
+}
+
+func TestSplitPCI(t *testing.T) {
+	for name, want := range map[string]string{"0000:00:1f.2": "0000-00-1f 2", "10000:e1:00.0": "10000-e1-00 0"} {
+		if d, n, ok := splitPCI(name); !ok || fmt.Sprint(d, " ", n) != want {
+			t.Errorf("splitPCI(%q) = %q, %d, %v", name, d, n, ok)
+		}
+	}
+	for _, name := range []string{"", "0000:00:1f", "0000:00:1f.8", "0000:00:20.0", "../../x.0", "0000:00.0"} {
+		if d, n, ok := splitPCI(name); ok {
+			t.Errorf("splitPCI(%q) = %q, %d", name, d, n)
+		}
+	}
+}

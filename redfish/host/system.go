@@ -57,7 +57,7 @@ func (h *host) system() service.Route {
 				Phase: string(state.Phase), Since: state.Since, Health: string(state.Health), Why: state.Why, OpenFindings: len(open),
 				State: schema.LinkTo(stateURI), Tasks: schema.LinkTo(tasksURI),
 				Modules: listingLink("Modules"), Interfaces: listingLink("Interfaces"), OpenFiles: listingLink("OpenFiles"), Mounts: listingLink("Mounts"),
-				Sockets: listingLink("Sockets"), SlabCaches: listingLink("SlabCaches"), Memory: listingLink("Memory"), MemoryErrors: listingLink("MemoryErrors"), PersistentStore: listingLink("PersistentStore"), Protections: listingLink("Protections"), Load: listingLink("Load"),
+				Sockets: listingLink("Sockets"), SlabCaches: listingLink("SlabCaches"), Memory: listingLink("Memory"), MemoryErrors: listingLink("MemoryErrors"), PersistentStore: listingLink("PersistentStore"), Protections: listingLink("Protections"), PCI: listingLink("PCI"), Load: listingLink("Load"),
 				MemoryLeases:  schema.LinkTo(leasesURI),
 				ControlGroups: listingLink("ControlGroups"), Containers: listingLink("Containers"), Locks: listingLink("Locks"), WorkerPools: listingLink("WorkerPools"),
 				Disks: listingLink("Disks"), BPF: listingLink("BPF"), Probes: listingLink("Probes"), KernelState: listingLink("KernelState"), RCU: listingLink("RCU"),

@@ -12,6 +12,8 @@ const (
 	TypeEthernetInterface     = "EthernetInterface.v1_12_4.EthernetInterface"
 	TypeVirtualMedia          = "VirtualMedia.v1_6_5.VirtualMedia"
 	TypeManagerDiagnosticData = "ManagerDiagnosticData.v1_2_3.ManagerDiagnosticData"
+	TypePCIeDevice            = "PCIeDevice.v1_21_0.PCIeDevice"
+	TypePCIeFunction          = "PCIeFunction.v1_7_0.PCIeFunction"
 	TypeNetworkAdapter        = "NetworkAdapter.v1_14_0.NetworkAdapter"
 	TypePort                  = "Port.v1_18_0.Port"
 	TypePortMetrics           = "PortMetrics.v1_8_1.PortMetrics"
@@ -26,6 +28,8 @@ const (
 	TypeVirtualMediaCollection      = "VirtualMediaCollection.VirtualMediaCollection"
 	TypeNetworkAdapterCollection    = "NetworkAdapterCollection.NetworkAdapterCollection"
 	TypePortCollection              = "PortCollection.PortCollection"
+	TypePCIeDeviceCollection        = "PCIeDeviceCollection.PCIeDeviceCollection"
+	TypePCIeFunctionCollection      = "PCIeFunctionCollection.PCIeFunctionCollection"
 
 	TypeNetworkDeviceFunctionCollection = "NetworkDeviceFunctionCollection.NetworkDeviceFunctionCollection"
 )
@@ -104,6 +108,35 @@ type StorageDevice struct {
 	Name          string  `json:"Name"`
 	CapacityBytes uint64  `json:"CapacityBytes"`
 	Status        *Status `json:"Status,omitempty"`
+}
+
+// PCIeDevice is PCIeDevice.v1_21_0.PCIeDevice: a device on a PCI bus.
+type PCIeDevice struct {
+	Resource
+	DeviceType string  `json:"DeviceType"` // SingleFunction, MultiFunction
+	Functions  *Link   `json:"PCIeFunctions"`
+	Status     *Status `json:"Status,omitempty"`
+}
+
+// PCIeFunction is PCIeFunction.v1_7_0.PCIeFunction. Numbers are hexadecimal, with 0x before them.
+type PCIeFunction struct {
+	Resource
+	FunctionID        int                `json:"FunctionId"`
+	FunctionType      string             `json:"FunctionType"` // Physical, Virtual
+	DeviceClass       string             `json:"DeviceClass,omitempty"`
+	ClassCode         string             `json:"ClassCode"`
+	VendorID          string             `json:"VendorId"`
+	DeviceID          string             `json:"DeviceId"`
+	RevisionID        string             `json:"RevisionId"`
+	SubsystemVendorID string             `json:"SubsystemVendorId,omitempty"`
+	SubsystemID       string             `json:"SubsystemId,omitempty"`
+	Status            *Status            `json:"Status,omitempty"`
+	Links             *PCIeFunctionLinks `json:"Links,omitempty"`
+}
+
+// PCIeFunctionLinks are the related resources of a PCI function.
+type PCIeFunctionLinks struct {
+	Device *Link `json:"PCIeDevice"`
 }
 
 // PhysicalLocation is Resource.v1_20_0.Location.

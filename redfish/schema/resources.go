@@ -80,6 +80,7 @@ type ComputerSystem struct {
 	SimpleStorage    *Link             `json:"SimpleStorage,omitempty"`
 	EthernetIfaces   *Link             `json:"EthernetInterfaces,omitempty"`
 	VirtualMedia     *Link             `json:"VirtualMedia,omitempty"`
+	PCIeDevices      []Link            `json:"PCIeDevices,omitempty"`
 	LogServices      *Link             `json:"LogServices,omitempty"`
 	Watchdog         *WatchdogTimer    `json:"HostWatchdogTimer,omitempty"`
 	Links            *SystemLinks      `json:"Links,omitempty"`
@@ -186,6 +187,7 @@ type Chassis struct {
 	PowerState   PowerState    `json:"PowerState,omitempty"`
 	Status       *Status       `json:"Status,omitempty"`
 	Adapters     *Link         `json:"NetworkAdapters,omitempty"`
+	PCI          *Link         `json:"PCIeDevices,omitempty"`
 	Trusted      *Link         `json:"TrustedComponents,omitempty"`
 	Links        *ChassisLinks `json:"Links,omitempty"`
 	OEM          OEM           `json:"Oem,omitempty"`
