@@ -105,6 +105,7 @@ type systemOEM struct {
 	RDMA         *schema.Link `json:"RDMA,omitempty" doc:"The link to remote access by RDMA; absent where the agent does not serve it."`
 	Datapath     *schema.Link `json:"datapath,omitempty" doc:"The link to the packet path between the host and the wire; absent where the agent does not stand there."`
 	// gofish 0.20, and with it bmclib, takes the system's standard property of this name for text and then reads no system at all.
+	OperatingSystem *schema.Link `json:"operatingSystem,omitempty" doc:"The link to the operating system of the host; absent while the agent is not attached to its kernel."`
 	Modules         *schema.Link `json:"modules" doc:"The link to the modules of the host's kernel."`
 	Interfaces      *schema.Link `json:"interfaces" doc:"The link to the network interfaces of the host, those of containers among them."`
 	OpenFiles       *schema.Link `json:"openFiles" doc:"The link to the files that processes of the host have open."`

@@ -38,9 +38,10 @@ func (h *host) system() service.Route {
 			}
 			out.Status = h.status(out.PowerState, open)
 			h.describe(r.Context(), out)
+			var running *schema.Link
 			if k := state.Kernel; k != nil && state.Phase == engine.Attached {
 				out.HostName = cmp.Or(h.look(r.Context()).HostName, k.Hostname)
-				out.OperatingSystem = schema.LinkTo(systemURI + "/OperatingSystem")
+				running = schema.LinkTo(systemURI + "/OperatingSystem")
 				if k.CPUs > 0 {
 					out.ProcessorSummary = &schema.ProcessorSummary{LogicalProcessorCount: k.CPUs}
 				}
@@ -54,7 +55,8 @@ func (h *host) system() service.Route {
 			var err error
 			out.OEM, err = oem.Object(systemSchema.Type("ComputerSystem"), systemOEM{
 				RDMA: h.rdmaLink(), Datapath: h.linked(datapathURI),
-				Phase: string(state.Phase), Since: state.Since, Health: string(state.Health), Why: state.Why, OpenFindings: len(open),
+				OperatingSystem: running,
+				Phase:           string(state.Phase), Since: state.Since, Health: string(state.Health), Why: state.Why, OpenFindings: len(open),
 				State: schema.LinkTo(stateURI), Tasks: schema.LinkTo(tasksURI),
 				Modules: listingLink("Modules"), Interfaces: listingLink("Interfaces"), OpenFiles: listingLink("OpenFiles"), Mounts: listingLink("Mounts"),
 				Sockets: listingLink("Sockets"), SlabCaches: listingLink("SlabCaches"), Memory: listingLink("Memory"), MemoryErrors: listingLink("MemoryErrors"), PersistentStore: listingLink("PersistentStore"), Protections: listingLink("Protections"), PCI: listingLink("PCI"), Load: listingLink("Load"),

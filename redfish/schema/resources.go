@@ -64,7 +64,6 @@ type ComputerSystem struct {
 	SerialNumber     string            `json:"SerialNumber,omitempty"`
 	UUID             string            `json:"UUID,omitempty"`
 	HostName         string            `json:"HostName,omitempty"`
-	OperatingSystem  *Link             `json:"OperatingSystem,omitempty"`
 	PowerState       PowerState        `json:"PowerState,omitempty"`
 	Status           *Status           `json:"Status,omitempty"`
 	SKU              string            `json:"SKU,omitempty"`
