@@ -17,7 +17,9 @@ type PCI struct {
 }
 
 // AskPCI lists the functions of PCI devices.
-func AskPCI(ctx context.Context, v *kernel.View, _ []string) (PCI, error) { return pci(ctx, v.PCIDevices()) }
+func AskPCI(ctx context.Context, v *kernel.View, _ []string) (PCI, error) {
+	return pci(ctx, v.PCIDevices())
+}
 
 func pci(ctx context.Context, seq iter.Seq2[kernel.PCIDevice, error]) (a PCI, err error) {
 	a.Devices, err = gather(ctx, &a.Extent, seq)
