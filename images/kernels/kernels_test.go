@@ -119,6 +119,23 @@ Languages: none
 	}
 }
 
+// A mirror's lists of sid end after a week, and then are still good enough; those of releases must not be old.
+func TestOldLists(t *testing.T) {
+	sources := parseOneLine([]byte("deb [check-valid-until=yes signed-by=/k] http://mirror.example/debian bookworm main"))
+	for release, want := range map[string][][2]string{
+		"sid":    {{"Signed-By", "/k"}, {"Check-Valid-Until", "no"}},
+		"trixie": {{"Check-Valid-Until", "yes"}, {"Signed-By", "/k"}},
+	} {
+		got := retarget(sources, release)
+		if len(got) != 1 {
+			t.Fatalf("%s: %d sources, want 1", release, len(got))
+		}
+		if diff := cmp.Diff(want, got[0].options); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", release, diff)
+		}
+	}
+}
+
 func FuzzSources(f *testing.F) {
 	f.Add([]byte(bookwormSources))
 	f.Add([]byte(oneLine))

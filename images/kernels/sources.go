@@ -181,13 +181,25 @@ func retarget(sources []source, release string) []source {
 					continue
 				}
 				seen[key] = true
+				options := s.options
+				if release == "sid" {
+					options = lasting(options)
+				}
 				all = append(all, source{
-					uris: []string{uri}, suites: []string{release + kind}, components: []string{"main"}, options: s.options,
+					uris: []string{uri}, suites: []string{release + kind}, components: []string{"main"}, options: options,
 				})
 			}
 		}
 	}
 	return all
+}
+
+// lasting takes the archive's lists however old they are, as long as they are signed. Sid's end a week after they were made, and a mirror
+// that no longer follows it would leave a machine without a kernel that only tests boot.
+func lasting(options [][2]string) [][2]string {
+	const key = "Check-Valid-Until"
+	others := slices.DeleteFunc(slices.Clone(options), func(o [2]string) bool { return o[0] == key })
+	return append(others, [2]string{key, "no"})
 }
 
 // deb822 writes entries for one architecture, only its package lists and no translations.
