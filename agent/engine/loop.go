@@ -470,6 +470,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	p := &detect.Pass{Now: now, Tickless: w.tickless}
 	if v, ok := l.(*kernel.View); ok {
 		p.View = v
+		defer v.Close()
 	}
 	// At first what is cheapest and matters most.
 	panicState, perr := l.Panic()

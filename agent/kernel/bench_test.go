@@ -86,6 +86,7 @@ func benchmarkPass(b *testing.B, what string, pass func(*View) (n int, err error
 				b.Fatal(err)
 			}
 			cost = v.Cost()
+			v.Close()
 		}
 		b.ReportMetric(float64(n), what)
 		b.ReportMetric(float64(cost.Bytes), "hostB/op")

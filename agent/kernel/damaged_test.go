@@ -271,8 +271,8 @@ func TestViewCost(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if len(v.pages) != viewPages {
-		t.Errorf("View keeps %d pages", len(v.pages))
+	if len(v.cache.pages) != viewPages {
+		t.Errorf("View keeps %d pages", len(v.cache.pages))
 	}
 	// RAM may end within a page, and does end.
 	short := &Image{mem: m[:hostmem.PageSize+100], space: img.space}

@@ -31,6 +31,7 @@ type Image struct {
 	beat                   *beatPlan
 	usage                  *usagePlan
 	guards                 guards
+	idle                   sync.Pool // of *pageCache: those of closed Views
 	signs                  struct {
 		once sync.Once
 		plan *signsPlan

@@ -99,7 +99,8 @@ func (s *span) size() uint64 { return s.hi - s.lo }
 type object struct {
 	span
 	addr VirtAddr
-	b    []byte
+	b    []byte // for reading only: own, or of a page of a View
+	own  []byte
 }
 
 func (o *object) at(offset uint64, n uint64) []byte { return o.b[offset-o.lo:][:n] }
@@ -110,10 +111,17 @@ func (o *object) ptr(offset uint64) VirtAddr        { return VirtAddr(o.u64(offs
 // load reads the span of the object at addr.
 func (o *object) load(s *addressSpace, src source, kind string, sp span, addr VirtAddr) error {
 	o.span, o.addr = sp, addr
-	if n := sp.size(); uint64(cap(o.b)) < n {
-		o.b = make([]byte, n)
-	} else {
-		o.b = o.b[:n]
+	n, at := sp.size(), addr+VirtAddr(sp.lo)
+	if v, ok := src.(*View); ok {
+		if pa, whole, err := s.translate(v, at); err == nil && whole >= n {
+			if o.b = v.peek(pa, n); o.b != nil {
+				return nil
+			}
+		}
 	}
-	return s.object(src, kind, addr+VirtAddr(sp.lo), o.b)
+	if uint64(cap(o.own)) < n {
+		o.own = make([]byte, n)
+	}
+	o.b = o.own[:n]
+	return s.object(src, kind, at, o.b)
 }

@@ -332,8 +332,8 @@ func testAhead(t *testing.T, g *guest, img *Image, want map[int]Task) {
 	if n != len(want) || int(far.n.Load()) > 30+n/16 {
 		t.Errorf("%d of %d tasks in %d round trips", n, len(want), far.n.Load())
 	}
-	if c := v.Cost(); c.Pages != len(v.pages) && c.Pages <= viewPages {
-		t.Errorf("%d pages were read for %d", c.Pages, len(v.pages))
+	if c := v.Cost(); c.Pages != len(v.cache.pages) && c.Pages <= viewPages {
+		t.Errorf("%d pages were read for %d", c.Pages, len(v.cache.pages))
 	}
 }
 

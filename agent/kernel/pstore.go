@@ -345,7 +345,7 @@ func (w *pstoreWalk) physical(pa hostmem.PhysAddr, n uint64) ([]byte, error) {
 		return nil, err
 	}
 	v := w.v
-	began := time.Now()
+	began := time.Since(v.began)
 	const piece = 1 << 20 // between looks at the context
 	for at := 0; at < len(b); at += piece {
 		if err := v.ctx.Err(); err != nil {
@@ -362,7 +362,7 @@ func (w *pstoreWalk) physical(pa hostmem.PhysAddr, n uint64) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		began = time.Now()
+		began = time.Since(v.began)
 	}
 	return b, nil
 }

@@ -138,7 +138,7 @@ var errWalkStopped = errors.New("walk stopped")
 // a *CorruptError when the same thing was found broken twice, ErrTorn when the walk was torn again and again.
 func (v *View) Tasks() iter.Seq2[Task, error] {
 	return func(yield func(Task, error) bool) {
-		w := taskWalk{v: v, seen: make(map[taskKey]taskMark), yield: yield}
+		w := taskWalk{v: v, seen: make(map[taskKey]*taskMark, secondLooks), yield: yield}
 		err := w.run()
 		if err != nil && !errors.Is(err, errWalkStopped) {
 			yield(Task{}, fmt.Errorf("walk tasks: %w", err))
@@ -161,13 +161,18 @@ type taskMark struct {
 type taskWalk struct {
 	v       *View
 	attempt int
-	seen    map[taskKey]taskMark
+	seen    map[taskKey]*taskMark
 	yield   func(Task, error) bool
 	obj     object
 	mm      VirtAddr // of which rss is known
 	rss     uint64
 	ahead   *readAhead // nil where it gains nothing
-	held    []Task     // read once, and to be looked at again
+	held    []heldTask // read once, and to be looked at again
+}
+
+type heldTask struct {
+	Task
+	mark *taskMark
 }
 
 // secondLooks is how many tasks are looked at again together before they are handed out.
@@ -265,7 +270,7 @@ func (w *taskWalk) threads(leader *taskRecord) error {
 			if err := w.emit(&t); err != nil {
 				return err
 			}
-		} else if err := w.visit(&t); err != nil {
+		} else if _, err := w.visit(&t); err != nil {
 			return err
 		}
 		node = t.threadNext
@@ -274,33 +279,36 @@ func (w *taskWalk) threads(leader *taskRecord) error {
 }
 
 // visit notes that this attempt came by a task, and finds cycles.
-func (w *taskWalk) visit(t *taskRecord) error {
+func (w *taskWalk) visit(t *taskRecord) (*taskMark, error) {
 	key := taskKey{t.Addr, uint32(t.PID)}
 	m := w.seen[key]
-	if m.attempt == w.attempt {
-		return &CorruptError{"task_struct", t.Addr, fmt.Sprintf("PID %d is twice in the list", t.PID)}
+	if m == nil {
+		if len(w.seen) >= maxTasks {
+			return nil, &CorruptError{"task list", t.Addr, fmt.Sprintf("more than %d tasks", maxTasks)}
+		}
+		m = new(taskMark)
+		w.seen[key] = m
 	}
-	if len(w.seen) >= maxTasks {
-		return &CorruptError{"task list", t.Addr, fmt.Sprintf("more than %d tasks", maxTasks)}
+	if m.attempt == w.attempt {
+		return nil, &CorruptError{"task_struct", t.Addr, fmt.Sprintf("PID %d is twice in the list", t.PID)}
 	}
 	m.attempt = w.attempt
-	w.seen[key] = m
-	return nil
+	return m, nil
 }
 
 // emit hands a task out, unless an earlier attempt did.
 func (w *taskWalk) emit(t *taskRecord) error {
-	if err := w.visit(t); err != nil {
+	m, err := w.visit(t)
+	if err != nil || m.said {
 		return err
-	}
-	key := taskKey{t.Addr, uint32(t.PID)}
-	if w.seen[key].said {
-		return nil
 	}
 	if err := w.complete(t); err != nil {
 		return err
 	}
-	if w.held = append(w.held, t.Task); len(w.held) < secondLooks {
+	if w.held == nil {
+		w.held = make([]heldTask, 0, secondLooks)
+	}
+	if w.held = append(w.held, heldTask{t.Task, m}); len(w.held) < secondLooks {
 		return nil
 	}
 	return w.handOut()
@@ -312,7 +320,8 @@ func (w *taskWalk) handOut() error {
 	w.held = held[:0]
 	segs := make([]hostmem.Segment, len(held))
 	pids := make([]byte, 4*len(held))
-	for i, t := range held {
+	for i := range held {
+		t := &held[i]
 		pa, err := w.v.Phys(t.Addr + VirtAddr(w.v.img.lay.task.pid))
 		if errors.Is(err, ErrNotMapped) {
 			return &CorruptError{"task_struct", t.Addr, err.Error()}
@@ -328,7 +337,8 @@ func (w *taskWalk) handOut() error {
 	if err := w.v.readScattered(segs); err != nil && !slices.ContainsFunc(segs, func(s hostmem.Segment) bool { return s.Err != nil }) {
 		return err // it was not begun
 	}
-	for i, t := range held {
+	for i := range held {
+		t := &held[i]
 		switch err := segs[i].Err; {
 		case errors.Is(err, hostmem.ErrNotMapped):
 			return &CorruptError{"task_struct", t.Addr, fmt.Sprintf("points to no memory (%v)", err)}
@@ -345,8 +355,8 @@ func (w *taskWalk) handOut() error {
 				c.Changed++
 			}
 		})
-		w.seen[taskKey{t.Addr, uint32(t.PID)}] = taskMark{w.attempt, true}
-		if !w.yield(t, nil) {
+		t.mark.said = true
+		if !w.yield(t.Task, nil) {
 			return errWalkStopped
 		}
 	}

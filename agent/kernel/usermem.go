@@ -69,7 +69,7 @@ type UserMemory struct {
 	// tables are the page-table pages that were used last, of each level: neighbours are in the same.
 	tables [maxLevels]struct {
 		at   hostmem.PhysAddr
-		page []byte // nil if there is none yet
+		page *page // nil if there is none yet
 	}
 	// leaf is the last table of the lowest level, which maps the addresses that begin with from.
 	leaf struct {

@@ -22,23 +22,59 @@ const viewPages = 4096
 //
 // A View is safe for concurrent use; any number of Views of one Image may be in use at the same time.
 type View struct {
-	img *Image
-	ctx context.Context
+	img   *Image
+	ctx   context.Context
+	began time.Time
 
 	mu    sync.Mutex
-	cost  Cost                        // guarded by mu
-	sure  Confidence                  // guarded by mu
-	pages map[hostmem.PhysAddr][]byte // guarded by mu; a page once in is not written again
-	order []hostmem.PhysAddr          // guarded by mu; ring of the keys of pages, oldest at next
-	next  int                         // guarded by mu
-	slab  []byte                      // guarded by mu; unused pages
-	orc   *orcRegisters               // guarded by mu; nil until a stack was unwound
-	tasks map[int]Task                // guarded by mu; nil if they were not all read; not changed once it is here
+	cost  Cost          // guarded by mu
+	sure  Confidence    // guarded by mu
+	cache *pageCache    // guarded by mu; nil after Close
+	orc   *orcRegisters // guarded by mu; nil until a stack was unwound
+	tasks map[int]Task  // guarded by mu; nil if they were not all read; not changed once it is here
 }
 
-// View begins a pass. When ctx ends, whatever the View is asked fails with the context's error.
+// pageCache is the pages that a View has read. It outlives the View that is closed, for the next one's pages.
+type pageCache struct {
+	pages map[hostmem.PhysAddr]*page // one that is in is not written again
+	order []hostmem.PhysAddr         // ring of the keys of pages, oldest at next
+	next  int
+	slabs [][]page // of which used pages were taken
+	used  int
+}
+
+type page [hostmem.PageSize]byte
+
+// slabPages is how many pages are allocated together, and maxIdleSlabs how many slabs a closed View leaves to the next one at most: 4 MiB.
+const (
+	slabPages    = 16
+	maxIdleSlabs = 64
+)
+
+// View begins a pass. When ctx ends, whatever the View is asked fails with the context's error. Who passes often closes his Views.
 func (img *Image) View(ctx context.Context) *View {
-	return &View{img: img, ctx: ctx, pages: make(map[hostmem.PhysAddr][]byte)}
+	c, ok := img.idle.Get().(*pageCache)
+	if !ok {
+		c = &pageCache{pages: make(map[hostmem.PhysAddr]*page, 8*slabPages)}
+	}
+	return &View{img: img, ctx: ctx, began: time.Now(), cache: c}
+}
+
+// ErrClosed means that a View was asked after its Close.
+var ErrClosed = errors.New("view is closed")
+
+// Close ends the pass, whose memory the next View of the Image uses again. What the View has handed out stays valid, but it must not
+// be asked any more, nor be asked anything while it is closed: that is ErrClosed. A View that is not closed is left to the garbage collector.
+func (v *View) Close() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	c := v.cache
+	if v.cache, v.tasks, v.orc = nil, nil, nil; c == nil {
+		return
+	}
+	c.forget()
+	c.used = 0
+	v.img.idle.Put(c)
 }
 
 // Image returns the kernel that the View looks at.
@@ -98,47 +134,77 @@ func (v *View) readPhys(pa hostmem.PhysAddr, b []byte) error {
 	return nil
 }
 
+// peek returns the n bytes at pa where they lie in the page cache, for reading only; nil if they are not of one page.
+func (v *View) peek(pa hostmem.PhysAddr, n uint64) []byte {
+	offset := uint64(pa % hostmem.PageSize)
+	if n > hostmem.PageSize-offset {
+		return nil
+	}
+	page, err := v.page(pa - hostmem.PhysAddr(offset))
+	if err != nil {
+		return nil // readPhys tells why, or knows another way
+	}
+	return page[offset:][:n]
+}
+
 // page returns the page at pa, which is aligned.
-func (v *View) page(pa hostmem.PhysAddr) ([]byte, error) {
+func (v *View) page(pa hostmem.PhysAddr) (*page, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if p, ok := v.pages[pa]; ok {
+	c := v.cache
+	if c == nil {
+		return nil, ErrClosed
+	}
+	if p, ok := c.pages[pa]; ok {
 		return p, nil
 	}
 	if err := v.ctx.Err(); err != nil {
 		return nil, err
 	}
-	p := v.free()
-	began := time.Now()
-	n, err := v.img.mem.ReadAt(p, int64(pa))
+	p := c.free()
+	began := time.Since(v.began)
+	n, err := v.img.mem.ReadAt(p[:], int64(pa))
 	v.count(n, began)
 	if err != nil {
+		c.used-- // nobody has seen it
 		return nil, err
 	}
-	v.slab = v.slab[hostmem.PageSize:]
 	v.keep(pa, p)
 	return p, nil
 }
 
-// free returns the next unused page of the slab; mu is held.
-func (v *View) free() []byte {
-	if len(v.slab) == 0 {
-		v.slab = make([]byte, 16*hostmem.PageSize)
+// free returns an unused page.
+func (c *pageCache) free() *page {
+	if c.used == maxIdleSlabs*slabPages {
+		c.slabs, c.used = nil, 0 // whoever uses their pages keeps them
 	}
-	return v.slab[:hostmem.PageSize:hostmem.PageSize]
+	i := c.used / slabPages
+	if i >= len(c.slabs) {
+		c.slabs = append(c.slabs, make([]page, slabPages))
+	}
+	p := &c.slabs[i][c.used%slabPages]
+	c.used++
+	return p
 }
 
 // keep puts a page into the cache, where the oldest makes room; mu is held.
-func (v *View) keep(pa hostmem.PhysAddr, p []byte) {
+func (v *View) keep(pa hostmem.PhysAddr, p *page) {
 	v.cost.Pages++
-	if len(v.order) < viewPages {
-		v.order = append(v.order, pa)
+	c := v.cache
+	if len(c.order) < viewPages {
+		c.order = append(c.order, pa)
 	} else {
-		delete(v.pages, v.order[v.next])
-		v.order[v.next] = pa
-		v.next = (v.next + 1) % viewPages
+		delete(c.pages, c.order[c.next])
+		c.order[c.next] = pa
+		c.next = (c.next + 1) % viewPages
 	}
-	v.pages[pa] = p
+	c.pages[pa] = p
+}
+
+// forget empties the cache. The memory of its pages is not used again: somebody may be looking at it.
+func (c *pageCache) forget() {
+	clear(c.pages)
+	c.order, c.next = c.order[:0], 0
 }
 
 // fetch reads pages, sorted, into the cache, all under way together. Those that cannot be read are left to whoever needs them; the
@@ -146,14 +212,18 @@ func (v *View) keep(pa hostmem.PhysAddr, p []byte) {
 func (v *View) fetch(pages []hostmem.PhysAddr) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if v.cache == nil {
+		return ErrClosed
+	}
 	if err := v.ctx.Err(); err != nil {
 		return err
 	}
 	var segs []hostmem.Segment
+	var frames []*page // of segs
 	for _, pa := range pages {
-		if v.pages[pa] == nil {
-			segs = append(segs, hostmem.Segment{Addr: pa, Buf: v.free()})
-			v.slab = v.slab[hostmem.PageSize:]
+		if v.cache.pages[pa] == nil {
+			p := v.cache.free()
+			segs, frames = append(segs, hostmem.Segment{Addr: pa, Buf: p[:]}), append(frames, p)
 		}
 	}
 	if len(segs) == 0 {
@@ -164,10 +234,10 @@ func (v *View) fetch(pages []hostmem.PhysAddr) error {
 	v.cost.Elapsed += time.Since(began)
 	v.cost.Reads += len(segs)
 	var first error
-	for _, s := range segs {
+	for i, s := range segs {
 		if s.Err == nil {
 			v.cost.Bytes += hostmem.PageSize
-			v.keep(s.Addr, s.Buf)
+			v.keep(s.Addr, frames[i])
 		} else if first == nil && !errors.Is(s.Err, hostmem.ErrNotMapped) {
 			first = s.Err
 		}
@@ -175,11 +245,11 @@ func (v *View) fetch(pages []hostmem.PhysAddr) error {
 	return first
 }
 
-// count books an access; mu is held.
-func (v *View) count(n int, began time.Time) {
+// count books an access that began so long after the View; mu is held.
+func (v *View) count(n int, began time.Duration) {
 	v.cost.Reads++
 	v.cost.Bytes += int64(n)
-	v.cost.Elapsed += time.Since(began)
+	v.cost.Elapsed += time.Since(v.began) - began
 }
 
 // readFresh reads past the page cache.
@@ -187,7 +257,7 @@ func (v *View) readFresh(pa hostmem.PhysAddr, b []byte) error {
 	if err := v.ctx.Err(); err != nil {
 		return err
 	}
-	began := time.Now()
+	began := time.Since(v.began)
 	n, err := v.img.mem.ReadAt(b, int64(pa))
 	v.mu.Lock()
 	v.count(n, began)
@@ -217,9 +287,10 @@ func (v *View) forget() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.sure.Restarts++
-	clear(v.pages)
 	v.tasks = nil
-	v.order, v.next = v.order[:0], 0
+	if v.cache != nil {
+		v.cache.forget()
+	}
 }
 
 // fresh is a source that reads past the page cache of a View.

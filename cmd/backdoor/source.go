@@ -159,7 +159,9 @@ func freeze(v *kernel.View) (query.View, error) {
 }
 
 func (m *memory) PS(ctx context.Context, o query.PSOptions) (query.Processes, error) {
-	return query.PS(ctx, m.img.View(ctx), o)
+	v := m.img.View(ctx)
+	defer v.Close() // of top, one after the other
+	return query.PS(ctx, v, o)
 }
 
 func (m *memory) Top(ctx context.Context, interval time.Duration) (query.Load, error) {

@@ -91,30 +91,45 @@ func run(ctx context.Context, w io.Writer, ram, vmlinux, core string, n int) err
 	}
 	if _, err := exec.LookPath("drgn"); err != nil {
 		fmt.Fprintln(w, "drgn is not installed (python3-drgn): nothing to compare with")
-	} else if err := errors.Join(same(ctx, w, img, core, vmlinux, compare), warmed(ctx, w, warm, core, vmlinux, compare)); err != nil {
+	} else if err := errors.Join(same(ctx, w, img, core, vmlinux, compare), warmed(ctx, w, warm, core, vmlinux, compare, n)); err != nil {
 		return err
 	}
 	return race(ctx, w, dir, core, vmlinux, compare, n)
 }
 
-// warmed measures how long drgn takes for the tasks once it has loaded everything.
-func warmed(ctx context.Context, w io.Writer, ours time.Duration, core, vmlinux, compare string) error {
-	c := exec.CommandContext(ctx, "drgn", "-q", "-c", core, "-s", vmlinux, compare, "warm")
-	c.Stderr = os.Stderr
-	out, err := c.Output()
-	if err != nil {
-		return fmt.Errorf("drgn: %w", err)
+// warmed measures how long the tasks alone take once everything is loaded, n times in turn: ours, then drgn's. Each goes on with what it
+// made of the kernel (an Image, a Program) and reads the tasks anew: neither keeps the core's memory from one list to the next.
+func warmed(ctx context.Context, w io.Writer, warm func() (time.Duration, error), core, vmlinux, compare string, n int) error {
+	var ours, theirs []time.Duration
+	var ratios []float64
+	for range n {
+		o, err := warm()
+		if err != nil {
+			return err
+		}
+		c := exec.CommandContext(ctx, "drgn", "-q", "-c", core, "-s", vmlinux, compare, "warm")
+		c.Stderr = os.Stderr
+		out, err := c.Output()
+		if err != nil {
+			return fmt.Errorf("drgn: %w", err)
+		}
+		ns, err := strconv.ParseInt(strings.TrimSpace(string(out)), 10, 64)
+		if err != nil {
+			return fmt.Errorf("drgn: %w", err)
+		}
+		ours, theirs = append(ours, o), append(theirs, time.Duration(ns))
+		ratios = append(ratios, float64(ns)/float64(max(1, o)))
 	}
-	ns, err := strconv.ParseInt(strings.TrimSpace(string(out)), 10, 64)
-	if err != nil {
-		return fmt.Errorf("drgn: %w", err)
-	}
-	fmt.Fprintf(w, "ps alone, all loaded: drgn %v, the best of 5, %.1f × backdoor\n", time.Duration(ns), float64(ns)/float64(max(1, ours)))
+	slices.Sort(ours)
+	slices.Sort(theirs)
+	slices.Sort(ratios)
+	fmt.Fprintf(w, "ps alone, all loaded, each the best of 7, median of %d in turn: backdoor %v, drgn %v, %.1f × backdoor (%.1f to %.1f)\n",
+		n, ours[n/2], theirs[n/2], ratios[n/2], ratios[0], ratios[n-1])
 	return nil
 }
 
-// native measures what package kernel takes in this process, and returns what ps alone takes.
-func native(ctx context.Context, w io.Writer, mem hostmem.Memory, img *kernel.Image) (time.Duration, error) {
+// native measures what package kernel takes in this process, and returns what measures ps alone again.
+func native(ctx context.Context, w io.Writer, mem hostmem.Memory, img *kernel.Image) (func() (time.Duration, error), error) {
 	best := func(f func() error) (time.Duration, error) {
 		least := time.Duration(1<<63 - 1)
 		for range 7 {
@@ -129,7 +144,9 @@ func native(ctx context.Context, w io.Writer, mem hostmem.Memory, img *kernel.Im
 	tasks := 0
 	list := func(img *kernel.Image) error {
 		tasks = 0
-		for _, err := range img.View(ctx).Tasks() {
+		v := img.View(ctx)
+		defer v.Close()
+		for _, err := range v.Tasks() {
 			if err != nil {
 				return err
 			}
@@ -145,27 +162,29 @@ func native(ctx context.Context, w io.Writer, mem hostmem.Memory, img *kernel.Im
 		return list(img)
 	})
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	warm, err := best(func() error { return list(img) })
+	again := func() (time.Duration, error) { return best(func() error { return list(img) }) }
+	warm, err := again()
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	var cost kernel.Cost
 	whole, err := best(func() (err error) { cost, err = everything(ctx, img); return err })
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	fmt.Fprintf(w, "in this process, the best of 7: attach and ps %v, ps alone %v (%d tasks, %v for 1000), everything %v (%d pages), %d MiB of memory from the system\n",
 		cold, warm, tasks, warm*1000/time.Duration(tasks), whole, cost.Pages, m.Sys>>20)
-	return warm, nil
+	return again, nil
 }
 
 // everything asks all that a View lists; of every sixteenth task, also its details and its stack.
 func everything(ctx context.Context, img *kernel.Image) (kernel.Cost, error) {
 	v := img.View(ctx)
+	defer v.Close()
 	var pids []int
 	for t, err := range v.Tasks() {
 		if err != nil {
