@@ -65,8 +65,28 @@ slots: setup images ## have a DPU start from slots whose images are broken in ev
 principles: setup images ## the seven principles, each by experiment and with a violation planted against it; the table is put into build/principles.md
 	go test -count=1 -timeout 40m ./tests/principles -run TestPrinciples -whole -out $(CURDIR)/build/principles.md -v
 
-faults: setup ## let kernels fall ill in every way that the fault suite knows; the table is put into build/faults
-	go test -count=1 -timeout 60m ./tests/faults -run TestFaults -kernels 6.1,6.12 -rows all -out $(CURDIR)/build/faults -v
+# The fault suite's kernels, rows (names, main, all), numbers of CPUs, paths to memory (window, nocas, dma).
+KERNELS ?= 6.1,6.12
+ROWS ?= all
+CPUS ?= 2
+MEMPATH ?= window
+
+faults: setup ## let KERNELS (6.1,6.12) fall ill in the ways ROWS (all; main), with CPUS (2), over MEMPATH (window; nocas, dma); the table is put into build/faults
+	go test -count=1 -timeout 120m ./tests/faults -run TestFaults -kernels $(KERNELS) -rows $(ROWS) -cpus $(CPUS) -path $(MEMPATH) -out $(CURDIR)/build/faults/$(KERNELS)-$(CPUS)-$(MEMPATH) -v
+
+.PHONY: faults-whole healthy
+faults-whole: ## all rows, then the main ones on sid, with 1 and 4 CPUs, without compare-and-swap and over the DMA engine's model (two hours)
+	$(MAKE) faults
+	$(MAKE) faults KERNELS=6.1-generic ROWS=machine-check,pci-error
+	$(MAKE) faults KERNELS=sid ROWS=main
+	$(MAKE) faults ROWS=main CPUS=1
+	$(MAKE) faults ROWS=main CPUS=4
+	$(MAKE) faults ROWS=main MEMPATH=nocas
+	$(MAKE) faults ROWS=all MEMPATH=dma
+
+HEALTHY ?= 60m
+healthy: setup ## have a healthy host of each of KERNELS work hard for HEALTHY (60m): nothing may be found
+	go test -count=1 -timeout 4h ./tests/faults -run TestHealthy -kernels $(KERNELS) -healthy $(HEALTHY) -v
 
 lint: setup ## formatting, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "not formatted by gofmt:"; echo "$$out"; exit 1; fi

@@ -46,6 +46,7 @@ const (
 	KindHardware       Kind = "hardware"        // the kernel has been told of an error of the hardware
 	KindClock          Kind = "clock"           // the host's clock stands still or jumps
 	KindBootStuck      Kind = "boot-stuck"      // the host does not come up
+	KindStorm          Kind = "interrupt-storm" // a CPU does nothing but interrupts' work
 	KindPolicy         Kind = "policy"          // what the operators themselves have asked to be told of
 )
 
@@ -53,7 +54,7 @@ const (
 func Kinds() []Kind {
 	return []Kind{KindPanic, KindCPUStall, KindRunawayProcess, KindHostSilent, KindForkBomb, KindMemoryHog, KindExhaustion,
 		KindOops, KindRCUStall, KindHungTask, KindSoftLockup, KindTampering, KindNetworkFlood, KindNetworkSilent,
-		KindStuckWork, KindStuckIO, KindKernelWarning, KindHardware, KindClock, KindBootStuck, KindPolicy}
+		KindStuckWork, KindStuckIO, KindKernelWarning, KindHardware, KindClock, KindBootStuck, KindStorm, KindPolicy}
 }
 
 // Evidence is one observed fact that supports a finding.
@@ -131,7 +132,12 @@ type TaskSample struct {
 	At    time.Time     `json:"at"`    // the reader's clock when the walk began
 	Took  time.Duration `json:"took"`  // how long the walk lasted: the error of every runtime in it
 	Tasks []kernel.Task `json:"tasks"` // all threads
+	// Mapped is how much writable memory of their own the big processes have asked for, by TGID, in bytes; not all of it is resident.
+	Mapped map[int]uint64 `json:"mapped,omitempty"`
 }
+
+// BigTask is the share of a host's memory from which on it is looked up what a process has asked for.
+const BigTask = 0.05
 
 // Pass is what detectors judge: one look at the host, and the looks before it. It is JSON, so that a series can be stored
 // and judged again.

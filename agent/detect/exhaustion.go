@@ -21,6 +21,7 @@ const (
 	hogWindow = time.Second
 	hogShare  = 0.3 // of what is lost, that one process must have taken
 	hogSize   = 0.1 // of all memory, that it must have
+	hogEarly  = 0.2 // of all memory, from which on it is judged while there is much left
 )
 
 // Hurry reports whether the task list should be read before its time: something grows fast, and who it is will be asked.
@@ -304,7 +305,9 @@ func memoryHog(c Config) Detector {
 			if !soon && !low && eta >= 3*c.HogETA {
 				return nil, nil
 			}
-			t, grown, lost := p.eater(now)
+			t, grown, lost, asks, fits := p.eater(now)
+			soon = soon && !fits
+			early := t.PID != 0 && eta < c.HogETA && took >= 2*c.Heartbeat && asks && float64(t.RSS) >= hogEarly*float64(now.Total) && float64(grown) > 0.6*float64(lost)
 			f := Finding{
 				Kind: KindMemoryHog, Severity: Critical, Suspicion: true, Confidence: 0.5, Key: "memory",
 				Title:  "memory runs out",
@@ -333,9 +336,9 @@ func memoryHog(c Config) Detector {
 			f.Culprit = Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, UID: &uid, Start: t.Start}
 			f.Title = fmt.Sprintf("%q (PID %d, user %d) takes the host's memory", t.Comm, t.TGID, uid)
 			f.Evidence = append(f.Evidence, Evidence{"culprit", fmt.Sprintf("%d MiB resident, %d of the last %d MiB", t.RSS>>20, grown>>20, lost>>20)})
-			if soon || low && grown > 0 {
+			if soon || early || low && grown > 0 {
 				f.Suspicion, f.Confidence = false, 0.9
-				if soon && float64(grown) > 0.6*float64(lost) {
+				if (soon || early) && float64(grown) > 0.6*float64(lost) {
 					f.Confidence = 0.97
 				}
 			}
@@ -344,12 +347,12 @@ func memoryHog(c Config) Detector {
 	}
 }
 
-// eater returns the process that has taken the most memory lately, how much that was, and how much was lost meanwhile; a zero
-// Task if none has taken an essential part.
-func (p *Pass) eater(now *kernel.Usage) (kernel.Task, uint64, uint64) {
+// eater returns the process that has taken the most memory lately, how much that was, how much was lost meanwhile, and whether it asks for
+// more and more, or for what there is not, or whether what it has asked for is there; a zero Task if none has taken an essential part.
+func (p *Pass) eater(now *kernel.Usage) (who kernel.Task, grown, lost uint64, asks, fits bool) {
 	n := len(p.Tasks)
 	if n < 2 {
-		return kernel.Task{}, 0, 0
+		return kernel.Task{}, 0, 0, false, false
 	}
 	last := &p.Tasks[n-1]
 	base := n - 2
@@ -357,13 +360,12 @@ func (p *Pass) eater(now *kernel.Usage) (kernel.Task, uint64, uint64) {
 		base--
 	}
 	if last.At.Sub(p.Tasks[base].At) > 10*time.Second {
-		return kernel.Task{}, 0, 0
+		return kernel.Task{}, 0, 0, false, false
 	}
 	before := make(map[taskKey]uint64, len(p.Tasks[base].Tasks))
 	for _, t := range p.Tasks[base].Tasks {
 		before[taskKey{t.PID, t.Start}] = t.RSS
 	}
-	var who kernel.Task
 	var most uint64
 	for _, t := range last.Tasks {
 		if t.PID != t.TGID || t.KThread || t.TGID <= 1 {
@@ -385,14 +387,19 @@ func (p *Pass) eater(now *kernel.Usage) (kernel.Task, uint64, uint64) {
 		return v
 	}
 	a, b := at(p.Tasks[base].At), at(last.At)
-	var lost uint64
 	if a > b {
 		lost = a - b
 	}
 	if who.PID == 0 || float64(most) < hogShare*float64(lost) || float64(who.RSS) < hogSize*float64(now.Total) {
-		return kernel.Task{}, 0, 0
+		return kernel.Task{}, 0, 0, false, false
 	}
-	return who, most, lost
+	// Who takes his memory at his start, as databases do, has asked for all of it before, and it will do. A hog asks for more and more, or
+	// for more than there is.
+	then, ok := p.Tasks[base].Mapped[who.TGID]
+	total, ok2 := last.Mapped[who.TGID]
+	beyond := total > who.RSS && total-who.RSS > now.Available
+	more := ok && total > then && float64(total-then) >= 0.5*float64(most)
+	return who, most, lost, ok2 && (beyond || more), ok && ok2 && !beyond && !more
 }
 
 // exhaustion reports what comes to its end by its level or by its trend: threads, PIDs, open files, memory that the kernel

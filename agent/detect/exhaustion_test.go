@@ -1,6 +1,7 @@
 package detect
 
 import (
+	"maps"
 	"testing"
 	"time"
 
@@ -15,6 +16,8 @@ type town struct {
 	tasks []kernel.Task
 	use   kernel.Usage
 	pass  Pass
+
+	mapped map[int]uint64
 }
 
 func newTown() *town {
@@ -61,7 +64,7 @@ func (w *town) run(d time.Duration, f func()) {
 		w.pass.Usage = append(w.pass.Usage, w.use)
 		w.pass.Beats = append(w.pass.Beats, kernel.Heartbeat{At: w.now, Mono: int64(w.up), CPUs: make([]kernel.CPU, 2)})
 		if len(w.pass.Usage)%4 == 0 || DefaultConfig().Hurry(w.pass.Usage, w.pass.Tasks) {
-			w.pass.Tasks = append(w.pass.Tasks, TaskSample{At: w.now, Tasks: append([]kernel.Task(nil), w.tasks...)})
+			w.pass.Tasks = append(w.pass.Tasks, TaskSample{At: w.now, Tasks: append([]kernel.Task(nil), w.tasks...), Mapped: maps.Clone(w.mapped)})
 		}
 	}
 }
@@ -232,6 +235,54 @@ func TestMemoryHog(t *testing.T) {
 		fire bool
 		do   func(w *town) func()
 	}{
+		{"asks for more and more", true, func(w *town) func() {
+			p := w.start(100, 1000, "hog", 0)
+			return func() {
+				if w.task(p).RSS < 250*mib { // it is to be found before
+					w.use.Available -= 25 * mib
+					w.task(p).RSS += 25 * mib
+					w.mapped = map[int]uint64{p: w.task(p).RSS + 8*mib}
+				}
+			}
+		}},
+		{"asks at once for more than there is", true, func(w *town) func() {
+			p := w.start(100, 1000, "hog", 0)
+			w.mapped = map[int]uint64{p: 4096 * mib}
+			return func() {
+				if w.task(p).RSS < 250*mib {
+					w.use.Available -= 25 * mib
+					w.task(p).RSS += 25 * mib
+				}
+			}
+		}},
+		{"a database that takes at its start what it has asked for", false, func(w *town) func() {
+			p := w.start(100, 27, "base", 0)
+			w.mapped = map[int]uint64{p: 610 * mib}
+			return func() {
+				if w.task(p).RSS < 600*mib {
+					w.use.Available -= 25 * mib
+					w.task(p).RSS += 25 * mib
+				}
+			}
+		}},
+		{"compilers, one after the other", false, func(w *town) func() {
+			var p int
+			return func() {
+				switch {
+				case p == 0:
+					p = w.start(100, 1000, "cc1plus", 0)
+				case w.task(p).RSS >= 150*mib:
+					w.use.Available += w.task(p).RSS
+					w.task(p).RSS = 0
+					w.tasks = w.tasks[:len(w.tasks)-1]
+					p, w.mapped = 0, nil
+				default:
+					w.use.Available -= 25 * mib
+					w.task(p).RSS += 25 * mib
+					w.mapped = map[int]uint64{p: w.task(p).RSS + 2*mib}
+				}
+			}
+		}},
 		{"fast", true, func(w *town) func() {
 			p := w.start(100, 1000, "hog", 0)
 			return func() {

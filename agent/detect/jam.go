@@ -20,6 +20,15 @@ type JamSample struct {
 	Pressure *kernel.Pressure `json:"pressure,omitempty"`
 	Taint    uint64           `json:"taint"`    // TAINT_… bits, include/linux/panic.h
 	Starting bool             `json:"starting"` // it has not come to init yet
+	// Stores is what fills, Links the cables of the network, Said what the kernel has said of trouble since the sample before.
+	Stores []kernel.Store   `json:"stores,omitempty"`
+	Links  []kernel.Link    `json:"links,omitempty"`
+	Said   []Said           `json:"said,omitempty"`
+	Times  []kernel.CPUTime `json:"times,omitempty"` // spent on interrupts
+	// Injected are processes of root that have got code of no file, as far as they have been looked at.
+	Injected []Injected `json:"injected,omitempty"`
+	// BootWall is what the wall clock said when the host booted, by what it is set to now, in ns since 1970; zero if unknown.
+	BootWall int64 `json:"bootWall,omitempty"`
 	// Missing says which of pools and disks this kernel does not tell, and why.
 	Missing map[string]string `json:"missing,omitempty"`
 }
@@ -31,6 +40,9 @@ const (
 	taintMachineCheck = 1 << 4
 	taintBadPage      = 1 << 5
 	taintWarn         = 1 << 9
+	taintForcedLoad   = 1 << 1
+	taintForcedUnload = 1 << 3
+	taintACPITable    = 1 << 8
 
 	thrash10, thrash60 = 40, 20 // percent of the time in which nobody got on for want of memory
 )
@@ -202,6 +214,18 @@ func tainted(Config) Detector {
 			if now&^first&taintBadPage != 0 {
 				add("bad-page", "the kernel has met a broken page", KindKernelWarning, Critical, "a page's own bookkeeping was found broken: somebody has written where he should not")
 			}
+			for _, t := range []struct {
+				bit        uint64
+				key, title string
+			}{
+				{taintForcedLoad, "forced-load", "a module was loaded by force"},
+				{taintForcedUnload, "forced-unload", "a module was taken out by force"},
+				{taintACPITable, "acpi-table", "a table of the firmware was replaced"},
+			} {
+				if now&^first&t.bit != 0 {
+					add(t.key, t.title, KindTampering, Warning, "whoever has done that has root's rights, and what the kernel relies on may not hold any more")
+				}
+			}
 			if now&^first&taintWarn != 0 {
 				add("warning", "the kernel warns of a fault of its own", KindKernelWarning, Warning, "it has met what should not be, and goes on")
 			}
@@ -246,14 +270,21 @@ func clock(c Config) Detector {
 			if time.Duration(now.Mono) < bootGrace {
 				return nil, nil
 			}
+			// With timers of high resolution the ticks go by this clock, too, and are counted no more; the timers' interrupts come all the same.
 			stood, at := s.still(func(old, now *kernel.Heartbeat) bool { return old.Mono == now.Mono })
-			if ticks := now.Jiffies - s.beats[max(at, 0)].Jiffies; at >= 0 && stood >= c.Silent/2 && ticks > 100 {
-				return []Finding{{
-					Key: "stands", Kind: KindClock, Severity: Critical, Confidence: 0.9, Suspicion: stood < c.Silent,
-					Title:    "the host's clock stands still",
-					Detail:   fmt.Sprintf("for %v CLOCK_MONOTONIC has not moved, and %d ticks were counted meanwhile", stood, ticks),
-					Evidence: []Evidence{{"mono", fmt.Sprint(now.Mono)}, {"jiffies", fmt.Sprint(now.Jiffies)}},
-				}}, nil
+			if at >= 0 && stood >= c.Silent/2 {
+				ticks, irqs := now.Jiffies-s.beats[at].Jiffies, uint64(0)
+				for i := range now.CPUs {
+					irqs += (now.CPUs[i].TimerIRQs - s.beats[at].CPUs[i].TimerIRQs) & (1<<32 - 1)
+				}
+				if ticks > 100 || irqs > 100 {
+					return []Finding{{
+						Key: "stands", Kind: KindClock, Severity: Critical, Confidence: 0.9, Suspicion: stood < c.Silent,
+						Title:    "the host's clock stands still",
+						Detail:   fmt.Sprintf("for %v CLOCK_MONOTONIC has not moved, and %d ticks and %d interrupts of timers were counted meanwhile", stood, ticks, irqs),
+						Evidence: []Evidence{{"mono", fmt.Sprint(now.Mono)}, {"jiffies", fmt.Sprint(now.Jiffies)}, {"timerIRQs", fmt.Sprint(irqs)}},
+					}}, nil
+				}
 			}
 			// One step that is much longer than the time that it took. What stood before it may be a machine that was held and catches
 			// up, or an idle host's last tick.
@@ -274,9 +305,36 @@ func clock(c Config) Detector {
 					Evidence: []Evidence{{"mono", fmt.Sprint(b.Mono)}},
 				}}, nil
 			}
-			return nil, nil
+			return p.wallSet(), nil
 		},
 	}
+}
+
+// wallSet reports that the wall clock was set by more than services that keep it do at once. Hosts whose own clock is bad are set so in their first minute.
+func (p *Pass) wallSet() []Finding {
+	const (
+		much    = 5 * time.Second
+		settled = time.Minute
+	)
+	n := len(p.Jams)
+	for i := 1; i < n; i++ {
+		a, b := p.Jams[i-1].BootWall, p.Jams[i].BootWall
+		by := time.Duration(b - a)
+		if a == 0 || b == 0 || by.Abs() < much || time.Duration(p.Beats[len(p.Beats)-1].Mono)-p.Jams[n-1].At.Sub(p.Jams[i].At) < settled {
+			continue
+		}
+		way := "ahead"
+		if by < 0 {
+			way = "back"
+		}
+		return []Finding{{
+			Key: "set", Kind: KindClock, Severity: Warning, Confidence: 0.9,
+			Title:    fmt.Sprintf("the host's wall clock was set %s by %v", way, by.Abs().Round(time.Second)),
+			Detail:   "certificates, logs and leases of the host go by it",
+			Evidence: []Evidence{{"boot", time.Unix(0, a).UTC().Format(time.RFC3339)}, {"boot, as it is now", time.Unix(0, b).UTC().Format(time.RFC3339)}},
+		}}
+	}
+	return nil
 }
 
 // bootStuck reports a start that does not come to its end: a kernel that does not come to init, or a host that was reset, whose

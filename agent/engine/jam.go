@@ -13,7 +13,9 @@ import (
 const (
 	jamsEvery    = 2 * time.Second
 	keptJams     = 32
-	keptRequests = 16 // the oldest of a disk
+	keptRequests = 16   // the oldest of a disk
+	keptRoots    = 4096 // processes of root that are looked into
+	keptSaid     = 1000 // records of the log that are looked at in one pass
 )
 
 // jam takes a sample of what waits in the kernel. Of what was torn, the sample before is what is known. A host that is made up,
@@ -77,6 +79,111 @@ func starting(v *kernel.View) bool {
 	}
 	now, err := v.Uint32(at)
 	return err == nil && int64(now) < running
+}
+
+// strain adds what is near its limit and what the kernel has said lately.
+func (w *watcher) strain(v *kernel.View, s *detect.JamSample) {
+	if v == nil {
+		return
+	}
+	var old detect.JamSample // what is known of what was torn
+	if n := len(w.jams); n > 0 {
+		old = w.jams[n-1]
+	}
+	for x, err := range v.Stores() {
+		if err != nil {
+			s.Stores = old.Stores
+			break
+		}
+		s.Stores = append(s.Stores, x)
+	}
+	for x, err := range v.Links() {
+		if err != nil {
+			s.Links = old.Links
+			break
+		}
+		s.Links = append(s.Links, x)
+	}
+	s.Times, _ = v.CPUTimes() // what is torn is missing once
+	w.lookIntoRoot(v)
+	for _, x := range w.roots {
+		if x.clean && len(x.Parts) > 0 {
+			s.Injected = append(s.Injected, x.Injected)
+		}
+	}
+	var err error
+	if s.BootWall, err = v.BootWall(); err != nil {
+		s.BootWall = old.BootWall
+	}
+	most := keptSaid
+	if w.said == 0 {
+		most = 1 // what was before the attach is no news
+	}
+	records, newest, err := v.LogAfter(w.said, most)
+	if err != nil {
+		return // the next look will tell
+	}
+	if w.said != 0 {
+		for _, r := range records {
+			if said, ok := detect.Notable(r); ok {
+				s.Said = append(s.Said, said)
+			}
+		}
+	}
+	w.said = max(newest, 1)
+}
+
+// rootProcess is what is known of a process of root: clean says that it had no code of its own when it had run for a while.
+type rootProcess struct {
+	detect.Injected
+	clean bool
+	at    time.Time // of the last look
+}
+
+// grown is how old a process is when it has what it needs.
+const grown = 10 * time.Second
+
+// lookIntoRoot looks into the process of root that has not been looked into for the longest.
+func (w *watcher) lookIntoRoot(v *kernel.View) {
+	n := len(w.tasks)
+	if n == 0 || len(w.beats) == 0 {
+		return
+	}
+	type key struct {
+		pid   int
+		start time.Duration
+	}
+	known := make(map[key]rootProcess, len(w.roots))
+	for _, x := range w.roots {
+		known[key{x.Task.PID, x.Task.Start}] = x
+	}
+	up := time.Duration(w.beats[len(w.beats)-1].Mono)
+	w.roots = w.roots[:0]
+	next := -1
+	for _, t := range w.tasks[n-1].Tasks {
+		if t.KThread || t.PID != t.TGID || t.UID != 0 || t.State == "Z" || up-t.Start < grown || len(w.roots) == keptRoots {
+			continue
+		}
+		x := known[key{t.PID, t.Start}]
+		x.Task = t
+		if next < 0 || x.at.Before(w.roots[next].at) {
+			next = len(w.roots)
+		}
+		w.roots = append(w.roots, x)
+	}
+	if next < 0 {
+		return
+	}
+	x := &w.roots[next]
+	parts, err := v.AnonymousExecutables(x.Task)
+	first := x.at.IsZero()
+	if x.at = time.Now(); err != nil {
+		return
+	}
+	if first {
+		x.clean = len(parts) == 0
+	}
+	x.Parts = parts
 }
 
 func (w *watcher) addJam(s detect.JamSample) {

@@ -94,6 +94,8 @@ type watcher struct {
 	memory    []detect.MemorySample
 	guards    map[string]kernel.Guard // as they stood strongest
 	weakened  []detect.Weakened
+	roots     []rootProcess
+	said      uint64 // sequence number of the newest record of the log that was looked at; zero: none yet
 	nextSigns time.Time
 	nextJams  time.Time
 	// nextMailbox is when the host's memory is searched for an agreement again.
@@ -323,7 +325,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	w.nextUUID, w.lived = time.Time{}, time.Time{}
 	w.golden.end()
 	w.golden.next = now.Add(goldenAfter)
-	w.jams, w.memory, w.nextJams, w.noKernel = nil, nil, now, time.Time{}
+	w.jams, w.memory, w.nextJams, w.noKernel, w.said, w.roots = nil, nil, now, time.Time{}, 0, nil
 	w.guards, w.weakened = nil, nil
 	// A kernel that goes on after what looked like a reset shows that this host's firmware writes there while it runs.
 	lies := info.BootID == w.ended
@@ -496,6 +498,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		w.nextTasks = now.Add(e.config.Tasks)
 		var s detect.TaskSample
 		if s, terr = taskSample(l); terr == nil {
+			s.Mapped = mapped(p.View, s.Tasks, usage.Total)
 			w.tasks, listed = append(w.tasks, s), s.Tasks
 			_, keep := e.config.Keep()
 			for len(w.tasks) > 2 && now.Sub(w.tasks[1].At) > keep {
@@ -533,7 +536,9 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	}
 	if berr == nil && !panicState.Panicked && !now.Before(w.nextJams) {
 		w.nextJams = now.Add(jamsEvery)
-		w.addJam(jam(p.View, panicState, w.jams))
+		s := jam(p.View, panicState, w.jams)
+		w.strain(p.View, &s)
+		w.addJam(s)
 		w.countMemory(p.View, now)
 		w.lookAtGuards(p.View)
 	}
@@ -615,6 +620,26 @@ func taskSample(l look) (detect.TaskSample, error) {
 	}
 	s.Took = time.Since(s.At)
 	return s, nil
+}
+
+// mapped looks up what the big processes have asked for.
+func mapped(v *kernel.View, tasks []kernel.Task, total uint64) map[int]uint64 {
+	if v == nil || total == 0 {
+		return nil
+	}
+	var all map[int]uint64
+	for _, t := range tasks {
+		if t.PID != t.TGID || float64(t.RSS) < detect.BigTask*float64(total) {
+			continue
+		}
+		if n, err := v.Mapped(t); err == nil {
+			if all == nil {
+				all = make(map[int]uint64)
+			}
+			all[t.TGID] = n
+		}
+	}
+	return all
 }
 
 func (w *watcher) addBeat(b kernel.Heartbeat) {

@@ -56,7 +56,7 @@ func TestLiveRecordExhaustion(t *testing.T) {
 	if *recordFlag == "" {
 		t.Skip("makes test data: ask for it with -record=DIR and -guests")
 	}
-	for _, fault := range [][2]string{{"hog", "memory-hog"}, {"bomb", "fork-bomb"}} {
+	for _, fault := range [][2]string{{"hog", "fire-memory-hog"}, {"bomb", "fire-fork-bomb"}, {"rootload", "silent-build"}, {"rootbase", "silent-database"}} {
 		forEachGuest(t, func(t *testing.T, k string) {
 			g := startGuest(t, k)
 			img, err := kernel.Open(t.Context(), g.Memory(false), kernel.Options{})
@@ -65,7 +65,7 @@ func TestLiveRecordExhaustion(t *testing.T) {
 			}
 			time.Sleep(3 * time.Second)
 			g.Say("spawn " + fault[0])
-			record(t, img, "fire-"+fault[1]+"-"+k, 4*time.Second)
+			record(t, img, fault[1]+"-"+k, 4*time.Second)
 		})
 	}
 }
@@ -89,6 +89,9 @@ func record(t *testing.T, img *kernel.Image, name string, d time.Duration) {
 		if now := time.Now(); !now.Before(next) || detect.DefaultConfig().Hurry(p.Usage, p.Tasks) {
 			next = now.Add(500 * time.Millisecond)
 			if s, err := taskSample(v); err == nil {
+				if n := len(p.Usage); n > 0 {
+					s.Mapped = mapped(v, s.Tasks, p.Usage[n-1].Total)
+				}
 				p.Tasks = append(p.Tasks, s)
 			}
 		}

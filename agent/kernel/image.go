@@ -32,6 +32,7 @@ type Image struct {
 	usage                  *usagePlan
 	guards                 guards
 	idle                   sync.Pool // of *pageCache: those of closed Views
+	conntrack              conntrackPlan
 	signs                  struct {
 		once sync.Once
 		plan *signsPlan

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -20,6 +21,7 @@ import (
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/images/kernels"
+	"github.com/backdoor-rhs/backdoor/images/modpack"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
@@ -61,7 +63,7 @@ var initProgram = sync.OnceValues(func() ([]byte, error) {
 	return os.ReadFile(out)
 })
 
-// cpio makes an initramfs of a single program.
+// cpio makes an initramfs of a single program, or of none.
 func cpio(init []byte, files map[string][]byte) []byte {
 	var b bytes.Buffer
 	entry := func(name string, mode int, data []byte) {
@@ -72,7 +74,9 @@ func cpio(init []byte, files map[string][]byte) []byte {
 		b.Write(make([]byte, -b.Len()&3))
 	}
 	entry("dev", 0o40755, nil)
-	entry("init", 0o100755, init)
+	if init != nil {
+		entry("init", 0o100755, init)
+	}
 	for name, data := range files {
 		entry(name, 0o100644, data)
 	}
@@ -117,11 +121,50 @@ func Module(t testing.TB, kernel, dir, name string) []byte {
 	return b
 }
 
+// DebianModules returns modules of a kernel's package and all that they need, as files for Options, and their names in the order in which
+// they are to be loaded.
+func DebianModules(t testing.TB, kernel string, names ...string) (files map[string][]byte, order []string) {
+	t.Helper()
+	target, err := kernels.Lookup(kernel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := kernels.Fetch(t.Context(), "", target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pack, err := modpack.Make(k.ModulesDir, names)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files = make(map[string][]byte)
+	var load func(m modpack.Module)
+	load = func(m modpack.Module) {
+		if files[m.Name+".ko"] != nil {
+			return
+		}
+		files[m.Name+".ko"] = m.Data
+		for _, n := range pack.Modules {
+			if slices.Contains(m.Needs, n.Name) {
+				load(n)
+			}
+		}
+		order = append(order, m.Name+".ko")
+	}
+	for _, m := range pack.Modules {
+		load(m)
+	}
+	return files, order
+}
+
 // Options change what is started; the zero value is two CPUs, 512 MiB and nothing more.
 type Options struct {
 	CPUs, MiB int
 	Files     map[string][]byte // in the guest's root directory
 	Args      []string          // of QEMU
+	Append    string            // to the kernel's command line
+	// Hangs says that the machine comes to no init: it gets none, and nobody waits for it.
+	Hangs bool
 }
 
 // Start boots a kernel (kernels.Lookup) and waits until its init is ready. The machine ends with the test.
@@ -147,6 +190,9 @@ func Start(t testing.TB, kernel string, o Options) *Guest {
 	}
 	g := &Guest{t: t, dir: t.TempDir(), MiB: max(o.MiB, 256), began: time.Now(),
 		answers: make(chan map[string]json.RawMessage, 1), Exits: make(chan Exit, 1000), ready: make(chan struct{}, 10)}
+	if o.Hangs {
+		init = nil
+	}
 	initrd := filepath.Join(g.dir, "init.cpio")
 	if err := os.WriteFile(initrd, cpio(init, o.Files), 0o644); err != nil {
 		t.Fatal(err)
@@ -164,7 +210,7 @@ func Start(t testing.TB, kernel string, o Options) *Guest {
 	c := exec.Command("qemu-system-x86_64", "-M", "q35,memory-backend=ram0", "-uuid", UUID,
 		"-object", fmt.Sprintf("memory-backend-file,id=ram0,size=%dM,mem-path=%s,share=on", g.MiB, g.RAM),
 		"-m", fmt.Sprint(g.MiB), "-smp", fmt.Sprint(o.CPUs), "-cpu", "max", "-kernel", k.Vmlinuz, "-initrd", initrd,
-		"-append", "console=ttyS0 loglevel=4 panic=0 no_timer_check tsc=reliable", "-nodefaults", "-display", "none",
+		"-append", "console=ttyS0 loglevel=4 panic=0 no_timer_check tsc=reliable "+o.Append, "-nodefaults", "-display", "none",
 		"-serial", "file:"+filepath.Join(g.dir, "console"),
 		"-serial", "unix:"+filepath.Join(g.dir, "ctl")+",server=on,wait=off",
 		"-gdb", "unix:"+filepath.Join(g.dir, "gdb")+",server=on,wait=off",
@@ -204,7 +250,9 @@ func Start(t testing.TB, kernel string, o Options) *Guest {
 		t.Fatal(err)
 	}
 	g.Execute("qmp_capabilities")
-	g.WaitReady()
+	if !o.Hangs {
+		g.WaitReady()
+	}
 	return g
 }
 
@@ -383,11 +431,22 @@ func (g *Guest) Lock(gadget uint64, running func(cpu int) bool) int {
 }
 
 // Execute runs a QMP command.
-func (g *Guest) Execute(command string) {
+func (g *Guest) Execute(command string) { g.t.Helper(); g.ExecuteWith(command, nil) }
+
+// ExecuteWith runs a QMP command with arguments, which are put as JSON.
+func (g *Guest) ExecuteWith(command string, arguments any) {
 	g.t.Helper()
+	said := map[string]any{"execute": command}
+	if arguments != nil {
+		said["arguments"] = arguments
+	}
+	text, err := json.Marshal(said)
+	if err != nil {
+		g.t.Fatal(err)
+	}
 	g.qmu.Lock()
 	defer g.qmu.Unlock()
-	fmt.Fprintf(g.qmp, "{\"execute\":%q}\n", command)
+	g.qmp.Write(append(text, '\n'))
 	g.qmp.SetReadDeadline(time.Now().Add(time.Minute))
 	for {
 		line, err := g.qmpIn.ReadBytes('\n')

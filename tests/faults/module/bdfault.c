@@ -6,11 +6,15 @@
  * Write the name of a fault to /proc/bdfault; reading it lists them. Each fault does one thing that goes wrong in real
  * drivers, or that rootkits do. Some can be taken back by writing "NAME off".
  */
+#include <linux/anon_inodes.h>
+#include <linux/clocksource.h>
 #include <linux/completion.h>
 #include <linux/cred.h>
 #include <linux/delay.h>
+#include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/init.h>
+#include <linux/interrupt.h>
 #include <linux/io.h>
 #include <linux/irqflags.h>
 #include <linux/irq_work.h>
@@ -27,14 +31,21 @@
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/task.h>
+#include <linux/skbuff.h>
 #include <linux/slab.h>
 #include <linux/smp.h>
 #include <linux/spinlock.h>
 #include <linux/string.h>
 #include <linux/timer.h>
 #include <linux/uaccess.h>
+#include <linux/version.h>
 #include <linux/vmalloc.h>
 #include <linux/workqueue.h>
+#include <asm/tsc.h>
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
+#define timer_delete_sync del_timer_sync
+#endif
 
 #define MARKER "opt/backdoor/faults"
 
@@ -43,8 +54,12 @@ static DEFINE_MUTEX(mutex_a);
 static DEFINE_MUTEX(mutex_b);
 static DECLARE_COMPLETION(never);
 static bool hog_ends;
+static void poke(unsigned long *entry, unsigned long value);
+static unsigned long find(const char *name);
 static struct workqueue_struct *wq;
 static struct kmem_cache *leaks;
+#define FREED_SIZE 192
+static struct kmem_cache *freed; /* merged with no other */
 
 static noinline void forever(void)
 {
@@ -194,15 +209,45 @@ static void stack_overflow(void)
 	kthread_run(overflow_thread, NULL, "bdfault-stack");
 }
 
-/* CONFIG_DEBUG_LIST, where the kernel has it, speaks of it. */
-static void list_corruption(void)
+/* CONFIG_DEBUG_LIST, where the kernel has it, speaks of it, and CONFIG_BUG_ON_DATA_CORRUPTION ends the thread. */
+static int corrupt_list(void *unused)
 {
+	static struct list_head one;
 	LIST_HEAD(head);
-	struct list_head one;
 
 	list_add(&one, &head);
-	one.prev = NULL;
+	WRITE_ONCE(one.prev, NULL);
 	list_del(&one);
+	return 0;
+}
+
+static void list_corruption(void)
+{
+	kthread_run(corrupt_list, NULL, "bdfault-list");
+}
+
+/* What is free is written to, and with it the cache's chain of what is free: whoever takes from there next meets nonsense. */
+static int use_freed(void *unused)
+{
+	void *all[8];
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(all); i++)
+		all[i] = kmem_cache_alloc(freed, GFP_KERNEL);
+	for (i = 0; i < ARRAY_SIZE(all); i++)
+		if (all[i])
+			kmem_cache_free(freed, all[i]);
+	for (i = 0; i < ARRAY_SIZE(all); i++)
+		if (all[i])
+			memset(all[i], 0x5a, FREED_SIZE);
+	for (i = 0; i < ARRAY_SIZE(all); i++)
+		all[i] = kmem_cache_alloc(freed, GFP_KERNEL);
+	return 0;
+}
+
+static void use_after_free(void)
+{
+	kthread_run(use_freed, NULL, "bdfault-uaf");
 }
 
 static int rcu_thread(void *unused)
@@ -258,14 +303,22 @@ static void warn(void)
 	WARN(1, "bdfault: a warning on demand\n");
 }
 
+/* Leaks: each so much every tenth of a second, until they are switched off, when all is given back. */
 static struct timer_list leak_timer;
+static void *leaked; /* each begins with a pointer to the one before */
 
 static void leak(struct timer_list *t)
 {
 	int i;
 
-	for (i = 0; i < 256; i++)
-		(void)kmem_cache_alloc(leaks, GFP_ATOMIC);
+	for (i = 0; i < 256; i++) {
+		void **o = kmem_cache_alloc(leaks, GFP_ATOMIC | __GFP_NOWARN);
+
+		if (!o)
+			break;
+		*o = leaked;
+		leaked = o;
+	}
 	mod_timer(&leak_timer, jiffies + HZ / 10);
 }
 
@@ -277,15 +330,152 @@ static void slab_leak(void)
 
 static void slab_leak_off(void)
 {
-	del_timer_sync(&leak_timer);
+	timer_delete_sync(&leak_timer);
+	while (leaked) {
+		void *next = *(void **)leaked;
+
+		kmem_cache_free(leaks, leaked);
+		leaked = next;
+	}
 }
 
-/* A stray pointer into something that nobody needs at the moment, and everybody would believe. */
-static char victim[64] = "what was here before";
+static struct timer_list skb_timer;
+static struct sk_buff_head skbs;
 
+static void leak_skbs(struct timer_list *t)
+{
+	int i;
+
+	for (i = 0; i < 128; i++) {
+		struct sk_buff *skb = alloc_skb(1500, GFP_ATOMIC | __GFP_NOWARN);
+
+		if (!skb)
+			break;
+		skb_queue_tail(&skbs, skb);
+	}
+	mod_timer(&skb_timer, jiffies + HZ / 10);
+}
+
+static void skb_leak(void)
+{
+	skb_queue_head_init(&skbs);
+	timer_setup(&skb_timer, leak_skbs, 0);
+	mod_timer(&skb_timer, jiffies + 1);
+}
+
+static void skb_leak_off(void)
+{
+	timer_delete_sync(&skb_timer);
+	skb_queue_purge(&skbs);
+}
+
+static const struct file_operations no_ops = { .owner = THIS_MODULE };
+
+#define MAX_FILES (1 << 20)
+static struct file **files;
+static int nfiles;
+static void leak_files(struct work_struct *work);
+static DECLARE_DELAYED_WORK(files_work, leak_files);
+
+static void leak_files(struct work_struct *work)
+{
+	int i;
+
+	for (i = 0; i < 64 && nfiles < MAX_FILES; i++) {
+		struct file *f = anon_inode_getfile("[leak]", &no_ops, NULL, O_RDONLY);
+
+		if (IS_ERR(f))
+			break;
+		files[nfiles++] = f;
+	}
+	schedule_delayed_work(&files_work, HZ / 10);
+}
+
+static void fd_leak(void)
+{
+	if (!files)
+		files = vmalloc(MAX_FILES * sizeof(*files));
+	if (files)
+		schedule_delayed_work(&files_work, 1);
+}
+
+static void fd_leak_off(void)
+{
+	cancel_delayed_work_sync(&files_work);
+	while (nfiles)
+		fput(files[--nfiles]);
+}
+
+/* A softirq that raises itself again and again: ksoftirqd has nothing else to do. */
+static bool storm_ends;
+static void blow(struct tasklet_struct *t);
+static DECLARE_TASKLET(storm, blow);
+
+static void blow(struct tasklet_struct *t)
+{
+	if (!READ_ONCE(storm_ends))
+		tasklet_schedule(&storm);
+}
+
+static void softirq_storm(void)
+{
+	WRITE_ONCE(storm_ends, false);
+	tasklet_schedule(&storm);
+}
+
+static void softirq_storm_off(void)
+{
+	WRITE_ONCE(storm_ends, true);
+}
+
+/* A clock of which the kernel thinks better than of any other, that stands or jumps. */
+static u64 clock_stands_at, clock_offset;
+
+static u64 read_clock(struct clocksource *cs)
+{
+	u64 at = READ_ONCE(clock_stands_at);
+
+	return at ? at : get_cycles() + READ_ONCE(clock_offset);
+}
+
+static struct clocksource bad_clock = {
+	.name = "bdfault", .rating = 5000, .read = read_clock, .mask = CLOCKSOURCE_MASK(64),
+	.flags = CLOCK_SOURCE_IS_CONTINUOUS | CLOCK_SOURCE_VALID_FOR_HRES,
+};
+
+static bool bad_clock_runs;
+
+static void use_bad_clock(void)
+{
+	if (!bad_clock_runs && !clocksource_register_khz(&bad_clock, tsc_khz))
+		bad_clock_runs = true;
+	msleep(1500);
+}
+
+static void clock_jumps(void)
+{
+	use_bad_clock();
+	WRITE_ONCE(clock_offset, (u64)tsc_khz * 1000 * 60);
+}
+
+static void clock_stands(void)
+{
+	use_bad_clock();
+	WRITE_ONCE(clock_stands_at, get_cycles() + READ_ONCE(clock_offset));
+}
+
+/* A stray pointer, of a device say, since past the kernel's page tables, into constants that nobody needs at the moment. */
 static void wild_write(void)
 {
-	memset(victim, 0x5a, sizeof(victim));
+	char *at = (char *)find("linux_proc_banner");
+	int i;
+
+	for (i = 0; at && i < 8; i++) {
+		/* at its end the string has what is no pointer; poke wants them aligned */
+		unsigned long *word = (unsigned long *)ALIGN((unsigned long)at, 8) + i;
+
+		poke(word, 0x5a5a5a5a5a5a5a5aUL);
+	}
 }
 
 /* The writer gets uid 0 without any of the ways there are to it: its credentials are overwritten in place. */
@@ -423,11 +613,17 @@ static struct fault {
 	{ "oops-irq", irq_oops },
 	{ "stack-overflow", stack_overflow },
 	{ "list-corruption", list_corruption },
+	{ "use-after-free", use_after_free },
 	{ "rcu-stall", rcu_stall },
 	{ "wq-stall", wq_stall },
 	{ "wq-hog", wq_hog, wq_hog_off },
 	{ "warn", warn },
 	{ "slab-leak", slab_leak, slab_leak_off },
+	{ "skb-leak", skb_leak, skb_leak_off },
+	{ "fd-leak", fd_leak, fd_leak_off },
+	{ "softirq-storm", softirq_storm, softirq_storm_off },
+	{ "clock-jumps", clock_jumps },
+	{ "clock-stands", clock_stands },
 	{ "wild-write", wild_write },
 	{ "root-cred", root_cred },
 	{ "hook-syscall", hook_syscall, hook_syscall_off },
@@ -533,7 +729,8 @@ static int __init fault_init(void)
 	}
 	wq = alloc_ordered_workqueue("bdfault", 0);
 	leaks = kmem_cache_create("bdfault-leak", 1024, 0, SLAB_ACCOUNT, NULL);
-	if (!wq || !leaks || !proc_create("bdfault", 0666, NULL, &fault_ops))
+	freed = kmem_cache_create_usercopy("bdfault-freed", FREED_SIZE, 0, 0, 0, FREED_SIZE, NULL);
+	if (!wq || !leaks || !freed || !proc_create("bdfault", 0666, NULL, &fault_ops))
 		return -ENOMEM;
 	return 0;
 }

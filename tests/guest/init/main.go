@@ -3,11 +3,17 @@
 // that ends with a line {"exit": pid, "signal": n}.
 //
 //	spawn KIND   start a child: spin, sleep, nanosleep, blocked, blockedspin, threads, forks, stopped, zombie, bomb, rootbomb,
-//	             hog, roothog (of which the OOM killer keeps off)
+//	             hog, roothog (of which the OOM killer keeps off), rootforkN (N processes, one after the
+//	             other), rootfiles (open files, until there are no more), rootio (reads /dev/vda), roottmpfs (fills a
+//	             file system in memory), rootsyn (begins connections from addresses that there are not, over the loopback interface), rootload (what building
+//	             a program asks of a machine), rootnet (talks to itself by TCP), rootcode (gets itself memory that may be executed, after 35 s), rootbase (what a database does that takes its memory at its start)
 //	spawn fault=NAME  start a child that has the fault module do something, and stays
-//	load NAME    load the module of the file /NAME
+//	load NAME P  load the module of the file /NAME with parameters
+//	unload NAME  take a module out
 //	dmesg        all records of /dev/kmsg with level 4 (warning) or worse
 //	sysrq X      press the key
+//	kill N       end a child and what it has started, with SIGKILL
+//	settime S    set the wall clock ahead, or back, by so many seconds
 //	uptime       CLOCK_MONOTONIC in ns
 //	cat FILE     what is in it, or in the directory
 //	write FILE TEXT  write the words into the file
@@ -16,8 +22,11 @@ package main
 
 import (
 	"bufio"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -115,12 +124,18 @@ func main() {
 			}
 			say(map[string]int{"pid": pid})
 		case "load":
-			err := load("/" + arg)
+			err := load("/"+arg, strings.Join(f[min(2, len(f)):], " "))
 			if err != nil {
 				say(map[string]string{"error": err.Error()})
 				continue
 			}
 			say(map[string]string{"loaded": arg})
+		case "unload":
+			if err := unix.DeleteModule(arg, unix.O_NONBLOCK); err != nil {
+				say(map[string]string{"error": err.Error()})
+				continue
+			}
+			say(map[string]string{"unloaded": arg})
 		case "dmesg":
 			say(map[string]any{"dmesg": dmesg()})
 		case "sysrq":
@@ -140,6 +155,27 @@ func main() {
 				continue
 			}
 			say(map[string]string{"written": arg})
+		case "kill":
+			n, err := strconv.Atoi(arg)
+			if err == nil {
+				err = unix.Kill(-n, unix.SIGKILL)
+			}
+			if err != nil {
+				say(map[string]string{"error": err.Error()})
+				continue
+			}
+			say(map[string]string{"killed": arg})
+		case "settime":
+			n, err := strconv.Atoi(arg)
+			now := unix.NsecToTimeval(time.Now().Add(time.Duration(n) * time.Second).UnixNano())
+			if err == nil {
+				err = unix.Settimeofday(&now)
+			}
+			if err != nil {
+				say(map[string]string{"error": err.Error()})
+				continue
+			}
+			say(map[string]string{"set": arg})
 		case "patch":
 			if err := patch(); err != nil {
 				say(map[string]string{"error": err.Error()})
@@ -191,13 +227,13 @@ func patch() error {
 	return nil
 }
 
-func load(file string) error {
+func load(file, parameters string) error {
 	f, err := os.Open(file)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	return unix.FinitModule(int(f.Fd()), "", 0)
+	return unix.FinitModule(int(f.Fd()), parameters, 0)
 }
 
 func start(kind string) (int, error) {
@@ -205,6 +241,10 @@ func start(kind string) (int, error) {
 	if !strings.HasPrefix(kind, "root") {
 		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1000, Gid: 1000}}
 	}
+	if c.SysProcAttr == nil {
+		c.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	c.SysProcAttr.Setpgid = true
 	out, err := c.StdoutPipe()
 	if err != nil {
 		return 0, err
@@ -296,6 +336,71 @@ func child(kind string) {
 	case "exit":
 		os.Exit(0)
 	}
+	if n, ok := strings.CutPrefix(kind, "rootfork"); ok {
+		many, _ := strconv.Atoi(n)
+		for range many {
+			pid, _, e := unix.RawSyscall(unix.SYS_FORK, 0, 0, 0)
+			for pid == 0 && e == 0 {
+				unix.RawSyscall(unix.SYS_PAUSE, 0, 0, 0)
+			}
+			unix.Nanosleep(&unix.Timespec{Nsec: 10e6}, nil)
+		}
+	}
+	switch kind {
+	case "rootfiles":
+		const many = 60000
+		unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: many, Max: many})
+		syscall.Setuid(1000) // root has no limit for all together
+		for i := range many {
+			fd, err := unix.Open("/dev/null", unix.O_RDONLY, 0)
+			if err != nil || i%100 == 99 {
+				unix.Nanosleep(&unix.Timespec{Nsec: 10e6}, nil)
+			}
+			_ = fd
+		}
+	case "compile": // 60 MB within a moment, then gone
+		all := make([][]byte, 0, 64)
+		for range 60 {
+			b := make([]byte, 1<<20)
+			for k := range b {
+				b[k] = byte(k * k)
+			}
+			all = append(all, b)
+		}
+		os.Exit(len(all) & 1)
+	case "rootio":
+		fd, err := unix.Open("/dev/vda", unix.O_RDONLY|unix.O_DIRECT, 0)
+		b, merr := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+		for at := int64(0); err == nil && merr == nil; at += 4096 {
+			_, err = unix.Pread(fd, b, at%(16<<20))
+		}
+	case "roottmpfs": // 64 MiB, of which all but a little is used
+		const at = "/tmp-full"
+		os.MkdirAll(at, 0o755)
+		if unix.Mount("tmpfs", at, "tmpfs", 0, "size=64m") == nil {
+			block := make([]byte, 1<<20)
+			if f, err := os.Create(at + "/log"); err == nil {
+				for range 63 {
+					f.Write(block)
+				}
+			}
+		}
+	case "rootsyn":
+		flood()
+	case "rootcode": // after a while puts code into itself
+		unix.Nanosleep(&unix.Timespec{Sec: 35}, nil)
+		unix.Mmap(-1, 0, 8192, unix.PROT_READ|unix.PROT_WRITE|unix.PROT_EXEC, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	case "rootbase": // takes three eighths of 512 MiB at once and works there, as databases and virtual machines of languages do
+		const size = 192 << 20
+		b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+		for i := 0; err == nil; i = (i + 4096) % size {
+			b[i]++
+		}
+	case "rootnet":
+		talk()
+	case "rootload":
+		build()
+	}
 	for {
 		unix.Pause()
 	}
@@ -324,5 +429,130 @@ func dmesg() []string {
 			text, _, _ = strings.Cut(text, "\n")
 			out = append(out, text)
 		}
+	}
+}
+
+// flood begins connections with a listener of its own from addresses that do not exist: SYNs by a raw socket to the loopback interface,
+// 1000 of them a second.
+func flood() {
+	const port = 4321
+	loopback()
+	// Packets from elsewhere come over the loopback interface here.
+	for _, dev := range []string{"all", "default", "lo"} {
+		os.WriteFile("/proc/sys/net/ipv4/conf/"+dev+"/rp_filter", []byte("0"), 0)
+		os.WriteFile("/proc/sys/net/ipv4/conf/"+dev+"/accept_local", []byte("1"), 0)
+	}
+	l, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	if err != nil || unix.Bind(l, &unix.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}}) != nil || unix.Listen(l, 16) != nil {
+		return
+	}
+	raw, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
+	if err != nil {
+		return
+	}
+	sum := func(b []byte) uint16 {
+		n := uint32(0)
+		for i := 0; i+1 < len(b); i += 2 {
+			n += uint32(b[i])<<8 | uint32(b[i+1])
+		}
+		for n>>16 != 0 {
+			n = n&0xffff + n>>16
+		}
+		return ^uint16(n)
+	}
+	for i := uint32(0); ; i++ {
+		p := make([]byte, 40)
+		p[0], p[3], p[8], p[9] = 0x45, 40, 64, unix.IPPROTO_TCP
+		copy(p[12:], []byte{127, byte(i >> 16), byte(i >> 8), byte(i) | 2})
+		copy(p[16:], []byte{127, 0, 0, 1})
+		tcp := p[20:]
+		binary.BigEndian.PutUint16(tcp, uint16(1024+i%60000))
+		binary.BigEndian.PutUint16(tcp[2:], port)
+		binary.BigEndian.PutUint32(tcp[4:], i)
+		tcp[12], tcp[13] = 0x50, 2 // SYN
+		binary.BigEndian.PutUint16(tcp[14:], 1024)
+		pseudo := append(append([]byte{}, p[12:20]...), 0, unix.IPPROTO_TCP, 0, 20)
+		binary.BigEndian.PutUint16(tcp[16:], sum(append(pseudo, tcp...)))
+		unix.Sendto(raw, p, 0, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
+		if i%10 == 9 {
+			unix.Nanosleep(&unix.Timespec{Nsec: 10e6}, nil)
+		}
+	}
+}
+
+// talk sends itself what it can by TCP over the loopback interface, a connection for each 16 MiB.
+func talk() {
+	loopback()
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		return
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			io.Copy(io.Discard, c)
+			c.Close()
+		}
+	}()
+	for {
+		c, err := net.Dial("tcp4", l.Addr().String())
+		if err != nil {
+			time.Sleep(10 * time.Millisecond)
+			continue
+		}
+		block := make([]byte, 64<<10)
+		for range 256 {
+			if _, err := c.Write(block); err != nil {
+				break
+			}
+		}
+		c.Close()
+	}
+}
+
+// loopback switches the loopback interface on.
+func loopback() {
+	up, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(up)
+	if ifr, err := unix.NewIfreq("lo"); err == nil {
+		ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+		unix.IoctlIfreq(up, unix.SIOCSIFFLAGS, ifr)
+	}
+}
+
+// build does what building a program asks of a machine: many short processes that use the CPU and memory, and files that are written,
+// mapped and thrown away, more than the memory holds.
+func build() {
+	const size = 4 << 20
+	block := make([]byte, size)
+	for i := 0; ; i++ {
+		name := "/dev/shm-" + strconv.Itoa(os.Getpid()) + "-" + strconv.Itoa(i%8)
+		for range 4 {
+			c := exec.Command("/proc/self/exe", "compile")
+			if c.Start() == nil {
+				c.Wait()
+			}
+		}
+		for k := range block {
+			block[k] = byte(k * i)
+		}
+		os.WriteFile(name, block, 0o600)
+		if f, err := os.Open(name); err == nil {
+			if b, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ, unix.MAP_SHARED); err == nil {
+				n := byte(0)
+				for k := 0; k < size; k += 4096 {
+					n += b[k]
+				}
+				unix.Munmap(b)
+			}
+			f.Close()
+		}
+		os.Remove(name)
 	}
 }
