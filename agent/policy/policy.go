@@ -56,6 +56,7 @@
 //	    {"finding": "hardware", "action": "reboot-host", "mode": "wait"},
 //	    {"finding": "clock", "action": "reboot-host", "mode": "wait"},
 //	    {"finding": "boot-stuck", "action": "power-cycle", "mode": "wait"},
+//	    {"finding": "interrupt-storm", "action": "reboot-host", "mode": "wait"},
 //	    {"finding": "policy", "action": "kill-process", "mode": "wait"},
 //	    {"finding": "policy/miner", "action": "kill-process", "mode": "automatic", "maxPerHour": 6}
 //	  ]
@@ -223,6 +224,7 @@ func Default() Policy {
 		{Finding: "hardware", Action: "reboot-host", Mode: Wait},
 		{Finding: "clock", Action: "reboot-host", Mode: Wait},
 		{Finding: "boot-stuck", Action: "power-cycle", Mode: Wait},
+		{Finding: "interrupt-storm", Action: "reboot-host", Mode: Wait},
 		{Finding: "policy", Action: "kill-process", Mode: Wait},
 	}}
 }
