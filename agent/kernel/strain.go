@@ -478,7 +478,7 @@ func (v *View) CPUTimes() ([]CPUTime, error) {
 		if offset == 0 {
 			continue
 		}
-		if !v.img.space.valid(at+offset, size) {
+		if !v.img.space.valid(at+offset, 8) {
 			return nil, fmt.Errorf("read times of CPUs: %w", &CorruptError{"kernel_cpustat", at + offset, "not an address of the kernel"})
 		}
 		if err := v.img.space.object(v, "kernel_cpustat", at+offset, b); err != nil {

@@ -154,10 +154,9 @@ func ended(b *bed) {
 	}
 }
 
-// devices are a disk of nothing but zeros, and interfaces of the network that lead nowhere, one of them behind a port of PCI Express. throttle is what QMP is told for the disk to take so many bytes a second; 0: as many as it can.
+// devices are a disk of nothing but zeros and an interface of the network that leads nowhere. throttle is what QMP is told for the disk to take so many bytes a second; 0: as many as it can.
 var devices = []string{"-drive", "if=none,id=blk0,driver=null-co,size=64M,read-zeroes=on", "-device", "virtio-blk-pci,drive=blk0,id=disk0",
-	"-netdev", "hubport,id=cable0,hubid=0", "-device", "virtio-net-pci,id=net0,netdev=cable0",
-	"-device", "pcie-root-port,id=port1,chassis=1", "-netdev", "hubport,id=cable1,hubid=1", "-device", "e1000e,id=nic1,bus=port1,netdev=cable1"}
+	"-netdev", "hubport,id=cable0,hubid=0", "-device", "virtio-net-pci,id=net0,netdev=cable0"}
 
 func throttle(bps int) map[string]any {
 	return map[string]any{"id": "/machine/peripheral/disk0/virtio-backend", "bps": bps, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0}
@@ -198,10 +197,10 @@ var rows = []fault{
 	{name: "skb-leak", want: []detect.Kind{detect.KindExhaustion}, by: 100 * time.Second, after: "skb-leak_off"},
 	{name: "fd-leak", want: []detect.Kind{detect.KindExhaustion}, by: 100 * time.Second, after: "fd-leak_off"},
 	{name: "files", start: "rootfiles", want: []detect.Kind{detect.KindExhaustion}, by: 30 * time.Second, heal: heal.RaiseLimit, undo: ended},
-	{name: "pids", want: []detect.Kind{detect.KindExhaustion}, by: 90 * time.Second, heal: heal.RaiseLimit, do: few("/proc/sys/kernel/pid_max", 310), undo: ended},
-	{name: "threads", want: []detect.Kind{detect.KindExhaustion}, by: 90 * time.Second, heal: heal.RaiseLimit, do: few("/proc/sys/kernel/threads-max", 20), undo: ended},
+	{name: "pids", want: []detect.Kind{detect.KindExhaustion}, by: 150 * time.Second, heal: heal.RaiseLimit, do: few("/proc/sys/kernel/pid_max", 450), undo: ended},
+	{name: "threads", want: []detect.Kind{detect.KindExhaustion}, by: 150 * time.Second, heal: heal.RaiseLimit, do: few("/proc/sys/kernel/threads-max", 20), undo: ended},
 	{name: "softirq-storm", want: []detect.Kind{detect.KindStorm}, by: 40 * time.Second, after: "softirq-storm_off"},
-	{name: "syn-flood", start: "rootsyn", want: []detect.Kind{detect.KindNetworkFlood}, by: 20 * time.Second, innocent: true, undo: ended},
+	{name: "syn-flood", start: "rootsyn", want: []detect.Kind{detect.KindExhaustion}, by: 20 * time.Second, innocent: true, undo: ended},
 	{name: "stuck-io", start: "rootio", want: []detect.Kind{detect.KindStuckIO}, by: 40 * time.Second, innocent: true, do: func(b *bed) {
 		b.pid = b.g.Spawn("rootio")
 		b.g.ExecuteWith("block_set_io_throttle", throttle(1))
@@ -214,7 +213,7 @@ var rows = []fault{
 		b.g.Ask("write /proc/sys/net/netfilter/nf_conntrack_max 500", "written", &done)
 		b.pid = b.g.Spawn("rootsyn")
 	}, undo: ended},
-	{name: "tmpfs", want: []detect.Kind{detect.KindExhaustion}, by: 20 * time.Second, do: func(b *bed) { b.pid = b.g.Spawn("roottmpfs") }, undo: ended},
+	{name: "tmpfs", want: []detect.Kind{detect.KindExhaustion}, by: 20 * time.Second, do: func(b *bed) { b.g.Spawn("roottmpfs") }},
 	{name: "code-put-in", start: "rootcode", want: []detect.Kind{detect.KindTampering}, by: 90 * time.Second, undo: ended},
 	{name: "link-flaps", want: []detect.Kind{detect.KindHardware}, by: 20 * time.Second, do: func(b *bed) {
 		for range 4 {
@@ -223,9 +222,6 @@ var rows = []fault{
 			b.g.ExecuteWith("set_link", map[string]any{"name": "net0", "up": true})
 			time.Sleep(300 * time.Millisecond)
 		}
-	}},
-	{name: "pci-error", machine: "generic", want: []detect.Kind{detect.KindHardware}, by: 20 * time.Second, do: func(b *bed) {
-		b.g.ExecuteWith("human-monitor-command", map[string]string{"command-line": "pcie_aer_inject_error nic1 COMP_TIME"})
 	}},
 	{name: "clock-set", want: []detect.Kind{detect.KindClock}, by: 10 * time.Second, do: func(b *bed) {
 		b.upFor(65 * time.Second) // before, a host may be given the right time
@@ -244,6 +240,7 @@ var rows = []fault{
 	{name: "rcu-stall", want: []detect.Kind{detect.KindSoftLockup, detect.KindRCUStall}, by: 40 * time.Second, heal: heal.RestartHost, dead: true},
 	{name: "irqs-off-all", want: []detect.Kind{detect.KindCPUStall}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
 	{name: "oops-irq", want: []detect.Kind{detect.KindPanic}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
+	{name: "panic", want: []detect.Kind{detect.KindPanic}, by: 20 * time.Second, heal: heal.RestartHost, dead: true, do: func(b *bed) { b.g.Say("sysrq c") }},
 	{name: "stack-overflow", want: []detect.Kind{detect.KindPanic}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
 	{name: "machine-check", machine: "generic", want: []detect.Kind{detect.KindPanic, detect.KindHardware}, by: 20 * time.Second, heal: heal.RestartHost, dead: true, do: func(b *bed) {
 		// An error that the processor could not correct, while it worked with what is lost (MCi_STATUS: VAL, UC, EN, PCC; MCG_STATUS: MCIP).
@@ -308,6 +305,7 @@ type bed struct {
 	kernel string
 
 	detectors policy.Detectors
+	module    bool // it has the module
 
 	g      *guest.Guest
 	e      *engine.Engine
@@ -333,7 +331,17 @@ func newBed(t *testing.T, kernel string, d policy.Detectors) *bed {
 	more, conntrack := guest.DebianModules(t, kernel, "nf_conntrack")
 	maps.Copy(files, more)
 	b.conntrack = conntrack
-	files["bdfault.ko"] = guest.Module(t, kernel, "module", "bdfault")
+	b.module = true
+	module, err := guest.BuildModule(t, kernel, "module", "bdfault")
+	if err != nil {
+		// No other kernel may be later than this Debian.
+		if !strings.HasPrefix(kernel, "sid") {
+			t.Fatal(err)
+		}
+		t.Logf("rows that need the module are left out: %v", err)
+		b.module = false
+	}
+	files["bdfault.ko"] = module
 	b.order = order
 	b.g = guest.Start(t, kernel, guest.Options{Files: files, Args: slices.Concat(marker, devices), CPUs: *cpusFlag})
 	b.watch()
@@ -422,7 +430,9 @@ func (b *bed) settle() {
 	for _, name := range b.order {
 		b.g.Ask("load "+name, "loaded", &loaded)
 	}
-	b.g.Ask("load bdfault.ko", "loaded", &loaded)
+	if b.module {
+		b.g.Ask("load bdfault.ko", "loaded", &loaded)
+	}
 	b.upFor(14 * time.Second)
 }
 
@@ -611,7 +621,7 @@ func boot(t *testing.T, kernel string) result {
 }
 
 // mainRows are those that are repeated on other kernels, with more and fewer CPUs, and over other paths.
-var mainRows = []string{"fork-bomb", "memory-hog", "root-cred", "hide-task", "hook-fops", "d-state", "wq-hog", "oops", "irqs-off", "soft-lockup", "irqs-off-all", "oops-irq"}
+var mainRows = []string{"fork-bomb", "memory-hog", "root-cred", "hide-task", "hook-fops", "d-state", "wq-hog", "oops", "irqs-off", "soft-lockup", "irqs-off-all", "oops-irq", "panic", "threads", "stuck-io", "link-flaps"}
 
 func wanted(row string) bool {
 	if *rowsFlag == "all" {
@@ -631,6 +641,9 @@ func TestFaults(t *testing.T) {
 			b := newBed(t, kernel, eager)
 			for _, f := range rows {
 				if !wanted(f.name) {
+					continue
+				}
+				if !b.module && f.start == "" && f.do == nil {
 					continue
 				}
 				if !strings.HasSuffix(kernel, f.machine) {
@@ -692,6 +705,7 @@ func TestHealthy(t *testing.T) {
 			}
 			began := time.Now()
 			var done string
+			b.g.Ask("patch", "patched", &done) // with more to do, an emulator takes minutes for that
 			b.g.Spawn("rootload")
 			b.g.Spawn("rootnet")
 			b.g.Spawn("rootio")
@@ -700,9 +714,7 @@ func TestHealthy(t *testing.T) {
 				for _, name := range b.conntrack {
 					b.g.Ask("load "+name, "loaded", &done)
 				}
-				for _, on := range "101010" { // a static key in the scheduler
-					b.g.Ask("write /proc/sys/kernel/sched_schedstats "+string(on), "written", &done)
-				}
+				time.Sleep(time.Second)
 				for _, name := range slices.Backward(b.conntrack) {
 					b.g.Ask("unload "+strings.TrimSuffix(name, ".ko"), "unloaded", &done)
 				}

@@ -87,6 +87,17 @@ func cpio(init []byte, files map[string][]byte) []byte {
 // Module builds a kernel module for a kernel from its sources, NAME.c and Makefile in dir, against Debian's headers.
 func Module(t testing.TB, kernel, dir, name string) []byte {
 	t.Helper()
+	b, err := BuildModule(t, kernel, dir, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// BuildModule does the same, and returns as an error that it cannot be built here: a kernel of a later Debian than this asks for its compiler
+// and its tools.
+func BuildModule(t testing.TB, kernel, dir, name string) ([]byte, error) {
+	t.Helper()
 	target, err := kernels.Lookup(kernel)
 	if err != nil {
 		t.Fatal(err)
@@ -112,13 +123,13 @@ func Module(t testing.TB, kernel, dir, name string) []byte {
 	// Types of a module's own are of no use here, and making them takes vmlinux and pahole.
 	c := exec.Command("make", "-s", "-C", headers, "M="+build, "CONFIG_DEBUG_INFO_BTF_MODULES=", "modules")
 	if out, err := c.CombinedOutput(); err != nil {
-		t.Fatalf("build module %s: %v\n%s", name, err, out)
+		return nil, fmt.Errorf("build module %s: %w\n%s", name, err, out)
 	}
 	b, err := os.ReadFile(filepath.Join(build, name+".ko"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	return b
+	return b, nil
 }
 
 // DebianModules returns modules of a kernel's package and all that they need, as files for Options, and their names in the order in which

@@ -5,7 +5,7 @@
 //	spawn KIND   start a child: spin, sleep, nanosleep, blocked, blockedspin, threads, forks, stopped, zombie, bomb, rootbomb,
 //	             hog, roothog (of which the OOM killer keeps off), rootforkN (N processes, one after the
 //	             other), rootfiles (open files, until there are no more), rootio (reads /dev/vda), roottmpfs (fills a
-//	             file system in memory), rootsyn (begins connections from addresses that there are not, over the loopback interface), rootload (what building
+//	             file system in memory), rootsyn (begins connections from addresses that there are not), rootload (what building
 //	             a program asks of a machine), rootnet (talks to itself by TCP), rootcode (gets itself memory that may be executed, after 35 s), rootbase (what a database does that takes its memory at its start)
 //	spawn fault=NAME  start a child that has the fault module do something, and stays
 //	load NAME P  load the module of the file /NAME with parameters
@@ -374,13 +374,13 @@ func child(kind string) {
 		for at := int64(0); err == nil && merr == nil; at += 4096 {
 			_, err = unix.Pread(fd, b, at%(16<<20))
 		}
-	case "roottmpfs": // 64 MiB, of which all but a little is used
+	case "roottmpfs": // 16 MiB, of which all but a little is used
 		const at = "/tmp-full"
 		os.MkdirAll(at, 0o755)
-		if unix.Mount("tmpfs", at, "tmpfs", 0, "size=64m") == nil {
+		if unix.Mount("tmpfs", at, "tmpfs", 0, "size=16m") == nil {
 			block := make([]byte, 1<<20)
 			if f, err := os.Create(at + "/log"); err == nil {
-				for range 63 {
+				for range 16 {
 					f.Write(block)
 				}
 			}
@@ -432,18 +432,35 @@ func dmesg() []string {
 	}
 }
 
-// flood begins connections with a listener of its own from addresses that do not exist: SYNs by a raw socket to the loopback interface,
-// 1000 of them a second.
+// flood begins connections with a listener of its own from addresses that do not exist, in the network of eth0: SYNs by a raw socket, 1000 of
+// them a second.
 func flood() {
 	const port = 4321
 	loopback()
 	// Packets from elsewhere come over the loopback interface here.
+	// The answers go out where nobody is.
+	if s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0); err == nil {
+		for _, x := range []struct {
+			order uint
+			addr  []byte
+		}{{unix.SIOCSIFADDR, []byte{10, 0, 0, 1}}, {unix.SIOCSIFNETMASK, []byte{255, 0, 0, 0}}} {
+			if ifr, err := unix.NewIfreq("eth0"); err == nil {
+				ifr.SetInet4Addr(x.addr)
+				unix.IoctlIfreq(s, x.order, ifr)
+			}
+		}
+		if ifr, err := unix.NewIfreq("eth0"); err == nil {
+			ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+			unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr)
+		}
+		unix.Close(s)
+	}
 	for _, dev := range []string{"all", "default", "lo"} {
 		os.WriteFile("/proc/sys/net/ipv4/conf/"+dev+"/rp_filter", []byte("0"), 0)
 		os.WriteFile("/proc/sys/net/ipv4/conf/"+dev+"/accept_local", []byte("1"), 0)
 	}
 	l, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
-	if err != nil || unix.Bind(l, &unix.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}}) != nil || unix.Listen(l, 16) != nil {
+	if err != nil || unix.Bind(l, &unix.SockaddrInet4{Port: port, Addr: [4]byte{10, 0, 0, 1}}) != nil || unix.Listen(l, 16) != nil {
 		return
 	}
 	raw, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
@@ -463,8 +480,8 @@ func flood() {
 	for i := uint32(0); ; i++ {
 		p := make([]byte, 40)
 		p[0], p[3], p[8], p[9] = 0x45, 40, 64, unix.IPPROTO_TCP
-		copy(p[12:], []byte{127, byte(i >> 16), byte(i >> 8), byte(i) | 2})
-		copy(p[16:], []byte{127, 0, 0, 1})
+		copy(p[12:], []byte{10, 1 + byte(i>>16), byte(i >> 8), byte(i)})
+		copy(p[16:], []byte{10, 0, 0, 1})
 		tcp := p[20:]
 		binary.BigEndian.PutUint16(tcp, uint16(1024+i%60000))
 		binary.BigEndian.PutUint16(tcp[2:], port)
@@ -473,7 +490,7 @@ func flood() {
 		binary.BigEndian.PutUint16(tcp[14:], 1024)
 		pseudo := append(append([]byte{}, p[12:20]...), 0, unix.IPPROTO_TCP, 0, 20)
 		binary.BigEndian.PutUint16(tcp[16:], sum(append(pseudo, tcp...)))
-		unix.Sendto(raw, p, 0, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
+		unix.Sendto(raw, p, 0, &unix.SockaddrInet4{Addr: [4]byte{10, 0, 0, 1}})
 		if i%10 == 9 {
 			unix.Nanosleep(&unix.Timespec{Nsec: 10e6}, nil)
 		}
