@@ -184,7 +184,10 @@ func (w *cgroupWalk) of(task VirtAddr) (VirtAddr, error) {
 		return 0, err
 	}
 	set, err := w.v.thing(w.set, t.ptr("cgroups"))
-	return set.ptr("dfl_cgrp"), err
+	if err != nil {
+		return 0, err
+	}
+	return set.ptr("dfl_cgrp"), nil
 }
 
 // cpuTime is what a group has used, or a part of it.

@@ -11,11 +11,12 @@ import (
 // Lock is a sleeping lock of the kernel that tasks wait for, or that is known by name and held.
 type Lock struct {
 	Addr VirtAddr `json:"addr"`
-	Kind string   `json:"kind"` // mutex, rwsem, semaphore or rtmutex
+	Kind string   `json:"kind"` // mutex, rwsem, semaphore or rtmutex; of a kernel built for real time also spinlock and rwlock, which sleep there
 	// Name is that of the lock itself (rtnl_mutex), or the kind of object that it is in and where (inode_cache+0xa0).
 	Name  string    `json:"name,omitempty"`
 	Owner *LockTask `json:"owner,omitempty"` // nil if nobody holds it, or the kernel does not record who
-	// Readers is how many hold an rwsem for reading. Owner is then the one that took it last, and may have let go.
+	// Readers is how many hold an rwsem for reading. Owner is then the one that took it last, and may have let go; a kernel built
+	// for real time does not record it.
 	Readers int          `json:"readers,omitempty"`
 	Waiters []LockWaiter `json:"waiters"` // the first in line first
 }
@@ -47,6 +48,11 @@ const (
 	rwsemWriterHeld  = 1
 	rwsemWaiters     = 2
 	rwsemReaderShift = 8
+	mutexWaiters     = 1
+
+	// include/linux/rwbase_rt.h: how rwbase_rt.readers counts, since v5.15.
+	rwbaseReaderBias = 1 << 31 // no writer is there, or waits
+	rwbaseWriterBias = 1 << 30 // a writer has it
 )
 
 // knownLocks are locks of the whole kernel that much depends on: these are told when they are held, even if no one waits.
@@ -57,8 +63,18 @@ var knownLocks = []struct{ name, kind string }{
 	{"oom_lock", "mutex"}, {"oom_adj_mutex", "mutex"}, {"pcpu_alloc_mutex", "mutex"}, {"vmap_purge_lock", "mutex"}, {"sched_domains_mutex", "mutex"},
 }
 
+// The ways in which kernels queue for their sleeping locks.
+const (
+	headed   = iota // a list, whose head is in the lock
+	headless        // a circle, of which the lock has the first: since v7.0
+	realTime        // CONFIG_PREEMPT_RT: all but the semaphore by rt_mutex_base
+)
+
 type lockWalk struct {
 	v                                 *View
+	queues                            int // headed, headless or realTime
+	semHeadless                       bool
+	rtWord, rtReaders                 map[string]uint64 // realTime: of a kind of lock, where its rt_mutex_base and its count of readers are
 	task, mutex, rwsem, semaphore, rt *shape
 	mutexWaiter, rwWaiter, semWaiter  *shape
 	rtWaiter                          *shape
@@ -74,10 +90,11 @@ type lockWalk struct {
 
 // Locks lists the mutexes, reader-writer semaphores, semaphores and priority-inheriting mutexes that tasks sleep on, with who
 // holds them and who waits, and those of the kernel's own big locks that are held. No kernel keeps a list of its locks: a
-// sleeper's place in the queue is found on its stack, and counts only if the queue around it is whole.
+// sleeper's place in the queue is found on its stack, and counts only if the queue around it is whole. Since v7.0 the queue of a lock
+// no longer leads to the lock, which is then what a stack of the queue points to and whose first waiter is of the queue. A kernel
+// built for real time says by task_struct.pi_blocked_on what a task waits for; only who waits for readers to go is found by its stack.
 //
-// A lock that spins does not show here, nor one of a kernel built for real time. Since v7.0 the queue of a lock no longer leads to
-// the lock: there it is ErrNotSupported.
+// A lock that spins does not show here.
 func (v *View) Locks() iter.Seq2[Lock, error] {
 	return settled(v, "walk locks", func() ([]Lock, error) {
 		w := lockWalk{v: v, tasks: make(map[VirtAddr]Task), locks: make(map[VirtAddr]bool)}
@@ -96,15 +113,10 @@ func (w *lockWalk) again() error {
 	v, l := w.v, &w.v.img.lay.task
 	var pieces []piece
 	for _, k := range w.all {
-		s := map[string]*shape{"mutex": w.mutex, "rwsem": w.rwsem, "rtmutex": w.rt}[k.Kind]
 		if len(k.Waiters) == 0 {
 			continue
 		}
-		word := piece{k.Addr, 8} // of a semaphore, which has no owner: whatever it begins with
-		if s != nil {
-			word.at += VirtAddr(s.fields["owner.counter"].Offset + s.fields["owner"].Offset)
-		}
-		pieces = append(pieces, word)
+		pieces = append(pieces, w.word(k))
 		for _, x := range k.Waiters {
 			pieces = append(pieces, piece{x.Addr + VirtAddr(l.state), 4}, piece{x.Addr + VirtAddr(l.onCPU), 1}, piece{x.Addr + VirtAddr(l.nvcsw), 8}, piece{x.Addr + VirtAddr(l.nivcsw), 8})
 		}
@@ -144,27 +156,68 @@ func (w *lockWalk) again() error {
 	return nil
 }
 
+// word returns the word of a lock that says who holds it.
+func (w *lockWalk) word(k Lock) piece {
+	if base, ok := w.rtWord[k.Kind]; ok {
+		if k.Readers > 0 {
+			return piece{k.Addr + VirtAddr(w.rtReaders[k.Kind]), 4}
+		}
+		return piece{k.Addr + VirtAddr(base+w.rt.offset("owner")), 8}
+	}
+	s := map[string]*shape{"mutex": w.mutex, "rwsem": w.rwsem, "rtmutex": w.rt}[k.Kind]
+	if s == nil {
+		return piece{k.Addr, 8} // a semaphore, which has no owner: whatever it begins with
+	}
+	return piece{k.Addr + VirtAddr(s.fields["owner.counter"].Offset+s.fields["owner"].Offset), 8}
+}
+
 func (w *lockWalk) resolve() error {
+	types := w.v.img.types
+	has := func(typ, field string) bool { _, err := types.field(typ, field); return err == nil }
 	r := resolver{img: w.v.img}
 	w.task = r.shape("task_struct", "stack", "thread.sp|thread.cpu_context.sp", "pi_blocked_on?", "stack_vm_area?")
-	w.mutex = r.shape("mutex", "owner.counter", "wait_list[]")
-	w.rwsem = r.shape("rw_semaphore", "count.counter", "owner.counter", "wait_list[]")
-	w.semaphore = r.shape("semaphore", "count", "wait_list[]")
-	w.mutexWaiter = r.shape("mutex_waiter", "list[]", "task")
-	w.rwWaiter = r.shape("rwsem_waiter", "list[]", "task", "type")
+	const first = "wait_list|first_waiter[]"
+	w.semHeadless = has("semaphore", "first_waiter")
+	w.semaphore = r.shape("semaphore", "count", first)
 	w.semWaiter = r.shape("semaphore_waiter", "list[]", "task")
+	alike := []*shape{w.semWaiter}
+	switch {
+	case has("mutex", "rtmutex"):
+		w.queues = realTime
+		w.rwWaiter = w.semWaiter // the only ones in a list
+		w.rtWord = map[string]uint64{"mutex": r.field("mutex", 0, "rtmutex"), "rwsem": r.field("rw_semaphore", 0, "rwbase.rtmutex")}
+		w.rtReaders = map[string]uint64{"rwsem": r.field("rw_semaphore", 4, "rwbase.readers")}
+		if spin, err := types.field("spinlock", "lock"); err == nil {
+			w.rtWord["spinlock"] = spin.Offset
+		}
+		if rw, err := types.field("rwbase_rt", "rtmutex"); err == nil && has("rwlock_t", "rwbase") {
+			w.rtWord["rwlock"] = r.field("rwlock_t", 0, "rwbase") + rw.Offset
+			w.rtReaders["rwlock"] = r.field("rwlock_t", 4, "rwbase.readers")
+		}
+	default:
+		if has("mutex", "first_waiter") {
+			w.queues = headless
+		}
+		w.mutex = r.shape("mutex", "owner.counter", first)
+		w.rwsem = r.shape("rw_semaphore", "count.counter", "owner.counter", first)
+		w.mutexWaiter = r.shape("mutex_waiter", "list[]", "task")
+		w.rwWaiter = r.shape("rwsem_waiter", "list[]", "task", "type")
+		alike = append(alike, w.mutexWaiter, w.rwWaiter)
+	}
 	if r.err != nil {
 		return r.err
 	}
 	var err error
-	if w.reads, err = w.v.img.types.enum("rwsem_waiter_type", "RWSEM_WAITING_FOR_READ"); err != nil {
-		return fmt.Errorf("%w: %w", ErrNotSupported, err)
+	if w.queues != realTime {
+		if w.reads, err = types.enum("rwsem_waiter_type", "RWSEM_WAITING_FOR_READ"); err != nil {
+			return fmt.Errorf("%w: %w", ErrNotSupported, err)
+		}
 	}
 	// One offset for all: what looks like a waiter is found first, and then what kind it is of.
-	w.list, w.owner = w.mutexWaiter.offset("list"), w.mutexWaiter.offset("task")
-	for _, s := range []*shape{w.rwWaiter, w.semWaiter} {
+	w.list, w.owner = w.semWaiter.offset("list"), w.semWaiter.offset("task")
+	for _, s := range alike {
 		if s.offset("list") != w.list || s.offset("task") != w.owner {
-			return fmt.Errorf("%s is unlike mutex_waiter: %w", s.typ, ErrNotSupported)
+			return fmt.Errorf("%s is unlike semaphore_waiter: %w", s.typ, ErrNotSupported)
 		}
 	}
 	try := resolver{img: w.v.img}
@@ -176,6 +229,9 @@ func (w *lockWalk) resolve() error {
 	w.rt = try.shape(rt, "waiters.rb_root.rb_node", "owner")
 	w.pi = try.shape("rt_mutex_waiter", "tree.entry|tree_entry[]")
 	if try.err != nil {
+		if w.queues == realTime {
+			return try.err
+		}
 		w.rtWaiter = nil
 	}
 	if w.threadSize, err = w.v.threadSize(); err != nil {
@@ -265,6 +321,11 @@ func (w *lockWalk) sleeper(t Task) error {
 	if err := w.v.img.space.object(w.v, "stack", sp, b); err != nil {
 		return err
 	}
+	if w.queues == realTime && s.ptr("pi_blocked_on") == 0 {
+		if kind, _, err := w.kind(t); err != nil || kind == "rwsem" {
+			return errors.Join(err, w.drains(t, b))
+		}
+	}
 	for at := w.owner; at+8 <= uint64(len(b)); at += 8 {
 		if VirtAddr(le64(b[at:])) != t.Addr {
 			continue
@@ -274,7 +335,7 @@ func (w *lockWalk) sleeper(t Task) error {
 		if err != nil {
 			return err
 		}
-		if !ok || w.locks[head] {
+		if !ok || head != 0 && w.locks[head] {
 			continue
 		}
 		if err := w.lock(t, head, waiters); err != nil {
@@ -284,8 +345,93 @@ func (w *lockWalk) sleeper(t Task) error {
 	return nil
 }
 
+// drains tells the rwsem of a real-time kernel that a writer has for itself already but for the readers that are to go
+// (rwbase_write_lock): of what its stack points to, the one whose rt_mutex_base it owns while there are readers. stack is the part of
+// the stack where that is.
+func (w *lockWalk) drains(t Task, stack []byte) error {
+	for i := 0; i+8 <= len(stack); i += 8 {
+		at := VirtAddr(le64(stack[i:]))
+		if !w.v.img.space.valid(at, 8) || w.locks[at] {
+			continue
+		}
+		owner, err := w.v.pointer("rw_semaphore", at+VirtAddr(w.rtWord["rwsem"]+w.rt.offset("owner")))
+		if err != nil || owner&^1 != t.Addr {
+			if err != nil && !tolerable(err) {
+				return err
+			}
+			continue
+		}
+		l := Lock{Addr: at, Kind: "rwsem"}
+		if err := w.holder(&l); err != nil || l.Readers == 0 {
+			if err != nil && !tolerable(err) {
+				return err
+			}
+			continue
+		}
+		w.locks[at] = true
+		l.Waiters = []LockWaiter{{LockTask: w.name(t.Addr)}}
+		return w.add(l)
+	}
+	return nil
+}
+
+// add tells a lock.
+func (w *lockWalk) add(l Lock) (err error) {
+	if len(w.all) == maxLocks {
+		return &CorruptError{"lock", l.Addr, fmt.Sprintf("more than %d locks", maxLocks)}
+	}
+	if l.Name, err = w.v.nameOf(l.Addr); err == nil {
+		w.all = append(w.all, l)
+	}
+	return err
+}
+
+// ofQueue finds the lock whose queue is a circle of waiters: on their stacks there is a pointer to it, since they will need it. Its word
+// must say that somebody waits. It is 0 if there is none.
+func (w *lockWalk) ofQueue(kind string, s *shape, waiters []VirtAddr) (lock, first VirtAddr, err error) {
+	for _, at := range waiters {
+		x, err := w.v.thing(w.semWaiter, at)
+		if err != nil {
+			return 0, 0, err
+		}
+		t, err := w.v.thing(w.task, x.ptr("task"))
+		if err != nil {
+			return 0, 0, err
+		}
+		lo, sp := t.ptr("stack"), t.ptr("thread.sp")
+		if sp < lo || sp >= lo+VirtAddr(w.threadSize) || sp%8 != 0 {
+			continue
+		}
+		b := make([]byte, min(uint64(lo+VirtAddr(w.threadSize)-sp), 2048))
+		if err := w.v.img.space.object(w.v, "stack", sp, b); err != nil {
+			return 0, 0, err
+		}
+		for i := 0; i < len(b); i += 8 {
+			lock := VirtAddr(le64(b[i:]))
+			if !w.v.img.space.valid(lock, 8) {
+				continue
+			}
+			first, err := w.v.pointer(kind, lock+VirtAddr(s.offset("wait_list")))
+			if err == nil && slices.Contains(waiters, first) {
+				l, err := w.v.thing(s, lock)
+				if err != nil {
+					return 0, 0, err
+				}
+				if kind == "mutex" && l.num("owner.counter")&mutexWaiters == 0 || kind == "rwsem" && l.num("count.counter")&rwsemWaiters == 0 {
+					continue
+				}
+				return lock, first, nil
+			}
+			if err != nil && !tolerable(err) {
+				return 0, 0, err
+			}
+		}
+	}
+	return 0, 0, nil
+}
+
 // queue follows the list that a node on a stack may be of, and finds its head: what is not on the stack of the task that it
-// names. ok is false if it is no queue of a lock.
+// names; a circle of waiters alone has none, 0. ok is false if it is no queue of a lock.
 func (w *lockWalk) queue(node VirtAddr) (head VirtAddr, waiters []VirtAddr, ok bool, err error) {
 	heads := 0
 	at := node
@@ -341,8 +487,11 @@ func (w *lockWalk) queue(node VirtAddr) (head VirtAddr, waiters []VirtAddr, ok b
 			break
 		}
 	}
-	if at != node || heads != 1 {
+	if at != node || heads > 1 || len(waiters) == 0 {
 		return 0, nil, false, nil
+	}
+	if heads == 0 {
+		return 0, waiters, true, nil
 	}
 	// The first in line is behind the head.
 	first, err := w.v.pointer("list_head", head)
@@ -357,16 +506,28 @@ func (w *lockWalk) queue(node VirtAddr) (head VirtAddr, waiters []VirtAddr, ok b
 
 // lock tells what kind of lock a queue is of: the functions in which one of the sleepers is say so, and the lock must agree.
 func (w *lockWalk) lock(t Task, head VirtAddr, waiters []VirtAddr) error {
-	kind, err := w.kind(t)
-	if err != nil || kind == "" {
+	kind, _, err := w.kind(t)
+	if err != nil {
 		return err
 	}
-	w.locks[head] = true
-	if len(w.all) == maxLocks {
-		return &CorruptError{"lock", head, fmt.Sprintf("more than %d locks", maxLocks)}
-	}
 	s := map[string]*shape{"mutex": w.mutex, "rwsem": w.rwsem, "semaphore": w.semaphore}[kind]
-	l := Lock{Addr: head - VirtAddr(s.offset("wait_list")), Kind: kind}
+	if circle := w.queues == headless || kind == "semaphore" && w.semHeadless; s == nil || circle != (head == 0) {
+		return nil
+	}
+	at := head - VirtAddr(s.offset("wait_list"))
+	if head == 0 {
+		var first VirtAddr
+		if at, first, err = w.ofQueue(kind, s, waiters); err != nil || at == 0 {
+			return err
+		}
+		i := slices.Index(waiters, first)
+		waiters, head = append(slices.Clone(waiters[i:]), waiters[:i]...), at+VirtAddr(s.offset("wait_list"))
+		if w.locks[head] {
+			return nil
+		}
+	}
+	w.locks[head] = true
+	l := Lock{Addr: at, Kind: kind}
 	if err := w.holder(&l); err != nil {
 		return err
 	}
@@ -379,28 +540,26 @@ func (w *lockWalk) lock(t Task, head VirtAddr, waiters []VirtAddr) error {
 		waiter.Reads = kind == "rwsem" && int64(x.num("type")) == w.reads
 		l.Waiters = append(l.Waiters, waiter)
 	}
-	if l.Name, err = w.v.nameOf(l.Addr); err != nil {
-		return err
-	}
-	w.all = append(w.all, l)
-	return nil
+	return w.add(l)
 }
 
 // sleepIn are functions that sleep for a lock, by what their names begin with: those of kernel/locking.
 var sleepIn = []struct{ prefix, kind string }{
 	{"__mutex_lock", "mutex"}, {"__ww_mutex_lock", "mutex"}, {"mutex_lock", "mutex"},
 	{"rwsem_down_", "rwsem"}, {"down_read", "rwsem"}, {"down_write", "rwsem"}, {"__down_read", "rwsem"}, {"__down_write", "rwsem"},
+	{"rwbase_", "rwsem"}, {"rt_spin_lock", "spinlock"}, {"rt_read_lock", "rwlock"}, {"rt_write_lock", "rwlock"},
+	{"futex_", "rtmutex"}, {"rt_mutex_lock", "rtmutex"},
 	{"__down", "semaphore"}, {"down", "semaphore"},
 }
 
-// kind returns what kind of lock a task sleeps for; empty if it does not.
-func (w *lockWalk) kind(t Task) (string, error) {
+// kind returns what kind of lock a task sleeps for, and whether to read; empty if it does not.
+func (w *lockWalk) kind(t Task) (kind string, reads bool, err error) {
 	s, err := w.v.stackOf(t)
 	if err != nil {
 		if tolerable(err) {
-			return "", nil
+			return "", false, nil
 		}
-		return "", err
+		return "", false, err
 	}
 	for i, f := range s.Frames {
 		if i == 8 || f.Guessed && i > 4 {
@@ -408,18 +567,40 @@ func (w *lockWalk) kind(t Task) (string, error) {
 		}
 		for _, in := range sleepIn {
 			if strings.HasPrefix(f.Symbol, in.prefix) {
-				return in.kind, nil
+				return in.kind, strings.Contains(f.Symbol, "read"), nil
 			}
 		}
 	}
-	return "", nil
+	return "", false, nil
 }
 
 // holder fills in who holds a lock.
 func (w *lockWalk) holder(l *Lock) error {
 	var owner VirtAddr
-	switch l.Kind {
-	case "mutex":
+	base, rt := w.rtWord[l.Kind]
+	if readers, ok := w.rtReaders[l.Kind]; ok {
+		n, err := w.v.Uint32(l.Addr + VirtAddr(readers))
+		if err != nil {
+			return err
+		}
+		if n != rwbaseWriterBias {
+			if n &^= rwbaseReaderBias; n > pidMax {
+				return &CorruptError{l.Kind, l.Addr, fmt.Sprintf("%d readers", n)}
+			}
+			l.Readers = int(n)
+			if n > 0 {
+				return nil
+			}
+		}
+	}
+	switch kind := l.Kind; {
+	case rt || kind == "rtmutex":
+		m, err := w.v.thing(w.rt, l.Addr+VirtAddr(base))
+		if err != nil {
+			return err
+		}
+		owner = m.ptr("owner") &^ 1 // RT_MUTEX_HAS_WAITERS
+	case kind == "mutex":
 		m, err := w.v.thing(w.mutex, l.Addr)
 		if err != nil {
 			return err
@@ -428,7 +609,7 @@ func (w *lockWalk) holder(l *Lock) error {
 			return nil // given to the first in line, which has not woken up to take it
 		}
 		owner &^= mutexFlags
-	case "rwsem":
+	case kind == "rwsem":
 		s, err := w.v.thing(w.rwsem, l.Addr)
 		if err != nil {
 			return err
@@ -446,12 +627,6 @@ func (w *lockWalk) holder(l *Lock) error {
 			}
 		}
 		owner = word &^ rwsemOwnerFlags
-	case "rtmutex":
-		m, err := w.v.thing(w.rt, l.Addr)
-		if err != nil {
-			return err
-		}
-		owner = m.ptr("owner") &^ 1 // RT_MUTEX_HAS_WAITERS
 	default:
 		return nil // a semaphore has no owner
 	}
@@ -478,7 +653,8 @@ func (w *lockWalk) name(at VirtAddr) LockTask {
 	return LockTask{at, t.PID, t.TGID, t.Comm, t.State}
 }
 
-// rtmutex lists what a task waits for by priority inheritance: the lock of a futex, mostly (struct rt_mutex_waiter).
+// rtmutex lists what a task waits for by priority inheritance: the lock of a futex, mostly (struct rt_mutex_waiter), and any lock of a
+// kernel built for real time.
 func (w *lockWalk) rtmutex(t Task, waiter VirtAddr) error {
 	x, err := w.v.thing(w.rtWaiter, waiter)
 	if err != nil {
@@ -493,6 +669,11 @@ func (w *lockWalk) rtmutex(t Task, waiter VirtAddr) error {
 	}
 	w.locks[at] = true
 	l := Lock{Addr: at, Kind: "rtmutex"}
+	if kind, _, err := w.kind(t); err != nil {
+		return err
+	} else if base, ok := w.rtWord[kind]; ok {
+		l.Addr, l.Kind = at-VirtAddr(base), kind
+	}
 	if err := w.holder(&l); err != nil {
 		return err
 	}
@@ -505,17 +686,19 @@ func (w *lockWalk) rtmutex(t Task, waiter VirtAddr) error {
 		if _, ok := w.tasks[x.ptr("task")]; !ok {
 			return x.corrupt("of %v, which is no task", x.ptr("task"))
 		}
-		l.Waiters = append(l.Waiters, LockWaiter{LockTask: w.name(x.ptr("task"))})
+		waiter := LockWaiter{LockTask: w.name(x.ptr("task"))}
+		if w.queues == realTime && (l.Kind == "rwsem" || l.Kind == "rwlock") {
+			if _, waiter.Reads, err = w.kind(w.tasks[x.ptr("task")]); err != nil {
+				return err
+			}
+		}
+		l.Waiters = append(l.Waiters, waiter)
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	if l.Name, err = w.v.nameOf(l.Addr); err != nil {
-		return err
-	}
-	w.all = append(w.all, l)
-	return nil
+	return w.add(l)
 }
 
 // known adds the big locks that are held.

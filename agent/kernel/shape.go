@@ -66,17 +66,19 @@ type thing struct {
 	o object
 }
 
-// thing reads the object at addr, in one piece.
+// thing reads the object at addr, in one piece. All fields of one that cannot be read are zero.
 func (v *View) thing(s *shape, addr VirtAddr) (thing, error) {
 	t := thing{shape: s}
-	if !v.img.space.valid(addr, 1) {
-		return t, &CorruptError{s.typ, addr, "not an address of the kernel"}
+	var err error = &CorruptError{s.typ, addr, "not an address of the kernel"}
+	if v.img.space.valid(addr, 1) {
+		err = t.o.load(v.img.space, v, s.typ, s.span, addr)
 	}
-	err := t.o.load(v.img.space, v, s.typ, s.span, addr)
-	if err == nil {
-		v.note(func(c *Confidence) { c.Objects++ })
+	if err != nil {
+		t.o = object{span: s.span, addr: addr, b: make([]byte, s.size())}
+		return t, err
 	}
-	return t, err
+	v.note(func(c *Confidence) { c.Objects++ })
+	return t, nil
 }
 
 func (t *thing) addr() VirtAddr { return t.o.addr }

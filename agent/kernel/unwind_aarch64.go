@@ -12,8 +12,11 @@ type frameWalk struct {
 	last     VirtAddr // the final record: that in the pt_regs at the stack's top
 	pac      VirtAddr // bits of a return address that may hold its signature
 	low, top VirtAddr // text of the image
-	frames   []VirtAddr
-	reached  VirtAddr // up to where the stack was unwound
+	// Where an exception interrupted the kernel: since v6.14 the frame record in its pt_regs is of zeros with a kind behind it, and the
+	// registers tell how it goes on (arch/arm64/include/asm/stacktrace/frame.h).
+	kind, regsPC, regsFP uint64 // from a frame record on; kind is 0 in a kernel that has none
+	frames               []VirtAddr
+	reached              VirtAddr // up to where the stack was unwound
 }
 
 func (v *View) frameRecords(t Task) (stackWalk, error) {
@@ -24,6 +27,13 @@ func (v *View) frameRecords(t Task) (stackWalk, error) {
 	regsSize, record := r.size("pt_regs"), r.field("pt_regs", 0, "stackframe")
 	if r.err != nil {
 		return nil, r.err
+	}
+	if f, err := v.img.types.field("pt_regs", "stackframe.type"); err == nil && f.Size == 8 {
+		regs, pc := r.field("pt_regs", 0, "regs"), r.field("pt_regs", 8, "pc")
+		if r.err != nil {
+			return nil, r.err
+		}
+		w.kind, w.regsFP, w.regsPC = f.Offset-record, regs+29*8-record, pc-record // these may wrap around: the registers lie before the record
 	}
 	if mask, ok := v.img.note.number("KERNELPACMASK"); ok {
 		w.pac = VirtAddr(mask)
@@ -74,12 +84,27 @@ func (w *frameWalk) run() error {
 		w.reached = w.fp + 16
 		next := VirtAddr(le64(b))
 		w.pc = VirtAddr(le64(b[8:])) | w.pac
+		if next == 0 && w.kind != 0 && w.word(w.fp+VirtAddr(w.kind)) == framePtRegs {
+			w.fp, w.pc = VirtAddr(w.word(w.fp+VirtAddr(w.regsFP))), VirtAddr(w.word(w.fp+VirtAddr(w.regsPC)))
+			continue
+		}
 		w.fp = next
 		if next == 0 { // the first task and kernel threads of some releases end so
 			return nil
 		}
 	}
 	return &CorruptError{"stack", w.lo, "has too many frames"}
+}
+
+// framePtRegs is FRAME_META_TYPE_PT_REGS.
+const framePtRegs = 2
+
+// word returns a word of the stack; 0 beyond it.
+func (w *frameWalk) word(at VirtAddr) uint64 {
+	if at < w.lo || at+8 > w.hi {
+		return 0
+	}
+	return le64(w.stack[at-w.lo:])
 }
 
 func (w *frameWalk) found() []VirtAddr { return w.frames }

@@ -57,3 +57,26 @@ func TestClose(t *testing.T) {
 		})
 	})
 }
+
+// TestUnreadThing looks at the fields of an object that cannot be read: they are zero, and nothing panics.
+func TestUnreadThing(t *testing.T) {
+	recorded(t, func(name string, rec *hostmem.Recording) {
+		img, _ := openRecorded(t, rec)
+		r := resolver{img: img}
+		s := r.shape("task_struct", "stack", "mm")
+		if r.err != nil {
+			t.Fatal(r.err)
+		}
+		for _, at := range []VirtAddr{0, 8, ^VirtAddr(7), img.lay.text - 1<<30} {
+			x, err := img.View(t.Context()).thing(s, at)
+			if err == nil || x.ptr("mm") != 0 {
+				t.Errorf("%s: the thing at %v has mm %v, %v; want an error", name, at, x.ptr("mm"), err)
+			}
+		}
+		closed := img.View(t.Context())
+		closed.Close()
+		if x, err := closed.thing(s, img.lay.task.init); !errors.Is(err, ErrClosed) || x.ptr("stack") != 0 {
+			t.Errorf("%s: a closed View has %v, %v", name, x.ptr("stack"), err)
+		}
+	})
+}

@@ -55,7 +55,7 @@ type Listing struct {
 	Args     string // of the usage line; without brackets, an argument is needed
 	Short    string
 	Long     string
-	// Secret says that the answer holds memory of programs, which may be anything: whoever asks must say that he means to.
+	// Secret says that the answer holds memory that may be anything, that of programs among it: whoever asks must say that he means to.
 	Secret bool
 	// Served says that agents answer it over Redfish, without arguments: for the whole host.
 	Served bool
@@ -230,11 +230,12 @@ stand behind a slash. All memory of all programs can be seen so: -secrets must b
   backdoor -image vmcore x/16xg init_task -secrets
   backdoor -image vmcore x/s linux_banner -secrets
   backdoor -image vmcore x 4a 0xffffffff82400000 -secrets`}, Examine),
-		listing(Listing{Name: "print", Resource: "Object", Args: "TYPE NAME|ADDR", Short: "an object of the kernel, by its type",
-			Long: `TYPE is any that the kernel's BTF knows. The number before each member is its offset.
+		listing(Listing{Secret: true, Name: "print", Resource: "Object", Args: "TYPE NAME|ADDR", Short: "an object of the kernel, by its type",
+			Long: `TYPE is any that the kernel's BTF knows. The number before each member is its offset. As with x, all memory of all programs can be
+seen so: -secrets must be said.
 
-  backdoor -image vmcore print task_struct init_task
-  backdoor -image vmcore print list_head 0xffff888003a41d40`}, AskObject),
+  backdoor -image vmcore print task_struct init_task -secrets
+  backdoor -image vmcore print list_head 0xffff888003a41d40 -secrets`}, AskObject),
 	}
 }
 

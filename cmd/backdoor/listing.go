@@ -20,12 +20,12 @@ func listingVerbs() []verb {
 			name: l.Name, args: l.Args, short: l.Short, long: l.Long,
 			flags: func(fs *flag.FlagSet, _ *options) {
 				if l.Secret {
-					fs.BoolVar(secrets, "secrets", false, "show memory of programs, whatever it holds")
+					fs.BoolVar(secrets, "secrets", false, "show memory, that of programs among it, whatever it holds")
 				}
 			},
 			run: func(ctx context.Context, e *env, args []string) (int, error) {
 				if l.Secret && !*secrets {
-					return 0, &usageError{verb: l.Name, msg: l.Name + " shows memory of programs, which may hold passwords: if you mean to, say -secrets"}
+					return 0, &usageError{verb: l.Name, msg: l.Name + " can show memory of programs, which may hold passwords: if you mean to, say -secrets"}
 				}
 				return e.list(ctx, l, args)
 			},

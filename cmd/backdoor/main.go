@@ -62,7 +62,7 @@
 //	stack        where in the kernel a thread sleeps: stack PID
 //	sym          the address of a symbol of the kernel, or what is at an address
 //	x            the kernel's memory as it is, as x of gdb and crash shows it: x/8xg ADDR
-//	print        an object of the kernel, by its type: print task_struct init_task
+//	print        an object of the kernel, by its type: print task_struct init_task; -secrets must be said
 //	watch        follow the host's health by RDMA
 //	read         bytes of the host's memory, by RDMA
 //	write        store bytes in the host's memory, by RDMA: break-glass

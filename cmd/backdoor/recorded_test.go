@@ -153,7 +153,10 @@ func TestRecordedHosts(t *testing.T) {
 				case "modinfo", "protections", "lspci":
 					continue // what they show was not recorded; live guests' own words are compared with it
 				case "print":
-					ask(exitOK, answer, "print", "list_head", "init_task")
+					if code, _, stderr := command(t, "-image", path, "print", "list_head", "init_task"); code != exitUsage || !strings.Contains(stderr, "-secrets") {
+						t.Errorf("print without -secrets: exit %d, %q", code, stderr)
+					}
+					ask(exitOK, answer, "print", "list_head", "init_task", "-secrets")
 				default:
 					ask(exitOK, answer, q.Name)
 				}

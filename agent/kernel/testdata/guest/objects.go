@@ -82,10 +82,10 @@ func swap() error {
 		return err
 	}
 	defer f.Close()
-	page := make([]byte, 4096)
+	page := make([]byte, os.Getpagesize())
 	binary.LittleEndian.PutUint32(page[1024:], 1)
-	binary.LittleEndian.PutUint32(page[1028:], 4095) // last page
-	copy(page[4086:], "SWAPSPACE2")
+	binary.LittleEndian.PutUint32(page[1028:], uint32(16<<20/len(page)-1)) // last page
+	copy(page[len(page)-10:], "SWAPSPACE2")
 	if _, err := f.WriteAt(page, 0); err != nil {
 		return err
 	}
