@@ -108,6 +108,27 @@ var objectListings = []listing{
 	}},
 }
 
+// liveListings are those that are in no recording.
+var liveListings = []listing{
+	{"PCI devices", func(v *View) (int, error) { return drain(v.PCIDevices()) }},
+	{"guards", func(v *View) (int, error) {
+		all, err := v.Guards()
+		return len(all), err
+	}},
+	{"module parameters", func(v *View) (n int, last error) {
+		for m, err := range v.Modules() {
+			if err != nil {
+				return n, err
+			}
+			all, err := v.ModuleParameters(m)
+			if n += len(all); err != nil {
+				last = err
+			}
+		}
+		return n, last
+	}},
+}
+
 func drain[T any](seq iter.Seq2[T, error]) (n int, last error) {
 	for _, err := range seq {
 		if last = err; err == nil {

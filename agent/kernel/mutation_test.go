@@ -249,7 +249,7 @@ func ask(t *testing.T, ctx context.Context, img *Image) string {
 	note("heartbeat", err)
 	_, err = v.Panic()
 	note("panic", err)
-	for _, l := range listings {
+	for _, l := range slices.Concat(listings, objectListings, liveListings) {
 		_, err := l.ask(v)
 		note(l.name, err)
 	}
