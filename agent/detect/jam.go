@@ -337,6 +337,54 @@ func (p *Pass) wallSet() []Finding {
 	return nil
 }
 
+// clockBack reports that the monotonic clock of a kernel that was not started anew has gone back, and its ticks with it by as much: somebody has put
+// back what was in memory before, or shows us a recording. A kernel that has started since, in the place of another, is too young for that.
+func clockBack(c Config) Detector {
+	const (
+		least = time.Second      // that it has gone back
+		since = 3 * time.Second  // ago, and it is behind still
+		young = 10 * time.Second // a kernel that may have started since, in the same place
+	)
+	return Detector{
+		ID: "clock-back", Title: "Old memory put back", Kind: KindTampering, Severity: Critical,
+		Every: time.Second, Clear: 5 * time.Second, Needs: []Need{NeedHeartbeats},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			s := newSeries(c, p.Beats, c.lenient())
+			n := len(s.beats)
+			if n < 2 {
+				return nil, ErrTooEarly
+			}
+			last := &s.beats[n-1]
+			for i := n - 1; i > 0; i-- {
+				a, b := &s.beats[i-1], &s.beats[i]
+				back := time.Duration(a.Mono - b.Mono)
+				behind := last.At.Sub(a.At) - time.Duration(last.Mono-a.Mono)
+				if back < least || behind < least || last.At.Sub(b.At) < since || time.Duration(b.Mono) < b.At.Sub(a.At)+young {
+					continue
+				}
+				// By the length of a tick, as it was until then.
+				first := &s.beats[0]
+				ticks, lost := a.Jiffies-first.Jiffies, a.Jiffies-b.Jiffies
+				if ticks == 0 || ticks > 1<<32 || lost == 0 || lost > 1<<32 {
+					continue // garbage, or nothing to hold it against
+				}
+				by := time.Duration(float64(a.Mono-first.Mono) / float64(ticks) * float64(lost))
+				if (by - back).Abs() > back/4+least/2 {
+					continue
+				}
+				return []Finding{{
+					Key: "clock-back", Kind: KindTampering, Severity: Critical, Confidence: 0.9,
+					Title: "the host's memory shows an earlier time",
+					Detail: fmt.Sprintf("%v ago its clock has gone back by %v, and its count of ticks with it, in the same start of the kernel: what is in memory was put back, "+
+						"or is a recording", last.At.Sub(b.At).Round(time.Second), back.Round(time.Millisecond)),
+					Evidence: []Evidence{{"mono", fmt.Sprint(b.Mono)}, {"mono_before", fmt.Sprint(a.Mono)}, {"jiffies", fmt.Sprint(b.Jiffies)}, {"jiffies_before", fmt.Sprint(a.Jiffies)}},
+				}}, nil
+			}
+			return nil, nil
+		},
+	}
+}
+
 // bootStuck reports a start that does not come to its end: a kernel that does not come to init, or a host that was reset, whose
 // memory can be read, and in which no kernel comes up.
 func bootStuck(c Config) Detector {

@@ -161,6 +161,41 @@ func TestClock(t *testing.T) {
 	}
 }
 
+func TestClockBack(t *testing.T) {
+	c := DefaultConfig()
+	at := func(i int) time.Duration { return time.Duration(i) * 50 * time.Millisecond }
+	for _, tt := range []struct {
+		name string
+		show func(i int) int // the moment that is seen at the moment i
+		tick func(i int) int // the same for the ticks, if it is another
+		want int
+	}{
+		{"right", func(i int) int { return i }, nil, 0},
+		{"a recording from 4 s ago, which stands", func(i int) int { return map[bool]int{true: 20, false: i}[i >= 100] }, nil, 1},
+		{"a recording from 4 s ago, which goes on", func(i int) int { return i - i/100*80 }, nil, 1},
+		{"only now", func(i int) int { return map[bool]int{true: 20, false: i}[i >= 180] }, nil, 0},
+		{"for a moment", func(i int) int { return map[bool]int{true: 20, false: i}[i >= 100 && i < 110] }, nil, 0},
+		{"a little", func(i int) int { return i - i/100*10 }, nil, 0},
+		{"another kernel starts there", func(i int) int { return i - i/100*100 }, func(i int) int { return i - i/100*10000 }, 0},
+		{"the kernel starts anew in the same place", func(i int) int { return i - i/100*(100+72000) }, nil, 0}, // 72000 are an hour
+		{"the ticks go on", func(i int) int { return i - i/100*80 }, func(i int) int { return i }, 0},
+		{"it stands", func(int) int { return 0 }, nil, 0},
+	} {
+		p := &Pass{}
+		for i := range 200 {
+			p.Now = time.Unix(1_800_000_000, 0).Add(at(i))
+			ticks := tt.show(i)
+			if tt.tick != nil {
+				ticks = tt.tick(i)
+			}
+			p.Beats = append(p.Beats, kernel.Heartbeat{At: p.Now, Mono: int64(time.Hour + at(tt.show(i))), Jiffies: uint64(1e6 + 12*ticks), CPUs: make([]kernel.CPU, 1)})
+		}
+		if fs := detect(t, clockBack(c), p); verdicts(fs) != tt.want {
+			t.Errorf("%s: %+v; want %d verdicts", tt.name, fs, tt.want)
+		}
+	}
+}
+
 func TestBootStuck(t *testing.T) {
 	d := bootStuck(DefaultConfig())
 	for _, tt := range []struct {

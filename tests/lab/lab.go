@@ -219,7 +219,7 @@ func Up(ctx context.Context, cfg Config) (l *Lab, err error) {
 	}
 	l.closers = append(l.closers, l.Host.close)
 	if cfg.Datapath {
-		if err := l.startRouter(); err != nil {
+		if err := l.startRouter(say); err != nil {
 			return l, err
 		}
 	}

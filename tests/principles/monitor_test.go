@@ -145,6 +145,7 @@ func (b *bench) health(ctx context.Context) (*export.Poller, error) {
 	if err != nil {
 		return nil, errors.Join(err, end.Close())
 	}
+	b.monitor = dev
 	b.poller = export.NewPoller(dev, export.DialKey(dev, agentIP, key))
 	if _, err := b.poller.Health(ctx); err != nil {
 		return nil, fmt.Errorf("the agent's health page: %w", err)

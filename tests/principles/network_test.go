@@ -1,16 +1,20 @@
 package principles
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
 	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/tests/lab/control"
@@ -156,11 +160,14 @@ func invisible(ctx context.Context, b *bench) (string, error) {
 }
 
 // stream has the host send a datagram each millisecond to the peer, until ctx ends and no longer than for a time; it does not wait for the end.
+// Behind the text stands a number that rises from frame to frame.
 func (b *bench) stream(ctx context.Context, text string, d time.Duration) {
-	frame := eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 17, 0, nil, udp(7777, 7777, text)))
+	frame := eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 17, 0, nil, udp(7777, 7777, text+"##")))
 	go func() { // that nothing comes is noticed where it is waited for
 		for end := time.Now().Add(d); ctx.Err() == nil && time.Now().Before(end); {
-			if _, err := b.host.Frames(context.WithoutCancel(ctx), control.FramesArgs{Frames: [][]byte{frame}, For: time.Second, Gap: time.Millisecond}); err != nil {
+			if _, err := b.host.Frames(context.WithoutCancel(ctx), control.FramesArgs{
+				Frames: [][]byte{frame}, For: 3 * time.Second, Gap: time.Millisecond, Vary: 14 + 20 + 8 + len(text),
+			}); err != nil {
 				return
 			}
 		}
@@ -174,9 +181,16 @@ func (b *bench) order(ctx context.Context, o client.NetworkOrder) (time.Duration
 	return time.Since(began), err
 }
 
-// contain quarantines a host that sends all the time, and measures when its last frame gets through.
+// contain quarantines a host that sends all the time, and measures when that takes effect: from when the order has been written to the
+// agent's connection until its last frame has come out on the wire, or, if that is later, until the host has put the first frame onto its
+// cable that never comes out. Host and DPU have a CPU of this machine each, as they have processors of their own.
 func contain(ctx context.Context, b *bench) (string, error) {
 	const text = "contain me"
+	unpin, err := b.apart()
+	if err != nil {
+		return "", err
+	}
+	defer unpin()
 	mark := b.peer.mark()
 	sending, stop := context.WithCancel(ctx)
 	defer stop()
@@ -184,41 +198,61 @@ func contain(ctx context.Context, b *bench) (string, error) {
 	if _, err := b.peer.wait(ctx, mark, carries(text)); err != nil {
 		return "", fmt.Errorf("the host's traffic does not get through: %w", err)
 	}
-	var last []time.Duration
-	var took, ran, waited time.Duration
+	var effect, answered []time.Duration
+	var ran, waited time.Duration
 	rounds := 3
 	if *whole {
-		rounds = 10
+		rounds = 25
 	}
 	for range rounds {
 		var asked time.Time
-		ran0, waited0, err := b.lab.DPU.Scheduled()
+		tap, err := b.lab.Cable.Tap()
 		if err != nil {
 			return "", err
+		}
+		ran0, waited0, err := b.lab.DPU.Scheduled()
+		if err != nil {
+			return "", errors.Join(err, tap.Close())
 		}
 		d, err := b.order(sentAt(ctx, &asked), client.NetworkOrder{Do: client.NetworkQuarantine, Seconds: 60, Allow: b.allow})
 		if err != nil {
-			return "", err
+			return "", errors.Join(err, tap.Close())
 		}
 		ran1, waited1, err := b.lab.DPU.Scheduled()
 		if err != nil {
-			return "", err
+			return "", errors.Join(err, tap.Close())
 		}
-		took, ran, waited = max(took, d), ran+ran1-ran0, waited+waited1-waited0
+		answered, ran, waited = append(answered, d), ran+ran1-ran0, waited+waited1-waited0
 		// While the packet path keeps back what the host goes on sending, nothing comes. What had left before is on its way for a moment.
 		kept, err := b.keptBack(ctx, 0)
 		if err != nil {
-			return "", err
+			return "", errors.Join(err, tap.Close())
 		}
 		quiet := b.peer.mark()
-		if _, err := b.keptBack(ctx, kept+50); err != nil {
+		_, err = b.keptBack(ctx, kept+50)
+		if err := errors.Join(err, tap.Close()); err != nil {
 			return "", err
 		}
 		if late := b.peer.since(quiet, carries(text)); len(late) > 5 {
 			return "", fmt.Errorf("%d frames of a quarantined host come through", len(late))
 		}
 		all := b.peer.since(0, carries(text))
-		last = append(last, all[len(all)-1].at.Sub(asked))
+		last := all[len(all)-1]
+		// The first frame on the cable behind that one, or behind the order if that came later.
+		frames, times := tap.Frames(), tap.Times()
+		next := 0
+		for i, f := range frames {
+			if bytes.Equal(f, last.frame) || times[i].Before(asked) {
+				next = i + 1
+			}
+		}
+		for next < len(frames) && !carries(text)(frames[next]) {
+			next++
+		}
+		if next >= len(frames) {
+			return "", errors.New("the host puts nothing onto its cable while it is quarantined")
+		}
+		effect = append(effect, max(last.at.Sub(asked), times[next].Sub(asked)))
 		mark = b.peer.mark()
 		if _, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkRelease}); err != nil {
 			return "", err
@@ -227,13 +261,65 @@ func contain(ctx context.Context, b *bench) (string, error) {
 			return "", fmt.Errorf("a released host's traffic does not get through: %w", err)
 		}
 	}
+	intents, err := b.intents(ctx, rounds)
+	if err != nil {
+		return "", err
+	}
 	ms := func(d time.Duration) time.Duration { return d.Round(time.Millisecond) }
-	median, worst := percentile(last, 50), percentile(last, 100)
+	late := 0
+	for _, d := range effect {
+		if d > 100*time.Millisecond {
+			late++
+		}
+	}
+	median, worst := percentile(effect, 50), percentile(effect, 100)
 	if worst > 5*time.Second {
 		return "", fmt.Errorf("the quarantine takes %v to be in force", worst)
 	}
-	return fmt.Sprintf("last frame %v after the order had been sent (median of %d; worst %v), the answer within %v; frames 1 ms apart; to answer, the DPU's emulator ran for %v and waited %v for a CPU (mean)",
-		ms(median), rounds, ms(worst), ms(took), ms(ran/time.Duration(rounds)), ms(waited/time.Duration(rounds))), nil
+	return fmt.Sprintf("in force %v after the order had been sent (median of %d; worst %v, %d above 100ms), of which the intent in the journal %v (worst %v); the answer after %v (worst %v); frames 1 ms apart; to answer, the DPU's emulator ran for %v and waited %v for a CPU (mean)",
+		ms(median), rounds, ms(worst), late, ms(percentile(intents, 50)), ms(percentile(intents, 100)), ms(percentile(answered, 50)), ms(percentile(answered, 100)),
+		ms(ran/time.Duration(rounds)), ms(waited/time.Duration(rounds))), nil
+}
+
+// apart gives host and DPU a CPU of this machine each, until undo is called.
+func (b *bench) apart() (undo func(), err error) {
+	if runtime.NumCPU() < 2 {
+		return func() {}, nil
+	}
+	undo = func() { _ = errors.Join(b.host.Pin(), b.lab.DPU.Pin()) }
+	if err := errors.Join(b.host.Pin(0), b.lab.DPU.Pin(1)); err != nil {
+		undo()
+		return nil, err
+	}
+	return undo, nil
+}
+
+// intents returns how long the agreement and the journal took, before anything was done, in the latest n quarantines of the agent's journal.
+func (b *bench) intents(ctx context.Context, n int) ([]time.Duration, error) {
+	var all []time.Duration
+	for e, err := range client.Members[schema.LogEntry](ctx, b.agent.Client, client.JournalURI) {
+		if err != nil {
+			return nil, err
+		}
+		var o struct{ Record struct{ Kind, Data string } }
+		if _, err := client.OEM(e.OEM, &o); err != nil {
+			return nil, err
+		}
+		if o.Record.Kind != "outcome" {
+			continue
+		}
+		var out heal.Outcome
+		if err := json.Unmarshal([]byte(o.Record.Data), &out); err != nil {
+			return nil, err
+		}
+		if out.Plan.Action == heal.Quarantine && len(out.Steps) == 1 {
+			all = append(all, out.Steps[0].Started.Sub(out.Started))
+		}
+	}
+	if len(all) < n {
+		return nil, fmt.Errorf("the journal has %d quarantines, not %d", len(all), n)
+	}
+	return all[len(all)-n:], nil
 }
 
 // keptBack waits until the quarantine has kept back at least n frames of the host, and returns how many.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/agent/export"
+	"github.com/backdoor-rhs/backdoor/nicfw/roce"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
 	"github.com/backdoor-rhs/backdoor/tests/lab"
 	"github.com/backdoor-rhs/backdoor/tests/operator"
@@ -58,6 +59,7 @@ type bench struct {
 	dir        string
 	memory     *client.Client // of who may reach memory
 	poller     *export.Poller // of the agent's health page
+	monitor    *roce.Device   // a monitor's
 }
 
 // policy bounds a flood without asking, as a fleet's would.
@@ -71,13 +73,17 @@ func TestPrinciples(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short: tests that start virtual machines are left out")
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 35*time.Minute)
 	defer cancel()
 	l, err := lab.Up(ctx, lab.Config{Datapath: true, Unagreed: true, SecondKernel: true, Policy: policy, Log: t.Output()})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
+	defer func() {
+		if err := l.Close(); err != nil {
+			t.Log(err)
+		}
+	}()
 	b := &bench{lines: t.Output(), lab: l, host: l.Host, target: theAgent, dir: t.TempDir()}
 	if b.agent, err = operator.DialDPU(ctx, l.DPU); err != nil {
 		t.Fatal(err)

@@ -49,11 +49,6 @@ func rows() []row {
 			},
 		},
 		{
-			principle: "3 availability", mechanism: "datapath: steer",
-			experiment: "answers while the host is idle, computes, and floods: Redfish, and the health page by RDMA",
-			run:        answersUnderFlood,
-		},
-		{
 			principle: "6 access control", mechanism: "datapath: contain",
 			experiment: "a quarantine's exceptions and its end",
 			run:        expires,
@@ -63,6 +58,21 @@ func rows() []row {
 			experiment: "the host sends a SYN flood",
 			run:        flood,
 			plant:      calm,
+		},
+		{
+			principle: "6 access control", mechanism: "datapath: contain",
+			experiment: "a single remote is cut off",
+			run:        cutOff, plant: calm,
+		},
+		{
+			principle: "3 availability", mechanism: "datapath: watch, network-silent",
+			experiment: "a host that lives falls silent: its interface is down while others speak to it",
+			run:        silent, plant: calm,
+		},
+		{
+			principle: "7 tamper resistance", mechanism: "datapath: watch, network-alive",
+			experiment: "a host sends whose kernel stands still",
+			run:        undead, plant: calm,
 		},
 		{
 			principle: "3 availability", mechanism: "datapath: pinned programs", quick: true,
@@ -80,10 +90,12 @@ func rows() []row {
 			run:        remote, plant: calm,
 		},
 		{
-			principle: "1, 2 remote memory, atomics", mechanism: "RDMA", experiment: "the same by RDMA READ, WRITE and atomics", missing: "here; by TestRDMA, with perftest and rxe",
+			principle: "1, 2 remote memory, atomics", mechanism: "PCI window, RDMA, DMA engine, RAM file",
+			experiment: "each operation by each way to the memory, against the RAM file; registers of devices out of reach of all",
+			run:        matrix, plant: calm,
 		},
 		{
-			principle: "1 remote I/O", mechanism: "MMIO of the host", experiment: "the host's device registers", missing: "no path of the laboratory reaches them",
+			principle: "1 remote I/O", mechanism: "MMIO of the host", experiment: "the host's device registers, read and written", missing: "no path of the laboratory reaches them, and the agent refuses them by all (above)",
 		},
 		{
 			principle: "4 nonintrusiveness", mechanism: "reading by DMA",
@@ -148,11 +160,17 @@ func rows() []row {
 			run:        race, plant: calm,
 		},
 		{
-			principle: "7 tamper resistance", mechanism: "none", experiment: "the host's root puts old pages back (replay)",
-			missing: "what can be done and what not is in agent/access/DESIGN.md",
+			principle: "7 tamper resistance", mechanism: "clocks and ticks that only rise",
+			experiment: "the host's root puts old pages back (replay): the whole memory, the log alone",
+			missing:    "the whole, by clock and ticks, on made-up series (agent/detect); single pages cannot be told: agent/access/DESIGN.md",
 		},
 		{
 			principle: "7 tamper resistance", mechanism: "IOMMU", experiment: "the host reprograms its IOMMU, or points it elsewhere", missing: "the laboratory's window is not behind an IOMMU",
+		},
+		{
+			principle: "3 availability", mechanism: "datapath: steer",
+			experiment: "answers while the host is idle, computes, and floods: Redfish, and the health page by RDMA",
+			run:        answersUnderFlood,
 		},
 		{
 			principle: "3 availability", mechanism: "the DPU is a machine of its own",

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"time"
 )
 
 // maxTapped bounds what a Tap keeps.
@@ -16,6 +17,7 @@ type Tap struct {
 
 	mu     sync.Mutex
 	frames [][]byte      // guarded by mu
+	times  []time.Time   // guarded by mu; when each frame of frames came
 	news   chan struct{} // guarded by mu; closed and replaced with each frame
 }
 
@@ -35,7 +37,7 @@ func (t *Tap) see(frame []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.frames) < maxTapped {
-		t.frames = append(t.frames, frame)
+		t.frames, t.times = append(t.frames, frame), append(t.times, time.Now())
 	}
 	close(t.news)
 	t.news = make(chan struct{})
@@ -46,6 +48,13 @@ func (t *Tap) Frames() [][]byte {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return append([][]byte(nil), t.frames...)
+}
+
+// Times returns when the frames that Frames returns came.
+func (t *Tap) Times() []time.Time {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return append([]time.Time(nil), t.times...)
 }
 
 // Wait returns the first frame that is as asked for, as soon as it was seen.
