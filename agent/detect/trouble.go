@@ -359,7 +359,7 @@ func changed(all []kernel.Change) []Finding {
 		out = append(out, Finding{
 			Key: c.Region + " " + where, Kind: KindTampering, Severity: Critical, Confidence: 0.95, Changes: []kernel.Change{c},
 			Title:    fmt.Sprintf("%s was changed: %s", what, place),
-			Detail:   fmt.Sprintf("%d bytes at %v are not as they were when the agent first looked, and not as the kernel itself patches them", len(c.Now), c.Addr),
+			Detail:   fmt.Sprintf("%d bytes at %v are not as they were built, or when the agent first looked, and not as the kernel itself patches them", len(c.Now), c.Addr),
 			Evidence: []Evidence{{place, fmt.Sprintf("%x", []byte(c.Now[:min(len(c.Now), 32)]))}},
 		})
 		if f := &out[len(out)-1]; c.Owner != "" {

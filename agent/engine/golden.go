@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"time"
 
@@ -29,12 +30,14 @@ type golden struct {
 	next   time.Time // when one may be taken
 	never  bool      // this kernel's cannot be
 	taken  time.Time
+	built  bool // it is of the kernel as it was built
 }
 
 type takenGolden struct {
-	g    *kernel.Golden
-	file *os.File
-	err  error
+	g     *kernel.Golden
+	file  *os.File
+	built bool
+	err   error
 }
 
 // end forgets the copy, when the kernel that it is of is gone or its memory is to be closed.
@@ -52,8 +55,9 @@ func (k *golden) end() {
 	*k = golden{}
 }
 
-// take has a copy taken in the background; the bytes are kept on disk, in a directory, if one is given.
-func (k *golden) take(ctx context.Context, img *kernel.Image, dir string) {
+// take has a copy taken in the background; the bytes are kept on disk, in a directory, if one is given. find, if not nil, has
+// kernels as they were built.
+func (k *golden) take(ctx context.Context, img *kernel.Image, dir string, find func(id string) (*kernel.Known, error), log *slog.Logger) {
 	ctx, k.stop = context.WithTimeout(ctx, openTimeout)
 	taking := make(chan takenGolden, 1)
 	k.taking = taking
@@ -77,7 +81,18 @@ func (k *golden) take(ctx context.Context, img *kernel.Image, dir string) {
 			os.Remove(t.file.Name()) // it is of no use to another start
 			keep = t.file
 		}
-		t.g, t.err = kernel.TakeGolden(ctx, img, keep)
+		var known *kernel.Known
+		if find != nil {
+			var err error
+			if known, err = find(img.Info().BuildID); err != nil {
+				log.Error("the kernel as it was built is of no use: the host is trusted as it is now", "err", err)
+			}
+		}
+		if known != nil {
+			defer known.Close()
+			t.built = true
+		}
+		t.g, t.err = kernel.TakeGolden(ctx, img, keep, known)
 	}()
 }
 
@@ -91,7 +106,7 @@ func (w *watcher) compare(v *kernel.View, now time.Time) []kernel.Change {
 	if k.g == nil {
 		if k.taking == nil {
 			if !now.Before(k.next) {
-				k.take(w.root, img, w.e.o.CacheDir)
+				k.take(w.root, img, w.e.o.CacheDir, w.e.o.Known, w.e.log)
 			}
 			return nil
 		}
@@ -114,7 +129,7 @@ func (w *watcher) compare(v *kernel.View, now time.Time) []kernel.Change {
 			}
 			return nil
 		}
-		k.g, k.file, k.taken = t.g, t.file, now
+		k.g, k.file, k.taken, k.built = t.g, t.file, now, t.built
 	}
 	total, hot := k.g.Bytes()
 	share := func(n uint64, in time.Duration) uint64 { return n*uint64(w.e.config.Heartbeat)/uint64(in) + 1 }
@@ -123,7 +138,7 @@ func (w *watcher) compare(v *kernel.View, now time.Time) []kernel.Change {
 		return nil
 	}
 	w.e.mu.Lock()
-	w.e.compared = &GoldenState{Taken: k.taken, Bytes: total, Hot: hot, Rounds: k.g.Rounds(), Kept: k.file != nil}
+	w.e.compared = &GoldenState{Taken: k.taken, Bytes: total, Hot: hot, Rounds: k.g.Rounds(), Kept: k.file != nil, Built: k.built}
 	w.e.mu.Unlock()
 	return k.g.Changes(v)
 }

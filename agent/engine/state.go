@@ -49,6 +49,9 @@ type Options struct {
 	CacheDir string
 	// Types has types for hosts whose kernels carry none: kernel.Options.Types.
 	Types func(kernel.Build) ([]byte, error)
+	// Known has kernels as they were built, by build ID, with which the host's is compared; nil, or nil of it, trusts the host as it is
+	// when its kernel's code is first looked at. See kernel.KnownDir.
+	Known func(id string) (*kernel.Known, error)
 }
 
 // Phase is where the engine stands with its host.
@@ -98,7 +101,8 @@ type PassCost struct {
 
 // GoldenState says how the kernel's code and constants are compared with what they were when the agent first looked.
 type GoldenState struct {
-	Taken  time.Time `json:"taken"`  // what was changed before is not seen
+	Taken  time.Time `json:"taken"`  // what was changed before is not seen, but by Built
+	Built  bool      `json:"built"`  // the copy is the kernel as it was built: what was changed before is seen, too
 	Bytes  uint64    `json:"bytes"`  // that one round compares
 	Hot    uint64    `json:"hot"`    // of these, tables of functions, which are compared every half second
 	Rounds int       `json:"rounds"` // that are complete

@@ -70,6 +70,11 @@ func (l *layout) field(typ, path string, size uint64) uint64 {
 	if err == nil && (f.Size != size || f.BitSize != 0) {
 		err = fmt.Errorf("%s.%s has %d bytes on this kernel, not %d: %w", typ, path, f.Size, size, kernel.ErrNotSupported)
 	}
+	if err == nil {
+		if n, sizeErr := l.m.Sizeof(typ); sizeErr == nil && (f.Offset > n || size > n-f.Offset) {
+			err = fmt.Errorf("%s.%s is at %d of %d bytes: %w", typ, path, f.Offset, n, kernel.ErrNotSupported)
+		}
+	}
 	if err != nil && l.err == nil {
 		l.err = err
 	}

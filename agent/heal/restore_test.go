@@ -235,3 +235,116 @@ func TestRelinkGone(t *testing.T) {
 		t.Errorf("stores at %v", at)
 	}
 }
+
+const paCred, paUser, paInitCred = 0x180000, 0x181000, 0x182000
+
+// forge gives the fake host's process credentials that say root's, while they are accounted to user 1000.
+func forge(h *fakeHost) detect.Finding {
+	for name, f := range map[string]kernel.Field{
+		"task_struct.real_cred": {Offset: 0x130, Size: 8}, "task_struct.cred": {Offset: 0x138, Size: 8}, "cred.user": {Offset: 0x80, Size: 8}, "user_struct.uid.val": {Offset: 0x10, Size: 4},
+		"cred.cap_inheritable": {Offset: 0x30, Size: 8}, "cred.cap_permitted": {Offset: 0x38, Size: 8}, "cred.cap_effective": {Offset: 0x40, Size: 8}, "cred.cap_ambient": {Offset: 0x50, Size: 8},
+	} {
+		h.fields[name] = f
+	}
+	for i, name := range []string{"uid", "gid", "suid", "sgid", "euid", "egid", "fsuid", "fsgid"} {
+		h.fields["cred."+name+".val"] = kernel.Field{Offset: 8 + 4*uint64(i), Size: 4}
+		h.put32(paCred+8+4*hostmem.PhysAddr(i), 0)
+	}
+	h.put32(paCred+12, 100) // its own group
+	h.symbols["init_cred"] = direct + paInitCred
+	h.put64(paTask+0x130, direct+paCred)
+	h.put64(paTask+0x138, direct+paCred)
+	h.put64(paCred+0x80, direct+paUser)
+	h.put32(paUser+0x10, 1000)
+	h.put64(paCred+0x38, 0x1ffffffffff)
+	h.put64(paCred+0x40, 0x1ffffffffff)
+	h.put64(paCred+0x48, 0x1ffffffffff) // the bounding set stays
+	return detect.Finding{ID: "tampering-1", Kind: detect.KindTampering, Culprit: detect.Culprit{PID: fakePID, TGID: fakePID, Comm: "spin", Start: fakeStart}}
+}
+
+func TestStrip(t *testing.T) {
+	h := newFakeHost(t)
+	f := forge(h)
+	p, err := planStrip(h, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.ID = "plan-1"
+	old := h.snapshot()
+	o := options(t, h, &memJournal{})
+	o.Grant = grant(t, permit(StripCredentials))
+	if out, err := NewExecutor(o).Apply(t.Context(), p, "test"); err != nil {
+		t.Fatalf("%v; %+v", err, out)
+	}
+	for i, want := range []uint64{1000, 100, 1000, nobody, 1000, nobody, 1000, nobody} {
+		if got := h.get(paCred+8+4*hostmem.PhysAddr(i), 4); got != want {
+			t.Errorf("word %d of the credentials is %d, not %d", i, got, want)
+		}
+	}
+	if h.get(paCred+0x38, 8) != 0 || h.get(paCred+0x40, 8) != 0 || h.get(paCred+0x48, 8) != 0x1ffffffffff {
+		t.Error("capabilities")
+	}
+	for _, at := range h.diff(old) {
+		if !slices.ContainsFunc(p.Ranges(), func(r hostmem.Range) bool { return r.Contains(at, 1) }) {
+			t.Errorf("a store at %v", at)
+		}
+	}
+}
+
+func TestStripRefuses(t *testing.T) {
+	for name, change := range map[string]func(h *fakeHost){
+		"it has its own user":  func(h *fakeHost) { h.put32(paCred+8, 1000) },
+		"another has the same": func(h *fakeHost) { h.put64(paTask+0x800+0x138, direct+paCred) },
+		"root's account":       func(h *fakeHost) { h.put32(paUser+0x10, 0) },
+		"the kernel's own":     func(h *fakeHost) { h.symbols["init_cred"] = direct + paCred },
+		"acts for somebody":    func(h *fakeHost) { h.put64(paTask+0x130, direct+paInitCred) },
+		"another process":      func(h *fakeHost) { h.put64(paTask+0x110, 1) },
+	} {
+		h := newFakeHost(t)
+		f := forge(h)
+		change(h)
+		if p, err := planStrip(h, f); err == nil {
+			t.Errorf("%s: %s", name, p.Title)
+		}
+	}
+}
+
+func TestWake(t *testing.T) {
+	h := newFakeHost(t)
+	h.symbols["hrtimer_wakeup"] = h.symbols["posix_timer_fn"] // which may be called by pointer
+	h.sizes["hrtimer_sleeper"] = 72
+	h.fields["hrtimer_sleeper.timer"] = kernel.Field{Offset: 0, Size: sizeofTimer}
+	h.fields["hrtimer_sleeper.task"] = kernel.Field{Offset: sizeofTimer, Size: 8}
+	h.fields["task_struct.__state"] = kernel.Field{Offset: 0x128, Size: 4}
+	f := detect.Finding{ID: "hung-task-1", Kind: detect.KindHungTask, Culprit: detect.Culprit{PID: fakePID, TGID: fakePID, Comm: "spin", Start: fakeStart}}
+	if _, err := planWake(h, f); !errors.Is(err, ErrGone) {
+		t.Errorf("of a task that runs: %v", err)
+	}
+	h.put32(paTask+0x128, 2)
+	p, err := planWake(h, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	arms := 0
+	for _, s := range p.Steps {
+		if s.Op == OpArm && !s.Cleanup {
+			arms++
+		}
+		if s.Object == "struct hrtimer_sleeper with struct irq_work" {
+			if string(s.Put[sizeofTimer:]) != string(le(direct+paTask, 8)) || string(s.Put[16:24]) != string(le(uint64(h.symbols["hrtimer_wakeup"]), 8)) {
+				t.Errorf("laid down: %x", s.Put)
+			}
+		}
+	}
+	if arms != 1 || len(p.Calls) != 1 || p.Target == nil || p.Target.PID != fakePID {
+		t.Errorf("%+v", p)
+	}
+	h.fields["hrtimer_sleeper.task"] = kernel.Field{Offset: 8, Size: 8} // inside the work
+	if _, err := planWake(h, f); !errors.Is(err, kernel.ErrNotSupported) {
+		t.Errorf("another layout: %v", err)
+	}
+	f.Culprit.PID, f.Culprit.TGID = 1, 1
+	if _, err := planWake(h, f); err == nil {
+		t.Error("init was to be woken")
+	}
+}

@@ -3,6 +3,7 @@ package kernel
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"io"
@@ -13,7 +14,8 @@ import (
 )
 
 // Golden remembers the kernel's code, its constants and its table of interrupts as they were, and finds where they have changed.
-// It trusts the host at the time when it is taken: what had been changed before then is taken for good.
+// It trusts the host at the time when it is taken, and what had been changed before then is taken for good, unless the kernel as it
+// was built is known (Known).
 //
 // A kernel patches its own code while it runs: static keys turn jumps into nops, static calls change their targets, ftrace
 // and what stands on it (kprobes at the beginning of functions, BPF, live patches) turn the nops there into calls. Such places
@@ -29,6 +31,7 @@ type Golden struct {
 	regions []region
 	sites   []uint64 // places that the kernel patches: offset from base, and in the lowest byte which kind; sorted
 	base    VirtAddr
+	late    [2]VirtAddr // from where to where constants are that the kernel fills in while it starts
 	hot     []stretch
 	keep    GoldenStore // nil: only hashes
 
@@ -109,7 +112,10 @@ var hotNames = []string{"_ops", "_fops", "_operations", "sys_call_table", "_hook
 
 // TakeGolden reads the kernel's code and constants once, through a View of its own. ErrNotYet means that the kernel is still
 // starting, and writes there itself. The bytes are put into keep, from 0 on, if that is not nil.
-func TakeGolden(ctx context.Context, img *Image, keep GoldenStore) (*Golden, error) {
+//
+// With the kernel as it was built (nil: without) what is kept is that, where it is not what a host's kernel rightly makes of itself:
+// what had been changed before is a change.
+func TakeGolden(ctx context.Context, img *Image, keep GoldenStore, known *Known) (*Golden, error) {
 	if img.info.Arch != "x86_64" {
 		return nil, fmt.Errorf("golden copy of %s code: %w", img.info.Arch, ErrNotSupported)
 	}
@@ -118,11 +124,18 @@ func TakeGolden(ctx context.Context, img *Image, keep GoldenStore) (*Golden, err
 	if err := g.running(v); err != nil {
 		return nil, fmt.Errorf("golden copy: %w", err)
 	}
-	if err := g.survey(v); err != nil {
+	var built *started
+	if known != nil {
+		var err error
+		if built, err = known.start(v); err != nil {
+			return nil, fmt.Errorf("golden copy: %w", err)
+		}
+	}
+	if err := g.survey(v, built); err != nil {
 		return nil, fmt.Errorf("golden copy: %w", err)
 	}
 	for at := uint64(0); at < g.total; {
-		raw, plain, err := g.read(v, at, goldenChunk)
+		raw, plain, err := g.take(v, at, goldenChunk, built)
 		if err != nil {
 			return nil, fmt.Errorf("golden copy: %w", err)
 		}
@@ -162,12 +175,13 @@ func (g *Golden) running(v *View) error {
 }
 
 // survey finds what there is to keep, and where the kernel patches itself.
-func (g *Golden) survey(v *View) error {
+func (g *Golden) survey(v *View, built *started) error {
 	r := resolver{img: g.img}
 	page := VirtAddr(g.img.pageSize)
 	text, etext := r.symbol("_stext"), r.symbol("_etext")
 	rodata, erodata := r.symbol("__start_rodata"), r.symbol("__end_rodata")
 	idt := r.symbol("idt_table")
+	g.late = [2]VirtAddr{r.symbol("__start_ro_after_init"), r.symbol("__end_ro_after_init")}
 	jumps, ejumps := r.symbol("__start___jump_table"), r.symbol("__stop___jump_table")
 	calls, ecalls := r.symbol("__start_static_call_sites"), r.symbol("__stop_static_call_sites")
 	if r.err != nil {
@@ -195,7 +209,11 @@ func (g *Golden) survey(v *View) error {
 			return &CorruptError{name, from, fmt.Sprintf("has %d bytes", to-from)}
 		}
 		b := make([]byte, to-from)
-		if err := g.img.space.read(fresh{v}, from, b); err != nil {
+		if built != nil {
+			if n, err := built.read(from, b); err != nil || n < len(b) {
+				return fmt.Errorf("read %s of the kernel as it was built: %d bytes: %w", name, n, errors.Join(err, ErrNotFound))
+			}
+		} else if err := g.img.space.read(fresh{v}, from, b); err != nil {
 			return fmt.Errorf("read %s: %w", name, err)
 		}
 		for i := uint64(0); i < uint64(len(b)); i += size {
@@ -371,6 +389,49 @@ func (g *Golden) read(v *View, at, n uint64) (raw, plain []byte, err error) {
 	return raw, c[lo : lo+n], nil
 }
 
+// take returns what is to be kept of up to n bytes, whole lines of one region, and that without what the kernel may patch.
+func (g *Golden) take(v *View, at, n uint64, built *started) (raw, plain []byte, err error) {
+	r := g.where(at)
+	if built == nil || r.name == "idt" {
+		return g.read(v, at, n)
+	}
+	off, size := at-r.at, uint64(r.to-r.from)
+	n = min((n+goldenLine-1)&^(goldenLine-1), size-off)
+	lo, hi := min(off, lineMost), min(size-off-n, lineMost)
+	host := make([]byte, lo+n+hi)
+	if err := g.img.space.read(fresh{v}, r.from+VirtAddr(off-lo), host); err != nil {
+		return nil, nil, err
+	}
+	want := make([]byte, len(host))
+	from := r.from + VirtAddr(off-lo)
+	have, err := built.read(from, want)
+	if err != nil {
+		return nil, nil, err
+	}
+	copy(want[have:], host[have:])
+	if r.name != "text" {
+		// What the kernel fills in before it makes it read-only.
+		for i := max(from, g.late[0]); i < min(from+VirtAddr(len(want)), g.late[1]); i++ {
+			want[i-from] = host[i-from]
+		}
+		return want[lo : lo+n], want[lo : lo+n], nil
+	}
+	plainHost, plainWant := slices.Clone(host), slices.Clone(want)
+	g.normalize(off-lo, plainHost)
+	g.normalize(off-lo, plainWant)
+	for i := range want {
+		if plainHost[i] == plainWant[i] {
+			want[i] = host[i]
+		}
+	}
+	if err := built.settle(from, want, host); err != nil {
+		return nil, nil, err
+	}
+	copy(plainWant, want)
+	g.normalize(off-lo, plainWant)
+	return want[lo : lo+n], plainWant[lo : lo+n], nil
+}
+
 // kept returns a line of the golden copy as it was, and without what the kernel may patch. ErrNotFound means that the store does
 // not have it, or has lost it.
 func (g *Golden) kept(at uint64) (raw, plain []byte, err error) {
@@ -493,19 +554,22 @@ func (g *Golden) normalize(start uint64, b []byte) {
 				clear(at[:5])
 			}
 		case siteTramp:
-			if string(at[:4]) == "\xf3\x0f\x1e\xfa" || string(at[:4]) == "\x66\x0f\x1f\x00" {
-				at = at[4:]
-			}
-			clear(at[:5])
+			clear(pastEndbr(at)[:5])
 		case siteEntry:
-			if string(at[:4]) == "\xf3\x0f\x1e\xfa" || string(at[:4]) == "\x66\x0f\x1f\x00" { // endbr64, or what is left of it
-				at = at[4:]
-			}
-			if patchable(at) {
+			if at = pastEndbr(at); patchable(at) {
 				clear(at[:5])
 			}
 		}
 	}
+}
+
+// pastEndbr skips endbr64, or what is left of it where nobody needs it, until 6.13 and since.
+func pastEndbr(b []byte) []byte {
+	switch string(b[:4]) {
+	case "\xf3\x0f\x1e\xfa", "\x66\x0f\x1f\x00", "\x0f\x1f\x40\xd6":
+		return b[4:]
+	}
+	return b
 }
 
 // patchable reports whether there is a call, or the nop of five bytes that waits to be one.

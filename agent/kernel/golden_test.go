@@ -167,7 +167,7 @@ func TestGoldenPieces(t *testing.T) {
 }
 
 func TestGoldenRefuses(t *testing.T) {
-	if _, err := TakeGolden(context.Background(), &Image{info: Info{Arch: "aarch64"}}, nil); err == nil {
+	if _, err := TakeGolden(context.Background(), &Image{info: Info{Arch: "aarch64"}}, nil, nil); err == nil {
 		t.Error("a golden copy of code that is not understood")
 	}
 }

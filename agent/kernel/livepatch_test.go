@@ -24,7 +24,7 @@ func TestLivePatch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	golden, err := kernel.TakeGolden(t.Context(), img, nil)
+	golden, err := kernel.TakeGolden(t.Context(), img, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

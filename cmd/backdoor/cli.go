@@ -114,7 +114,7 @@ func (e *codeError) Unwrap() error { return e.err }
 
 func verbs() []verb {
 	return slices.Concat([]verb{statusVerb, findingsVerb, psVerb, topVerb, dmesgVerb}, listingVerbs(), []verb{
-		healVerb, undoVerb, powerVerb, networkVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, incidentsVerb, policyVerb, attestVerb, enrollVerb, loginVerb, configVerb, agreementVerb, agreeVerb, imageVerb, flashVerb, typesVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
+		healVerb, undoVerb, powerVerb, networkVerb, eventsVerb, metricsVerb, collectVerb, memoryVerb, tasksVerb, redfishVerb, journalVerb, incidentsVerb, policyVerb, attestVerb, enrollVerb, loginVerb, configVerb, agreementVerb, agreeVerb, imageVerb, flashVerb, typesVerb, goldenVerb, labVerb, completionVerb(), versionVerb, helpVerb(),
 	})
 }
 

@@ -30,7 +30,8 @@
 //
 // In the state directory: config.json, journal (what was decided and written, hash-chained), the Redfish service's accounts,
 // key and certificate, and hints for a faster attach. In types, if there: BTF for hosts whose kernels carry none, as ID.btf or RELEASE.btf
-// by the kernel's build ID or release (see backdoor help types).
+// by the kernel's build ID or release (see backdoor help types). In golden, if there: kernels as they were built, as ID.vmlinux (see
+// backdoor help golden).
 package main
 
 import (
