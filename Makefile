@@ -19,7 +19,7 @@ BENCH ?= .
 # the tests wait for emulated machines on a computer that has other work. Never run again: data races, panics, and more than a few.
 GOTEST := go tool gotestsum --format standard-quiet --rerun-fails=1 --rerun-fails-max-failures=8 --rerun-fails-run-root-test --rerun-fails-abort-on-data-race
 
-.PHONY: bench bench-rdma build clean conformance demo faults fuzz help images kernels lab lint peers powercuts rdma setup slots test torture
+.PHONY: bench bench-rdma build clean conformance demo faults fuzz help images kernels kills lab lint peers powercuts rdma setup slots test torture
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '%-12s %s\n' "$$t" "$$d"; done
@@ -87,6 +87,9 @@ faults-whole: ## all rows, then the main ones on sid, with 1 and 4 CPUs, without
 HEALTHY ?= 60m
 healthy: setup ## have a healthy host of each of KERNELS work hard for HEALTHY (60m): nothing may be found
 	go test -count=1 -timeout 4h ./tests/faults -run TestHealthy -kernels $(KERNELS) -healthy $(HEALTHY) -v
+
+kills: setup ## kill 1010 processes of every kind in a guest, and say how long each took
+	go test -count=1 -timeout 30m ./agent/engine -run TestLiveKill -guests 6.1 -kills 63 -v
 
 lint: setup ## formatting, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "not formatted by gofmt:"; echo "$$out"; exit 1; fi

@@ -403,6 +403,7 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller, a
 	e.plans++
 	p.ID, p.Made = fmt.Sprintf("plan-%d", e.plans), time.Now()
 	e.mu.Unlock()
+	p.Foreseen = e.foresee(ctx, img, f, p)
 	if err := p.Agreed(agreed); err != nil || dry {
 		return p, nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -142,6 +143,18 @@ func TestLiveKnownBuild(t *testing.T) {
 				// That a system call leads out of the kernel is seen at once, and what was there only with the copy.
 				return ofKind(EventFinding, detect.KindTampering)(e) && len(e.Finding.Changes) > 0
 			}).Finding
+			// What the repair would do is foreseen without a store, and that one which changes nothing would cure nothing, too.
+			p, _, err := w.e.Heal(t.Context(), HealRequest{Finding: f.ID, Action: heal.RestoreKernel, Caller: "test", DryRun: true})
+			if err != nil || p.Foreseen != heal.ForeseenQuiet {
+				t.Errorf("%s: foreseen %q, %v", f.Title, p.Foreseen, err)
+			}
+			p.Steps = slices.Clone(p.Steps)
+			for i := range p.Steps {
+				p.Steps[i].Put = p.Steps[i].Expect
+			}
+			if got := w.e.foresee(t.Context(), img, *f, p); got != heal.ForeseenStands {
+				t.Errorf("%s: of a plan that changes nothing is foreseen %q", f.Title, got)
+			}
 			if _, out, err := w.e.Heal(t.Context(), HealRequest{Finding: f.ID, Action: heal.RestoreKernel, Caller: "test"}); err != nil || !out.Verified {
 				t.Fatalf("%s: %+v, %v", f.Title, out, err)
 			}

@@ -178,6 +178,31 @@ type Step struct {
 	Network *NetworkOrder `json:"network,omitempty"`
 }
 
+// What Plan.Foreseen says.
+const (
+	ForeseenQuiet  = "the finding would go quiet"
+	ForeseenStands = "the finding would stand"
+	ForeseenCannot = "cannot tell: " // and why
+)
+
+// Stores returns what the plan puts where, if that is all it does: nil if it also has the host run something, or waits for it.
+func (p Plan) Stores() []kernel.Patch {
+	var out []kernel.Patch
+	if len(p.Calls) > 0 {
+		return nil
+	}
+	for _, s := range p.Steps {
+		switch s.Op {
+		case OpExpect:
+		case OpWrite, OpArm:
+			out = append(out, kernel.Patch{Addr: s.Addr, Put: s.Put})
+		default:
+			return nil
+		}
+	}
+	return out
+}
+
 // Call is a function of the host's kernel that the host will run because of a plan.
 type Call struct {
 	Function string          `json:"function"`
@@ -229,6 +254,9 @@ type Plan struct {
 	// More says that the plan is one part of a repair, and whether the fault is gone is asked at the end only; or that it is no
 	// repair at all, but something that is done beside one.
 	More bool `json:"more,omitempty"`
+	// Foreseen is what the detectors say of the host's memory as it would be with the plan's stores made, before any is: ForeseenQuiet,
+	// ForeseenStands, or, after a colon, why that could not be told. It is empty if the plan's effect is more than its stores.
+	Foreseen string `json:"foreseen,omitempty"`
 	// Second is who else has said yes to a store by address.
 	Second string `json:"second,omitempty"`
 	// Lifts are the plans whose held steps this one takes back.

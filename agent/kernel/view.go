@@ -32,6 +32,30 @@ type View struct {
 	cache *pageCache    // guarded by mu; nil after Close
 	orc   *orcRegisters // guarded by mu; nil until a stack was unwound
 	tasks map[int]Task  // guarded by mu; nil if they were not all read; not changed once it is here
+
+	stores []Patch // see ViewAs; not changed
+}
+
+// Patch is bytes that somebody means to put into a host's memory.
+type Patch struct {
+	Addr hostmem.PhysAddr
+	Put  []byte
+}
+
+// ViewAs begins a pass over the host's memory as it would be with some stores made, the later ones over the earlier. None is made.
+func (img *Image) ViewAs(ctx context.Context, stores []Patch) *View {
+	v := img.View(ctx)
+	v.stores = stores
+	return v
+}
+
+// overlay puts the stores that are not made over what was read.
+func (v *View) overlay(pa hostmem.PhysAddr, b []byte) {
+	for _, s := range v.stores {
+		if from, to := max(pa, s.Addr), min(pa+hostmem.PhysAddr(len(b)), s.Addr+hostmem.PhysAddr(len(s.Put))); from < to {
+			copy(b[from-pa:to-pa], s.Put[from-s.Addr:])
+		}
+	}
 }
 
 // pageCache is the pages that a View has read. It outlives the View that is closed, for the next one's pages.
@@ -189,6 +213,7 @@ func (c *pageCache) free() *page {
 
 // keep puts a page into the cache, where the oldest makes room; mu is held.
 func (v *View) keep(pa hostmem.PhysAddr, p *page) {
+	v.overlay(pa, p[:])
 	v.cost.Pages++
 	c := v.cache
 	if len(c.order) < viewPages {
@@ -259,6 +284,7 @@ func (v *View) readFresh(pa hostmem.PhysAddr, b []byte) error {
 	}
 	began := time.Since(v.began)
 	n, err := v.img.mem.ReadAt(b, int64(pa))
+	v.overlay(pa, b[:max(n, 0)])
 	v.mu.Lock()
 	v.count(n, began)
 	v.mu.Unlock()
@@ -277,6 +303,7 @@ func (v *View) readScattered(segs []hostmem.Segment) error {
 	v.cost.Elapsed += time.Since(began)
 	v.cost.Reads += len(segs)
 	for i := range segs {
+		v.overlay(segs[i].Addr, segs[i].Buf)
 		v.cost.Bytes += int64(len(segs[i].Buf))
 	}
 	return err

@@ -154,6 +154,9 @@ func planText(w io.Writer, p heal.Plan) error {
 	l.printf("Plan %s: %s\n", query.Clean(p.ID), query.Clean(p.Title))
 	l.printf("  for finding  %s\n", query.Clean(p.Finding))
 	l.printf("  action       %s, risk %s\n", query.Clean(p.Action), p.Risk)
+	if p.Foreseen != "" {
+		l.printf("  foreseen     %s\n", query.Clean(p.Foreseen))
+	}
 	if t := p.Target; t != nil {
 		l.printf("  target       PID %d, process %d, %s, user %d\n", t.PID, t.TGID, query.Clean(t.Comm), t.UID)
 	}

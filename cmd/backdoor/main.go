@@ -84,6 +84,7 @@
 //	attest       have the agent prove, by its machine's TPM, which image it runs
 //	enroll       certify the TPM of an agent's machine, so that monitors know it by an authority
 //	types        make types for hosts whose kernels carry none: BTF of dwarf2json's file
+//	golden       unpack a kernel as it was built, for agents to compare hosts with
 //	login        log in to an agent and keep it as a context
 //	config       contexts: get-contexts, use-context, set-context, delete-context, view
 //	agreement    access agreements: keygen, new, sign, verify, show
