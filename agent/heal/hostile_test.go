@@ -16,7 +16,7 @@ import (
 func TestHostileHost(t *testing.T) {
 	pages := []hostmem.PhysAddr{paBases, paPages, paPerCPU, paTask, paSignal, paPID, paCred, paUser, 0x150000, 0x151000, 0x2000}
 	carried, failed := 0, 0
-	for seed := range uint64(40) {
+	for seed := range uint64(12) {
 		r := rand.New(rand.NewPCG(seed, 4))
 		h := newFakeHost(t)
 		f := forge(h)
@@ -91,7 +91,7 @@ func TestHostileHost(t *testing.T) {
 			}
 		}
 	}
-	if carried < 10 || failed < 10 {
+	if carried < 3 || failed < 3 {
 		t.Errorf("%d plans were carried out and %d broken off: that shows nothing", carried, failed)
 	}
 	t.Logf("%d plans carried out, %d broken off", carried, failed)
