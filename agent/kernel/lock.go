@@ -547,10 +547,14 @@ func (w *lockWalk) lock(t Task, head VirtAddr, waiters []VirtAddr) error {
 var sleepIn = []struct{ prefix, kind string }{
 	{"__mutex_lock", "mutex"}, {"__ww_mutex_lock", "mutex"}, {"mutex_lock", "mutex"},
 	{"rwsem_down_", "rwsem"}, {"down_read", "rwsem"}, {"down_write", "rwsem"}, {"__down_read", "rwsem"}, {"__down_write", "rwsem"},
-	{"rwbase_", "rwsem"}, {"rt_spin_lock", "spinlock"}, {"rt_read_lock", "rwlock"}, {"rt_write_lock", "rwlock"},
+	{"rwbase_", "rwsem"}, {"__rwbase_", "rwsem"}, {"rt_spin_lock", "spinlock"}, {"rt_read_lock", "rwlock"}, {"rt_write_lock", "rwlock"},
 	{"futex_", "rtmutex"}, {"rt_mutex_lock", "rtmutex"},
 	{"__down", "semaphore"}, {"down", "semaphore"},
 }
+
+// slowIn are those of a kernel built for real time that all its kinds of locks have in common: what called them may have jumped there,
+// and not be on the stack, only if it was that of the kind that is said here.
+var slowIn = []struct{ prefix, kind string }{{"rt_mutex_slowlock", "mutex"}, {"__rt_mutex_slowlock", "mutex"}, {"rtlock_slowlock", "spinlock"}}
 
 // kind returns what kind of lock a task sleeps for, and whether to read; empty if it does not.
 func (w *lockWalk) kind(t Task) (kind string, reads bool, err error) {
@@ -565,13 +569,18 @@ func (w *lockWalk) kind(t Task) (kind string, reads bool, err error) {
 		if i == 8 || f.Guessed && i > 4 {
 			break
 		}
+		for _, in := range slowIn {
+			if w.queues == realTime && strings.HasPrefix(f.Symbol, in.prefix) {
+				kind = in.kind
+			}
+		}
 		for _, in := range sleepIn {
 			if strings.HasPrefix(f.Symbol, in.prefix) {
 				return in.kind, strings.Contains(f.Symbol, "read"), nil
 			}
 		}
 	}
-	return "", false, nil
+	return kind, false, nil
 }
 
 // holder fills in who holds a lock.
