@@ -120,16 +120,6 @@ func rows() []row {
 			principle: "5 transparency", mechanism: "reading by DMA", experiment: "timing of the host's own memory", missing: "an emulated machine has no memory bus to measure on",
 		},
 		{
-			principle: "6 access control", mechanism: "access.Lock",
-			experiment: "the agreement: widened, narrowed, closed, paused by who may not alone; paused by its owner",
-			run:        locked, plant: calm,
-		},
-		{
-			principle: "6 access control", mechanism: "backdoor-agree, access.Lock",
-			experiment: "the host takes part in the agreement: it signs and hands it over once, and afterwards tries to widen, narrow and close it",
-			run:        hostHasNoSay, plant: calm,
-		},
-		{
 			principle: "7 tamper resistance", mechanism: "several independent walks",
 			experiment: "the host's root takes a process off init_task's list",
 			run:        hide, plant: calm,
@@ -176,6 +166,17 @@ func rows() []row {
 			principle: "3 availability", mechanism: "the DPU is a machine of its own",
 			experiment: "the DPU restarts alone",
 			run:        undisturbed, plant: calm,
+		},
+		// Behind all that needs the agreement: what is planted here ends it.
+		{
+			principle: "6 access control", mechanism: "access.Lock",
+			experiment: "the agreement: widened, narrowed, closed, paused by who may not alone; paused by its owner",
+			run:        locked, plant: calm,
+		},
+		{
+			principle: "6 access control", mechanism: "backdoor-agree, access.Lock",
+			experiment: "the host takes part in the agreement: it signs and hands it over once, and afterwards tries to widen, narrow and close it",
+			run:        hostHasNoSay, plant: calm,
 		},
 		{
 			principle: "3 availability", mechanism: "the DPU is a machine of its own",
