@@ -275,8 +275,9 @@ func logged(Config) Detector {
 // storm reports CPUs that for some ten seconds have done nothing but interrupts' work. What ksoftirqd does is counted as that, too.
 func storm(Config) Detector {
 	const (
-		share = 0.8
-		steps = 5 // of samples, in each of which it is so: a burst is none
+		share = 0.8  // of what was counted,
+		least = 0.25 // which is at least that much of the time
+		steps = 5    // of samples, in each of which it is so: a burst is none
 	)
 	return Detector{
 		ID: "storm", Title: "Storm of interrupts", Kind: KindStorm, Severity: Warning,
@@ -288,26 +289,26 @@ func storm(Config) Detector {
 			}
 			var out []Finding
 			for _, now := range p.Jams[n-1].Times {
-				spent := func(j *JamSample) (time.Duration, bool) {
+				at := func(j *JamSample) (kernel.CPUTime, bool) {
 					i := slices.IndexFunc(j.Times, func(t kernel.CPUTime) bool { return t.CPU == now.CPU })
 					if i < 0 {
-						return 0, false
+						return kernel.CPUTime{}, false
 					}
-					return j.Times[i].IRQ + j.Times[i].Softirq, true
+					return j.Times[i], true
 				}
 				all := true
 				for i := n - steps; i < n && all; i++ {
-					a, ok := spent(&p.Jams[i-1])
-					b, ok2 := spent(&p.Jams[i])
-					d := p.Jams[i].At.Sub(p.Jams[i-1].At)
-					all = ok && ok2 && d < jamsGap && float64(b-a) >= share*float64(d)
+					a, ok := at(&p.Jams[i-1])
+					b, ok2 := at(&p.Jams[i])
+					d, counted := p.Jams[i].At.Sub(p.Jams[i-1].At), float64(b.All-a.All)
+					all = ok && ok2 && d < jamsGap && counted >= least*float64(d) && float64(b.IRQ+b.Softirq-a.IRQ-a.Softirq) >= share*counted
 				}
 				if !all {
 					continue
 				}
 				cpu, window := now.CPU, p.Jams[n-1].At.Sub(p.Jams[n-1-steps].At)
-				was, _ := spent(&p.Jams[n-1-steps])
-				used := now.IRQ + now.Softirq - was
+				was, _ := at(&p.Jams[n-1-steps])
+				used := now.IRQ + now.Softirq - was.IRQ - was.Softirq
 				f := Finding{
 					Key: fmt.Sprintf("cpu%d", cpu), Kind: KindStorm, Severity: Warning, Confidence: 0.9,
 					Title:    fmt.Sprintf("CPU %d does nothing but the work of interrupts", cpu),

@@ -143,7 +143,9 @@ func TestStorm(t *testing.T) {
 			var used time.Duration
 			fs := strains(t, storm(DefaultConfig()), 12, func(i int, j *JamSample) {
 				used += 2 * tt.share(i)
-				j.Times = []kernel.CPUTime{{CPU: 0, Softirq: time.Duration(i) * 100 * time.Millisecond}, {CPU: 1, IRQ: used / 2, Softirq: used / 2}}
+				all := time.Duration(2*i) * time.Second
+				j.Times = []kernel.CPUTime{{CPU: 0, Softirq: time.Duration(i) * 100 * time.Millisecond, All: time.Duration(i) * 120 * time.Millisecond}, // idle
+					{CPU: 1, IRQ: used / 2, Softirq: used / 2, All: all}}
 			})
 			if len(fs) != tt.want || tt.want == 1 && *fs[0].Culprit.CPU != 1 {
 				t.Errorf("%+v; want %d", fs, tt.want)

@@ -455,6 +455,8 @@ type CPUTime struct {
 	CPU     int           `json:"cpu"`
 	IRQ     time.Duration `json:"irq"`
 	Softirq time.Duration `json:"softirq"`
+	// All is all that was counted, idle time included; the ticks of a CPU that idles without them, or that a hypervisor has held, are missing.
+	All time.Duration `json:"all"`
 }
 
 // CPUTimes reads these counts of the possible CPUs.
@@ -464,12 +466,13 @@ func (v *View) CPUTimes() ([]CPUTime, error) {
 	if r.err != nil {
 		return nil, fmt.Errorf("read times of CPUs: %w", r.err)
 	}
+	guest, err0 := v.img.types.enum("cpu_usage_stat", "CPUTIME_GUEST") // what is from here on is counted among the others, too
 	irq, err1 := v.img.types.enum("cpu_usage_stat", "CPUTIME_IRQ")
 	soft, err2 := v.img.types.enum("cpu_usage_stat", "CPUTIME_SOFTIRQ")
-	if err := errors.Join(err1, err2); err != nil {
+	if err := errors.Join(err0, err1, err2); err != nil {
 		return nil, fmt.Errorf("read times of CPUs: %w", err)
 	}
-	if most := uint64(max(irq, soft)); irq < 0 || soft < 0 || size > hostmem.PageSize || 8*most+8 > size {
+	if most := uint64(max(irq, soft, guest)); irq < 0 || soft < 0 || guest < 0 || size > hostmem.PageSize || 8*most+8 > size {
 		return nil, fmt.Errorf("read times of CPUs: %w", &CorruptError{"BTF", 0, fmt.Sprintf("kernel_cpustat has %d bytes", size)})
 	}
 	var all []CPUTime
@@ -484,7 +487,11 @@ func (v *View) CPUTimes() ([]CPUTime, error) {
 		if err := v.img.space.object(v, "kernel_cpustat", at+offset, b); err != nil {
 			return nil, fmt.Errorf("read times of CPUs: %w", err)
 		}
-		all = append(all, CPUTime{cpu, time.Duration(le64(b[8*irq:])), time.Duration(le64(b[8*soft:]))})
+		t := CPUTime{CPU: cpu, IRQ: time.Duration(le64(b[8*irq:])), Softirq: time.Duration(le64(b[8*soft:]))}
+		for i := range guest {
+			t.All += time.Duration(le64(b[8*i:]))
+		}
+		all = append(all, t)
 	}
 	return all, nil
 }
