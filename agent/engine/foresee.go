@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
@@ -44,8 +45,8 @@ func (e *Engine) foresee(ctx context.Context, img *kernel.Image, f detect.Findin
 	}
 	pass.Now = time.Now()
 	for _, d := range e.detectors {
-		if d.Kind != f.Kind {
-			continue
+		if d.Kind != f.Kind || slices.ContainsFunc(d.Needs, func(n detect.Need) bool { return n != detect.NeedSigns && n != detect.NeedUsage }) {
+			continue // what it judges by are no stores of a plan
 		}
 		found, err := d.Detect(ctx, &pass)
 		if err != nil {
