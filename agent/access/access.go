@@ -21,7 +21,9 @@
 //
 // host.uuid is the SMBIOS system UUID, in lower case. Each of rights' actions needs write, power, or both besides, by what it
 // does; power alone lets operators switch the host. rights may have "memory", a list of {"start", "size", "read", "write", "atomic"}:
-// what monitors may reach of the host's memory by themselves, byte for byte; without it they may read all RAM and store nothing. With "twoPersons" each store by
+// what monitors may reach of the host's memory by themselves, byte for byte; without it they may read all RAM and store nothing. Instead of
+// start and size an entry can have one name: {"all": true}, {"kernelText": true}, {"symbol": "jiffies"} with or without "size", or
+// {"process": {"uid": 1000, "comm": "worker"}}. The host's memory says where that is, anew at each use (see Resolver). With "twoPersons" each store by
 // address needs a second operator's consent. No action touches the tasks of protected users; init and kernel threads are
 // protected always. signatures has one element for the owner, one for each monitor, and one for the host if host.key names one: {"key": …, "signature": …} in base64,
 // Ed25519 over Canonical's bytes. The agent takes the document only with the key of the owner that its configuration names.
@@ -35,6 +37,7 @@ package access
 import (
 	"crypto/ed25519"
 	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"time"
 )
@@ -99,14 +102,56 @@ type Rights struct {
 	TwoPersons bool `json:"twoPersons,omitempty"`
 }
 
-// Memory is a range of the host's physical memory that monitors may reach by themselves, and how. Storing and swapping need
-// Rights.Write besides.
+// Memory is memory of the host that monitors may reach by themselves, and how. Storing and swapping need Rights.Write besides. It is a
+// physical range, Start and Size, or it has exactly one of the names. What a name stands for is asked of a Resolver at each use.
 type Memory struct {
 	Start  uint64 `json:"start"`
 	Size   uint64 `json:"size"`
 	Read   bool   `json:"read,omitempty"`
 	Write  bool   `json:"write,omitempty"`
 	Atomic bool   `json:"atomic,omitempty"` // compare-and-swap, fetch-and-add
+
+	All        bool   `json:"all,omitempty"`        // all RAM
+	KernelText bool   `json:"kernelText,omitempty"` // the code of the kernel's image
+	Symbol     string `json:"symbol,omitempty"`     // a variable or function of the kernel's image, and Size bytes of it; zero is as far as the symbol table tells
+	// Process is what is in memory of the processes of a user and name: to read what they may read, to store to what they may store to.
+	Process *Process `json:"process,omitempty"`
+}
+
+// Process names processes. Both are needed: a process can choose its own name, not its user.
+type Process struct {
+	UID  *uint32 `json:"uid"` // effective
+	Comm string  `json:"comm"`
+}
+
+// Names returns what the entry names, as people are told; empty if it is a physical range.
+func (m Memory) Names() string {
+	switch {
+	case m.All:
+		return "all RAM"
+	case m.KernelText:
+		return "the kernel's text"
+	case m.Symbol != "" && m.Size != 0:
+		return fmt.Sprintf("%#x bytes of symbol %q", m.Size, m.Symbol)
+	case m.Symbol != "":
+		return fmt.Sprintf("symbol %q", m.Symbol)
+	case m.Process != nil && m.Process.UID != nil:
+		return fmt.Sprintf("processes of user %d named %q", *m.Process.UID, m.Process.Comm)
+	}
+	return ""
+}
+
+// MarshalJSON implements json.Marshaler: an entry that has a name has no start, and a size only if one was given.
+func (m Memory) MarshalJSON() ([]byte, error) {
+	type plain Memory
+	if m.Names() == "" {
+		return json.Marshal(plain(m))
+	}
+	return json.Marshal(struct {
+		Start uint64 `json:"start,omitempty"`
+		Size  uint64 `json:"size,omitempty"`
+		plain
+	}{m.Start, m.Size, plain(m)})
 }
 
 // Protected names tasks that no action may touch. UID is required: a process can choose its own name, not its user.

@@ -5,6 +5,8 @@ import (
 	"crypto/ed25519"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -87,6 +89,10 @@ func TestCanonicalV1(t *testing.T) {
 func TestLoadRefuses(t *testing.T) {
 	doc := string(document(t, signed(t)))
 	owner := key(1).Public().(ed25519.PublicKey)
+	// A second entry, so that what is said of it is said of it.
+	memory := func(entry string) string {
+		return strings.Replace(doc, `"power": false`, `"power": false, "memory": [{"start": 0, "size": 4096}, {`+entry+`}]`, 1)
+	}
 	half := sample()
 	if err := half.Sign(key(1)); err != nil {
 		t.Fatal(err)
@@ -104,6 +110,21 @@ func TestLoadRefuses(t *testing.T) {
 		{"another version", strings.Replace(doc, `"version": 1`, `"version": 2`, 1), ErrInvalid, "this agent reads version 1"},
 		{"an empty list of memory", strings.Replace(doc, `"power": false`, `"power": false, "memory": []`, 1), ErrInvalid, "is signed like none"},
 		{"memory without end", strings.Replace(doc, `"power": false`, `"power": false, "memory": [{"start": 16, "size": 18446744073709551615}]`, 1), ErrInvalid, "are no range"},
+		{"memory without a form", memory(`"read": true`), ErrInvalid, "rights.memory[1]: 0x0 bytes at 0x0 are no range; write start and size, or one of"},
+		{"two names", memory(`"all": true, "kernelText": true`), ErrInvalid, "rights.memory[1]: has several of"},
+		{"a name and a start", memory(`"symbol": "jiffies", "start": 4096`), ErrInvalid, "rights.memory[1]: has a start besides a name"},
+		{"a name and a range", memory(`"all": true, "start": 4096, "size": 8`), ErrInvalid, "rights.memory[1]: has a start besides a name"},
+		{"all and a size", memory(`"all": true, "size": 8`), ErrInvalid, "rights.memory[1]: has a size"},
+		{"no symbol", memory(`"symbol": "", "read": true`), ErrInvalid, "are no range"},
+		{"no name of a symbol", memory(`"symbol": "a b"`), ErrInvalid, `symbol "a b" must be`},
+		{"a vast symbol", memory(`"symbol": "jiffies", "size": 18446744073709551615`), ErrInvalid, "no symbol has more than"},
+		{"a process without a user", memory(`"process": {"comm": "worker"}`), ErrInvalid, "process has no uid"},
+		{"a process without a name", memory(`"process": {"uid": 1000}`), ErrInvalid, "process.comm"},
+		{"a process with a long name", memory(`"process": {"uid": 1000, "comm": "a-worker-of-mine"}`), ErrInvalid, "process.comm"},
+		{"a process with more", memory(`"process": {"uid": 1000, "comm": "worker", "pid": 7}`), ErrInvalid, `unknown field "pid"`},
+		{"a protected process", memory(`"process": {"uid": 550, "comm": "worker"}`), ErrInvalid, "rights.memory[1]: names processes that protected[1] protects"},
+		{"all as a word", memory(`"all": "true"`), ErrInvalid, "cannot unmarshal"},
+		{"a good name, unsigned", memory(`"process": {"uid": 0, "comm": "worker"}`), ErrUnsigned, "was changed after signing"},
 		{"more memory", strings.Replace(doc, `"power": false`, `"power": false, "memory": [{"start": 0, "size": 4096, "write": true}]`, 1), ErrUnsigned, "was changed after signing"},
 		{"more rights", strings.Replace(doc, `"power": false`, `"power": true`, 1), ErrUnsigned, "was changed after signing"},
 		{"another host", strings.Replace(doc, "6f1e5c1e", "7f1e5c1e", 1), ErrUnsigned, "was changed after signing"},
@@ -261,6 +282,131 @@ func TestPermitMemory(t *testing.T) {
 	}
 }
 
+// named is an agreement with each form of memory.
+func named() *Agreement {
+	a := sample()
+	uid := uint32(1000)
+	a.Rights.Memory = []Memory{
+		{Start: 0, Size: 0x1000, Read: true}, {All: true, Read: true}, {KernelText: true, Read: true}, {Symbol: "jiffies", Read: true, Write: true},
+		{Symbol: "init_task", Size: 64, Atomic: true}, {Process: &Process{UID: &uid, Comm: "worker"}, Read: true, Write: true},
+	}
+	return a
+}
+
+// The canonical bytes of entries of rights.memory. Do not change this test: agreements that were signed over them are in the field.
+func TestNamedMemory(t *testing.T) {
+	a := named()
+	for _, k := range []ed25519.PrivateKey{key(1), key(2)} {
+		if err := a.Sign(k); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b, err := a.Canonical()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const want = `"memory":[{"start":0,"size":4096,"read":true},{"read":true,"all":true},{"read":true,"kernelText":true},` +
+		`{"read":true,"write":true,"symbol":"jiffies"},{"size":64,"atomic":true,"symbol":"init_task"},` +
+		`{"read":true,"write":true,"process":{"uid":1000,"comm":"worker"}}]`
+	if !strings.Contains(string(b), want) {
+		t.Errorf("canonical form %s; want it to hold %s", b, want)
+	}
+	got, err := Load(bytes.NewReader(document(t, a)), key(1).Public().(ed25519.PublicKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(a, got); diff != "" {
+		t.Error(diff)
+	}
+	var text strings.Builder
+	if err := a.WriteText(&text); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{
+		"0x0 to 0xfff: read yes, write no, atomic no", "all RAM: read yes,", "the kernel's text: read yes,", `symbol "jiffies": read yes, write yes,`,
+		`0x40 bytes of symbol "init_task": read no, write no, atomic yes`, `processes of user 1000 named "worker": read yes, write yes, atomic no`,
+	} {
+		if !strings.Contains(text.String(), "memory      "+line) {
+			t.Errorf("text lacks %q:\n%s", line, text.String())
+		}
+	}
+}
+
+// places is a Resolver by a table: where what is named is now.
+type places struct {
+	at    map[string][2]uint64 // start and size, by Memory.Names
+	asked []string
+}
+
+func (p *places) Inside(m Memory, start, size uint64, write bool, permit func(int, bool, uint32, string) error) error {
+	name := m.Names()
+	p.asked = append(p.asked, fmt.Sprint(name, " ", write))
+	at, ok := p.at[name]
+	if !ok {
+		return errors.New("nobody knows")
+	}
+	if m.Process != nil && permit(7, false, *m.Process.UID, m.Process.Comm) != nil {
+		return errors.New("it is protected")
+	}
+	if start < at[0] || start+size > at[0]+at[1] {
+		return errors.New("it is elsewhere")
+	}
+	return nil
+}
+
+func TestPermitNamedMemory(t *testing.T) {
+	in := func() time.Time { return time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC) }
+	a := named()
+	a.Rights.Memory = a.Rights.Memory[2:] // neither a range nor all
+	p := &places{at: map[string][2]uint64{"the kernel's text": {0x100000, 0x1000}, `symbol "jiffies"`: {0x200000, 8}, `0x40 bytes of symbol "init_task"`: {0x300000, 64},
+		`processes of user 1000 named "worker"`: {0x400000, 0x2000}}}
+	g := a.Grant(uuid, in).Resolving(p)
+	if !g.Named() || sample().Grant(uuid, in).Named() || (Grant{}).Named() {
+		t.Error("Named does not tell which grants have names")
+	}
+	check := func(g Grant, start, size uint64, read, write, atomic bool, want string) {
+		t.Helper()
+		err := g.PermitMemory(start, size, read, write, atomic)
+		if want == "" && err != nil {
+			t.Errorf("%#x bytes at %#x: %v; want them permitted", size, start, err)
+		}
+		if want != "" && (!errors.Is(err, ErrDenied) || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%#x bytes at %#x: %v; want it denied with %q", size, start, err, want)
+		}
+	}
+	check(g, 0x100000, 0x1000, true, false, false, "")
+	check(g, 0x100001, 0x1000, true, false, false, "the kernel's text: it is elsewhere")
+	check(g, 0x100000, 8, true, true, false, "elsewhere") // may be read only
+	check(g, 0x200000, 8, true, true, false, "")
+	check(g, 0x200000, 8, true, false, true, "not permitted")
+	check(g, 0x300000, 64, false, false, true, "")
+	check(g, 0x401ff8, 8, true, true, false, "")
+	if p.asked = nil; g.PermitMemory(0x401ff8, 8, true, true, false) != nil || !slices.Contains(p.asked, `processes of user 1000 named "worker" true`) {
+		t.Errorf("a store was asked about as %q", p.asked)
+	}
+	// Each use asks anew: what moves is given no longer where it was.
+	p.at[`symbol "jiffies"`] = [2]uint64{0x500000, 8}
+	check(g, 0x200000, 8, true, true, false, `symbol "jiffies": it is elsewhere`)
+	check(g, 0x500000, 8, true, true, false, "")
+	delete(p.at, "the kernel's text")
+	check(g, 0x100000, 8, true, false, false, "the kernel's text: nobody knows")
+
+	check(a.Grant(uuid, in), 0x200000, 8, true, false, false, "no kernel of the host is attached")
+	check(g.Resolving(nil), 0x200000, 8, true, false, false, "no kernel of the host is attached")
+	watch := named()
+	watch.Rights.Write, watch.Rights.Memory = false, a.Rights.Memory
+	check(watch.Grant(uuid, in).Resolving(p), 0x500000, 8, true, true, false, `does not give "write"`)
+	// A range is given whatever the names say.
+	check(named().Grant(uuid, in), 0, 8, true, false, false, "")
+	// What takes two persons by a range takes two by a name.
+	two := named()
+	two.Rights.TwoPersons = true
+	check(two.Grant(uuid, in).Resolving(p), 0x500000, 8, true, true, false, "takes two persons")
+	if err := two.Grant(uuid, in).Resolving(p).PermitMemoryByTwo(0x500000, 8, true, true, false); err != nil {
+		t.Errorf("two persons: %v", err)
+	}
+}
+
 func FuzzLoad(f *testing.F) {
 	a := sample()
 	for _, k := range []ed25519.PrivateKey{key(1), key(2)} {
@@ -274,12 +420,28 @@ func FuzzLoad(f *testing.F) {
 	}
 	f.Add(b)
 	f.Add([]byte(`{"version":1}`))
+	for _, m := range []string{`"all":true`, `"kernelText":true`, `"symbol":"jiffies","size":8`, `"process":{"uid":1000,"comm":"worker"}`, `"all":true,"process":{}`} {
+		f.Add(bytes.Replace(b, []byte(`"power":false`), []byte(`"power":false,"memory":[{"read":true,`+m+`}]`), 1))
+	}
 	owner := key(1).Public().(ed25519.PublicKey)
 	want, err := a.Canonical()
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
+		// What is read is written so that it reads the same.
+		if p, err := Parse(bytes.NewReader(b)); err == nil {
+			c, err := p.Canonical()
+			if written, merr := json.Marshal(p); err == nil && merr == nil {
+				again, err := Parse(bytes.NewReader(written))
+				if err != nil {
+					t.Fatalf("%s was written, and reads: %v", written, err)
+				}
+				if d, err := again.Canonical(); err != nil || !bytes.Equal(c, d) {
+					t.Fatalf("%s was written of what is canonically %s", written, c)
+				}
+			}
+		}
 		a, err := Load(bytes.NewReader(b), owner)
 		if (a == nil) == (err == nil) {
 			t.Fatalf("Load = %v, %v; want a value or an error", a, err)

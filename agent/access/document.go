@@ -18,6 +18,9 @@ import (
 // maxDocument bounds what Load reads, in bytes.
 const maxDocument = 64 << 10
 
+// maxNamed bounds the size of a symbol, in bytes: no kernel's image is larger.
+const maxNamed = 1 << 30
+
 // domain keeps a signature under an agreement from meaning anything under another kind of document.
 const domain = "backdoor access agreement v1\n"
 
@@ -30,6 +33,7 @@ var (
 	uuidForm   = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 	digestForm = regexp.MustCompile(`^[0-9a-f]{64}$`)
 	idForm     = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
+	symbolForm = regexp.MustCompile(`^[A-Za-z0-9._$]{1,255}$`)
 )
 
 // Canonical returns the bytes that are signed: everything but the signatures, in one form only.
@@ -208,7 +212,7 @@ func Load(r io.Reader, owner ed25519.PublicKey) (*Agreement, error) {
 // check finds what the JSON form alone cannot exclude.
 func (a *Agreement) check() error {
 	bad := func(where, format string, args ...any) error {
-		return fmt.Errorf("access agreement: %s: %s: %w", where, fmt.Sprintf(format, args...), ErrInvalid)
+		return fmt.Errorf("access agreement: %s: %w: %w", where, fmt.Errorf(format, args...), ErrInvalid)
 	}
 	switch {
 	case a.Version != Version:
@@ -265,8 +269,8 @@ func (a *Agreement) check() error {
 		return bad("rights.memory", "is empty, which is signed like none at all; leave it out, or name ranges")
 	}
 	for i, m := range a.Rights.Memory {
-		if m.Size == 0 || m.Start+m.Size-1 < m.Start {
-			return bad(fmt.Sprintf("rights.memory[%d]", i), "%#x bytes at %#x are no range", m.Size, m.Start)
+		if err := m.check(a.Protected); err != nil {
+			return bad(fmt.Sprintf("rights.memory[%d]", i), "%w", err)
 		}
 	}
 	if a.Quorum < 0 || a.Quorum > len(a.Monitors) {
@@ -303,6 +307,49 @@ func (a *Agreement) check() error {
 		}
 	}
 	return nil
+}
+
+// check finds what is wrong with an entry of rights.memory.
+func (m Memory) check(protected []Protected) error {
+	forms := 0
+	for _, has := range []bool{m.All, m.KernelText, m.Symbol != "", m.Process != nil} {
+		if has {
+			forms++
+		}
+	}
+	switch {
+	case forms > 1:
+		return errors.New("has several of all, kernelText, symbol and process; write one entry for each")
+	case forms == 0 && (m.Size == 0 || m.Start+m.Size-1 < m.Start):
+		return fmt.Errorf("%#x bytes at %#x are no range; write start and size, or one of all, kernelText, symbol and process", m.Size, m.Start)
+	case forms == 0:
+		return nil
+	case m.Start != 0:
+		return errors.New("has a start besides a name; write the one or the other")
+	case m.Size != 0 && m.Symbol == "":
+		return errors.New("has a size, which of the names only a symbol may have; leave it out")
+	case m.Symbol != "" && !symbolForm.MatchString(m.Symbol):
+		return fmt.Errorf("symbol %q must be 1 to 255 of a-z, A-Z, 0-9, dot, underscore and dollar sign", m.Symbol)
+	case m.Size > maxNamed:
+		return fmt.Errorf("has a size of %#x bytes; no symbol has more than %#x", m.Size, uint64(maxNamed))
+	case m.Process == nil:
+		return nil
+	case m.Process.UID == nil:
+		return errors.New("process has no uid; write the number of its user, also if that is 0")
+	case m.Process.Comm == "" || len(m.Process.Comm) > 15 || strings.ContainsRune(m.Process.Comm, 0):
+		return fmt.Errorf("process.comm %q must be the 1 to 15 bytes of the name that the kernel keeps", m.Process.Comm)
+	}
+	for i, p := range protected {
+		if p.covers(*m.Process.UID, m.Process.Comm) {
+			return fmt.Errorf("names processes that protected[%d] protects; take the one or the other out", i)
+		}
+	}
+	return nil
+}
+
+// covers tells whether a task of that user and name is protected.
+func (p Protected) covers(uid uint32, comm string) bool {
+	return uid >= p.FirstUID && uid <= p.LastUID && (p.Comm == "" || p.Comm == comm)
 }
 
 // unique refuses an object that has one name twice: readers would not agree on what it says. Names are compared without

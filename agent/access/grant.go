@@ -11,12 +11,36 @@ import (
 // ErrDenied means that the agreement does not permit what was asked for, or that there is none.
 var ErrDenied = errors.New("not permitted by the access agreement")
 
+// errNoResolver is why nothing is given by a name.
+var errNoResolver = errors.New("no kernel of the host is attached that says where that is")
+
 // Grant is what an agreement permits on one host. The zero value permits nothing. It is immutable.
 type Grant struct {
 	agreement *Agreement
 	denied    string // why nothing is permitted
 	now       func() time.Time
 	lock      *Lock // whose orders count as well; nil if none do
+	names     Resolver
+}
+
+// Resolver says what the names of rights.memory stand for. It is asked at each use and must not rely on what it once was; it asks the
+// host's memory, so no lock that a look at it needs may be held meanwhile.
+type Resolver interface {
+	// Inside returns nil if the size bytes at start are wholly within what the entry, which has a name, stands for now: for a process that
+	// they may be stored to, if write is set. Else it says why not, or why that cannot be told. What may not be touched is no part of it: no
+	// process for which permit returns an error, and of no other what such a process stores to as well.
+	Inside(m Memory, start, size uint64, write bool, permit func(tgid int, kthread bool, uid uint32, comm string) error) error
+}
+
+// Resolving returns the grant with what resolves its names. Without it, or with nil, what is given by a name is denied.
+func (g Grant) Resolving(r Resolver) Grant {
+	g.names = r
+	return g
+}
+
+// Named returns whether anything is given by a name, so that who holds a lease must ask anew at each use.
+func (g Grant) Named() bool {
+	return g.agreement != nil && slices.ContainsFunc(g.agreement.Rights.Memory, func(m Memory) bool { return m.Names() != "" })
 }
 
 // Grant applies the agreement to the host with that system UUID. It never fails: a grant for the wrong host denies
@@ -137,13 +161,28 @@ func (g Grant) PermitMemoryByTwo(start, size uint64, read, write, atomic bool) e
 	if given == nil && !write && !atomic {
 		return nil
 	}
+	given = slices.DeleteFunc(slices.Clone(given), func(m Memory) bool { return read && !m.Read || write && !m.Write || atomic && !m.Atomic })
 	for _, m := range given {
-		inside := start >= m.Start && start-m.Start <= m.Size && size <= m.Size-(start-m.Start)
-		if inside && (m.Read || !read) && (m.Write || !write) && (m.Atomic || !atomic) {
+		if m.Names() == "" && start >= m.Start && start-m.Start <= m.Size && size <= m.Size-(start-m.Start) {
 			return nil
 		}
 	}
-	return fmt.Errorf("agreement %s does not give monitors such access to the %#x bytes at %#x: %w", g.agreement.ID, size, start, ErrDenied)
+	var why []string
+	for _, m := range given {
+		name := m.Names()
+		if name == "" {
+			continue
+		}
+		err := errNoResolver
+		if g.names != nil {
+			err = g.names.Inside(m, start, size, write || atomic, g.PermitTask)
+		}
+		if err == nil {
+			return nil
+		}
+		why = append(why, fmt.Sprintf("; by %s: %v", name, err))
+	}
+	return fmt.Errorf("agreement %s does not give monitors such access to the %#x bytes at %#x%s: %w", g.agreement.ID, size, start, strings.Join(why, ""), ErrDenied)
 }
 
 // Until returns when the agreement ends; the zero time if there is none.
@@ -169,7 +208,7 @@ func (g Grant) PermitTask(tgid int, kthread bool, uid uint32, comm string) error
 		return fmt.Errorf("PID %d is a kernel thread, which is never touched: %w", tgid, ErrDenied)
 	}
 	for _, p := range g.agreement.Protected {
-		if uid >= p.FirstUID && uid <= p.LastUID && (p.Comm == "" || p.Comm == comm) {
+		if p.covers(uid, comm) {
 			return fmt.Errorf("agreement %s protects processes of user %d named %q: %w", g.agreement.ID, uid, comm, ErrDenied)
 		}
 	}

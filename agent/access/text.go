@@ -23,7 +23,11 @@ func (a *Agreement) WriteText(w io.Writer) error {
 	line("permits", "read %s, write %s, power %s", word[a.Rights.Read], word[a.Rights.Write], word[a.Rights.Power])
 	line("actions", "%s", strings.Join(a.Rights.Actions, ", "))
 	for _, m := range a.Rights.Memory {
-		line("memory", "%#x to %#x: read %s, write %s, atomic %s", m.Start, m.Start+m.Size-1, word[m.Read], word[m.Write], word[m.Atomic])
+		what := m.Names()
+		if what == "" {
+			what = fmt.Sprintf("%#x to %#x", m.Start, m.Start+m.Size-1)
+		}
+		line("memory", "%s: read %s, write %s, atomic %s", what, word[m.Read], word[m.Write], word[m.Atomic])
 	}
 	if a.Rights.TwoPersons {
 		line("two persons", "for each store by address")

@@ -69,6 +69,7 @@ type Engine struct {
 	eventSeq    uint64
 	faults      []FaultNote
 	shown       shown
+	named       *named           // of the attached kernel; made when it is first asked for
 	beat        kernel.Heartbeat // the latest of the attached kernel
 	leased      *heal.Lease      // of the boot leasedBoot
 	leasedBoot  string
@@ -224,7 +225,7 @@ func (e *Engine) grant() access.Grant {
 			break
 		}
 	}
-	return g
+	return g.Resolving(e.names())
 }
 
 // Findings returns the open findings, the newest first, and behind them the latest resolved ones, again the newest first.

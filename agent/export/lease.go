@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/nicfw/roce"
@@ -85,8 +86,9 @@ type lease struct {
 	Lease
 	qp     *roce.QP
 	mrs    []*roce.MR
-	ended  bool   // guarded by Exporter.mu
-	stored uint64 // bytes; the device calls one at a time
+	ended  bool        // guarded by Exporter.mu
+	stored uint64      // bytes; the device calls one at a time
+	named  atomic.Bool // the agreement gives memory by names: each read asks anew
 }
 
 // right is what a lease needs.
@@ -341,7 +343,9 @@ func (x *Exporter) sweep(now time.Time) {
 		default:
 			why = x.o.Authorize(l.User, right(l.Kind, l.Write || l.Atomic))
 			if why == nil && l.Kind == KindMemory {
-				why = x.o.Host.Grant().PermitMemory(l.Addr, l.Length, true, l.Write, l.Atomic)
+				g := x.o.Host.Grant()
+				l.named.Store(g.Named())
+				why = g.PermitMemory(l.Addr, l.Length, true, l.Write, l.Atomic)
 			}
 		}
 		if why != nil {

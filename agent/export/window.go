@@ -69,11 +69,18 @@ type stored struct {
 func newWindow(x *Exporter, l *lease) *window {
 	w := &window{x: x, l: l, mem: live{x.o.Host}}
 	w.guard = hostmem.NewGuard(w.mem, w.allow)
+	l.named.Store(x.o.Host.Grant().Named())
 	return w
 }
 
-// ReadAt implements roce.Region.
+// ReadAt implements roce.Region. The lease was judged when it was given and is again from time to time; what is given by a name is at each
+// read, because the host's memory says where that is.
 func (w *window) ReadAt(p []byte, off int64) (int, error) {
+	if w.l.named.Load() {
+		if err := w.x.o.Host.Grant().PermitMemory(uint64(off), uint64(len(p)), true, false, false); err != nil {
+			return 0, refusal(err)
+		}
+	}
 	n, err := w.mem.ReadAt(p, off)
 	return n, refusal(err)
 }

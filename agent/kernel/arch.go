@@ -30,6 +30,8 @@ type arch struct {
 	located func(img *Image, src source, function VirtAddr, size uint64) []VirtAddr
 	// absent says what a table entry of a process stands for that is not present and not zero, when so many swap areas were made.
 	absent func(level tableLevel, e, swaps uint64) (hostmem.PhysAddr, PageState)
+	// userPage says whether a process may read the page of a table entry that is present, and whether it may store to it.
+	userPage func(e uint64) (reads, writes bool)
 	// userTables says that processes have tables for themselves alone; else they have the lower half of their tables.
 	userTables bool
 }

@@ -27,7 +27,9 @@ func archAArch64() *arch {
 		unwind:        func(v *View, t Task) (stackWalk, error) { return v.frameRecords(t) },
 		located:       aarch64Located,
 		absent:        aarch64Absent,
-		userTables:    true,
+		// PTE_USER and PTE_RDONLY. A page that is clean and whose dirty bit the hardware sets (PTE_DBM) is not taken for writable yet.
+		userPage:   func(e uint64) (reads, writes bool) { return e&(1<<6) != 0, e&(1<<7) == 0 },
+		userTables: true,
 	}
 }
 

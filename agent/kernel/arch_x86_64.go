@@ -35,6 +35,7 @@ func archX8664() *arch {
 		},
 		preemptMask: 0x7fffffff, // without PREEMPT_NEED_RESCHED, which is inverted
 		absent:      x8664Absent,
+		userPage:    func(e uint64) (reads, writes bool) { return e&x8664User != 0, e&x8664Write != 0 },
 		unwind:      func(v *View, t Task) (stackWalk, error) { return v.unwinder(t) },
 	}
 }
@@ -44,6 +45,8 @@ const (
 	x8664ImageSize = 1 << 30            // KERNEL_IMAGE_SIZE with KASLR
 
 	x8664Present  = 1 << 0
+	x8664Write    = 1 << 1
+	x8664User     = 1 << 2
 	x8664Huge     = 1 << 7 // PS, in the second and third level
 	x8664AddrMask = 0x000ffffffffff000
 )
