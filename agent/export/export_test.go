@@ -45,6 +45,7 @@ type fakeHost struct {
 	noWrites  atomic.Bool
 	mu        sync.Mutex
 	agreement *access.Agreement // guarded by mu
+	names     access.Resolver   // guarded by mu
 	findings  []detect.Finding
 	healed    chan engine.HealRequest
 	block     chan struct{} // a repair waits for it or for its context
@@ -63,7 +64,7 @@ func (h *fakeHost) HostMemory() (hostmem.Memory, bool, error) {
 func (h *fakeHost) Grant() access.Grant {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.agreement.Grant(hostUUID, time.Now)
+	return h.agreement.Grant(hostUUID, time.Now).Resolving(h.names)
 }
 
 func (h *fakeHost) agree(change func(*access.Agreement)) {
@@ -341,6 +342,53 @@ func TestLeasesAreApart(t *testing.T) {
 	qp4, l4 := r.dial(r.lease("ops"), Request{Kind: KindMemory, Start: 0x1000, Length: 0x1000})
 	if err := qp4.Write(t.Context(), make([]byte, 8), 0x1000, l4.RKey); !isAccessError(err) {
 		t.Errorf("WRITE through a lease to read: %v; want a remote access error", err)
+	}
+}
+
+// place is a Resolver for which everything is one range, until it moves.
+type place struct{ start, size atomic.Uint64 }
+
+func (p *place) Inside(_ access.Memory, start, size uint64, _ bool, _ func(int, bool, uint32, string) error) error {
+	if start < p.start.Load() || start+size > p.start.Load()+p.size.Load() {
+		return errors.New("it is elsewhere")
+	}
+	return nil
+}
+
+// What is given by a name is judged anew at each READ, WRITE and atomic, and not only when the lease is given.
+func TestNamedMemoryIsJudgedAtEachUse(t *testing.T) {
+	r := newRig(t, nil)
+	p := new(place)
+	p.start.Store(0x8000)
+	p.size.Store(0x2000)
+	r.host.mu.Lock()
+	r.host.names = p
+	r.host.mu.Unlock()
+	r.host.agree(func(a *access.Agreement) {
+		a.Rights.Memory = []access.Memory{{Symbol: "something", Read: true, Write: true, Atomic: true}}
+	})
+	ask := Request{Kind: KindMemory, Start: 0x8000, Length: 0x2000, Write: true, Atomic: true}
+	if _, l, err := r.lease("ops")(t.Context(), r.monitor.NewPD(), nil, Request{Kind: KindMemory, Start: 0x8000, Length: 0x2001}); err == nil {
+		t.Errorf("one byte more than the name has: lease %+v", l)
+	}
+	<-r.audit
+	for name, use := range map[string]func(qp *roce.QP, l Lease) error{
+		"READ":  func(qp *roce.QP, l Lease) error { return qp.Read(t.Context(), make([]byte, 64), 0x8000, l.RKey) },
+		"WRITE": func(qp *roce.QP, l Lease) error { return qp.Write(t.Context(), make([]byte, 64), 0x8000, l.RKey) },
+		"FETCH_ADD": func(qp *roce.QP, l Lease) error {
+			_, err := qp.FetchAdd(t.Context(), 0x8000, l.RKey, 1)
+			return err
+		},
+	} {
+		p.start.Store(0x8000)
+		qp, l := r.dial(r.lease("ops"), ask)
+		if err := use(qp, l); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		p.start.Store(0x8008)
+		if err := use(qp, l); !isAccessError(err) {
+			t.Errorf("%s where the name no longer is: %v; want a remote access error", name, err)
+		}
 	}
 }
 

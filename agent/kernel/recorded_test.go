@@ -40,6 +40,62 @@ func (m *frames) Resident() []hostmem.Range               { return hostmem.Resid
 func (m *frames) Close() error                            { return nil }
 func (m *frames) ReadAt(b []byte, off int64) (int, error) { return m.at.ReadAt(b, off) }
 
+// hooked calls f, once, when its memory is read at an address.
+type hooked struct {
+	*frames
+	at hostmem.PhysAddr
+	f  func()
+}
+
+func (m *hooked) ReadAt(b []byte, off int64) (int, error) {
+	if f := m.f; f != nil && off <= int64(m.at) && int64(m.at) < off+int64(len(b)) {
+		m.f = nil
+		f()
+	}
+	return m.frames.ReadAt(b, off)
+}
+
+// A proof whose reading of the clock is older than that of another one, which began later and ended first, has not seen time go back.
+func TestProveAtTheSameTime(t *testing.T) {
+	recorded(t, func(name string, rec *hostmem.Recording) {
+		if name != "6.12" {
+			return
+		}
+		found, mem := openRecorded(t, rec)
+		va, err := found.Symbol("iomem_resource")
+		if err != nil {
+			t.Fatal(err)
+		}
+		at, err := found.View(t.Context()).Phys(va)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := &hooked{frames: mem, at: at}
+		img, err := Open(t.Context(), m, Options{Hint: Hint{Note: found.Info().Note}, NoteOnly: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		img.proofs.Store(ramEvery - 1) // the next one reads the map of RAM, behind the clock
+		before := img.lastMono.Load()
+		m.f = func() {
+			mem.show(frameLater)
+			defer mem.show(frameAlive)
+			if err := img.Prove(t.Context()); err != nil {
+				t.Errorf("the later proof: %v", err)
+			}
+		}
+		if err := img.Prove(t.Context()); err != nil || m.f != nil {
+			t.Errorf("the earlier proof: %v; whether it was overtaken: %v", err, m.f == nil)
+		}
+		if img.lastMono.Load() <= before {
+			t.Error("the clock of the later proof is forgotten")
+		}
+		if err := img.Prove(t.Context()); !errors.Is(err, ErrGone) {
+			t.Errorf("a proof of the earlier memory: %v; want ErrGone", err)
+		}
+	})
+}
+
 func TestRecorded(t *testing.T) {
 	recorded(t, func(name string, rec *hostmem.Recording) {
 		t.Run(name, func(t *testing.T) {

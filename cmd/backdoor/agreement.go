@@ -58,6 +58,17 @@ var agreementVerb = verb{
   verify FILE      check all signatures with the owner's public key (-owner), as the agent will
   show FILE        tell what the agreement permits
 
+Operators reach the host's memory by themselves as rights.memory says; edit what "new" prints before it is signed. Without it they read all RAM and store
+nothing. Each entry has "read", "write" and "atomic" as they are given, and either "start" and "size", or one name, which the agent looks up in
+the host's memory at each use:
+
+  {"start": 1048576, "size": 4096, "read": true}        a physical range
+  {"all": true, "read": true}                           all RAM
+  {"kernelText": true, "read": true}                    the kernel's code
+  {"symbol": "jiffies", "read": true}                   a variable or function of the kernel; with "size", so many bytes from there on
+  {"process": {"uid": 1000, "comm": "worker"}, "read": true, "write": true}
+                                                        what is in memory of the user's processes of that name
+
 An agent locks the first agreement that it is given: until that ends, only its owner's order stops it, and only a successor (new -succeeds)
 that its owner and enough of its monitors have signed takes its place. The host can take part: see "backdoor help agree".
 
