@@ -174,7 +174,10 @@ func undead(ctx context.Context, b *bench) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer end.Close()
+	defer func() {
+		b.inItsName += end.Port.Counters().In
+		end.Close()
+	}()
 	if err := b.host.Freeze(ctx); err != nil {
 		return "", err
 	}
