@@ -216,7 +216,7 @@ func plantKernels(ctx context.Context, b *bench) (string, error) {
 	}
 	const copies = 32
 	var planted []byte
-	for _, change := range [][2]string{{"", ""}, {"OSRELEASE=6", "OSRELEASE=9"}, {"KERNELOFFSET=", "KERNELOFFSET=1"}, {"SYMBOL(init_uts_ns)=ffffffff8", "SYMBOL(init_uts_ns)=ffffffffa"}} {
+	for _, change := range [][2]string{{"", ""}, {"OSRELEASE=6", "OSRELEASE=9"}, {"KERNELOFFSET=", "KERNELOFFSET=1"}, {"SYMBOL(init_uts_ns)=ffffffff", "SYMBOL(init_uts_ns)=fffffffe"}} {
 		lie := bytes.Replace(note, []byte(change[0]), []byte(change[1]), 1)[:hostmem.PageSize]
 		if change[0] != "" && bytes.Equal(lie, note) {
 			return "", fmt.Errorf("the note has no %q", change[0])
