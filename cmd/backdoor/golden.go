@@ -39,7 +39,7 @@ Take the file from where the host cannot reach: from the distributor's signed pa
 		if !bytes.HasPrefix(b, []byte("\x7fELF")) { // unpacked already
 			var z bzimage.BzImage
 			if err := z.UnmarshalBinary(b); err != nil {
-				return 0, fmt.Errorf("unpack %s: %w", args[0], err)
+				return 0, fmt.Errorf("unpack %s: %w; give vmlinuz of x86-64, as a distributor's package has it under boot", args[0], err)
 			}
 			b = z.KernelCode
 		}

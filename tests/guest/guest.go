@@ -98,14 +98,7 @@ func Module(t testing.TB, kernel, dir, name string) []byte {
 // and its tools.
 func BuildModule(t testing.TB, kernel, dir, name string) ([]byte, error) {
 	t.Helper()
-	target, err := kernels.Lookup(kernel)
-	if err != nil {
-		t.Fatal(err)
-	}
-	k, err := kernels.Fetch(t.Context(), "", target)
-	if err != nil {
-		t.Fatal(err)
-	}
+	target, k := fetch(t, kernel)
 	headers, err := kernels.Cache{}.Headers(t.Context(), target, k)
 	if err != nil {
 		t.Fatal(err)
@@ -132,9 +125,8 @@ func BuildModule(t testing.TB, kernel, dir, name string) ([]byte, error) {
 	return b, nil
 }
 
-// DebianModules returns modules of a kernel's package and all that they need, as files for Options, and their names in the order in which
-// they are to be loaded.
-func DebianModules(t testing.TB, kernel string, names ...string) (files map[string][]byte, order []string) {
+// fetch looks a kernel up by its name and has it fetched.
+func fetch(t testing.TB, kernel string) (kernels.Target, kernels.Kernel) {
 	t.Helper()
 	target, err := kernels.Lookup(kernel)
 	if err != nil {
@@ -144,6 +136,14 @@ func DebianModules(t testing.TB, kernel string, names ...string) (files map[stri
 	if err != nil {
 		t.Fatal(err)
 	}
+	return target, k
+}
+
+// DebianModules returns modules of a kernel's package and all that they need, as files for Options, and their names in the order in which
+// they are to be loaded.
+func DebianModules(t testing.TB, kernel string, names ...string) (files map[string][]byte, order []string) {
+	t.Helper()
+	_, k := fetch(t, kernel)
 	pack, err := modpack.Make(k.ModulesDir, names)
 	if err != nil {
 		t.Fatal(err)
@@ -181,14 +181,7 @@ type Options struct {
 // Start boots a kernel (kernels.Lookup) and waits until its init is ready. The machine ends with the test.
 func Start(t testing.TB, kernel string, o Options) *Guest {
 	t.Helper()
-	target, err := kernels.Lookup(kernel)
-	if err != nil {
-		t.Fatal(err)
-	}
-	k, err := kernels.Fetch(t.Context(), "", target)
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, k := fetch(t, kernel)
 	init, err := initProgram()
 	if err != nil {
 		t.Fatal(err)

@@ -337,6 +337,19 @@ func (b *bench) keptBack(ctx context.Context, n uint64) (uint64, error) {
 	}
 }
 
+// served asks the host's service something, which is reached through the router.
+func (b *bench) served(ctx context.Context) error {
+	conn, err := b.host.Dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(time.Minute))
+	fmt.Fprintln(conn, "HELLO")
+	_, err = conn.Read(make([]byte, 100))
+	return err
+}
+
 // expires lets a quarantine end by itself, with an exception in force meanwhile.
 func expires(ctx context.Context, b *bench) (string, error) {
 	const text = "wait for the end"
@@ -347,14 +360,7 @@ func expires(ctx context.Context, b *bench) (string, error) {
 	mark := b.peer.mark()
 	b.stream(ctx, text, 20*time.Second)
 	// Its service is reached through the router, which is allowed.
-	conn, err := b.host.Dial(ctx)
-	if err != nil {
-		return "", err
-	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(time.Minute))
-	fmt.Fprintln(conn, "HELLO")
-	if _, err := conn.Read(make([]byte, 100)); err != nil {
+	if err := b.served(ctx); err != nil {
 		return "", fmt.Errorf("an exception of the quarantine is not let through: %w", err)
 	}
 	first, err := b.peer.wait(ctx, mark, carries(text))

@@ -90,14 +90,7 @@ func cutOff(ctx context.Context, b *bench) (string, error) {
 	if late := b.peer.since(quiet, carries(text)); len(late) > 0 {
 		return "", fmt.Errorf("%d frames come through to the remote that is cut off", len(late))
 	}
-	conn, err := b.host.Dial(ctx)
-	if err != nil {
-		return "", err
-	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(time.Minute))
-	fmt.Fprintln(conn, "HELLO")
-	if _, err := conn.Read(make([]byte, 100)); err != nil {
+	if err := b.served(ctx); err != nil {
 		return "", fmt.Errorf("another remote is cut off with it: %w", err)
 	}
 	mark = b.peer.mark()
