@@ -163,6 +163,8 @@ type Pass struct {
 	Network []NetworkSample `json:"network,omitempty"`
 	// Changes is where the kernel's code, its constants and its table of interrupts are not as they were when the agent first looked.
 	Changes []kernel.Change `json:"changes,omitempty"`
+	// Uncompared is why it is not known, though it should be, whether there are Changes; empty if it is known.
+	Uncompared string `json:"uncompared,omitempty"`
 	// Weakened are the kernel's protections that are weaker than they have been since the agent attached.
 	Weakened []Weakened   `json:"weakened,omitempty"`
 	View     *kernel.View `json:"-"` // the fresh view; nil in a replayed series

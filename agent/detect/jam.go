@@ -25,6 +25,8 @@ type JamSample struct {
 	Links  []kernel.Link    `json:"links,omitempty"`
 	Said   []Said           `json:"said,omitempty"`
 	Times  []kernel.CPUTime `json:"times,omitempty"` // spent on interrupts
+	// Newest is the sequence number of the newest record of the kernel's log; zero if unknown.
+	Newest uint64 `json:"newest,omitempty"`
 	// Injected are processes of root that have got code of no file, as far as they have been looked at.
 	Injected []Injected `json:"injected,omitempty"`
 	// BootWall is what the wall clock said when the host booted, by what it is set to now, in ns since 1970; zero if unknown.
@@ -337,52 +339,108 @@ func (p *Pass) wallSet() []Finding {
 	return nil
 }
 
-// clockBack reports that the monotonic clock of a kernel that was not started anew has gone back, and its ticks with it by as much: somebody has put
-// back what was in memory before, or shows us a recording. A kernel that has started since, in the place of another, is too young for that.
+// clockBack reports what never goes back in one start of a kernel, and has: the monotonic clock and the ticks with it by as much, the sequence of the
+// log's records, the count of processes ever made. Somebody has put back what was in memory before, all of it or that part, or shows us a
+// recording. A kernel that has started since, in the place of another, is too young for that.
 func clockBack(c Config) Detector {
-	const (
-		least = time.Second      // that it has gone back
-		since = 3 * time.Second  // ago, and it is behind still
-		young = 10 * time.Second // a kernel that may have started since, in the same place
-	)
 	return Detector{
 		ID: "clock-back", Title: "Old memory put back", Kind: KindTampering, Severity: Critical,
 		Every: time.Second, Clear: 5 * time.Second, Needs: []Need{NeedHeartbeats},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
-			s := newSeries(c, p.Beats, c.lenient())
-			n := len(s.beats)
-			if n < 2 {
+			if len(p.Beats) < 2 {
 				return nil, ErrTooEarly
 			}
-			last := &s.beats[n-1]
-			for i := n - 1; i > 0; i-- {
-				a, b := &s.beats[i-1], &s.beats[i]
-				back := time.Duration(a.Mono - b.Mono)
-				behind := last.At.Sub(a.At) - time.Duration(last.Mono-a.Mono)
-				if back < least || behind < least || last.At.Sub(b.At) < since || time.Duration(b.Mono) < b.At.Sub(a.At)+young {
-					continue
-				}
-				// By the length of a tick, as it was until then.
-				first := &s.beats[0]
-				ticks, lost := a.Jiffies-first.Jiffies, a.Jiffies-b.Jiffies
-				if ticks == 0 || ticks > 1<<32 || lost == 0 || lost > 1<<32 {
-					continue // garbage, or nothing to hold it against
-				}
-				by := time.Duration(float64(a.Mono-first.Mono) / float64(ticks) * float64(lost))
-				if (by - back).Abs() > back/4+least/2 {
-					continue
-				}
-				return []Finding{{
-					Key: "clock-back", Kind: KindTampering, Severity: Critical, Confidence: 0.9,
-					Title: "the host's memory shows an earlier time",
-					Detail: fmt.Sprintf("%v ago its clock has gone back by %v, and its count of ticks with it, in the same start of the kernel: what is in memory was put back, "+
-						"or is a recording", last.At.Sub(b.At).Round(time.Second), back.Round(time.Millisecond)),
-					Evidence: []Evidence{{"mono", fmt.Sprint(b.Mono)}, {"mono_before", fmt.Sprint(a.Mono)}, {"jiffies", fmt.Sprint(b.Jiffies)}, {"jiffies_before", fmt.Sprint(a.Jiffies)}},
-				}}, nil
-			}
-			return nil, nil
+			return slices.Concat(clockWentBack(p.Beats), logWentBack(p), forksWentBack(p)), nil
 		},
 	}
+}
+
+func wentBack(key, title, detail string, evidence ...Evidence) []Finding {
+	return []Finding{{Key: key, Kind: KindTampering, Severity: Critical, Confidence: 0.9, Title: title, Detail: detail, Evidence: evidence}}
+}
+
+// sameStart reports whether the kernel that is seen now, which has run for up, had started well before a time: else another one may have been there then.
+func sameStart(up time.Duration, now, then time.Time) bool { return up >= now.Sub(then)+10*time.Second }
+
+// clockWentBack bears gaps between the beats: whoever puts all memory back keeps host and path busy for a while, and the clock goes by the host's time.
+func clockWentBack(beats []kernel.Heartbeat) []Finding {
+	const (
+		least = time.Second     // that it has gone back
+		since = 3 * time.Second // ago, and it is behind still
+	)
+	n := len(beats)
+	last := &beats[n-1]
+	for i := n - 1; i > 0; i-- {
+		a, b := &beats[i-1], &beats[i]
+		back := time.Duration(a.Mono - b.Mono)
+		behind := last.At.Sub(a.At) - time.Duration(last.Mono-a.Mono)
+		if back < least || behind < least || last.At.Sub(b.At) < since || !sameStart(time.Duration(b.Mono), b.At, a.At) {
+			continue
+		}
+		// By the length of a tick, as it was until then.
+		first := &beats[0]
+		ticks, lost := a.Jiffies-first.Jiffies, a.Jiffies-b.Jiffies
+		if ticks == 0 || ticks > 1<<32 || lost == 0 || lost > 1<<32 {
+			continue // garbage, or nothing to hold it against
+		}
+		by := time.Duration(float64(a.Mono-first.Mono) / float64(ticks) * float64(lost))
+		if (by - back).Abs() > back/4+least/2 {
+			continue
+		}
+		return wentBack("clock-back", "the host's memory shows an earlier time",
+			fmt.Sprintf("%v ago its clock has gone back by %v, and its count of ticks with it, in the same start of the kernel: what is in memory was put back, "+
+				"or is a recording", last.At.Sub(b.At).Round(time.Second), back.Round(time.Millisecond)),
+			Evidence{"mono", fmt.Sprint(b.Mono)}, Evidence{"mono_before", fmt.Sprint(a.Mono)}, Evidence{"jiffies", fmt.Sprint(b.Jiffies)}, Evidence{"jiffies_before", fmt.Sprint(a.Jiffies)})
+	}
+	return nil
+}
+
+// logWentBack compares the two newest looks with those before. The kernel may be adding to its newest record, which then cannot be read.
+func logWentBack(p *Pass) []Finding {
+	n := len(p.Jams)
+	if n < 3 {
+		return nil
+	}
+	up := time.Duration(p.Beats[len(p.Beats)-1].Mono)
+	var was uint64
+	for _, s := range p.Jams[:n-2] {
+		if sameStart(up, p.Jams[n-1].At, s.At) {
+			was = max(was, s.Newest)
+		}
+	}
+	now, old := p.Jams[n-1].Newest, p.Jams[n-2].Newest
+	if now == 0 || old == 0 || now+1 >= was || old+1 >= was {
+		return nil
+	}
+	return wentBack("log-back", "the kernel's log shows an earlier time",
+		fmt.Sprintf("its newest record is number %d, and was number %d, in the same start of the kernel: old pages of the log were put back", now, was),
+		Evidence{"seq", fmt.Sprint(now)}, Evidence{"seq_before", fmt.Sprint(was)})
+}
+
+// forksWentBack compares the newest looks with those before.
+func forksWentBack(p *Pass) []Finding {
+	const stands = time.Second
+	n := len(p.Usage)
+	if n < 3 {
+		return nil
+	}
+	last, up := &p.Usage[n-1], time.Duration(p.Beats[len(p.Beats)-1].Mono)
+	var was, since uint64 // the most before, and the most for as long as it must stand
+	looks := 0
+	for _, u := range p.Usage {
+		switch {
+		case last.At.Sub(u.At) <= stands:
+			since, looks = max(since, u.Forks), looks+1
+		case sameStart(up, last.At, u.At):
+			was = max(was, u.Forks)
+		}
+	}
+	if looks < 3 || since >= was {
+		return nil
+	}
+	return wentBack("forks-back", "the kernel has made fewer processes than before",
+		fmt.Sprintf("it has made %d processes and threads since it started, and had made %d before: old memory was put back", last.Forks, was),
+		Evidence{"total_forks", fmt.Sprint(last.Forks)}, Evidence{"total_forks_before", fmt.Sprint(was)})
 }
 
 // bootStuck reports a start that does not come to its end: a kernel that does not come to init, or a host that was reset, whose

@@ -168,22 +168,25 @@ func TestClockBack(t *testing.T) {
 		name string
 		show func(i int) int // the moment that is seen at the moment i
 		tick func(i int) int // the same for the ticks, if it is another
+		gap  time.Duration   // at the moment 100 nobody could look for so long
 		want int
 	}{
-		{"right", func(i int) int { return i }, nil, 0},
-		{"a recording from 4 s ago, which stands", func(i int) int { return map[bool]int{true: 20, false: i}[i >= 100] }, nil, 1},
-		{"a recording from 4 s ago, which goes on", func(i int) int { return i - i/100*80 }, nil, 1},
-		{"only now", func(i int) int { return map[bool]int{true: 20, false: i}[i >= 180] }, nil, 0},
-		{"for a moment", func(i int) int { return map[bool]int{true: 20, false: i}[i >= 100 && i < 110] }, nil, 0},
-		{"a little", func(i int) int { return i - i/100*10 }, nil, 0},
-		{"another kernel starts there", func(i int) int { return i - i/100*100 }, func(i int) int { return i - i/100*10000 }, 0},
-		{"the kernel starts anew in the same place", func(i int) int { return i - i/100*(100+72000) }, nil, 0}, // 72000 are an hour
-		{"the ticks go on", func(i int) int { return i - i/100*80 }, func(i int) int { return i }, 0},
-		{"it stands", func(int) int { return 0 }, nil, 0},
+		{"right", func(i int) int { return i }, nil, 0, 0},
+		{"a recording from 4 s ago, which stands", func(i int) int { return map[bool]int{true: 20, false: i}[i >= 100] }, nil, 0, 1},
+		{"the same, and it took a while to put it there", func(i int) int { return map[bool]int{true: 20, false: i}[i >= 100] }, nil, 5 * time.Second, 1},
+		{"a recording from 4 s ago, which goes on", func(i int) int { return i - i/100*80 }, nil, 0, 1},
+		{"only now", func(i int) int { return map[bool]int{true: 20, false: i}[i >= 180] }, nil, 0, 0},
+		{"for a moment", func(i int) int { return map[bool]int{true: 20, false: i}[i >= 100 && i < 110] }, nil, 0, 0},
+		{"a little", func(i int) int { return i - i/100*10 }, nil, 0, 0},
+		{"another kernel starts there", func(i int) int { return i - i/100*100 }, func(i int) int { return i - i/100*10000 }, 0, 0},
+		{"the kernel starts anew in the same place", func(i int) int { return i - i/100*(100+72000) }, nil, 0, 0}, // 72000 are an hour
+		{"the ticks go on", func(i int) int { return i - i/100*80 }, func(i int) int { return i }, 0, 0},
+		{"it stands", func(int) int { return 0 }, nil, 0, 0},
+		{"nobody looked for a while", func(i int) int { return i }, nil, 5 * time.Second, 0},
 	} {
 		p := &Pass{}
 		for i := range 200 {
-			p.Now = time.Unix(1_800_000_000, 0).Add(at(i))
+			p.Now = time.Unix(1_800_000_000, 0).Add(at(i) + time.Duration(i/100)*tt.gap)
 			ticks := tt.show(i)
 			if tt.tick != nil {
 				ticks = tt.tick(i)
@@ -192,6 +195,42 @@ func TestClockBack(t *testing.T) {
 		}
 		if fs := detect(t, clockBack(c), p); verdicts(fs) != tt.want {
 			t.Errorf("%s: %+v; want %d verdicts", tt.name, fs, tt.want)
+		}
+	}
+}
+
+// What only rises beside the clock is looked at by itself.
+func TestCountsBack(t *testing.T) {
+	for _, tt := range []struct {
+		name       string
+		log, forks func(i int) uint64 // at the look i of 20, 2 s apart, and at each of the 20 in between
+		up         time.Duration      // at the first
+		want       string
+	}{
+		{"they rise", func(i int) uint64 { return uint64(100 + i) }, func(i int) uint64 { return uint64(5000 + i) }, time.Hour, ""},
+		{"they stand", func(int) uint64 { return 100 }, func(int) uint64 { return 5000 }, time.Hour, ""},
+		{"the log is not known", func(int) uint64 { return 0 }, func(int) uint64 { return 5000 }, time.Hour, ""},
+		{"the log goes back", func(i int) uint64 { return uint64(100 + i - i/10*50) }, func(int) uint64 { return 5000 }, time.Hour, "log-back"},
+		{"the log goes back only now", func(i int) uint64 { return uint64(100 + i - i/19*50) }, func(int) uint64 { return 5000 }, time.Hour, ""},
+		{"the newest record is being added to", func(i int) uint64 { return 100 - uint64(i/18) }, func(int) uint64 { return 5000 }, time.Hour, ""},
+		{"the processes go back", func(int) uint64 { return 100 }, func(i int) uint64 { return uint64(5000 + i - i/200*300) }, time.Hour, "forks-back"},
+		{"the processes go back just now", func(int) uint64 { return 100 }, func(i int) uint64 { return uint64(5000 + i - i/395*100) }, time.Hour, ""},
+		{"the host was started anew", func(i int) uint64 { return uint64(100 + i - i/10*50) }, func(i int) uint64 { return uint64(5000 + i - i/200*300) }, -20 * time.Second, ""},
+	} {
+		p := jams(20, func(i int, s *JamSample) { s.Newest = tt.log(i) })
+		for i := range 400 {
+			p.Usage = append(p.Usage, kernel.Usage{At: p.Jams[0].At.Add(time.Duration(i) * 100 * time.Millisecond), Forks: tt.forks(i)})
+		}
+		up := tt.up + p.Now.Sub(p.Jams[0].At)
+		for i := range 2 {
+			p.Beats = append(p.Beats, kernel.Heartbeat{At: p.Now, Mono: int64(up) + int64(i)})
+		}
+		got := ""
+		for _, f := range detect(t, clockBack(DefaultConfig()), p) {
+			got += f.Key
+		}
+		if got != tt.want {
+			t.Errorf("%s: %q; want %q", tt.name, got, tt.want)
 		}
 	}
 }

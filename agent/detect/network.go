@@ -15,8 +15,11 @@ type NetworkSample struct {
 	Sent, Forwarded uint64
 	// SYN and RST are segments of TCP that the host sent, whatever became of them.
 	SYN, RST uint64
-	// Asked are the packets of others in conversations in which the host has had its say before. They are counted only while it is silent.
+	// Asked are the packets of others in conversations in which the host has had its say before.
 	Asked uint64
+	// Opened are the conversations that the host began, Answered those of them in which the other side has said anything, Refused those of the
+	// answered that were broken off at once.
+	Opened, Answered, Refused uint64
 }
 
 // How long each sample of the network is kept, and how long a state of it must last.

@@ -2,6 +2,7 @@ package detect
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"regexp"
 	"slices"
@@ -295,7 +296,10 @@ func tampering(c Config) Detector {
 					}
 				}
 			}
-			return slices.Concat(out, weakened(p.Weakened), changed(p.Changes)), nil
+			if out = slices.Concat(out, weakened(p.Weakened), changed(p.Changes)); len(out) == 0 && p.Uncompared != "" {
+				return nil, errors.New(p.Uncompared)
+			}
+			return out, nil
 		},
 	}
 }

@@ -179,6 +179,19 @@ func TestSoftLockup(t *testing.T) {
 	}
 }
 
+// Code that is not compared is not called sound; what is found beside it is told of.
+func TestUncompared(t *testing.T) {
+	d := tampering(DefaultConfig())
+	p := &Pass{Signs: signs(5, func(int, *kernel.Signs) {}), Uncompared: "the link is down"}
+	if fs, err := d.Detect(t.Context(), p); err == nil || len(fs) > 0 {
+		t.Errorf("%+v, %v; want that it could not tell", fs, err)
+	}
+	p.Weakened = []Weakened{{Now: kernel.Guard{Name: "kptr_restrict"}}}
+	if fs, err := d.Detect(t.Context(), p); err != nil || len(fs) != 1 {
+		t.Errorf("%+v, %v; want a finding", fs, err)
+	}
+}
+
 func TestChanges(t *testing.T) {
 	d := tampering(DefaultConfig())
 	change := func(region, symbol string, at kernel.VirtAddr) kernel.Change {

@@ -19,6 +19,10 @@ const (
 	goldenAfter = 5 * time.Second
 	// A copy that could not be taken is tried again, for the kernel may have been starting.
 	goldenAgain = 2 * time.Second
+	// A pass that comes late makes up for so many heartbeats, no more: comparing must not make the next one later still.
+	goldenCatchUp = 5
+	// goldenPatience is how long the comparison may fail before the host's code counts as not looked at.
+	goldenPatience = 5 * time.Second
 )
 
 // golden has the kernel's code and constants compared with what they were when they were first seen.
@@ -30,7 +34,10 @@ type golden struct {
 	next   time.Time // when one may be taken
 	never  bool      // this kernel's cannot be
 	taken  time.Time
-	built  bool // it is of the kernel as it was built
+	built  bool      // it is of the kernel as it was built
+	swept  time.Time // when it was last compared with
+	round  time.Time // when the latest round was complete; zero before the first
+	failed time.Time // since when it cannot be compared with; zero while it can
 }
 
 type takenGolden struct {
@@ -96,25 +103,26 @@ func (k *golden) take(ctx context.Context, img *kernel.Image, dir string, find f
 	}()
 }
 
-// compare looks at what is next and returns what is not as it was. It does nothing, and returns nothing, until there is a copy.
-func (w *watcher) compare(v *kernel.View, now time.Time) []kernel.Change {
+// compare looks at what is next and returns what is not as it was, and why that is not known any more. It does nothing, and returns nothing,
+// until there is a copy.
+func (w *watcher) compare(v *kernel.View, now time.Time) ([]kernel.Change, string) {
 	k := &w.golden
 	img := w.t.image()
 	if v == nil || img == nil || k.never {
-		return nil
+		return nil, ""
 	}
 	if k.g == nil {
 		if k.taking == nil {
 			if !now.Before(k.next) {
 				k.take(w.root, img, w.e.o.CacheDir, w.e.o.Known, w.e.log)
 			}
-			return nil
+			return nil, ""
 		}
 		var t takenGolden
 		select {
 		case t = <-k.taking:
 		default:
-			return nil
+			return nil, ""
 		}
 		k.stop()
 		k.taking = nil
@@ -127,18 +135,45 @@ func (w *watcher) compare(v *kernel.View, now time.Time) []kernel.Change {
 				k.never = errors.Is(t.err, kernel.ErrNotSupported) || errors.Is(t.err, kernel.ErrNotFound)
 				w.e.log.Warn("changes of the kernel's code are not looked for", "err", t.err, "again", !k.never)
 			}
-			return nil
+			return nil, ""
 		}
 		k.g, k.file, k.taken, k.built = t.g, t.file, now, t.built
 	}
+	rounds := k.g.Rounds()
 	total, hot := k.g.Bytes()
-	share := func(n uint64, in time.Duration) uint64 { return n*uint64(w.e.config.Heartbeat)/uint64(in) + 1 }
-	if err := k.g.Sweep(v, share(total, goldenRound), share(hot, hotRound)); err != nil {
-		w.e.log.Debug("cannot compare the kernel's code", "err", err)
-		return nil
+	late := min(max(now.Sub(k.swept), w.e.config.Heartbeat), goldenCatchUp*w.e.config.Heartbeat)
+	share := func(n uint64, in time.Duration) uint64 { return n*uint64(late)/uint64(in) + 1 }
+	k.swept = now
+	err := k.g.Sweep(v, share(total, goldenRound), share(hot, hotRound))
+	if k.g.Rounds() > rounds {
+		k.round = now
+	}
+	s := &GoldenState{
+		Taken: k.taken, Bytes: total, Hot: hot, Rounds: k.g.Rounds(), Kept: k.file != nil, Built: k.built,
+		Round: k.round, Compared: k.g.Compared(), Differing: k.g.Differing(),
+	}
+	why := k.tell(err, now)
+	if !k.failed.IsZero() {
+		s.Error, s.Failing = err.Error(), k.failed
 	}
 	w.e.mu.Lock()
-	w.e.compared = &GoldenState{Taken: k.taken, Bytes: total, Hot: hot, Rounds: k.g.Rounds(), Kept: k.file != nil, Built: k.built}
+	w.e.compared = s
+	if why != "" {
+		w.e.note("compare the kernel's code", err)
+	}
 	w.e.mu.Unlock()
-	return k.g.Changes(v)
+	return k.g.Changes(v), why
+}
+
+// tell takes in how a comparison has ended, and says why it is not known whether the kernel's code is as it was; empty if it is known.
+func (k *golden) tell(err error, now time.Time) string {
+	switch {
+	case err == nil:
+		k.failed = time.Time{}
+	case k.failed.IsZero():
+		k.failed = now
+	case now.Sub(k.failed) > goldenPatience:
+		return fmt.Sprintf("the kernel's code has not been compared since %s: %v", k.failed.UTC().Format(time.TimeOnly), err)
+	}
+	return ""
 }

@@ -130,7 +130,8 @@ func (w *watcher) strain(v *kernel.View, s *detect.JamSample) {
 			}
 		}
 	}
-	w.said = max(newest, 1)
+	s.Newest = newest
+	w.said = max(newest, w.said, 1)
 }
 
 // rootProcess is what is known of a process of root: clean says that it had no code of its own when it had run for a while.

@@ -531,7 +531,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		p.Signs = w.signs
 	}
 	if berr == nil && !panicState.Panicked {
-		p.Changes = w.compare(p.View, now)
+		p.Changes, p.Uncompared = w.compare(p.View, now)
 		alarming = alarming || len(p.Changes) > 0
 	}
 	if berr == nil && !panicState.Panicked && !now.Before(w.nextJams) {

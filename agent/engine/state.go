@@ -107,6 +107,14 @@ type GoldenState struct {
 	Hot    uint64    `json:"hot"`    // of these, tables of functions, which are compared every half second
 	Rounds int       `json:"rounds"` // that are complete
 	Kept   bool      `json:"kept"`   // the bytes are kept, so that they can be restored; else only whether they have changed is known
+	// Round is when the latest round was complete, Compared how many bytes of the present one are done.
+	Round    time.Time `json:"round,omitzero"`
+	Compared uint64    `json:"compared"`
+	// Differing is how many stretches of 128 bytes are not as they were, for a moment or for good.
+	Differing int `json:"differing"`
+	// Error is why the latest comparison was broken off, and Failing since when that is so: what is changed meanwhile is not seen.
+	Error   string    `json:"error,omitempty"`
+	Failing time.Time `json:"failing,omitzero"`
 }
 
 // Progress is how far a search has come.

@@ -288,6 +288,12 @@ func (g *Golden) Bytes() (total, hot uint64) {
 // Rounds is how often everything has been compared.
 func (g *Golden) Rounds() int { return g.rounds }
 
+// Compared is how many bytes of the present round have been compared.
+func (g *Golden) Compared() uint64 { return g.at }
+
+// Differing is how many lines of 128 bytes are not as they were, be it for a moment.
+func (g *Golden) Differing() int { return len(g.suspects) }
+
 // Sweep compares the next n bytes of all, and the next hot bytes of the tables of functions, both rounded up to whole reads. What
 // differs is read again at each call; what goes on differing in the same way is among the Changes.
 func (g *Golden) Sweep(v *View, n, hot uint64) error {

@@ -297,7 +297,8 @@ func (v *View) BootWall() (int64, error) {
 }
 
 // LogAfter returns the records of the printk ring that are younger than seq, oldest first, at most the newest so many, and the sequence
-// number of the newest record there is.
+// number of the newest record there is, zero if none can be read. In one start of a kernel that never goes back, but by the one record that the
+// kernel may be adding to.
 func (v *View) LogAfter(seq uint64, most int) (records []LogRecord, newest uint64, err error) {
 	records, newest, err = v.logAfter(seq, most)
 	if err != nil {
@@ -342,16 +343,16 @@ func (v *View) logAfter(seq uint64, most int) (all []LogRecord, newest uint64, e
 		if !ok {
 			continue
 		}
-		if rec.Seq <= seq && seq != 0 || newest != 0 && rec.Seq >= newest {
-			break
-		}
-		if len(all) == 0 {
+		if newest == 0 {
 			newest = rec.Seq
+		}
+		if rec.Seq <= seq && seq != 0 || len(all) > 0 && rec.Seq >= all[len(all)-1].Seq {
+			break
 		}
 		all = append(all, rec)
 	}
 	slices.Reverse(all)
-	return all, max(newest, seq), nil
+	return all, newest, nil
 }
 
 // Mapped returns how many bytes of writable private memory a process has asked for (mm_struct.data_vm), resident or not.

@@ -31,3 +31,29 @@ func TestStrainRecorded(t *testing.T) {
 		}
 	})
 }
+
+// Who has seen later records than there are is told what there is.
+func TestLogAfter(t *testing.T) {
+	held := 0
+	recorded(t, func(name string, rec *hostmem.Recording) {
+		img, _ := openRecorded(t, rec)
+		v := img.View(t.Context())
+		defer v.Close()
+		first, newest, err := v.LogAfter(0, 2)
+		if err != nil || len(first) == 0 {
+			return // not recorded
+		}
+		held++
+		if got := first[len(first)-1].Seq; got != newest {
+			t.Errorf("%s: the newest record is %d of %d", name, got, newest)
+		}
+		for _, after := range []uint64{newest, newest + 50} {
+			if more, now, err := v.LogAfter(after, 10); err != nil || len(more) > 0 || now != newest {
+				t.Errorf("%s: after %d: %d records, the newest %d, %v; want none, %d", name, after, len(more), now, err, newest)
+			}
+		}
+	})
+	if held == 0 {
+		t.Error("no recording has a log")
+	}
+}

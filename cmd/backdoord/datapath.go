@@ -29,8 +29,6 @@ import (
 const (
 	// uplinkEvery is how often the agent looks whether its addresses on the uplink have changed.
 	uplinkEvery = 5 * time.Second
-	// silentAfter is how long a host must have sent nothing for the packets that it does not answer to be counted.
-	silentAfter = 5 * time.Second
 	containFile = "containment.json"
 )
 
@@ -369,15 +367,6 @@ func (g *gateway) Sample(now time.Time) (detect.NetworkSample, error) {
 		s.Sent += n.Packets
 	}
 	s.Forwarded, s.Last, s.SYN, s.RST = c[datapath.Host][datapath.Forwarded].Packets, seen.Last, seen.SYN, seen.RST
-	if !seen.Last.IsZero() && now.Sub(seen.Last) > silentAfter {
-		for f, err := range open.Flows() {
-			if err != nil {
-				return s, err
-			}
-			if f.Out.Packets > 0 {
-				s.Asked += f.In.Packets
-			}
-		}
-	}
+	s.Asked, s.Opened, s.Answered, s.Refused = seen.Asked, seen.Opened, seen.Answered, seen.Refused
 	return s, nil
 }

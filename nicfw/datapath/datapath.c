@@ -97,6 +97,10 @@ struct allow_key {
 struct seen {
 	__u64 last; // CLOCK_BOOTTIME in ns of its last frame
 	__u64 syn, arp, rst;
+	__u64 asked;    // packets to it in conversations in which it has had its say
+	__u64 opened;   // conversations that it began
+	__u64 answered; // of these, in which another has said something since
+	__u64 refused;  // of the answered, those whose first answer is a RST
 };
 
 struct {
@@ -391,13 +395,26 @@ static __always_inline enum verdict judge(const struct frame *f, enum port from,
 	struct flow_key k = {
 		.host = *host, .remote = *remote, .host_port = host_port, .remote_port = remote_port, .proto = f->proto,
 	};
+	struct seen *s = bpf_map_lookup_elem(&watch, &zero);
 	struct flow *fl = bpf_map_lookup_elem(&flows, &k);
+	if (!s)
+		return QUARANTINED;
 	if (!fl) {
 		struct flow fresh = { .first = now };
 		bpf_map_update_elem(&flows, &k, &fresh, BPF_NOEXIST);
 		fl = bpf_map_lookup_elem(&flows, &k);
 		if (!fl)
 			return v;
+		if (from == HOST)
+			__sync_fetch_and_add(&s->opened, 1);
+	}
+	if (from == UPLINK && fl->out.packets > 0) {
+		__sync_fetch_and_add(&s->asked, 1);
+		if (fl->in.packets == 0) {
+			__sync_fetch_and_add(&s->answered, 1);
+			if (f->proto == TCP && f->flags & TCP_RST)
+				__sync_fetch_and_add(&s->refused, 1);
+		}
 	}
 	struct counter *n = from == HOST ? &fl->out : &fl->in;
 	__sync_fetch_and_add(&n->packets, 1);

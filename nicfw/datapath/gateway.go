@@ -387,6 +387,9 @@ type Seen struct {
 	Last time.Time // of its last frame; zero if there was none
 	// SYN counts segments of TCP that open a connection, RST those that refuse or break one off, ARP frames of ARP.
 	SYN, RST, ARP uint64
+	// Asked are packets to it in conversations in which it has had its say. Opened counts conversations that it began, Answered those of them in
+	// which the other side has said something since, Refused those whose first answer was a RST.
+	Asked, Opened, Answered, Refused uint64
 }
 
 // Seen reads what was seen of the host.
@@ -399,7 +402,9 @@ func (g *Gateway) Seen() (Seen, error) {
 	if err != nil {
 		return Seen{}, err
 	}
-	return Seen{Last: now.wall(s.Last), SYN: s.Syn, RST: s.Rst, ARP: s.Arp}, nil
+	return Seen{
+		Last: now.wall(s.Last), SYN: s.Syn, RST: s.Rst, ARP: s.Arp, Asked: s.Asked, Opened: s.Opened, Answered: s.Answered, Refused: s.Refused,
+	}, nil
 }
 
 // Flow is the traffic between a port of the host and a port of another machine. Ports are 0 for protocols that have none, and

@@ -68,11 +68,15 @@ type gatewayRuleKey struct {
 }
 
 type gatewaySeen struct {
-	_    structs.HostLayout
-	Last uint64
-	Syn  uint64
-	Arp  uint64
-	Rst  uint64
+	_        structs.HostLayout
+	Last     uint64
+	Syn      uint64
+	Arp      uint64
+	Rst      uint64
+	Asked    uint64
+	Opened   uint64
+	Answered uint64
+	Refused  uint64
 }
 
 type gatewayServiceKey struct {

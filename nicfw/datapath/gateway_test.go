@@ -380,6 +380,36 @@ func TestQuarantine(t *testing.T) {
 	}
 }
 
+// What tells a scan and a silent host is counted by conversations, so that nobody has to look through all flows for it.
+func TestConversations(t *testing.T) {
+	b := newBench(t)
+	out := func(remote uint16) []byte {
+		return eth(peerMAC, hostMAC, 0x800, ip4(hostAddr, peerAddr, TCP, 0, 0), tcp(5, remote, 2))
+	}
+	in := func(remote uint16, flags byte) []byte {
+		return eth(hostMAC, peerMAC, 0x800, ip4(peerAddr, hostAddr, TCP, 0, 0), tcp(remote, 5, flags))
+	}
+	for _, f := range []struct {
+		from  Port
+		frame []byte
+	}{
+		{Host, out(1)}, {Host, out(1)}, // nobody answers
+		{Host, out(2)}, {Uplink, in(2, 0x14)}, {Uplink, in(2, 0x14)}, // refused
+		{Host, out(3)}, {Uplink, in(3, 0x12)}, {Uplink, in(3, 0x14)}, // answered, and broken off later
+		{Uplink, in(4, 2)}, {Uplink, in(4, 2)}, // of another, and not answered
+		{Uplink, in(5, 2)}, {Host, out(5)}, {Uplink, in(5, 0x10)}, // of another, and answered
+	} {
+		b.run(f.from, f.frame)
+	}
+	s, err := b.g.Seen()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Opened != 3 || s.Answered != 2 || s.Refused != 1 || s.Asked != 5 {
+		t.Errorf("seen: %+v; want 3 opened, 2 answered, 1 refused, 5 asked", s)
+	}
+}
+
 func TestLimit(t *testing.T) {
 	b := newBench(t)
 	// A limit so low that the bucket does not fill noticeably while the test runs.

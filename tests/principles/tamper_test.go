@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -115,11 +116,23 @@ func edited(what, symbol string, edit func(*memory, *kernel.Image) error) func(c
 				return f.Kind == detect.KindTampering && strings.Contains(f.Title, symbol) && !slices.ContainsFunc(before, func(g detect.Finding) bool { return g.ID == f.ID })
 			})
 			if err != nil {
-				return "", fmt.Errorf("the changed %s is not found (%s): %w", what, anew, err)
+				return "", fmt.Errorf("the changed %s is not found (%s): %w; %s", what, anew, err, b.condition(ctx))
 			}
 			return fmt.Sprintf("found after %.1f s: %s; meanwhile %s", time.Since(since).Seconds(), f.Title, anew), nil
 		})
 	}
+}
+
+// condition says how the agent's engine is, for an error message.
+func (b *bench) condition(ctx context.Context) string {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	st, err := b.agent.State(ctx)
+	if err != nil {
+		return err.Error()
+	}
+	text, err := json.Marshal(st)
+	return fmt.Sprintf("the agent's state is %s, %v", text, err)
 }
 
 var namesPlace = regexp.MustCompile(`SYMBOL\(kallsyms_names\)=([0-9a-f]+)`)
