@@ -2,10 +2,10 @@ package kernel
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"io"
 	"slices"
 	"sort"
@@ -24,7 +24,7 @@ import (
 // like any other, and so is what a second CPU that is plugged into a host with one has the kernel patch. Modules' own code is not
 // looked at.
 //
-// It holds 4 bytes for each 128 bytes of the kernel, keyed so that nobody can make a change that looks like none. The bytes
+// It holds 4 bytes for each 128 bytes of the kernel, keyed so that nobody can make a change that looks like none (lineKey). The bytes
 // themselves, some 23 MB, are kept elsewhere. It is not safe for concurrent use.
 type Golden struct {
 	img     *Image
@@ -35,8 +35,9 @@ type Golden struct {
 	hot     []stretch
 	keep    GoldenStore // nil: only hashes
 
-	seed     maphash.Seed
+	key      *lineKey
 	sums     []uint32
+	buf      []byte // of the piece that is compared
 	total    uint64
 	at       uint64 // where the round is
 	rounds   int
@@ -119,7 +120,7 @@ func TakeGolden(ctx context.Context, img *Image, keep GoldenStore, known *Known)
 	if img.info.Arch != "x86_64" {
 		return nil, fmt.Errorf("golden copy of %s code: %w", img.info.Arch, ErrNotSupported)
 	}
-	g := &Golden{img: img, keep: keep, seed: maphash.MakeSeed(), suspects: make(map[uint64]*suspect)}
+	g := &Golden{img: img, keep: keep, key: newLineKey(), suspects: make(map[uint64]*suspect)}
 	v := img.View(ctx)
 	if err := g.running(v); err != nil {
 		return nil, fmt.Errorf("golden copy: %w", err)
@@ -145,7 +146,7 @@ func TakeGolden(ctx context.Context, img *Image, keep GoldenStore, known *Known)
 			}
 		}
 		for i := 0; i < len(plain); i += goldenLine {
-			g.sums[(at+uint64(i))/goldenLine] = g.sum(plain[i : i+goldenLine])
+			g.sums[(at+uint64(i))/goldenLine] = g.key.sum(plain[i : i+goldenLine])
 		}
 		at += uint64(len(raw))
 	}
@@ -337,7 +338,7 @@ func (g *Golden) again(v *View) error {
 			return fmt.Errorf("compare with golden copy: %w", err)
 		}
 		switch {
-		case g.sums[at/goldenLine] == g.sum(plain):
+		case g.sums[at/goldenLine] == g.key.sum(plain):
 			delete(g.suspects, at)
 		case !slices.Equal(raw, s.raw):
 			*s = suspect{since: time.Now(), raw: slices.Clone(raw)}
@@ -350,21 +351,59 @@ func (g *Golden) again(v *View) error {
 
 // compare looks at what is next, at most n bytes, and returns how much that was.
 func (g *Golden) compare(v *View, at, n uint64) (uint64, error) {
-	raw, plain, err := g.read(v, at, n)
-	if err != nil {
+	r := g.where(at)
+	off, size := at-r.at, uint64(r.to-r.from)
+	n = min((n+goldenLine-1)&^(goldenLine-1), size-off)
+	lo, hi := min(off, goldenMargin), min(size-off-n, goldenMargin)
+	g.buf = slices.Grow(g.buf[:0], int(lo+n+hi))[:lo+n+hi]
+	if err := g.img.space.read(fresh{v}, r.from+VirtAddr(off-lo), g.buf); err != nil {
 		return 0, fmt.Errorf("compare with golden copy: %w", err)
 	}
-	for i := 0; i < len(plain); i += goldenLine {
-		line := at + uint64(i)
-		if g.sums[line/goldenLine] == g.sum(plain[i:i+goldenLine]) || g.suspects[line] != nil || len(g.suspects) == maxSuspects {
+	if r.name == "text" {
+		g.normalize(off-lo, g.buf)
+	}
+	for i := uint64(0); i < n; i += goldenLine {
+		line := at + i
+		if g.sums[line/goldenLine] == g.key.sum(g.buf[lo+i:]) || g.suspects[line] != nil || len(g.suspects) == maxSuspects {
 			continue
 		}
-		g.suspects[line] = &suspect{since: time.Now(), raw: slices.Clone(raw[i : i+goldenLine])}
+		// Its bytes as they are are wanted now.
+		raw, plain, err := g.read(v, line, goldenLine)
+		if err != nil {
+			return 0, fmt.Errorf("compare with golden copy: %w", err)
+		}
+		if g.sums[line/goldenLine] != g.key.sum(plain) {
+			g.suspects[line] = &suspect{since: time.Now(), raw: slices.Clone(raw)}
+		}
 	}
-	return uint64(len(raw)), nil
+	return n, nil
 }
 
-func (g *Golden) sum(line []byte) uint32 { return uint32(maphash.Bytes(g.seed, line)) }
+// lineKey is the key of a hash of lines. Who does not know it cannot make two lines that look the same, but by a chance of 2^-32: it is
+// the strongly universal "multilinear-HM" of Lemire and Kaser, Strongly universal string hashing is fast (2014), over words of 32 bits. It
+// takes nothing but multiplications, so that it costs the same on every machine.
+type lineKey [1 + goldenLine/4]uint64
+
+func newLineKey() *lineKey {
+	var b [8 * len(lineKey{})]byte
+	rand.Read(b[:]) // never fails
+	k := new(lineKey)
+	for i := range k {
+		k[i] = le64(b[8*i:])
+	}
+	return k
+}
+
+func (k *lineKey) sum(line []byte) uint32 {
+	h := k[0]
+	line = line[:goldenLine]
+	for i := 1; len(line) >= 8 && i+1 < len(k); i += 2 {
+		w := le64(line)
+		h += (k[i] + w&0xffffffff) * (k[i+1] + w>>32)
+		line = line[8:]
+	}
+	return uint32(h >> 32)
+}
 
 // where returns the region of a place in the row of all regions.
 func (g *Golden) where(at uint64) region {
@@ -457,7 +496,7 @@ func (g *Golden) kept(at uint64) (raw, plain []byte, err error) {
 		g.normalize(off-lo, c)
 	}
 	raw, plain = b[lo:lo+goldenLine], c[lo:lo+goldenLine]
-	if g.sum(plain) != g.sums[at/goldenLine] {
+	if g.key.sum(plain) != g.sums[at/goldenLine] {
 		return nil, nil, fmt.Errorf("golden copy is damaged at %d: %w", at, ErrNotFound)
 	}
 	return raw, plain, nil

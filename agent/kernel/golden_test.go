@@ -3,7 +3,6 @@ package kernel
 import (
 	"bytes"
 	"context"
-	"hash/maphash"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -26,7 +25,7 @@ func madeGolden(t *testing.T) (*Golden, flat, *View) {
 		mem[i] = byte(rand.IntN(256))
 	}
 	img := &Image{mem: mem, space: &addressSpace{kernel: goldenBase, linear: []linearRange{{start: goldenBase, end: goldenBase + VirtAddr(len(mem)), pa: 0}}}, syms: &kallsyms{}}
-	g := &Golden{img: img, keep: make(store, len(mem)), seed: maphash.MakeSeed(), base: goldenBase, total: uint64(len(mem)), suspects: make(map[uint64]*suspect),
+	g := &Golden{img: img, keep: make(store, len(mem)), key: newLineKey(), base: goldenBase, total: uint64(len(mem)), suspects: make(map[uint64]*suspect),
 		regions: []region{{"text", goldenBase, goldenBase + 8<<10, 0}, {"rodata", goldenBase + 8<<10, goldenBase + 12<<10, 8 << 10}},
 		sums:    make([]uint32, len(mem)/goldenLine)}
 	for _, x := range []struct {
@@ -49,7 +48,7 @@ func madeGolden(t *testing.T) (*Golden, flat, *View) {
 		}
 		copy(g.keep.(store)[at:], raw)
 		for i := 0; i < len(plain); i += goldenLine {
-			g.sums[(at+uint64(i))/goldenLine] = g.sum(plain[i : i+goldenLine])
+			g.sums[(at+uint64(i))/goldenLine] = g.key.sum(plain[i : i+goldenLine])
 		}
 		at += uint64(len(raw))
 	}
@@ -202,5 +201,36 @@ func TestGoldenHot(t *testing.T) {
 	}
 	if g.Rounds() != 0 {
 		t.Errorf("%d rounds", g.Rounds())
+	}
+}
+
+// A line that differs in one bit, or whose words have changed places, has another sum.
+func TestLineKey(t *testing.T) {
+	k := newLineKey()
+	for i := range k {
+		k[i] = 0x9e3779b97f4a7c15 * uint64(i+1) * uint64(2*i+3) // as good as any, and the same each time
+	}
+	line := make([]byte, goldenLine)
+	for i := range line {
+		line[i] = byte(i * 37)
+	}
+	was := k.sum(line)
+	for bit := range 8 * goldenLine {
+		line[bit/8] ^= 1 << (bit % 8)
+		if k.sum(line) == was {
+			t.Errorf("bit %d is not looked at", bit)
+		}
+		line[bit/8] ^= 1 << (bit % 8)
+	}
+	for i := 0; i < goldenLine-4; i += 4 {
+		swapped := slices.Clone(line)
+		copy(swapped[i:], line[i+4:i+8])
+		copy(swapped[i+4:], line[i:i+4])
+		if k.sum(swapped) == was {
+			t.Errorf("words %d and %d may change places", i/4, i/4+1)
+		}
+	}
+	if k.sum(line) != was {
+		t.Error("the same line has two sums")
 	}
 }
