@@ -44,16 +44,21 @@ func cpuStall(c Config) Detector {
 			if s.watched() < c.StallSuspect {
 				return nil, ErrTooEarly
 			}
-			patient := c
-			if held := 3 * s.held(); held > 0 {
-				patient.StallSuspect, patient.StallVerdict = max(c.StallSuspect, held), max(c.StallVerdict, held)
-			}
+			patient, asked := c, false
 			if p.Tickless {
-				patient.StallSuspect, patient.StallVerdict = max(patient.StallSuspect, tickOffload), max(patient.StallVerdict, tickOffload)
+				patient.StallSuspect, patient.StallVerdict = max(c.StallSuspect, tickOffload), max(c.StallVerdict, tickOffload)
 			}
 			var fs []Finding
 			for i := range s.beats[len(s.beats)-1].CPUs {
-				if f, ok := stalled(patient, s, long, i, p.Tickless); ok {
+				f, ok := stalled(patient, s, long, i, p.Tickless)
+				if ok && !asked { // seldom, so only now
+					asked = true
+					if held := 3 * s.held(); held > 0 {
+						patient.StallSuspect, patient.StallVerdict = max(patient.StallSuspect, held), max(patient.StallVerdict, held)
+						f, ok = stalled(patient, s, long, i, p.Tickless)
+					}
+				}
+				if ok {
 					identify(&f.Culprit, p.Tasks)
 					fs = append(fs, f)
 				}
@@ -83,6 +88,9 @@ func stalled(c Config, s, long series, i int, tickless bool) (Finding, bool) {
 		o, n := &old.CPUs[i], &now.CPUs[i]
 		return n.Idle && o.Idle && o.Clock == n.Clock && o.NMIs == n.NMIs && untouched(o, n)
 	})
+	if inIRQ < c.StallSuspect && busy < c.StallSuspect && frozen < c.IdleVerdict {
+		return Finding{}, false
+	}
 	late := long.overdue(i)
 
 	cpu := last.ID

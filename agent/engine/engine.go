@@ -74,6 +74,8 @@ type Engine struct {
 	leased      *heal.Lease      // of the boot leasedBoot
 	leasedBoot  string
 	compared    *GoldenState // of the attached kernel; not changed once it is here
+	digestOf    *access.Agreement
+	digest      string // of digestOf
 }
 
 // New returns an engine that does nothing until Run.
@@ -180,7 +182,11 @@ func (e *Engine) State() State {
 			orders = append(orders, s)
 		}
 		s.Agreement.Orders = orders
-		s.Agreement.Digest, _ = a.Digest() // it was verified, so it has one
+		if e.digestOf != a { // a document that holds is not changed
+			e.digestOf = a
+			e.digest, _ = a.Digest() // it was verified, so it has one
+		}
+		s.Agreement.Digest = e.digest
 		for _, m := range a.Monitors {
 			s.Agreement.Monitors = append(s.Agreement.Monitors, m.Name)
 		}

@@ -53,7 +53,7 @@ func BenchmarkLooks(b *testing.B) {
 		{"heartbeat", func(v *kernel.View) error { return ignore(v.Heartbeat()) }},
 		{"usage", func(v *kernel.View) error { return ignore(v.Usage()) }},
 		{"prove", func(v *kernel.View) error { return t.Prove(b.Context()) }},
-		{"tasks", func(v *kernel.View) error { return ignore(taskSample(v)) }},
+		{"tasks", func(v *kernel.View) error { return ignore(taskSample(v, w.tasks)) }},
 		{"mapped", func(v *kernel.View) error { mapped(v, last.Tasks, usage.Total); return nil }},
 		{"signs", func(v *kernel.View) error { return ignore(v.SignsAmong(last.Tasks)) }},
 		{"golden", func(v *kernel.View) error { w.compare(v, time.Now()); return nil }},

@@ -497,7 +497,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	if e.tasksDue(w.nextTasks, now) || e.config.Hurry(w.usage, w.tasks) {
 		w.nextTasks = now.Add(e.config.Tasks)
 		var s detect.TaskSample
-		if s, terr = taskSample(l); terr == nil {
+		if s, terr = taskSample(l, w.tasks); terr == nil {
 			s.Mapped = mapped(p.View, s.Tasks, usage.Total)
 			w.tasks, listed = append(w.tasks, s), s.Tasks
 			_, keep := e.config.Keep()
@@ -610,8 +610,12 @@ func (e *Engine) mean(to *time.Duration, d time.Duration) {
 	}
 }
 
-func taskSample(l look) (detect.TaskSample, error) {
+// taskSample lists the tasks: as many as before, or a few more.
+func taskSample(l look, before []detect.TaskSample) (detect.TaskSample, error) {
 	s := detect.TaskSample{At: time.Now()}
+	if n := len(before); n > 0 {
+		s.Tasks = make([]kernel.Task, 0, len(before[n-1].Tasks)+8)
+	}
 	for t, err := range l.Tasks() {
 		if err != nil {
 			return s, fmt.Errorf("list tasks: %w", err)

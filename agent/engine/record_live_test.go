@@ -88,7 +88,7 @@ func record(t *testing.T, img *kernel.Image, name string, d time.Duration) {
 		}
 		if now := time.Now(); !now.Before(next) || detect.DefaultConfig().Hurry(p.Usage, p.Tasks) {
 			next = now.Add(500 * time.Millisecond)
-			if s, err := taskSample(v); err == nil {
+			if s, err := taskSample(v, nil); err == nil {
 				if n := len(p.Usage); n > 0 {
 					s.Mapped = mapped(v, s.Tasks, p.Usage[n-1].Total)
 				}

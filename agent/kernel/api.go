@@ -197,10 +197,9 @@ type LogRecord struct {
 
 // Cost is what a view has cost so far.
 type Cost struct {
-	Reads   int           `json:"reads"`   // accesses to the host's memory
-	Pages   int           `json:"pages"`   // of these, whole pages into the cache
-	Bytes   int64         `json:"bytes"`   // read from the host's memory
-	Elapsed time.Duration `json:"elapsed"` // spent in these accesses
+	Reads int   `json:"reads"` // accesses to the host's memory
+	Pages int   `json:"pages"` // of these, whole pages into the cache
+	Bytes int64 `json:"bytes"` // read from the host's memory
 }
 
 // Field is a member of a kernel structure, anonymous members flattened.

@@ -113,10 +113,8 @@ func (o *object) load(s *addressSpace, src source, kind string, sp span, addr Vi
 	o.span, o.addr = sp, addr
 	n, at := sp.size(), addr+VirtAddr(sp.lo)
 	if v, ok := src.(*View); ok {
-		if pa, whole, err := s.translate(v, at); err == nil && whole >= n {
-			if o.b = v.peek(pa, n); o.b != nil {
-				return nil
-			}
+		if o.b = v.peekVirt(at, n); o.b != nil {
+			return nil
 		}
 	}
 	if uint64(cap(o.own)) < n {

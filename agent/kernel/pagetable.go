@@ -58,16 +58,16 @@ func (s *addressSpace) walk(src source, va VirtAddr) (hostmem.PhysAddr, uint64, 
 	}
 	table := s.root
 	for i, level := range s.levels {
-		var b [8]byte
 		index := uint64(va) >> level.shift & (1<<level.bits - 1)
 		at := table + hostmem.PhysAddr(index*8)
-		if err := src.readPhys(at, b[:]); err != nil {
+		e, err := physWord(src, at)
+		if err != nil {
 			if errors.Is(err, hostmem.ErrNotMapped) {
 				return 0, 0, &CorruptError{"page table", va, fmt.Sprintf("level %d is at %v, where no memory is", len(s.levels)-i, at)}
 			}
 			return 0, 0, fmt.Errorf("translate %v: %w", va, err)
 		}
-		pa, page, present := level.entry(le64(b[:]))
+		pa, page, present := level.entry(e)
 		if !present {
 			return 0, 0, fmt.Errorf("translate %v: %w", va, ErrNotMapped)
 		}
@@ -79,6 +79,18 @@ func (s *addressSpace) walk(src source, va VirtAddr) (hostmem.PhysAddr, uint64, 
 		table = pa
 	}
 	return 0, 0, &CorruptError{"page table", va, "the last level holds a table"}
+}
+
+// physWord reads a word of 8 bytes.
+func physWord(src source, pa hostmem.PhysAddr) (uint64, error) {
+	if v, ok := src.(*View); ok {
+		if b := v.peek(pa, 8); b != nil {
+			return le64(b), nil
+		}
+	}
+	var b [8]byte
+	err := src.readPhys(pa, b[:])
+	return le64(b[:]), err
 }
 
 // read fills b from va on. It reads the page tables and the data from src.

@@ -70,7 +70,6 @@ func (v *View) panicState() (PanicState, error) {
 	defer v.mu.Unlock()
 	v.cost.Reads += c.Reads
 	v.cost.Bytes += c.Bytes
-	v.cost.Elapsed += c.Elapsed
 	return s, nil
 }
 

@@ -345,7 +345,6 @@ func (w *pstoreWalk) physical(pa hostmem.PhysAddr, n uint64) ([]byte, error) {
 		return nil, err
 	}
 	v := w.v
-	began := time.Since(v.began)
 	const piece = 1 << 20 // between looks at the context
 	for at := 0; at < len(b); at += piece {
 		if err := v.ctx.Err(); err != nil {
@@ -354,7 +353,7 @@ func (w *pstoreWalk) physical(pa hostmem.PhysAddr, n uint64) ([]byte, error) {
 		part := b[at:min(at+piece, len(b))]
 		read, err := v.img.whole.ReadAt(part, int64(pa)+int64(at))
 		v.mu.Lock()
-		v.count(read, began)
+		v.count(read)
 		v.mu.Unlock()
 		if errors.Is(err, hostmem.ErrNotMapped) {
 			return nil, fmt.Errorf("ramoops at %v, %d bytes: %w", pa, n, err)
@@ -362,7 +361,6 @@ func (w *pstoreWalk) physical(pa hostmem.PhysAddr, n uint64) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		began = time.Since(v.began)
 	}
 	return b, nil
 }

@@ -69,9 +69,11 @@ type thing struct {
 // thing reads the object at addr, in one piece. All fields of one that cannot be read are zero.
 func (v *View) thing(s *shape, addr VirtAddr) (thing, error) {
 	t := thing{shape: s}
-	var err error = &CorruptError{s.typ, addr, "not an address of the kernel"}
+	var err error
 	if v.img.space.valid(addr, 1) {
 		err = t.o.load(v.img.space, v, s.typ, s.span, addr)
+	} else {
+		err = &CorruptError{s.typ, addr, "not an address of the kernel"}
 	}
 	if err != nil {
 		t.o = object{span: s.span, addr: addr, b: make([]byte, s.size())}
@@ -181,23 +183,34 @@ func (v *View) pointers(kind string, va VirtAddr, n int) ([]VirtAddr, error) {
 
 // pointer reads a pointer, which may be nil.
 func (v *View) pointer(kind string, va VirtAddr) (VirtAddr, error) {
-	p, err := v.pointers(kind, va, 1)
-	if err != nil {
-		return 0, err
+	if !v.img.space.valid(va, 8) {
+		return 0, &CorruptError{kind, va, "not an address of the kernel"}
 	}
-	return p[0], nil
+	p, err := v.img.space.word64(v, kind, va)
+	return VirtAddr(p), err
+}
+
+// node reads a list_head: both of its pointers.
+func (v *View) node(kind string, va VirtAddr) (next, prev VirtAddr, err error) {
+	if b := v.peekVirt(va, 16); b != nil && v.img.space.valid(va, 8) {
+		return VirtAddr(le64(b)), VirtAddr(le64(b[8:])), nil
+	}
+	p, err := v.pointers(kind, va, 2)
+	if err != nil {
+		return 0, 0, err
+	}
+	return p[0], p[1], nil
 }
 
 // list walks a list_head (include/linux/list.h): f is called with the address of each object, in which the node is at
 // offset. The way back must agree with the way there, and the walk ends at the head, within limit objects.
 func (v *View) list(kind string, head VirtAddr, offset uint64, limit int, f func(VirtAddr) error) error {
-	node, err := v.pointers(kind, head, 2)
+	next, last, err := v.node(kind, head)
 	if err != nil {
 		return err
 	}
-	last := node[1]
 	prev := head
-	for n, at := 0, node[0]; ; n++ {
+	for n, at := 0, next; ; n++ {
 		if at == head {
 			if last != prev {
 				return &CorruptError{kind, head, fmt.Sprintf("list ends with %v, its head says %v", prev, last)}
@@ -211,16 +224,17 @@ func (v *View) list(kind string, head VirtAddr, offset uint64, limit int, f func
 		if err := v.ctx.Err(); err != nil {
 			return err
 		}
-		if node, err = v.pointers(kind, at, 2); err != nil {
+		next, back, err := v.node(kind, at)
+		if err != nil {
 			return err
 		}
-		if node[1] != prev {
-			return &CorruptError{kind, at, fmt.Sprintf("node after %v points back to %v", prev, node[1])}
+		if back != prev {
+			return &CorruptError{kind, at, fmt.Sprintf("node after %v points back to %v", prev, back)}
 		}
 		if err := f(at - VirtAddr(offset)); err != nil {
 			return err
 		}
-		prev, at = at, node[0]
+		prev, at = at, next
 	}
 }
 

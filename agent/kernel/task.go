@@ -100,6 +100,11 @@ func (img *Image) taskLayout() taskLayout {
 	return l
 }
 
+// span is where the counters are, in mm_struct.
+func (l *rssLayout) span() span {
+	return span{l.offset, l.offset + l.size*uint64(l.counters)}
+}
+
 func (l *rssLayout) resolve(r *resolver) {
 	total, err := r.img.types.field("mm_struct", "rss_stat")
 	if err != nil {
@@ -138,7 +143,7 @@ var errWalkStopped = errors.New("walk stopped")
 // a *CorruptError when the same thing was found broken twice, ErrTorn when the walk was torn again and again.
 func (v *View) Tasks() iter.Seq2[Task, error] {
 	return func(yield func(Task, error) bool) {
-		w := taskWalk{v: v, seen: make(map[taskKey]*taskMark, secondLooks), yield: yield}
+		w := taskWalk{v: v, seen: make(map[taskKey]taskMark, secondLooks), yield: yield}
 		err := w.run()
 		if err != nil && !errors.Is(err, errWalkStopped) {
 			yield(Task{}, fmt.Errorf("walk tasks: %w", err))
@@ -161,18 +166,13 @@ type taskMark struct {
 type taskWalk struct {
 	v       *View
 	attempt int
-	seen    map[taskKey]*taskMark
+	seen    map[taskKey]taskMark
 	yield   func(Task, error) bool
 	obj     object
 	mm      VirtAddr // of which rss is known
 	rss     uint64
 	ahead   *readAhead // nil where it gains nothing
-	held    []heldTask // read once, and to be looked at again
-}
-
-type heldTask struct {
-	Task
-	mark *taskMark
+	held    []Task     // read once, and to be looked at again
 }
 
 // secondLooks is how many tasks are looked at again together before they are handed out.
@@ -278,37 +278,34 @@ func (w *taskWalk) threads(leader *taskRecord) error {
 	return nil
 }
 
-// visit notes that this attempt came by a task, and finds cycles.
-func (w *taskWalk) visit(t *taskRecord) (*taskMark, error) {
+// visit notes that this attempt came by a task, and finds cycles. It reports whether the task was handed out before.
+func (w *taskWalk) visit(t *taskRecord) (said bool, err error) {
 	key := taskKey{t.Addr, uint32(t.PID)}
-	m := w.seen[key]
-	if m == nil {
-		if len(w.seen) >= maxTasks {
-			return nil, &CorruptError{"task list", t.Addr, fmt.Sprintf("more than %d tasks", maxTasks)}
-		}
-		m = new(taskMark)
-		w.seen[key] = m
+	m, ok := w.seen[key]
+	if !ok && len(w.seen) >= maxTasks {
+		return false, &CorruptError{"task list", t.Addr, fmt.Sprintf("more than %d tasks", maxTasks)}
 	}
 	if m.attempt == w.attempt {
-		return nil, &CorruptError{"task_struct", t.Addr, fmt.Sprintf("PID %d is twice in the list", t.PID)}
+		return false, &CorruptError{"task_struct", t.Addr, fmt.Sprintf("PID %d is twice in the list", t.PID)}
 	}
 	m.attempt = w.attempt
-	return m, nil
+	w.seen[key] = m
+	return m.said, nil
 }
 
 // emit hands a task out, unless an earlier attempt did.
 func (w *taskWalk) emit(t *taskRecord) error {
-	m, err := w.visit(t)
-	if err != nil || m.said {
+	said, err := w.visit(t)
+	if err != nil || said {
 		return err
 	}
 	if err := w.complete(t); err != nil {
 		return err
 	}
 	if w.held == nil {
-		w.held = make([]heldTask, 0, secondLooks)
+		w.held = make([]Task, 0, secondLooks)
 	}
-	if w.held = append(w.held, heldTask{t.Task, m}); len(w.held) < secondLooks {
+	if w.held = append(w.held, t.Task); len(w.held) < secondLooks {
 		return nil
 	}
 	return w.handOut()
@@ -355,8 +352,8 @@ func (w *taskWalk) handOut() error {
 				c.Changed++
 			}
 		})
-		t.mark.said = true
-		if !w.yield(t.Task, nil) {
+		w.seen[taskKey{t.Addr, uint32(t.PID)}] = taskMark{w.attempt, true}
+		if !w.yield(*t, nil) {
 			return errWalkStopped
 		}
 	}
@@ -451,18 +448,16 @@ func (w *taskWalk) complete(t *taskRecord) error {
 // related adds the parent's and the credentials' part of a task.
 func (img *Image) related(src source, t *taskRecord) error {
 	l := &img.lay.task
-	var b [4]byte
-	if err := img.space.object(src, "task_struct", t.parent+VirtAddr(l.tgid), b[:]); err != nil {
+	tgid, err := img.space.word32(src, "task_struct", t.parent+VirtAddr(l.tgid))
+	if err != nil {
 		return err
 	}
-	if t.PPID = int(int32(le32(b[:]))); t.PPID < 0 || t.PPID > pidMax {
+	if t.PPID = int(int32(tgid)); t.PPID < 0 || t.PPID > pidMax {
 		return &CorruptError{"task_struct", t.parent, fmt.Sprintf("parent of PID %d has PID %d", t.PID, t.PPID)}
 	}
-	if err := img.space.object(src, "cred", t.cred+VirtAddr(l.euid), b[:]); err != nil {
-		return err
-	}
-	t.UID, t.Cred = le32(b[:]), t.cred
-	return nil
+	t.Cred = t.cred
+	t.UID, err = img.space.word32(src, "cred", t.cred+VirtAddr(l.euid))
+	return err
 }
 
 // rss returns the resident bytes of an mm_struct. Counters that were caught in motion are taken as they are, but not below
@@ -472,13 +467,13 @@ func (img *Image) rss(src source, mm VirtAddr) (uint64, error) {
 		return 0, nil
 	}
 	l := &img.lay.task.rss
-	b := make([]byte, l.size*uint64(l.counters))
-	if err := img.space.object(src, "mm_struct", mm+VirtAddr(l.offset), b); err != nil {
+	var o object
+	if err := o.load(img.space, src, "mm_struct", l.span(), mm); err != nil {
 		return 0, err
 	}
 	var pages int64
 	for _, i := range l.resident {
-		n, err := img.counter(src, mm, b, i)
+		n, err := img.counter(src, mm, o.b, i)
 		if err != nil {
 			return 0, err
 		}
@@ -492,12 +487,11 @@ func (img *Image) rss(src source, mm VirtAddr) (uint64, error) {
 
 // mmCounter reads a single counter of an mm_struct.
 func (img *Image) mmCounter(src source, mm VirtAddr, i int) (int64, error) {
-	l := &img.lay.task.rss
-	b := make([]byte, l.size*uint64(l.counters))
-	if err := img.space.object(src, "mm_struct", mm+VirtAddr(l.offset), b); err != nil {
+	var o object
+	if err := o.load(img.space, src, "mm_struct", img.lay.task.rss.span(), mm); err != nil {
 		return 0, err
 	}
-	return img.counter(src, mm, b, i)
+	return img.counter(src, mm, o.b, i)
 }
 
 // counter returns a counter of rss_stat, which is in b, with what each CPU holds of it; not below zero.
@@ -513,15 +507,15 @@ func (img *Image) counter(src source, mm VirtAddr, b []byte, i int) (int64, erro
 		if offset == 0 || at == 0 {
 			continue // a CPU that cannot be, or an mm that is being torn down
 		}
-		var part [4]byte
 		va := at + offset
 		if !img.space.valid(va, 4) {
 			return 0, &CorruptError{"mm_struct", mm, fmt.Sprintf("counter %d of CPU %d at %v", i, cpu, va)}
 		}
-		if err := img.space.object(src, "percpu_counter", va, part[:]); err != nil {
+		part, err := img.space.word32(src, "percpu_counter", va)
+		if err != nil {
 			return 0, err
 		}
-		n += int64(int32(le32(part[:])))
+		n += int64(int32(part))
 	}
 	return max(0, n), nil
 }

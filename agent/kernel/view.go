@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"strings"
 	"sync"
-	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -22,9 +21,8 @@ const viewPages = 4096
 //
 // A View is safe for concurrent use; any number of Views of one Image may be in use at the same time.
 type View struct {
-	img   *Image
-	ctx   context.Context
-	began time.Time
+	img *Image
+	ctx context.Context
 
 	mu    sync.Mutex
 	cost  Cost          // guarded by mu
@@ -81,7 +79,7 @@ func (img *Image) View(ctx context.Context) *View {
 	if !ok {
 		c = &pageCache{pages: make(map[hostmem.PhysAddr]*page, 8*slabPages)}
 	}
-	return &View{img: img, ctx: ctx, began: time.Now(), cache: c}
+	return &View{img: img, ctx: ctx, cache: c}
 }
 
 // ErrClosed means that a View was asked after its Close.
@@ -123,6 +121,9 @@ func (v *View) ReadVirt(va VirtAddr, buf []byte) error { return v.img.space.read
 
 // Uint64 reads a little-endian word of 8 bytes.
 func (v *View) Uint64(va VirtAddr) (uint64, error) {
+	if b := v.peekVirt(va, 8); b != nil {
+		return le64(b), nil
+	}
 	var b [8]byte
 	err := v.ReadVirt(va, b[:])
 	return le64(b[:]), err
@@ -130,6 +131,9 @@ func (v *View) Uint64(va VirtAddr) (uint64, error) {
 
 // Uint32 reads a little-endian word of 4 bytes.
 func (v *View) Uint32(va VirtAddr) (uint32, error) {
+	if b := v.peekVirt(va, 4); b != nil {
+		return le32(b), nil
+	}
 	var b [4]byte
 	err := v.ReadVirt(va, b[:])
 	return le32(b[:]), err
@@ -171,6 +175,15 @@ func (v *View) peek(pa hostmem.PhysAddr, n uint64) []byte {
 	return page[offset:][:n]
 }
 
+// peekVirt is peek by a kernel virtual address; nil also where that leads nowhere.
+func (v *View) peekVirt(va VirtAddr, n uint64) []byte {
+	pa, whole, err := v.img.space.translate(v, va)
+	if err != nil || whole < n {
+		return nil
+	}
+	return v.peek(pa, n)
+}
+
 // page returns the page at pa, which is aligned.
 func (v *View) page(pa hostmem.PhysAddr) (*page, error) {
 	v.mu.Lock()
@@ -186,9 +199,8 @@ func (v *View) page(pa hostmem.PhysAddr) (*page, error) {
 		return nil, err
 	}
 	p := c.free()
-	began := time.Since(v.began)
 	n, err := v.img.mem.ReadAt(p[:], int64(pa))
-	v.count(n, began)
+	v.count(n)
 	if err != nil {
 		c.used-- // nobody has seen it
 		return nil, err
@@ -254,9 +266,7 @@ func (v *View) fetch(pages []hostmem.PhysAddr) error {
 	if len(segs) == 0 {
 		return nil
 	}
-	began := time.Now()
 	_ = hostmem.ReadScatter(v.img.mem, segs) // each segment has its own error
-	v.cost.Elapsed += time.Since(began)
 	v.cost.Reads += len(segs)
 	var first error
 	for i, s := range segs {
@@ -270,11 +280,10 @@ func (v *View) fetch(pages []hostmem.PhysAddr) error {
 	return first
 }
 
-// count books an access that began so long after the View; mu is held.
-func (v *View) count(n int, began time.Duration) {
+// count books an access; mu is held.
+func (v *View) count(n int) {
 	v.cost.Reads++
 	v.cost.Bytes += int64(n)
-	v.cost.Elapsed += time.Since(v.began) - began
 }
 
 // readFresh reads past the page cache.
@@ -282,11 +291,10 @@ func (v *View) readFresh(pa hostmem.PhysAddr, b []byte) error {
 	if err := v.ctx.Err(); err != nil {
 		return err
 	}
-	began := time.Since(v.began)
 	n, err := v.img.mem.ReadAt(b, int64(pa))
 	v.overlay(pa, b[:max(n, 0)])
 	v.mu.Lock()
-	v.count(n, began)
+	v.count(n)
 	v.mu.Unlock()
 	return err
 }
@@ -296,11 +304,9 @@ func (v *View) readScattered(segs []hostmem.Segment) error {
 	if err := v.ctx.Err(); err != nil {
 		return err
 	}
-	began := time.Now()
 	err := hostmem.ReadScatter(v.img.mem, segs)
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.cost.Elapsed += time.Since(began)
 	v.cost.Reads += len(segs)
 	for i := range segs {
 		v.overlay(segs[i].Addr, segs[i].Buf)
@@ -337,6 +343,29 @@ func (d direct) readPhys(pa hostmem.PhysAddr, b []byte) error {
 	}
 	_, err := d.mem.ReadAt(b, int64(pa))
 	return err
+}
+
+// word64 reads a word of the object of the given kind, and word32 one of 4 bytes.
+func (s *addressSpace) word64(src source, kind string, va VirtAddr) (uint64, error) {
+	if v, ok := src.(*View); ok {
+		if b := v.peekVirt(va, 8); b != nil {
+			return le64(b), nil
+		}
+	}
+	var b [8]byte
+	err := s.object(src, kind, va, b[:])
+	return le64(b[:]), err
+}
+
+func (s *addressSpace) word32(src source, kind string, va VirtAddr) (uint32, error) {
+	if v, ok := src.(*View); ok {
+		if b := v.peekVirt(va, 4); b != nil {
+			return le32(b), nil
+		}
+	}
+	var b [4]byte
+	err := s.object(src, kind, va, b[:])
+	return le32(b[:]), err
 }
 
 // object fills b from the object of the given kind at va. An address where no memory is makes the object corrupt.
