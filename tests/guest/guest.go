@@ -94,14 +94,17 @@ func Module(t testing.TB, kernel, dir, name string) []byte {
 	return b
 }
 
-// BuildModule does the same, and returns as an error that it cannot be built here: a kernel of a later Debian than this asks for its compiler
-// and its tools.
+// BuildModule does the same, and returns as an error that it cannot be built here: the compiler of a later Debian's kernel may be out of reach.
 func BuildModule(t testing.TB, kernel, dir, name string) ([]byte, error) {
 	t.Helper()
 	target, k := fetch(t, kernel)
 	headers, err := kernels.Cache{}.Headers(t.Context(), target, k)
 	if err != nil {
 		t.Fatal(err)
+	}
+	compiler, err := kernels.Cache{}.Compiler(t.Context(), target, headers)
+	if err != nil {
+		return nil, fmt.Errorf("build module %s: %w", name, err)
 	}
 	build := t.TempDir()
 	for _, file := range []string{"Makefile", name + ".c"} {
@@ -115,6 +118,9 @@ func BuildModule(t testing.TB, kernel, dir, name string) ([]byte, error) {
 	}
 	// Types of a module's own are of no use here, and making them takes vmlinux and pahole.
 	c := exec.Command("make", "-s", "-C", headers, "M="+build, "CONFIG_DEBUG_INFO_BTF_MODULES=", "modules")
+	if compiler != "" {
+		c.Env = append(os.Environ(), "PATH="+compiler+string(os.PathListSeparator)+os.Getenv("PATH"))
+	}
 	if out, err := c.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("build module %s: %w\n%s", name, err, out)
 	}
