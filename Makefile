@@ -78,7 +78,7 @@ faults: setup ## let KERNELS (6.1,6.12) fall ill in the ways ROWS (all; main), w
 faults-whole: ## all rows, then the main ones on sid, with 1 and 4 CPUs, without compare-and-swap and over the DMA engine's model (two hours)
 	$(MAKE) faults
 	$(MAKE) faults KERNELS=6.1-generic ROWS=machine-check,pci-error
-	$(MAKE) faults KERNELS=sid ROWS=main
+	$(MAKE) faults KERNELS=sid,6.1-cloud-arm64 ROWS=main
 	$(MAKE) faults ROWS=main CPUS=1
 	$(MAKE) faults ROWS=main CPUS=4
 	$(MAKE) faults ROWS=main MEMPATH=nocas

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"regexp"
 	"slices"
 	"strconv"
@@ -59,25 +60,8 @@ func oops(Config) Detector {
 			if p.View == nil {
 				return []Finding{f}, nil
 			}
-			var said string
-			for rec, err := range p.View.Log() {
-				if err != nil {
-					break // the counter is enough
-				}
-				if rec.Facility != 0 {
-					continue // not the kernel's own words
-				}
-				if slices.ContainsFunc(oopsWhat, func(w string) bool { return strings.HasPrefix(rec.Text, w) }) {
-					if !strings.HasPrefix(rec.Text, "Oops: ") || said == "" {
-						said = rec.Text
-					}
-				}
-				if m := oopsWho.FindStringSubmatch(rec.Text); m != nil && said != "" {
-					cpu, _ := strconv.Atoi(m[1])
-					f.Culprit.CPU, f.Culprit.Comm = &cpu, m[3]
-					f.Culprit.PID, _ = strconv.Atoi(m[2])
-				}
-			}
+			said, who := lastOops(p.View.Log())
+			f.Culprit = who
 			if said != "" {
 				f.Title = "the kernel has oopsed: " + said
 				f.Evidence = append(f.Evidence, Evidence{"log", said})
@@ -85,6 +69,34 @@ func oops(Config) Detector {
 			return []Finding{f}, nil
 		},
 	}
+}
+
+// lastOops returns what the kernel's log says of the latest oops, and on whom it came; empty if it says nothing.
+func lastOops(log iter.Seq2[kernel.LogRecord, error]) (said string, who Culprit) {
+	told := false // of whom it came on, which ends what is said of one
+	for rec, err := range log {
+		if err != nil {
+			break // the counter is enough
+		}
+		if rec.Facility != 0 {
+			continue // not the kernel's own words
+		}
+		if slices.ContainsFunc(oopsWhat, func(w string) bool { return strings.HasPrefix(rec.Text, w) }) {
+			if told {
+				said, who, told = "", Culprit{}, false
+			}
+			if !strings.HasPrefix(rec.Text, "Oops: ") || said == "" {
+				said = rec.Text
+			}
+		}
+		if m := oopsWho.FindStringSubmatch(rec.Text); m != nil && said != "" {
+			cpu, _ := strconv.Atoi(m[1])
+			who = Culprit{CPU: &cpu, Comm: m[3]}
+			who.PID, _ = strconv.Atoi(m[2])
+			told = true
+		}
+	}
+	return said, who
 }
 
 // rcuStall reports that a grace period of RCU does not end: memory is freed no more, and sooner or later everything waits.

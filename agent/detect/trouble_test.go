@@ -1,6 +1,7 @@
 package detect
 
 import (
+	"iter"
 	"slices"
 	"testing"
 	"time"
@@ -234,5 +235,31 @@ func TestWeakened(t *testing.T) {
 	fs := detect(t, tampering(DefaultConfig()), p)
 	if len(fs) != 2 || fs[0].Severity != Critical || fs[1].Severity != Warning || fs[0].Key != "guard lockdown" || fs[1].Title != "SELinux was lowered from 1 to 0" {
 		t.Errorf("findings = %+v; want a critical one of what nobody may lower, and a warning", fs)
+	}
+}
+
+// The words of one oops do not stand for the next, whose own are others since 6.11.
+func TestLastOops(t *testing.T) {
+	log := func(texts ...string) iter.Seq2[kernel.LogRecord, error] {
+		return func(yield func(kernel.LogRecord, error) bool) {
+			for _, text := range texts {
+				if !yield(kernel.LogRecord{Text: text}, nil) {
+					return
+				}
+			}
+		}
+	}
+	first := []string{"BUG: kernel NULL pointer dereference, address: 0000000000000008", "#PF: supervisor write access in kernel mode", "Oops: Oops: 0002 [#1] PREEMPT SMP NOPTI",
+		"CPU: 0 UID: 0 PID: 200 Comm: bdfault-oops Tainted: G           OE      6.12", "RIP: 0010:oops_thread+0x9/0x20"}
+	second := []string{"Oops: general protection fault, probably for non-canonical address 0x5a5a5a5a5a5a5a5a: 0000 [#2] PREEMPT SMP NOPTI",
+		"CPU: 1 UID: 0 PID: 201 Comm: bdfault-uaf Tainted: G      D    OE      6.12"}
+	if said, who := lastOops(log(first...)); said != first[0] || who.PID != 200 || *who.CPU != 0 {
+		t.Errorf("of the first: %q, %+v", said, who)
+	}
+	if said, who := lastOops(log(slices.Concat(first, second)...)); said != second[0] || who.PID != 201 || who.Comm != "bdfault-uaf" || *who.CPU != 1 {
+		t.Errorf("of the second: %q, %+v", said, who)
+	}
+	if said, who := lastOops(log("CPU: 0 PID: 1 Comm: swapper")); said != "" || who.CPU != nil {
+		t.Errorf("of none: %q, %+v", said, who)
 	}
 }

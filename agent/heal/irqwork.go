@@ -114,6 +114,9 @@ func callable(m model, name string) (kernel.VirtAddr, Bytes, error) {
 	if err := m.ReadVirt(va, head); err != nil {
 		return 0, nil, fmt.Errorf("first bytes of %s: %w", name, err)
 	}
+	if m.Info().Arch == archAArch64 {
+		return va, head, callableAArch64(m, name, head)
+	}
 	_, ibtErr := m.Symbol("ibt_restore") // only where the kernel is built with CONFIG_X86_KERNEL_IBT
 	switch {
 	case bytes.HasPrefix(head, endbr64):
@@ -125,6 +128,38 @@ func callable(m model, name string) (kernel.VirtAddr, Bytes, error) {
 		err = fmt.Errorf("%s begins with %x, which is neither endbr64 nor the untraced entry of a kernel without IBT: %w", name, []byte(head), kernel.ErrNotSupported)
 	}
 	return va, head, err
+}
+
+// First instructions of functions, AArch64. The first three are landing pads of branch target identification, as signing the return address is one.
+var (
+	btiC, btiJC, paciasp = []byte{0x5f, 0x24, 0x03, 0xd5}, []byte{0xdf, 0x24, 0x03, 0xd5}, []byte{0x3f, 0x23, 0x03, 0xd5}
+	movX9X30, nopA64     = []byte{0xe9, 0x03, 0x1e, 0xaa}, []byte{0x1f, 0x20, 0x03, 0xd5} // where ftrace would put its call (arch/arm64/kernel/ftrace.c)
+)
+
+// callableAArch64 judges the first instruction of a function. Where the kernel's code is guarded (CONFIG_ARM64_BTI_KERNEL), every function that is called
+// by pointer begins with a landing pad; so where wake_up_klogd_work_func, which the kernel itself calls by such a pointer, does not, none must.
+func callableAArch64(m model, name string, head Bytes) error {
+	pad := func(b []byte) bool {
+		return bytes.HasPrefix(b, btiC) || bytes.HasPrefix(b, btiJC) || bytes.HasPrefix(b, paciasp)
+	}
+	if pad(head) {
+		return nil
+	}
+	if !bytes.HasPrefix(head, movX9X30) && !bytes.HasPrefix(head, nopA64) {
+		return fmt.Errorf("%s begins with %x, which is neither a landing pad nor the untraced entry of a function: %w", name, []byte(head), kernel.ErrNotSupported)
+	}
+	va, err := m.Symbol("wake_up_klogd_work_func")
+	if err != nil {
+		return err
+	}
+	own := make([]byte, 4)
+	if err := m.ReadVirt(va, own); err != nil {
+		return fmt.Errorf("first bytes of wake_up_klogd_work_func: %w", err)
+	}
+	if pad(own) {
+		return fmt.Errorf("%s has no landing pad, and the kernel's own functions have: %w", name, kernel.ErrNotSupported)
+	}
+	return nil
 }
 
 // ibtOff reports whether the host's CPUs surely do not enforce indirect branch tracking: the kernel has found, or was told,

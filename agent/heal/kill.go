@@ -142,10 +142,7 @@ func planSignal(m model, f detect.Finding, what signal) (Plan, error) {
 	p.Steps = append(p.Steps, Step{
 		Op: OpExpect, Why: "the function is there, and may be called through a pointer", Object: "posix_timer_fn",
 		Addr: sig.fnPA, Virt: sig.fn, Expect: sig.head,
-	}, Step{
-		Op: OpExpect, Why: "the mailbox page is reserved, so the kernel gives it to nobody", Object: "struct page.flags",
-		Addr: box.flagsPA, Virt: box.flagsVA, Expect: le(box.flags, 8),
-	})
+	}, box.owned)
 	p.Steps = append(p.Steps, vic.checks...)
 	p.Steps = append(p.Steps, Step{
 		Op: OpWrite, Why: "lay down the signal: " + what.name + ", preallocated, so the kernel does not free it", Object: "struct sigqueue",

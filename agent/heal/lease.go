@@ -42,10 +42,21 @@ const (
 	leaseSettle = 2 * time.Millisecond
 )
 
-// FindLease finds where the lease of a host is: the highest page below 1 MiB that a mailbox could be. All healers come to the same.
+// leaseOffset is where the lease is in its page.
+const leaseOffset = hostmem.PageSize - 8
+
+// FindLease finds where the lease of a host is: the highest page below 1 MiB that a mailbox could be, on AArch64 the only one. All healers come to the
+// same.
 func FindLease(v *kernel.View) (*Lease, error) { return findLease(newModel(v)) }
 
 func findLease(m model) (*Lease, error) {
+	if m.Info().Arch == archAArch64 {
+		box, err := noteMailbox(m)
+		if err != nil {
+			return nil, fmt.Errorf("find the lease: %w", err)
+		}
+		return &Lease{addr: box.pa + leaseOffset, wait: leaseWait, stale: leaseStale}, nil
+	}
 	pages, err := newReservedPages(m)
 	if err != nil {
 		return nil, fmt.Errorf("find the lease: %w", err)
@@ -53,11 +64,11 @@ func findLease(m model) (*Lease, error) {
 	page := make([]byte, hostmem.PageSize)
 	for pa := mailboxEnd - hostmem.PageSize; pa >= mailboxFirst; pa -= hostmem.PageSize {
 		box, ok := pages.at(m, pa)
-		if !ok || m.ReadVirt(box.va, page) != nil || !zero(page[:len(page)-8]) {
+		if !ok || m.ReadVirt(box.va, page) != nil || !zero(page[:leaseOffset]) {
 			continue
 		}
-		at := pa + hostmem.PageSize - 8
-		if mark, err := read64(m, box.va+hostmem.PageSize-8); err == nil && (mark == 0 || mark&leaseMask == leaseMark&leaseMask) {
+		at := pa + leaseOffset
+		if mark, err := read64(m, box.va+leaseOffset); err == nil && (mark == 0 || mark&leaseMask == leaseMark&leaseMask) {
 			return &Lease{addr: at, wait: leaseWait, stale: leaseStale}, nil
 		}
 	}

@@ -322,6 +322,7 @@ var decoded = []struct {
 	{"slab_caches", []string{"slab_start", "slab_next"}, isListHead},
 	{"psi_system", []string{"psi_memory_show"}, isPressure},
 	{"vmstat_text", []string{"vmstat_show"}, isCounterNames},
+	{"vmcoreinfo_note", []string{"paddr_vmcoreinfo_note"}, isNotePointer},
 }
 
 // findDecoded finds variables in code. What is not found is missed where it is needed.
@@ -429,6 +430,16 @@ func isPressure(img *Image, src source, at VirtAddr) (VirtAddr, bool) {
 func isCounterNames(img *Image, src source, at VirtAddr) (VirtAddr, bool) {
 	var p [8]byte
 	return at, at%8 == 0 && img.space.object(src, "vmstat_text", at, p[:]) == nil && img.textAt(src, VirtAddr(le64(p[:]))) == "nr_free_pages"
+}
+
+// isNotePointer: a pointer to a note of VMCOREINFO.
+func isNotePointer(img *Image, src source, at VirtAddr) (VirtAddr, bool) {
+	var p [8]byte
+	if at%8 != 0 || img.space.object(src, "vmcoreinfo_note", at, p[:]) != nil {
+		return 0, false
+	}
+	note := VirtAddr(le64(p[:]))
+	return at, note%4096 == 0 && img.space.valid(note, 4096) && img.textAt(src, note+12) == "VMCOREINFO"
 }
 
 // textAt returns the short text at va; empty if there is none.

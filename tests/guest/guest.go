@@ -34,6 +34,9 @@ type Guest struct {
 	dir   string
 	RAM   string // path of its memory
 	MiB   int
+	CPUs  int
+	Arch  string // Debian's name
+	m     machine
 	began time.Time
 
 	qmu   sync.Mutex
@@ -52,16 +55,43 @@ type Exit struct {
 	At          time.Time
 }
 
-var initProgram = sync.OnceValues(func() ([]byte, error) {
-	out := filepath.Join(os.TempDir(), fmt.Sprintf("engine-guest-%d", os.Getpid()))
-	defer os.Remove(out)
-	c := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "github.com/backdoor-rhs/backdoor/tests/guest/init")
-	c.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-	if b, err := c.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build guest: %w: %s", err, b)
-	}
-	return os.ReadFile(out)
-})
+// machine is what the guests of an architecture are made of.
+type machine struct {
+	qemu, model, cpu, cmdline string
+	control                   []string // the serial line to the guest's init, at the socket CTL
+	init                      func() ([]byte, error)
+	layout                    func(ram uint64) []hostmem.Extent
+	jump                      []byte // code that jumps to itself
+	// Where QEMU's debug stub has the program counter and the flags, among what flags there is the mode, and what switches interrupts off.
+	pc, flags   int
+	least       int // bytes of registers
+	privileged  func(regs []byte) bool
+	mask, value uint32
+}
+
+// By Debian's names of the architectures. Registers are as in gdb's target descriptions of QEMU, gdb-xml: on x86-64 rax to r15, rip, eflags, cs; on
+// aarch64 x0 to x30, sp, pc, cpsr.
+var machines = map[string]machine{
+	"amd64": {qemu: "qemu-system-x86_64", model: "q35", cpu: "max", cmdline: "console=ttyS0 no_timer_check tsc=reliable",
+		control: []string{"-serial", "unix:CTL,server=on,wait=off"}, init: initProgram("amd64"), layout: hostmem.Q35Layout,
+		jump: []byte{0xeb, 0xfe}, pc: 128, flags: 136, least: 144, privileged: func(regs []byte) bool { return regs[140]&3 == 0 }, mask: 0x200},
+	"arm64": {qemu: "qemu-system-aarch64", model: "virt", cpu: "max,pauth-impdef=on", cmdline: "console=ttyAMA0",
+		control: []string{"-chardev", "socket,id=ctl,path=CTL,server=on,wait=off", "-device", "pci-serial,chardev=ctl"}, init: initProgram("arm64"), layout: hostmem.VirtLayout,
+		jump: []byte{0x00, 0x00, 0x00, 0x14}, pc: 256, flags: 264, least: 268, privileged: func(regs []byte) bool { return regs[264]&0xf != 0 }, mask: 0x3c0, value: 0x3c0},
+}
+
+func initProgram(arch string) func() ([]byte, error) {
+	return sync.OnceValues(func() ([]byte, error) {
+		out := filepath.Join(os.TempDir(), fmt.Sprintf("engine-guest-%s-%d", arch, os.Getpid()))
+		defer os.Remove(out)
+		c := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "github.com/backdoor-rhs/backdoor/tests/guest/init")
+		c.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch)
+		if b, err := c.CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("build guest: %w: %s", err, b)
+		}
+		return os.ReadFile(out)
+	})
+}
 
 // cpio makes an initramfs of a single program, or of none.
 func cpio(init []byte, files map[string][]byte) []byte {
@@ -188,7 +218,8 @@ type Options struct {
 func Start(t testing.TB, kernel string, o Options) *Guest {
 	t.Helper()
 	_, k := fetch(t, kernel)
-	init, err := initProgram()
+	m := machines[k.Arch]
+	init, err := m.init()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -198,7 +229,7 @@ func Start(t testing.TB, kernel string, o Options) *Guest {
 	if o.CPUs == 0 {
 		o.CPUs = 2
 	}
-	g := &Guest{t: t, dir: t.TempDir(), MiB: max(o.MiB, 256), began: time.Now(),
+	g := &Guest{t: t, dir: t.TempDir(), MiB: max(o.MiB, 256), CPUs: o.CPUs, Arch: k.Arch, m: m, began: time.Now(),
 		answers: make(chan map[string]json.RawMessage, 1), Exits: make(chan Exit, 1000), ready: make(chan struct{}, 10)}
 	if o.Hangs {
 		init = nil
@@ -217,14 +248,16 @@ func Start(t testing.TB, kernel string, o Options) *Guest {
 		t.Fatal(err)
 	}
 	ram.Close()
-	c := exec.Command("qemu-system-x86_64", "-M", "q35,memory-backend=ram0", "-uuid", UUID,
+	c := exec.Command(m.qemu, "-M", m.model+",memory-backend=ram0", "-uuid", UUID,
 		"-object", fmt.Sprintf("memory-backend-file,id=ram0,size=%dM,mem-path=%s,share=on", g.MiB, g.RAM),
-		"-m", fmt.Sprint(g.MiB), "-smp", fmt.Sprint(o.CPUs), "-cpu", "max", "-kernel", k.Vmlinuz, "-initrd", initrd,
-		"-append", "console=ttyS0 loglevel=4 panic=0 no_timer_check tsc=reliable "+o.Append, "-nodefaults", "-display", "none",
+		"-m", fmt.Sprint(g.MiB), "-smp", fmt.Sprint(o.CPUs), "-cpu", m.cpu, "-kernel", k.Vmlinuz, "-initrd", initrd,
+		"-append", m.cmdline+" loglevel=4 panic=0 "+o.Append, "-nodefaults", "-display", "none",
 		"-serial", "file:"+filepath.Join(g.dir, "console"),
-		"-serial", "unix:"+filepath.Join(g.dir, "ctl")+",server=on,wait=off",
 		"-gdb", "unix:"+filepath.Join(g.dir, "gdb")+",server=on,wait=off",
 		"-qmp", "unix:"+filepath.Join(g.dir, "qmp")+",server=on,wait=off")
+	for _, a := range m.control {
+		c.Args = append(c.Args, strings.Replace(a, "CTL", filepath.Join(g.dir, "ctl"), 1))
+	}
 	c.Args = append(c.Args, o.Args...)
 	var stderr bytes.Buffer
 	c.Stderr = &stderr
@@ -266,10 +299,16 @@ func Start(t testing.TB, kernel string, o Options) *Guest {
 	return g
 }
 
+// Layout is where the bytes of that file are in the guest's physical memory.
+func (g *Guest) Layout() []hostmem.Extent { return g.m.layout(uint64(g.MiB) << 20) }
+
+// Jump is code of the guest's architecture that jumps to itself.
+func (g *Guest) Jump() []byte { return g.m.jump }
+
 // Memory opens the file that is the guest's RAM.
 func (g *Guest) Memory(write bool) *hostmem.RAMFile {
 	g.t.Helper()
-	mem, err := hostmem.OpenRAMFile(g.RAM, hostmem.Q35Layout(uint64(g.MiB)<<20), write)
+	mem, err := hostmem.OpenRAMFile(g.RAM, g.Layout(), write)
 	if err != nil {
 		g.t.Fatal(err)
 	}
@@ -378,9 +417,9 @@ func (g *Guest) Complaints() []string {
 }
 
 // Lock has a CPU that runs a task within the kernel spin at a jump to itself, with its interrupts off, and returns which.
-// QEMU's debug stub stops the machine while somebody is connected to it.
+// QEMU's debug stub stops the machine while somebody is connected to it. Gadget is where the kernel's code has a [Guest.Jump].
 //
-// Source: "GDB Remote Serial Protocol" of the GDB manual; registers of x86-64: rax to r15, rip, eflags, cs.
+// Source: "GDB Remote Serial Protocol" of the GDB manual.
 func (g *Guest) Lock(gadget uint64, running func(cpu int) bool) int {
 	g.t.Helper()
 	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
@@ -412,18 +451,18 @@ func (g *Guest) Lock(gadget uint64, running func(cpu int) bool) int {
 			}
 		}
 		locked := -1
-		for cpu := range 2 {
+		for cpu := range g.CPUs {
 			command(fmt.Sprintf("Hg%d", cpu+1))
 			regs, err := hex.DecodeString(command("g"))
-			if err != nil || len(regs) < 144 {
+			if err != nil || len(regs) < g.m.least {
 				g.t.Fatalf("registers: %d bytes, %v", len(regs), err)
 			}
-			if regs[140]&3 != 0 || !running(cpu) {
+			if !g.m.privileged(regs) || !running(cpu) {
 				continue
 			}
-			binary.LittleEndian.PutUint64(regs[128:], gadget)
-			flags := binary.LittleEndian.Uint32(regs[136:])
-			binary.LittleEndian.PutUint32(regs[136:], flags&^0x200)
+			binary.LittleEndian.PutUint64(regs[g.m.pc:], gadget)
+			flags := binary.LittleEndian.Uint32(regs[g.m.flags:])
+			binary.LittleEndian.PutUint32(regs[g.m.flags:], flags&^g.m.mask|g.m.value)
 			if a := command("G" + hex.EncodeToString(regs)); a != "OK" {
 				g.t.Fatalf("set registers: %s", a)
 			}

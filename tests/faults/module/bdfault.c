@@ -134,6 +134,12 @@ static void leaked_rtnl(void)
 	kthread_run(leave_rtnl, NULL, "bdfault-rtnl");
 }
 
+/* Whoever waits for it gets on. */
+static void leaked_rtnl_off(void)
+{
+	rtnl_unlock();
+}
+
 /* A wait for what never comes, with nobody to blame. */
 static void d_state(void)
 {
@@ -606,7 +612,7 @@ static struct fault {
 	{ "spin-deadlock", spin_deadlock },
 	{ "soft-lockup", soft_lockup },
 	{ "mutex-deadlock", mutex_deadlock },
-	{ "leaked-rtnl", leaked_rtnl },
+	{ "leaked-rtnl", leaked_rtnl, leaked_rtnl_off },
 	{ "d-state", d_state },
 	{ "oops", oops },
 	{ "oops-jump", oops_jump },

@@ -2,10 +2,10 @@
 // kernel. It takes commands on the second serial line, one a line, and answers with one line of JSON. It tells of each child
 // that ends with a line {"exit": pid, "signal": n}.
 //
-//	spawn KIND   start a child: spin, sleep, nanosleep, blocked, blockedspin, threads, forks, stopped, zombie, bomb, rootbomb,
+//	spawn KIND   start a child: spin, sleep, nanosleep, blocked, blockedspin, threads, thread (of which another thread than the first spins), forks, stopped, zombie, bomb, rootbomb,
 //	             hog, roothog (of which the OOM killer keeps off), rootforkN (N processes, one after the
 //	             other), rootfiles (open files, until there are no more), rootio (reads /dev/vda), roottmpfs (fills a
-//	             file system in memory), rootsyn (begins connections from addresses that there are not), rootload (what building
+//	             file system in memory), rootsyn (begins connections from addresses that there are not), rootstall (asks for more memory than its control group is to have), rootload (what building
 //	             a program asks of a machine), rootnet (talks to itself by TCP), rootcode (gets itself memory that may be executed, after 35 s), rootbase (what a database does that takes its memory at its start)
 //	spawn fault=NAME  start a child that has the fault module do something, and stays
 //	load NAME P  load the module of the file /NAME with parameters
@@ -13,6 +13,7 @@
 //	dmesg        all records of /dev/kmsg with level 4 (warning) or worse
 //	sysrq X      press the key
 //	kill N       end a child and what it has started, with SIGKILL
+//	up NAME      switch a network interface on
 //	settime S    set the wall clock ahead, or back, by so many seconds
 //	uptime       CLOCK_MONOTONIC in ns
 //	cat FILE     what is in it, or in the directory
@@ -54,7 +55,8 @@ func main() {
 	}
 	os.WriteFile("/proc/sys/kernel/sysrq", []byte("1\n"), 0)
 	os.WriteFile("/proc/sys/kernel/hostname", []byte("guest\n"), 0)
-	tty, err := os.OpenFile("/dev/ttyS1", os.O_RDWR|unix.O_NOCTTY, 0)
+	line := map[string]string{"amd64": "/dev/ttyS1", "arm64": "/dev/ttyS0"}[runtime.GOARCH] // QEMU's virt has its console elsewhere
+	tty, err := os.OpenFile(line, os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		fmt.Println(err)
 		select {}
@@ -165,6 +167,12 @@ func main() {
 				continue
 			}
 			say(map[string]string{"killed": arg})
+		case "up":
+			if err := up(arg); err != nil {
+				say(map[string]string{"error": err.Error()})
+				continue
+			}
+			say(map[string]string{"up": arg})
 		case "settime":
 			n, err := strconv.Atoi(arg)
 			now := unix.NsecToTimeval(time.Now().Add(time.Duration(n) * time.Second).UnixNano())
@@ -307,6 +315,12 @@ func child(kind string) {
 	case "spin", "blockedspin", "threads":
 		for spins := 0; ; spins++ { // what it is for
 		}
+	case "thread":
+		go func() {
+			runtime.LockOSThread()
+			for spins := 0; ; spins++ { // what it is for
+			}
+		}()
 	case "nanosleep":
 		for {
 			unix.Nanosleep(&unix.Timespec{Sec: 1000}, nil)
@@ -321,7 +335,7 @@ func child(kind string) {
 		}
 	case "bomb", "rootbomb":
 		for {
-			if _, _, e := unix.RawSyscall(unix.SYS_FORK, 0, 0, 0); e != 0 {
+			if _, e := fork(); e != 0 {
 				unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 			}
 		}
@@ -339,9 +353,9 @@ func child(kind string) {
 	if n, ok := strings.CutPrefix(kind, "rootfork"); ok {
 		many, _ := strconv.Atoi(n)
 		for range many {
-			pid, _, e := unix.RawSyscall(unix.SYS_FORK, 0, 0, 0)
+			pid, e := fork()
 			for pid == 0 && e == 0 {
-				unix.RawSyscall(unix.SYS_PAUSE, 0, 0, 0)
+				unix.RawSyscall6(unix.SYS_PPOLL, 0, 0, 0, 0, 0, 0) // for ever
 			}
 			unix.Nanosleep(&unix.Timespec{Nsec: 10e6}, nil)
 		}
@@ -396,6 +410,8 @@ func child(kind string) {
 		for i := 0; err == nil; i = (i + 4096) % size {
 			b[i]++
 		}
+	case "rootstall":
+		stall()
 	case "rootnet":
 		talk()
 	case "rootload":
@@ -404,6 +420,12 @@ func child(kind string) {
 	for {
 		unix.Pause()
 	}
+}
+
+// fork is fork(2), which architectures that are younger do not have. The child may do nothing but system calls.
+func fork() (uintptr, syscall.Errno) {
+	pid, _, e := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
+	return pid, e
 }
 
 // dmesg returns what the kernel has complained about.
@@ -436,7 +458,7 @@ func dmesg() []string {
 // them a second.
 func flood() {
 	const port = 4321
-	loopback()
+	up("lo")
 	// Packets from elsewhere come over the loopback interface here.
 	// The answers go out where nobody is.
 	if s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0); err == nil {
@@ -449,12 +471,9 @@ func flood() {
 				unix.IoctlIfreq(s, x.order, ifr)
 			}
 		}
-		if ifr, err := unix.NewIfreq("eth0"); err == nil {
-			ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
-			unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr)
-		}
 		unix.Close(s)
 	}
+	up("eth0")
 	for _, dev := range []string{"all", "default", "lo"} {
 		os.WriteFile("/proc/sys/net/ipv4/conf/"+dev+"/rp_filter", []byte("0"), 0)
 		os.WriteFile("/proc/sys/net/ipv4/conf/"+dev+"/accept_local", []byte("1"), 0)
@@ -499,7 +518,7 @@ func flood() {
 
 // talk sends itself what it can by TCP over the loopback interface, a connection for each 16 MiB.
 func talk() {
-	loopback()
+	up("lo")
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		return
@@ -530,17 +549,42 @@ func talk() {
 	}
 }
 
-// loopback switches the loopback interface on.
-func loopback() {
-	up, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
-	if err != nil {
+// stall asks for ever more memory in a control group that is to have 8 MiB: whoever is beyond memory.high is made to wait by the kernel, which is what
+// it counts as a stall, long before anybody lacks memory.
+func stall() {
+	const at = "/cgroup"
+	os.MkdirAll(at, 0o755)
+	if err := unix.Mount("cgroup2", at, "cgroup2", 0, ""); err != nil && err != unix.EBUSY {
+		fmt.Fprintln(os.Stderr, err)
 		return
 	}
-	defer unix.Close(up)
-	if ifr, err := unix.NewIfreq("lo"); err == nil {
-		ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
-		unix.IoctlIfreq(up, unix.SIOCSIFFLAGS, ifr)
+	os.MkdirAll(at+"/stall", 0o755)
+	for _, x := range [][2]string{{"/cgroup.subtree_control", "+memory"}, {"/stall/memory.high", "8M"}, {"/stall/cgroup.procs", strconv.Itoa(os.Getpid())}} {
+		if err := os.WriteFile(at+x[0], []byte(x[1]), 0); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return
+		}
 	}
+	const size = 64 << 20
+	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	for i := 0; err == nil; i = (i + 4096) % size {
+		b[i]++
+	}
+}
+
+// up switches a network interface on.
+func up(name string) error {
+	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(s)
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return err
+	}
+	ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+	return unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr)
 }
 
 // build does what building a program asks of a machine: many short processes that use the CPU and memory, and files that are written,
