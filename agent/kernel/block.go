@@ -43,6 +43,7 @@ const (
 type diskWalk struct {
 	v                                             *View
 	device, disk, queue, ctx, tags, request, stat *shape
+	part, link                                    *shape // until v5.10
 	vfsInode, bdev                                uint64 // in bdev_inode
 	inFlight                                      int64  // MQ_RQ_IN_FLIGHT
 	ops                                           map[uint64]string
@@ -57,25 +58,17 @@ func (v *View) Disks() iter.Seq2[Disk, error] {
 		if err := w.resolve(); err != nil {
 			return nil, err
 		}
-		r := resolver{img: v.img}
-		super := r.symbol("blockdev_superblock")
-		inodes := r.field("super_block", 16, "s_inodes")
-		entry := r.field("inode", 16, "i_sb_list")
-		if r.err != nil {
-			return nil, r.err
-		}
 		h, err := v.Heartbeat()
 		if err != nil {
 			return nil, err
 		}
 		w.mono = h.Mono
-		sb, err := v.pointer("blockdev_superblock", super)
-		if err != nil {
-			return nil, err
+		if w.part != nil {
+			return w.class()
 		}
 		var all []Disk
-		err = v.list("bdev_inode", sb+VirtAddr(inodes), entry, maxBlockDevices, func(at VirtAddr) error {
-			d, ok, err := w.read(at - VirtAddr(w.vfsInode))
+		err = w.devices(func(at VirtAddr) error {
+			d, ok, err := w.read(at)
 			if ok {
 				all = append(all, d)
 			}
@@ -85,11 +78,86 @@ func (v *View) Disks() iter.Seq2[Disk, error] {
 	})
 }
 
+// devices calls f for each struct block_device that has an inode: since v5.11 these are all.
+func (w *diskWalk) devices(f func(at VirtAddr) error) error {
+	r := resolver{img: w.v.img}
+	super := r.symbol("blockdev_superblock")
+	inodes := r.field("super_block", 16, "s_inodes")
+	entry := r.field("inode", 16, "i_sb_list")
+	if r.err != nil {
+		return r.err
+	}
+	sb, err := w.v.pointer("blockdev_superblock", super)
+	if err != nil {
+		return err
+	}
+	return w.v.list("bdev_inode", sb+VirtAddr(inodes), entry, maxBlockDevices, func(at VirtAddr) error {
+		return f(at - VirtAddr(w.vfsInode) + VirtAddr(w.bdev))
+	})
+}
+
+// class lists the disks of a kernel until v5.10, where a disk that nobody has opened has no block_device: those of the class of block
+// devices (include/linux/genhd.h).
+func (w *diskWalk) class() ([]Disk, error) {
+	r := resolver{img: w.v.img}
+	class := r.symbol("block_class")
+	private := r.field("class", 8, "p")
+	devices := r.field("subsys_private", 16, "klist_devices.k_list")
+	node := r.field("device_private", 16, "knode_class.n_node")
+	dev, part0 := r.field("hd_struct", 0, "__dev"), r.field("gendisk", 0, "part0")
+	if r.err != nil {
+		return nil, r.err
+	}
+	opened := make(map[VirtAddr]int) // by gendisk
+	err := w.devices(func(at VirtAddr) error {
+		t, err := w.v.thing(w.device, at)
+		if err == nil && t.num("bd_partno")&0xff == 0 {
+			opened[t.ptr("bd_disk")] = t.int("bd_openers")
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	p, err := w.v.pointer("block_class", class+VirtAddr(private))
+	if err != nil {
+		return nil, err
+	}
+	var all []Disk
+	err = w.v.list("device_private", p+VirtAddr(devices), node, maxBlockDevices, func(at VirtAddr) error {
+		l, err := w.v.thing(w.link, at)
+		if err != nil {
+			return err
+		}
+		t, err := w.v.thing(w.part, l.ptr("device")-VirtAddr(dev))
+		if err != nil || t.int("partno") != 0 {
+			return err
+		}
+		g, err := w.v.thing(w.disk, t.addr()-VirtAddr(part0))
+		if err != nil {
+			return err
+		}
+		d := Disk{Addr: g.addr(), Name: g.text("disk_name"), Dev: device(t.num("__dev.devt")), Size: t.num("nr_sects") << 9, Opened: opened[g.addr()],
+			ReadOnly: t.int("policy") != 0, InFlight: []Request{}}
+		err = w.fill(&d, g, t.ptr("dkstats"))
+		all = append(all, d)
+		return err
+	})
+	return all, err
+}
+
 func (w *diskWalk) resolve() error {
 	r := resolver{img: w.v.img}
-	w.device = r.shape("block_device", "bd_disk", "bd_nr_sectors", "bd_stats", "bd_dev", "bd_openers.counter|bd_openers", "bd_partno?", "__bd_flags.counter?", "bd_read_only?")
 	w.vfsInode, w.bdev = r.field("bdev_inode", 0, "vfs_inode"), r.field("bdev_inode", 0, "bdev")
-	w.disk = r.shape("gendisk", "disk_name[]", "part0", "queue")
+	if _, err := w.v.img.types.sizeof("hd_struct"); err == nil {
+		w.part = r.shape("hd_struct", "nr_sects", "dkstats", "policy", "partno", "__dev.devt")
+		w.link = r.shape("device_private", "device")
+		w.device = r.shape("block_device", "bd_disk", "bd_openers", "bd_partno")
+		w.disk = r.shape("gendisk", "disk_name[]", "queue")
+	} else {
+		w.device = r.shape("block_device", "bd_disk", "bd_nr_sectors", "bd_stats", "bd_dev", "bd_openers.counter|bd_openers", "bd_partno?", "__bd_flags.counter?", "bd_read_only?")
+		w.disk = r.shape("gendisk", "disk_name[]", "part0", "queue")
+	}
 	w.queue = r.shape("request_queue", "hctx_table[]?", "queue_hw_ctx?", "nr_hw_queues")
 	w.ctx = r.shape("blk_mq_hw_ctx", "queue_num", "tags", "queue")
 	w.tags = r.shape("blk_mq_tags", "nr_tags", "rqs")
@@ -115,8 +183,9 @@ func (w *diskWalk) resolve() error {
 	return nil
 }
 
+// read reads the disk of a block device; ok is false if that is none as a whole.
 func (w *diskWalk) read(at VirtAddr) (d Disk, ok bool, err error) {
-	t, err := w.v.thing(w.device, at+VirtAddr(w.bdev))
+	t, err := w.v.thing(w.device, at)
 	if err != nil {
 		return d, false, err
 	}
@@ -138,33 +207,37 @@ func (w *diskWalk) read(at VirtAddr) (d Disk, ok bool, err error) {
 	} else {
 		d.ReadOnly = t.num("bd_read_only")&0xff != 0
 	}
+	err = w.fill(&d, g, t.ptr("bd_stats"))
+	return d, err == nil, err
+}
+
+// fill adds what was done and what is under way; g is the gendisk, stats are its counters of the first CPU.
+func (w *diskWalk) fill(d *Disk, g thing, stats VirtAddr) error {
 	if d.Name == "" || d.Size > 1<<60 {
-		return d, false, g.corrupt("%q of %d bytes", d.Name, d.Size)
+		return g.corrupt("%q of %d bytes", d.Name, d.Size)
 	}
-	if p := t.ptr("bd_stats"); p != 0 {
+	if stats != 0 {
 		for _, offset := range w.v.img.perCPU {
 			if offset == 0 {
 				continue
 			}
-			s, err := w.v.thing(w.stat, p+offset)
+			s, err := w.v.thing(w.stat, stats+offset)
 			if err != nil {
-				return d, false, err
+				return err
 			}
 			// By STAT_READ and STAT_WRITE of enum stat_group.
 			ios, sectors := s.bytes("ios"), s.bytes("sectors")
 			if len(ios) < 16 || len(sectors) < 16 {
-				return d, false, s.corrupt("%d bytes of counters", len(ios))
+				return s.corrupt("%d bytes of counters", len(ios))
 			}
 			d.Reads, d.Writes = d.Reads+le64(ios), d.Writes+le64(ios[8:])
 			d.ReadBytes, d.WrittenBytes = d.ReadBytes+le64(sectors)<<9, d.WrittenBytes+le64(sectors[8:])<<9
 		}
 	}
 	if p := g.ptr("queue"); p != 0 {
-		if err := w.queued(&d, p); err != nil {
-			return d, false, err
-		}
+		return w.queued(d, p)
 	}
-	return d, true, nil
+	return nil
 }
 
 // queued lists the requests of a queue that its driver has.

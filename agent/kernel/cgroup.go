@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"math"
 	"regexp"
 	"strings"
 	"time"
@@ -301,10 +302,11 @@ func (w *cgroupWalk) controllers(c *Cgroup, t *thing, used cpuTime) error {
 	} else if ok {
 		m := &CgroupMemory{}
 		bytes := func(path string) int64 {
-			if n := o.num(path); n < 1<<50 {
+			// PAGE_COUNTER_MAX is LONG_MAX / PAGE_SIZE (include/linux/page_counter.h).
+			if n := o.num(path); n < math.MaxInt64/w.v.img.pageSize {
 				return int64(n * w.v.img.pageSize)
 			}
-			return NoLimit // PAGE_COUNTER_MAX
+			return NoLimit
 		}
 		m.Current, m.Peak, m.Min, m.Low = bytes("memory.usage.counter"), bytes("memory.watermark"), bytes("memory.min"), bytes("memory.low")
 		m.High, m.Max, m.Swap, m.SwapMax = bytes("memory.high"), bytes("memory.max"), bytes("swap.usage.counter"), bytes("swap.max")

@@ -83,6 +83,9 @@ func (img *Image) findGuards() []guard {
 
 // Guards reads the kernel's protections. Those that it does not have, or that hold what none of their values is, are left out.
 func (v *View) Guards() ([]Guard, error) {
+	if _, _, err := v.feature("kernel_locked_down"); err != nil {
+		return nil, fmt.Errorf("read the kernel's protections: %w", err)
+	}
 	v.img.guards.once.Do(func() { v.img.guards.all = v.img.findGuards() })
 	var all []Guard
 	for _, g := range v.img.guards.all {

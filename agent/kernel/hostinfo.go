@@ -74,9 +74,9 @@ func (v *View) host() (Host, error) {
 
 func (v *View) swaps() ([]Swap, error) {
 	all := []Swap{}
-	areas, err := v.img.syms.symbol("swap_info")
-	if err != nil {
-		return all, nil // built without
+	areas, ok, err := v.feature("swap_info")
+	if !ok {
+		return all, err
 	}
 	r := resolver{img: v.img}
 	count := r.symbol("nr_swapfiles")

@@ -81,6 +81,19 @@ func (r *resolver) symbol(names ...string) VirtAddr {
 	return 0
 }
 
+// feature returns the address of a variable of something that a kernel may be built without; ok is false if it is. Of a kernel that
+// lists no variables (see datasym.go) nobody can say so: ErrNotSupported.
+func (v *View) feature(symbol string) (at VirtAddr, ok bool, err error) {
+	at, err = v.img.syms.symbol(symbol)
+	if !errors.Is(err, ErrNotFound) {
+		return at, err == nil, err
+	}
+	if len(v.img.syms.find("init_task")) == 0 {
+		return 0, false, fmt.Errorf("%w: the kernel does not list its variables: %w", ErrNotSupported, err)
+	}
+	return 0, false, nil
+}
+
 // span is the part of an object that holds all fields of interest, read in one go.
 type span struct{ lo, hi uint64 }
 

@@ -11,9 +11,9 @@ const (
 // livePatches lists the functions that live patches replace (struct klp_patch, include/linux/livepatch.h; its lists since v5.1).
 // Disabled are those that the transition has not reached or has left, kernel/livepatch/transition.c.
 func (v *View) livePatches() ([]Probe, error) {
-	head, err := v.img.syms.symbol("klp_patches")
-	if err != nil {
-		return nil, nil // built without
+	head, ok, err := v.feature("klp_patches")
+	if !ok {
+		return nil, err
 	}
 	r := resolver{img: v.img}
 	patch := r.shape("klp_patch", "list[]", "obj_list[]", "enabled")

@@ -19,7 +19,7 @@ import (
 func testProcesses(t *testing.T, g *guest, img *Image) {
 	said := g.status()
 	v := g.frozenView(img)
-	compared, slept, unequal := 0, 0, 0
+	compared, slept, told, unequal := 0, 0, 0, 0
 	for id, s := range said {
 		pid, _ := strconv.Atoi(id)
 		p, err := v.Process(pid)
@@ -54,7 +54,11 @@ func testProcesses(t *testing.T, g *guest, img *Image) {
 			"Groups": strings.Join(groups, " "), "NSpid": strings.Join(nspid, " "), "CapInh": set(c.Inheritable), "CapPrm": set(c.Permitted), "CapEff": set(c.Effective),
 			"CapBnd": set(c.Bounding), "CapAmb": set(c.Ambient), "NoNewPrivs": map[bool]string{true: "1", false: "0"}[p.NoNewPrivs],
 			"Seccomp": map[string]string{"disabled": "0", "strict": "1", "filter": "2"}[p.Seccomp], "Seccomp_filters": fmt.Sprint(p.SeccompFilters),
-			"SigPnd": set(p.Pending), "ShdPnd": set(p.Shared), "SigBlk": set(p.Blocked), "Cpus_allowed_list": cpus,
+			"SigPnd": set(p.Pending &^ (1 << 22)), "ShdPnd": set(p.Shared), "SigBlk": set(p.Blocked), "Cpus_allowed_list": cpus,
+		}
+		// SIGURG comes and goes: Go's runtime stops its threads by it.
+		if n, err := strconv.ParseUint(lines["SigPnd"], 16, 64); err == nil {
+			lines["SigPnd"] = set(n &^ (1 << 22))
 		}
 		for k, x := range got {
 			if lines[k] != x && p.State != "Z" {
@@ -102,6 +106,9 @@ func testProcesses(t *testing.T, g *guest, img *Image) {
 		} else if lines["VmSize"] != "" {
 			t.Errorf("PID %d has no memory", pid)
 		}
+		if s["wchan"] != "0" && s["wchan"] != "" {
+			told++
+		}
 		if want := s["wchan"]; want != "0" && p.WaitChannel != "" {
 			if slept++; want != p.WaitChannel {
 				unequal++
@@ -109,8 +116,8 @@ func testProcesses(t *testing.T, g *guest, img *Image) {
 			}
 		}
 	}
-	// They may have slept elsewhere when they were asked.
-	if compared < 80 || slept < 50 || unequal > 8 {
+	// They may have slept elsewhere when they were asked. A kernel unwound by ORC says "0" of all until v5.15: see testStacks.
+	if compared < 80 || slept < 50 && told > 0 || unequal > 8 {
 		t.Errorf("%d threads compared, %d sleep, %d of them elsewhere", compared, slept, unequal)
 	}
 }
@@ -131,6 +138,7 @@ func testUserMemory(t *testing.T, g *guest, img *Image) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	page := uint64(1) << m.space.levels[len(m.space.levels)-1].shift
 	var anon Mapping
 	read := make(map[uint64][]byte) // by address
 	for x, err := range m.Mappings() {
@@ -146,8 +154,8 @@ func testUserMemory(t *testing.T, g *guest, img *Image) {
 			if first < 0 {
 				continue
 			}
-			at := x.Start + uint64(first)<<12
-			if g.ask(&text, fmt.Sprintf("memory %d:%x:4096", pid, at)); strings.HasPrefix(text, "error") {
+			at := x.Start + uint64(first)*page
+			if g.ask(&text, fmt.Sprintf("memory %d:%x:%d", pid, at, page)); strings.HasPrefix(text, "error") {
 				continue // [vvar]
 			}
 			if read[at], err = hex.DecodeString(text); err != nil {
@@ -203,13 +211,13 @@ func testUserMemory(t *testing.T, g *guest, img *Image) {
 		t.Errorf("%d pages were read", len(read))
 	}
 	// Pages 0, 1 and 4 to 7 were written; 2 and 3 are in swap, those from 8 on were never touched.
-	b := make([]byte, 3*4096)
+	b := make([]byte, 3*page)
 	n, err := m.ReadAt(b, int64(anon.Start))
 	var absent *AbsentError
-	if n != 2*4096 || !errors.As(err, &absent) || absent.State != PageSwapped || absent.Addr != anon.Start+2*4096 || !strings.HasPrefix(string(b[4096:]), "page 1 of anonymous memory\x00") {
+	if uint64(n) != 2*page || !errors.As(err, &absent) || absent.State != PageSwapped || absent.Addr != anon.Start+2*page || !strings.HasPrefix(string(b[page:]), "page 1 of anonymous memory\x00") {
 		t.Errorf("%d bytes, %v; want two pages, and the third in swap", n, err)
 	}
-	if _, err := m.ReadAt(b[:1], int64(anon.Start+9*4096)); !errors.As(err, &absent) || absent.State != PageAbsent {
+	if _, err := m.ReadAt(b[:1], int64(anon.Start+9*page)); !errors.As(err, &absent) || absent.State != PageAbsent {
 		t.Errorf("a page that was never touched: %v", err)
 	}
 	if _, err := m.ReadAt(b[:1], -1<<40); !errors.Is(err, ErrNotMapped) {
@@ -320,7 +328,7 @@ func testInterrupts(t *testing.T, g *guest, img *Image) {
 				if name == "CAL" {
 					want += got["TLBfalse"].Counts[cpu] // /proc takes them off
 				}
-				if !about(i.Counts[cpu], want, 300) {
+				if !about(i.Counts[cpu], want, max(300, want/100)) {
 					t.Errorf("%s = %v; the guest has %s", name, i.Counts, line)
 				}
 			}
@@ -331,8 +339,9 @@ func testInterrupts(t *testing.T, g *guest, img *Image) {
 			}
 		}
 	}
-	if compared < 30 || got["TIMERtrue"].Counts[0] == 0 || got["3false"].Counts[0]+got["3false"].Counts[1] < 100 {
-		t.Errorf("%d lines compared", compared)
+	serial := got["3false"].Counts
+	if compared < 20 || got["TIMERtrue"].Counts[0] == 0 || img.Info().Arch == "x86_64" && (len(serial) < 2 || serial[0]+serial[1] < 100) {
+		t.Errorf("%d lines compared; the serial line's came %v times", compared, serial)
 	}
 }
 
@@ -470,7 +479,7 @@ func testProbes(t *testing.T, g *guest, img *Image) {
 			}
 		}
 	}
-	if kinds["kprobe"] != strings.Count(kprobes, "\n") || kinds["kprobe"] == 0 || kinds["ftrace"] == 0 || kinds["rename"] != 1 {
+	if kinds["kprobe"] != strings.Count(kprobes, "\n") || kinds["kprobe"] == 0 || kinds["ftrace"] == 0 && functions != "" || kinds["rename"] != 1 {
 		t.Errorf("%v; the guest has %s, %s", kinds, kprobes, events)
 	}
 }
@@ -658,7 +667,7 @@ func testSysctls(t *testing.T, g *guest, img *Image) {
 				continue
 			}
 		}
-		if strings.Contains(s.Name, "random") || strings.Contains(s.Name, "nr_open") || strings.HasPrefix(s.Name, "fs.dentry-state") || strings.HasPrefix(s.Name, "fs.inode") {
+		if strings.Contains(s.Name, "random") || strings.Contains(s.Name, ".sched_domain.") || strings.Contains(s.Name, "nr_open") || strings.HasPrefix(s.Name, "fs.dentry-state") || strings.HasPrefix(s.Name, "fs.inode") {
 			continue
 		}
 		t.Errorf("%+v; the guest has %q", s, want)

@@ -11,7 +11,8 @@ import (
 	"testing"
 )
 
-// objectKernels are the kernels whose objects beyond listings are compared and recorded.
+// objectKernels are the kernels whose objects beyond listings are recorded, and compared each time: those of the others when they are
+// asked for by -guests.
 var objectKernels = []string{"6.1", "6.12"}
 
 // guestTest compares something that is listed of a guest with what that says of itself.
@@ -20,7 +21,7 @@ type guestTest struct {
 	test func(*testing.T, *guest, *Image)
 }
 
-// objectTests are those that TestListings puts to objectKernels alone.
+// objectTests are those that TestListings puts to objectKernels, and to what -guests asks for.
 var objectTests = []guestTest{
 	{"processes", testProcesses},
 	{"user memory", testUserMemory},
@@ -40,6 +41,30 @@ var objectTests = []guestTest{
 	{"LSM hooks", testLSMHooks},
 	{"sysctls", testSysctls},
 	{"host", testHost},
+}
+
+// needVariables are those of objectTests that a kernel fails whose symbols tell of functions alone.
+var needVariables = []string{"workers", "interrupts", "RCU", "BPF", "probes", "keys", "uprobes", "LSM hooks", "sysctls", "host"}
+
+// testNotSupported asks such a kernel for everything: an answer that cannot be had must not look like one that is empty.
+func testNotSupported(t *testing.T, g *guest, img *Image) {
+	v := g.frozenView(img)
+	refused := 0
+	all := slices.Concat(objectListings, liveListings, []listing{
+		{"uprobes", func(v *View) (int, error) { return drain(v.Uprobes()) }},
+		{"LSM hooks", func(v *View) (int, error) { return drain(v.LSMHooks()) }},
+	})
+	for _, l := range all {
+		n, err := l.ask(v)
+		if errors.Is(err, ErrNotSupported) {
+			refused++
+		} else if err != nil || n == 0 {
+			t.Errorf("%s: %d, %v", l.name, n, err)
+		}
+	}
+	if refused < 5 || refused > 12 {
+		t.Errorf("%d of %d listings are not supported", refused, len(all))
+	}
 }
 
 // startObjects starts a guest that has, beyond startListed, a container, tasks that wait for locks, eBPF, probes, keys, swap, and I/O

@@ -17,6 +17,7 @@ type Probe struct {
 }
 
 const (
+	maxLSMs        = 64
 	maxProbes      = 1 << 16
 	maxTracepoints = 1 << 16
 
@@ -43,9 +44,9 @@ func (v *View) Probes() iter.Seq2[Probe, error] {
 }
 
 func (v *View) kprobes() ([]Probe, error) {
-	table, err := v.img.syms.symbol("kprobe_table")
-	if err != nil {
-		return []Probe{}, nil // built without
+	table, ok, err := v.feature("kprobe_table")
+	if !ok {
+		return []Probe{}, err
 	}
 	r := resolver{img: v.img}
 	s := r.shape("kprobe", "hlist[]", "list[]", "addr", "pre_handler", "post_handler", "flags")
@@ -100,9 +101,9 @@ func (v *View) kprobes() ([]Probe, error) {
 
 // ftraceUsers lists those who have themselves called at the entry of functions (struct ftrace_ops, include/linux/ftrace.h).
 func (v *View) ftraceUsers() ([]Probe, error) {
-	head, err := v.img.syms.symbol("ftrace_ops_list")
-	if err != nil {
-		return nil, nil // built without
+	head, ok, err := v.feature("ftrace_ops_list")
+	if !ok {
+		return nil, err
 	}
 	r := resolver{img: v.img}
 	end := r.symbol("ftrace_list_end")
@@ -140,9 +141,9 @@ func (v *View) ftraceUsers() ([]Probe, error) {
 // tracepointUsers lists what is called at tracepoints (struct tracepoint, include/linux/tracepoint-defs.h): those of the kernel
 // image.
 func (v *View) tracepointUsers() ([]Probe, error) {
-	start, err := v.img.syms.symbol("__start___tracepoints_ptrs")
-	if err != nil {
-		return nil, nil
+	start, ok, err := v.feature("__start___tracepoints_ptrs")
+	if !ok {
+		return nil, err
 	}
 	r := resolver{img: v.img}
 	stop := r.symbol("__stop___tracepoints_ptrs")
@@ -199,14 +200,14 @@ func (v *View) tracepointUsers() ([]Probe, error) {
 // is the path within the file's own file system, and the offset.
 func (v *View) Uprobes() iter.Seq2[Probe, error] {
 	return settled(v, "walk uprobes", func() ([]Probe, error) {
-		root, err := v.img.syms.symbol("uprobes_tree")
-		if err != nil {
-			return nil, nil // built without
+		root, ok, err := v.feature("uprobes_tree")
+		if !ok {
+			return nil, err
 		}
 		r := resolver{img: v.img}
 		s := r.shape("uprobe", "rb_node[]", "inode", "offset")
 		inode := r.shape("inode", "i_ino", "i_dentry.first")
-		alias := r.field("dentry", 0, "d_u.d_alias")
+		alias := r.field("dentry", 0, "d_u.d_alias", "d_alias") // in a union without a name in 7.2
 		if r.err != nil {
 			return nil, r.err
 		}
@@ -240,10 +241,9 @@ func (v *View) Uprobes() iter.Seq2[Probe, error] {
 // LSMs returns the names of the security modules that are active, in their order.
 func (v *View) LSMs() ([]string, error) {
 	names, err := settle(v, func() ([]string, error) {
-		r := resolver{img: v.img}
-		at := r.symbol("lsm_names")
-		if r.err != nil {
-			return nil, r.err
+		at, err := v.img.syms.symbol("lsm_names")
+		if err != nil {
+			return v.lsmIDs() // 7.2 has no text of the names
 		}
 		p, err := v.pointer("lsm_names", at)
 		if err != nil || p == 0 {
@@ -254,6 +254,41 @@ func (v *View) LSMs() ([]string, error) {
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list security modules: %w", err)
+	}
+	return names, nil
+}
+
+// lsmIDs returns the names in lsm_idlist, of which lsm_active_cnt are in use (security/lsm.h).
+func (v *View) lsmIDs() ([]string, error) {
+	r := resolver{img: v.img}
+	list, active := r.symbol("lsm_idlist"), r.symbol("lsm_active_cnt")
+	id := r.shape("lsm_id", "name")
+	if r.err != nil {
+		return nil, r.err
+	}
+	var b [4]byte
+	if err := v.img.space.object(v, "lsm_active_cnt", active, b[:]); err != nil {
+		return nil, err
+	}
+	n := le32(b[:])
+	if n > maxLSMs {
+		return nil, &CorruptError{"lsm_active_cnt", active, fmt.Sprintf("%d security modules", n)}
+	}
+	at, err := v.pointers("lsm_idlist", list, int(n))
+	if err != nil {
+		return nil, err
+	}
+	names := make([]string, 0, n)
+	for _, p := range at {
+		t, err := v.thing(id, p)
+		if err != nil {
+			return names, err
+		}
+		name, err := v.cstring("lsm_id", t.ptr("name"), 64)
+		if err != nil {
+			return names, err
+		}
+		names = append(names, name)
 	}
 	return names, nil
 }

@@ -158,7 +158,6 @@ func (w *sysctlWalk) value(name string, t *thing) error {
 	switch {
 	case size == 0:
 		s.Value, _ = cString(b)
-		s.Value, _, _ = strings.Cut(s.Value, "\n")
 	case h.size == 1 && s.Handler == "proc_dobool":
 		s.Value = strconv.Itoa(int(b[0]))
 	default:

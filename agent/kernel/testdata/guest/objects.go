@@ -109,7 +109,7 @@ func confinedTask() error {
 		return err
 	}
 	c.Stdout = w
-	if err := write("/run/mapped", strings.Repeat("mapped file ", 2000)); err != nil {
+	if err := write("/run/mapped", strings.Repeat("mapped file ", 2*os.Getpagesize()/4)); err != nil {
 		return err
 	}
 	if err := c.Start(); err != nil {
@@ -131,6 +131,7 @@ func confinedTask() error {
 // confined has memory of all kinds, and a filter of its system calls.
 func confined() {
 	runtime.LockOSThread()
+	page := os.Getpagesize()
 	fail := func(what string, err error) {
 		if err != nil {
 			fmt.Fprintln(os.Stderr, "confined:", what, err)
@@ -139,17 +140,17 @@ func confined() {
 	}
 	f, err := os.Open("/run/mapped")
 	fail("open", err)
-	shared, err := unix.Mmap(int(f.Fd()), 0, 5*4096, unix.PROT_READ, unix.MAP_SHARED)
+	shared, err := unix.Mmap(int(f.Fd()), 0, 5*page, unix.PROT_READ, unix.MAP_SHARED)
 	fail("map", err)
 	f.Close()
-	os.Stderr.WriteString(string(shared[:0:0]) + strings.Repeat("", int(shared[0]+shared[4096]+shared[3*4096])))
-	anon, err := unix.Mmap(-1, 0, 16*4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	os.Stderr.WriteString(string(shared[:0:0]) + strings.Repeat("", int(shared[0]+shared[page]+shared[3*page])))
+	anon, err := unix.Mmap(-1, 0, 16*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	fail("map", err)
 	for i := range 8 {
-		copy(anon[i*4096:], fmt.Sprintf("page %d of anonymous memory", i))
+		copy(anon[i*page:], fmt.Sprintf("page %d of anonymous memory", i))
 	}
-	fail("pageout", unix.Madvise(anon[2*4096:4*4096], 21)) // MADV_PAGEOUT
-	_, err = unix.Mmap(-1, 0, 3*4096, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	fail("pageout", unix.Madvise(anon[2*page:4*page], 21)) // MADV_PAGEOUT
+	_, err = unix.Mmap(-1, 0, 3*page, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	fail("map", err)
 	fail("no_new_privs", unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 	allow := [1]unix.SockFilter{{Code: 0x06, K: 0x7fff0000}} // RET ALLOW
@@ -453,8 +454,9 @@ func pagemap(pid string) any {
 		if end-start > 64<<20 || start >= 1<<63 {
 			continue
 		}
-		b := make([]byte, (end-start)/4096*8)
-		f.ReadAt(b, int64(start/4096*8))
+		page := uint64(os.Getpagesize())
+		b := make([]byte, (end-start)/page*8)
+		f.ReadAt(b, int64(start/page*8))
 		var s strings.Builder
 		for ; len(b) > 0; b = b[8:] {
 			switch e := binary.LittleEndian.Uint64(b); {
