@@ -36,6 +36,8 @@ const (
 	searchEvery = 2 * time.Second
 	signsEvery  = 500 * time.Millisecond
 	probeEvery  = time.Second // detectors' passes while there is no kernel
+	// panicEvery is how often it is looked between two passes whether the kernel has panicked.
+	panicEvery = 10 * time.Millisecond
 	// keptTasks and keptCPUs bound what all samples together hold, about 200 bytes for each.
 	keptTasks = 1 << 17
 	keptCPUs  = 1 << 17
@@ -113,10 +115,12 @@ type watcher struct {
 	found       chan search // from the search in the background; nil if there is none
 	stopSearch  context.CancelFunc
 	searches    sync.WaitGroup
-	nextRun     map[string]time.Time
+	nextRun     []time.Time // of each detector
 	lastProbe   time.Time
 	due         time.Time // when the next pass should begin
 	load        ewma
+	peeked      time.Duration // spent on looks for a panic between the passes
+	panicked    bool          // as the latest pass saw it
 	bytes       ewma
 	began       time.Time
 }
@@ -125,7 +129,7 @@ type watcher struct {
 type ewma struct{ v float64 }
 
 func (m *ewma) add(x float64) {
-	const weight = 0.05
+	const weight = 0.01 // of a hundred passes: seldom looks fall into them as often as they are taken
 	if m.v == 0 {
 		m.v = x
 		return
@@ -320,13 +324,13 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	// What was known of a clock may speak for a kernel when the agent comes back, not when the kernel was lost.
 	w.t, w.boot, w.hint, w.nextHint = t, info.BootID, kernel.Hint{Note: info.Note}, now.Add(hintEvery)
 	w.wait, w.down, w.was = 0, time.Time{}, true
-	w.beats, w.tasks, w.usage, w.signs, w.nextRun = nil, nil, nil, nil, make(map[string]time.Time)
+	w.beats, w.tasks, w.usage, w.signs, w.nextRun = nil, nil, nil, nil, make([]time.Time, len(e.detectors))
 	w.nextTasks, w.nextSigns, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now.Add(signsEvery), now, time.Time{}, now, now.Add(searchEvery), now
 	w.nextUUID, w.lived = time.Time{}, time.Time{}
 	w.golden.end()
 	w.golden.next = now.Add(goldenAfter)
 	w.jams, w.memory, w.nextJams, w.noKernel, w.said, w.roots = nil, nil, now, time.Time{}, 0, nil
-	w.guards, w.weakened = nil, nil
+	w.guards, w.weakened, w.panicked = nil, nil, false
 	// A kernel that goes on after what looked like a reset shows that this host's firmware writes there while it runs.
 	lies := info.BootID == w.ended
 	w.firmware, w.ended = nil, ""
@@ -386,19 +390,8 @@ func (w *watcher) lose(why string) {
 // watch makes one pass when it is due.
 func (w *watcher) watch(ctx context.Context) error {
 	e := w.e
-	if d := time.Until(w.due); d > 0 {
-		t := time.NewTimer(d)
-		select {
-		case <-ctx.Done():
-		case <-t.C:
-		case <-e.wake:
-		case s := <-w.found:
-			w.consider(ctx, s)
-		}
-		t.Stop()
-		if ctx.Err() != nil || w.t == nil {
-			return nil
-		}
+	if !w.idle(ctx) {
+		return nil
 	}
 	began := time.Now()
 	late := began.Sub(w.due) > e.config.Heartbeat
@@ -409,7 +402,8 @@ func (w *watcher) watch(ctx context.Context) error {
 		w.e.decide(ctx, began) // what it begins outlives the pass
 		w.e.tidy(ctx, began)
 	}
-	took := time.Since(began)
+	took := time.Since(began) + w.peeked
+	w.peeked = 0
 	interval := began.Add(e.config.Heartbeat)
 	if after := time.Now().Add(e.config.Heartbeat / 5); interval.Before(after) {
 		interval = after // leave the machine some air when a pass takes longer than the interval
@@ -458,6 +452,37 @@ func (w *watcher) watch(ctx context.Context) error {
 	return nil
 }
 
+// idle waits until the next pass is due, or there is a reason to begin it now. It returns false if there is none to begin any more. A panic is
+// looked for meanwhile: nothing else is as urgent, and so cheap to see.
+func (w *watcher) idle(ctx context.Context) bool {
+	t := time.NewTimer(0)
+	defer t.Stop()
+	for d := time.Until(w.due); d > 0; d = time.Until(w.due) {
+		t.Reset(min(d, panicEvery))
+		select {
+		case <-ctx.Done():
+			return false
+		case <-w.e.wake:
+			return true
+		case s := <-w.found:
+			w.consider(ctx, s)
+			return w.t != nil
+		case <-t.C:
+		}
+		img := w.t.image()
+		if img == nil || w.panicked || d <= panicEvery {
+			continue
+		}
+		began := time.Now()
+		panicked, err := img.Panicked(ctx)
+		w.peeked += time.Since(began)
+		if err == nil && panicked {
+			return true
+		}
+	}
+	return true
+}
+
 // tellChanged wakes those who wait for a pass. e.mu is held.
 func (e *Engine) tellChanged() {
 	close(e.changed)
@@ -476,8 +501,10 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	}
 	// At first what is cheapest and matters most.
 	panicState, perr := l.Panic()
+	first := false // the first pass that sees it: all else can wait for the next
 	if perr == nil {
 		p.Panic = &panicState
+		first, w.panicked = panicState.Panicked && !w.panicked, panicState.Panicked
 	}
 	beat, berr := l.Heartbeat()
 	e.mean(&e.cost.MeanHeartbeat, time.Since(now))
@@ -494,7 +521,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	}
 	var terr error
 	var listed []kernel.Task // in this pass
-	if e.tasksDue(w.nextTasks, now) || e.config.Hurry(w.usage, w.tasks) {
+	if !first && (e.tasksDue(w.nextTasks, now) || e.config.Hurry(w.usage, w.tasks)) {
 		w.nextTasks = now.Add(e.config.Tasks)
 		var s detect.TaskSample
 		if s, terr = taskSample(l, w.tasks); terr == nil {
@@ -516,7 +543,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	var serr error
 	alarming := false
 	// They rest on a list of tasks, so they are looked for when there is one, if that is about their time.
-	if !now.Before(w.nextSigns) || listed != nil && w.nextSigns.Sub(now) < signsEvery/2 {
+	if !first && !now.Before(w.nextSigns) || listed != nil && w.nextSigns.Sub(now) < signsEvery/2 {
 		w.nextSigns = now.Add(signsEvery)
 		var s kernel.Signs
 		if s, serr = l.SignsAmong(listed); serr == nil {
@@ -732,22 +759,26 @@ func (w *watcher) wouldSpeak(p *detect.Pass) bool {
 func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 	e := w.e
 	if w.nextRun == nil {
-		w.nextRun = make(map[string]time.Time)
+		w.nextRun = make([]time.Time, len(e.detectors))
 	}
 	p.Network = w.sampleNetwork(p.Now)
 	rests := w.resting(p.Now)
+	var force map[string]bool
+	e.mu.Lock()
+	if len(e.force) > 0 {
+		force, e.force = e.force, make(map[string]bool)
+	}
+	e.mu.Unlock()
 	for i := range e.detectors {
 		d := &e.detectors[i]
-		e.mu.Lock()
-		forced := e.force[d.ID]
-		delete(e.force, d.ID)
-		cause := e.cause(d)
-		e.mu.Unlock()
-		if !forced && p.Now.Before(w.nextRun[d.ID]) {
+		if p.Now.Before(w.nextRun[i]) && !force[d.ID] {
 			continue
 		}
+		e.mu.Lock()
+		cause := e.cause(d)
+		e.mu.Unlock()
 		// A tenth of a heartbeat early is in time: else a detector would run every second beat instead of each.
-		w.nextRun[d.ID] = p.Now.Add(d.Every - e.config.Heartbeat/10)
+		w.nextRun[i] = p.Now.Add(d.Every - e.config.Heartbeat/10)
 		began := time.Now()
 		var found []detect.Finding
 		var err error

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -16,6 +17,24 @@ func (v *View) Panic() (PanicState, error) {
 	}
 	return p, nil
 }
+
+// Panicked tells no more than whether the kernel has panicked: one small read, which may be asked often.
+func (img *Image) Panicked(ctx context.Context) (bool, error) {
+	r := resolver{img: img}
+	at := r.symbol("panic_cpu")
+	if r.err != nil {
+		return false, fmt.Errorf("read panic state: %w", r.err)
+	}
+	cpu, err := img.space.word32(direct{ctx, img.mem}, "panic_cpu", at)
+	if err != nil {
+		return false, fmt.Errorf("read panic state: %w", err)
+	}
+	return int32(cpu) != -1, nil // PANIC_CPU_INVALID
+}
+
+// panicRecords is how many of the log's newest records are looked at for a panic's words: the stacks and modules that come behind them are some
+// hundred at most.
+const panicRecords = 512
 
 func (v *View) panicState() (PanicState, error) {
 	img := v.img
@@ -54,13 +73,12 @@ func (v *View) panicState() (PanicState, error) {
 	}
 	// A view of its own: this one may have read the log before the panic.
 	log := img.View(v.ctx)
-	for rec, err := range log.Log() {
-		if err != nil {
-			if !tolerable(err) {
-				return s, err
-			}
-			break
-		}
+	defer log.Close()
+	records, _, err := log.LogAfter(0, panicRecords)
+	if err != nil && !tolerable(err) {
+		return s, err
+	}
+	for _, rec := range records {
 		if strings.HasPrefix(rec.Text, "Kernel panic - not syncing") {
 			s.Message = rec.Text
 		}

@@ -78,6 +78,9 @@ func TestProveAtTheSameTime(t *testing.T) {
 		img.proofs.Store(ramEvery - 1) // the next one reads the map of RAM, behind the clock
 		before := img.lastMono.Load()
 		m.f = func() {
+			if now, err := img.Panicked(t.Context()); err != nil || now {
+				t.Errorf("Panicked = %v, %v", now, err)
+			}
 			mem.show(frameLater)
 			defer mem.show(frameAlive)
 			if err := img.Prove(t.Context()); err != nil {
@@ -171,6 +174,9 @@ func TestRecorded(t *testing.T) {
 				t.Error(err)
 			}
 			mem.show(framePanic)
+			if now, err := img.Panicked(t.Context()); err != nil || !now {
+				t.Errorf("Panicked = %v, %v of a kernel that has", now, err)
+			}
 			p, err := v.Panic()
 			if err != nil || !p.Panicked || p.CPU < 0 || p.Task == nil || p.Task.TGID != 1 ||
 				p.Message != "Kernel panic - not syncing: sysrq triggered crash" {
