@@ -39,6 +39,7 @@ const (
 	KindSoftLockup     Kind = "soft-lockup"     // a CPU ticks, but stays in one stretch of the kernel's code
 	KindTampering      Kind = "tampering"       // somebody has changed the kernel
 	KindNetworkFlood   Kind = "network-flood"   // the host floods the network
+	KindNetworkScan    Kind = "network-scan"    // the host begins conversations that come to nothing, many and with others each time
 	KindNetworkSilent  Kind = "network-silent"  // the host runs, and does not answer on the network
 	KindStuckWork      Kind = "stuck-work"      // a workqueue begins nothing
 	KindStuckIO        Kind = "stuck-io"        // a disk does not answer
@@ -53,7 +54,7 @@ const (
 // Kinds returns the whole vocabulary.
 func Kinds() []Kind {
 	return []Kind{KindPanic, KindCPUStall, KindRunawayProcess, KindHostSilent, KindForkBomb, KindMemoryHog, KindExhaustion,
-		KindOops, KindRCUStall, KindHungTask, KindSoftLockup, KindTampering, KindNetworkFlood, KindNetworkSilent,
+		KindOops, KindRCUStall, KindHungTask, KindSoftLockup, KindTampering, KindNetworkFlood, KindNetworkScan, KindNetworkSilent,
 		KindStuckWork, KindStuckIO, KindKernelWarning, KindHardware, KindClock, KindBootStuck, KindStorm, KindPolicy}
 }
 

@@ -30,12 +30,15 @@ const (
 	silentFor     = 15 * time.Second // that a host sends nothing though it is spoken to
 	silentAsked   = 3                // packets to it meanwhile
 	deadFor       = 3 * time.Second  // that a dead host sends
-	networkMostly = 2                // a conversation has more than this many frames of the host for each that opens or breaks one off
+	scanFor       = 20 * time.Second // in which so many conversations come to nothing:
+	scanLeast     = 100
+	scanAnswer    = 2 * time.Second // that another has to answer
+	networkMostly = 2               // a conversation has more than this many frames of the host for each that opens or breaks one off
 )
 
 // NetworkDetectors returns the detectors that need the packet path between the host and the wire.
 func NetworkDetectors(c Config) []Detector {
-	return []Detector{networkFlood(c), networkSilent(c), networkAlive(c)}
+	return []Detector{networkFlood(c), networkScan(c), networkSilent(c), networkAlive(c)}
 }
 
 // networkBefore returns the newest sample that is at least d older than the last one.
@@ -93,6 +96,41 @@ func (c Config) flood(a, b NetworkSample) (bool, string) {
 		return true, fmt.Sprintf("%.0f frames a second", packets)
 	}
 	return false, ""
+}
+
+// networkScan reports a host that begins conversations, each with another port or address, most of which nobody answers or the other side breaks off
+// at once: it looks for what it could speak to. What is kept back is no scan.
+func networkScan(Config) Detector {
+	return Detector{
+		ID: "network-scan", Title: "Scan of the network", Kind: KindNetworkScan, Severity: Warning, Every: time.Second, Clear: 2 * time.Second,
+		DependsOn: []Kind{KindNetworkFlood}, Needs: []Need{NeedNetwork},
+		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			now := p.Network[len(p.Network)-1]
+			until, ok := networkBefore(p.Network, scanAnswer)
+			if !ok {
+				return nil, ErrTooEarly
+			}
+			was, ok := networkBefore(p.Network, scanFor)
+			if !ok {
+				was = p.Network[0]
+			}
+			opened, answered, refused := until.Opened-was.Opened, now.Answered-was.Answered, now.Refused-was.Refused
+			if until.Opened < was.Opened || now.Answered < was.Answered || refused > answered {
+				return nil, nil // the path has begun anew
+			}
+			useful := answered - refused
+			if opened < scanLeast || useful*4 > opened {
+				return nil, nil
+			}
+			return []Finding{{
+				Key: "host", Kind: KindNetworkScan, Severity: Warning, Confidence: 0.8,
+				Title: "the host scans the network",
+				Detail: fmt.Sprintf("Within %v it has begun %d conversations, each with another port or address, of which %d came to something; %d were refused.",
+					until.At.Sub(was.At).Round(time.Second), opened, useful, refused),
+				Evidence: []Evidence{{"begun", fmt.Sprint(opened)}, {"answered", fmt.Sprint(answered)}, {"refused", fmt.Sprint(refused)}},
+			}}, nil
+		},
+	}
 }
 
 // networkSilent reports a host that lives and is spoken to, and sends nothing: its network is dead.

@@ -47,6 +47,14 @@ func TestNetworkDetectors(t *testing.T) {
 		{"many connections that are used", true, func(_ int, s *NetworkSample) { sends(s, 2000); s.SYN += 400 }, ""},
 		{"a SYN flood", true, func(_ int, s *NetworkSample) { sends(s, 400); s.SYN += 400 }, "network-flood"},
 		{"a scan whose answers are refused", true, func(_ int, s *NetworkSample) { sends(s, 800); s.SYN += 400; s.RST += 300 }, "network-flood"},
+		{"a scan that nobody answers", true, func(_ int, s *NetworkSample) { sends(s, 4); s.SYN += 4; s.Opened += 4 }, "network-scan"},
+		{"a slow scan that is refused", true, func(_ int, s *NetworkSample) {
+			sends(s, 2)
+			s.SYN, s.Opened, s.Answered, s.Refused = s.SYN+2, s.Opened+2, s.Answered+2, s.Refused+2
+		}, "network-scan"},
+		{"many conversations with many", true, func(_ int, s *NetworkSample) { sends(s, 40); s.Opened += 8; s.Answered += 7 }, ""},
+		{"a few that nobody answers", true, func(i int, s *NetworkSample) { sends(s, 1); s.Opened = uint64(i / 2) }, ""},
+		{"a scan that is over", true, func(i int, s *NetworkSample) { sends(s, 1); s.Opened = uint64(min(i, 80) * 4) }, ""},
 		{"a flood of frames", true, func(_ int, s *NetworkSample) { sends(s, 50000) }, "network-flood"},
 		{"a burst", true, func(i int, s *NetworkSample) {
 			if i == 198 {

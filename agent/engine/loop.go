@@ -322,9 +322,13 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	e := w.e
 	info, now := t.Info(), time.Now()
 	// What was known of a clock may speak for a kernel when the agent comes back, not when the kernel was lost.
+	// What was seen of this start of a kernel before stays: who tears a memory apart while he puts old pages back must not have that forgotten.
+	if info.BootID == "" || info.BootID != w.boot {
+		w.beats, w.usage = nil, nil
+	}
 	w.t, w.boot, w.hint, w.nextHint = t, info.BootID, kernel.Hint{Note: info.Note}, now.Add(hintEvery)
 	w.wait, w.down, w.was = 0, time.Time{}, true
-	w.beats, w.tasks, w.usage, w.signs, w.nextRun = nil, nil, nil, nil, make([]time.Time, len(e.detectors))
+	w.tasks, w.signs, w.nextRun = nil, nil, make([]time.Time, len(e.detectors))
 	w.nextTasks, w.nextSigns, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now.Add(signsEvery), now, time.Time{}, now, now.Add(searchEvery), now
 	w.nextUUID, w.lived = time.Time{}, time.Time{}
 	w.golden.end()

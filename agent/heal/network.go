@@ -148,7 +148,7 @@ func quarantine() Action {
 
 func rateLimit() Action {
 	return Action{
-		ID: RateLimit, Title: "Bound what the host may send", Risk: RiskTask, For: []detect.Kind{detect.KindNetworkFlood},
+		ID: RateLimit, Title: "Bound what the host may send", Risk: RiskTask, For: []detect.Kind{detect.KindNetworkFlood, detect.KindNetworkScan},
 		Plan: func(_ context.Context, _ *kernel.View, f detect.Finding) (Plan, error) {
 			p := ContainPlan(NetworkOrder{Do: RateLimit, For: ContainFor, Rate: LimitRate, Burst: LimitBurst})
 			return found(p, f), nil

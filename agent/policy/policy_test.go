@@ -42,7 +42,7 @@ func TestLoad(t *testing.T) {
 	if diff := cmp.Diff(p, q); diff != "" {
 		t.Error(diff)
 	}
-	if err := Default().Check([]string{"kill-process", "power-cycle", "stop-fork-bomb", "reboot-host", "restart-host", "restore-kernel", "raise-limit", "rate-limit", "sync-disks"}); err != nil {
+	if err := Default().Check([]string{"kill-process", "power-cycle", "stop-fork-bomb", "reboot-host", "restart-host", "restore-kernel", "raise-limit", "rate-limit", "quarantine", "sync-disks"}); err != nil {
 		t.Errorf("the default policy: %v", err)
 	}
 	if err := p.Check([]string{"kill-process"}); err == nil || !strings.Contains(err.Error(), `rules[1].action: "power-cycle"`) {

@@ -98,7 +98,7 @@ struct seen {
 	__u64 last; // CLOCK_BOOTTIME in ns of its last frame
 	__u64 syn, arp, rst;
 	__u64 asked;    // packets to it in conversations in which it has had its say
-	__u64 opened;   // conversations that it began
+	__u64 opened;   // conversations that it began, and was let begin
 	__u64 answered; // of these, in which another has said something since
 	__u64 refused;  // of the answered, those whose first answer is a RST
 };
@@ -405,7 +405,7 @@ static __always_inline enum verdict judge(const struct frame *f, enum port from,
 		fl = bpf_map_lookup_elem(&flows, &k);
 		if (!fl)
 			return v;
-		if (from == HOST)
+		if (from == HOST && v == FORWARDED)
 			__sync_fetch_and_add(&s->opened, 1);
 	}
 	if (from == UPLINK && fl->out.packets > 0) {

@@ -387,7 +387,7 @@ type Seen struct {
 	Last time.Time // of its last frame; zero if there was none
 	// SYN counts segments of TCP that open a connection, RST those that refuse or break one off, ARP frames of ARP.
 	SYN, RST, ARP uint64
-	// Asked are packets to it in conversations in which it has had its say. Opened counts conversations that it began, Answered those of them in
+	// Asked are packets to it in conversations in which it has had its say. Opened counts conversations that it began and was let begin, Answered those of them in
 	// which the other side has said something since, Refused those whose first answer was a RST.
 	Asked, Opened, Answered, Refused uint64
 }

@@ -401,6 +401,10 @@ func TestConversations(t *testing.T) {
 	} {
 		b.run(f.from, f.frame)
 	}
+	if err := b.g.Quarantine(nil, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	b.run(Host, out(6)) // it is kept back
 	s, err := b.g.Seen()
 	if err != nil {
 		t.Fatal(err)

@@ -60,6 +60,11 @@ func rows() []row {
 			plant:      calm,
 		},
 		{
+			principle: "6 access control", mechanism: "datapath: watch, network-scan",
+			experiment: "the host scans another machine's ports, then the network's addresses",
+			run:        scan, plant: calm,
+		},
+		{
 			principle: "6 access control", mechanism: "datapath: contain",
 			experiment: "a single remote is cut off",
 			run:        cutOff, plant: calm,
@@ -150,9 +155,9 @@ func rows() []row {
 			run:        race, plant: calm,
 		},
 		{
-			principle: "7 tamper resistance", mechanism: "clocks and ticks that only rise",
-			experiment: "the host's root puts old pages back (replay): the whole memory, the log alone",
-			missing:    "the whole, by clock and ticks, on made-up series (agent/detect); single pages cannot be told: agent/access/DESIGN.md",
+			principle: "7 tamper resistance", mechanism: "clock, ticks, processes made, the log's sequence: they only rise",
+			experiment: "the host's root puts old pages back (replay): the whole memory; the log alone",
+			run:        replayed, plant: calm,
 		},
 		{
 			principle: "7 tamper resistance", mechanism: "IOMMU", experiment: "the host reprograms its IOMMU, or points it elsewhere", missing: "the laboratory's window is not behind an IOMMU",

@@ -2,6 +2,7 @@ package principles
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
+	"github.com/backdoor-rhs/backdoor/tests/lab/control"
 )
 
 // newFinding waits for a finding that was not there before.
@@ -192,4 +194,46 @@ func undead(ctx context.Context, b *bench) (string, error) {
 		return "", fmt.Errorf("that it lives again: %w", err)
 	}
 	return fmt.Sprintf("found after %.1f s: %s", found.Seconds(), f.Title), nil
+}
+
+// scan has the host look for ports of one machine, then for machines, slower than a flood. What is planted is that it asks one port of one machine as often.
+func scan(ctx context.Context, b *bench) (string, error) {
+	var said []string
+	for _, kind := range []struct {
+		name string
+		vary int // where in the frame what is scanned stands: TCP's port, the last two bytes of IPv4's address
+	}{{"ports", 14 + 20 + 2}, {"addresses", 14 + 18}} {
+		before, err := b.agent.Findings(ctx)
+		if err != nil {
+			return "", err
+		}
+		args := control.FramesArgs{
+			Frames: [][]byte{eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 6, 0, nil, syn(uint16(2000+kind.vary), 1)))}, Vary: kind.vary, For: time.Second, Gap: 25 * time.Millisecond,
+		}
+		if b.calm {
+			args.Vary = 0
+		}
+		began := time.Now()
+		sctx, cancel := context.WithCancel(ctx)
+		// Each second of it goes on where the one before has ended.
+		stop := again(sctx, 0, func() error {
+			_, err := b.host.Frames(context.WithoutCancel(sctx), args)
+			if !b.calm {
+				f := args.Frames[0][kind.vary:]
+				binary.BigEndian.PutUint16(f, binary.BigEndian.Uint16(f)+40)
+			}
+			return err
+		})
+		f, err := b.newFinding(ctx, 40*time.Second, before, func(f detect.Finding) bool { return f.Kind == detect.KindNetworkScan && f.Resolved == nil })
+		found := time.Since(began)
+		cancel()
+		if err := errors.Join(err, stop()); err != nil {
+			return "", fmt.Errorf("a scan of %s: %w", kind.name, err)
+		}
+		if _, err := b.newFinding(ctx, time.Minute, nil, func(g detect.Finding) bool { return g.ID == f.ID && g.Resolved != nil }); err != nil {
+			return "", fmt.Errorf("that a scan of %s is over: %w", kind.name, err)
+		}
+		said = append(said, fmt.Sprintf("%s: found after %.1f s (%s)", kind.name, found.Seconds(), f.Evidence[0].Value+" conversations begun"))
+	}
+	return strings.Join(said, "; ") + "; over soon after", nil
 }
