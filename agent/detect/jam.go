@@ -47,6 +47,7 @@ const (
 	taintACPITable    = 1 << 8
 
 	thrash10, thrash60 = 40, 20 // percent of the time in which nobody got on for want of memory
+	thrashPlenty       = 0.3    // of the memory, of which so much is there that it is not the host that lacks it
 )
 
 // before returns the newest sample that is at least a while older than the last, if none is missing between.
@@ -168,8 +169,8 @@ func stuckIO(c Config) Detector {
 	}
 }
 
-// thrashing reports that for much of the time nothing on the host got on because everybody waited for memory. On
-// kernels that do not account for stalls (psi=0) it sees nothing.
+// thrashing reports that for much of the time nothing on the host got on because everybody waited for memory. The kernel counts those, too, who wait
+// for what their control group is not to have: on a host on which nobody else works these are everybody. On kernels that do not account for stalls (psi=0) it sees nothing.
 func thrashing(Config) Detector {
 	return Detector{
 		ID: "thrashing", Title: "Everything waits for memory", Kind: KindExhaustion, Severity: Critical,
@@ -183,14 +184,48 @@ func thrashing(Config) Detector {
 			if full.Avg10 < thrash10 || full.Avg60 < thrash60/2 {
 				return nil, nil
 			}
-			return []Finding{{
+			f := Finding{
 				Key: "pressure", Kind: KindExhaustion, Severity: Critical, Confidence: 0.85, Suspicion: full.Avg60 < thrash60,
 				Title:    "everything waits for memory",
 				Detail:   fmt.Sprintf("for %.0f %% of the last 10 s, and %.0f %% of the last minute, nothing got on for want of memory", full.Avg10, full.Avg60),
 				Evidence: []Evidence{{"memory full avg10", fmt.Sprintf("%.1f", full.Avg10)}, {"memory some avg10", fmt.Sprintf("%.1f", m.Memory.Some.Avg10)}, {"io full avg10", fmt.Sprintf("%.1f", m.IO.Full.Avg10)}},
-			}}, nil
+			}
+			if n := len(p.Usage); n > 0 && p.Usage[n-1].Total > 0 {
+				u := &p.Usage[n-1]
+				f.Evidence = append(f.Evidence, Evidence{"available", fmt.Sprintf("%d of %d MiB", u.Available>>20, u.Total>>20)})
+				if float64(u.Available) >= thrashPlenty*float64(u.Total) {
+					f.Severity, f.Title = Warning, "a control group waits for memory"
+					f.Detail += "; the host has plenty: those who work there have used up what their control group is to have"
+					if path := p.tightest(); path != "" {
+						f.Evidence = append(f.Evidence, Evidence{"control group", path})
+					}
+				}
+			}
+			return []Finding{f}, nil
 		},
 	}
+}
+
+// tightest returns the control group with tasks that has the most beyond what it is to have, in shares of that; empty if none has reached it.
+func (p *Pass) tightest() (path string) {
+	if p.View == nil {
+		return ""
+	}
+	most := 0.95
+	for g, err := range p.View.Cgroups() {
+		if err != nil {
+			break
+		}
+		if g.Memory == nil || g.Tasks == 0 {
+			continue
+		}
+		for _, limit := range []int64{g.Memory.High, g.Memory.Max} {
+			if limit > 0 && float64(g.Memory.Current) > most*float64(limit) {
+				path, most = g.Path, float64(g.Memory.Current)/float64(limit)
+			}
+		}
+	}
+	return path
 }
 
 // tainted reports what the kernel notes of itself and goes on: that the processor has told of an error of the hardware, at any

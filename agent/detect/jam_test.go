@@ -97,6 +97,22 @@ func TestThrashing(t *testing.T) {
 	}
 }
 
+// Who waits for what his control group is not to have is no sign of a host that lacks memory.
+func TestThrashingOfAGroup(t *testing.T) {
+	for _, tt := range []struct {
+		available uint64
+		want      Severity
+	}{{5 << 20, Critical}, {25 << 20, Critical}, {80 << 20, Warning}} {
+		p := jams(3, func(_ int, s *JamSample) {
+			s.Pressure = &kernel.Pressure{Memory: kernel.Stall{Full: kernel.StallTime{Avg10: 75, Avg60: 45}}}
+		})
+		p.Usage = []kernel.Usage{{Total: 100 << 20, Available: tt.available}}
+		if fs := detect(t, thrashing(DefaultConfig()), p); len(fs) != 1 || fs[0].Severity != tt.want || strings.Contains(fs[0].Title, "group") != (tt.want == Warning) {
+			t.Errorf("%d MiB of 100 are available: %+v; want %s", tt.available>>20, fs, tt.want)
+		}
+	}
+}
+
 func TestTainted(t *testing.T) {
 	for _, tt := range []struct {
 		name string

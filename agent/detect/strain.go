@@ -216,6 +216,9 @@ var sayings = []saying{
 		KindExhaustion, Critical, "no more connections can be tracked", "the table is full, and packets of new connections are dropped"},
 }
 
+// removable are disks that say so when nothing is in them.
+var removable = regexp.MustCompile(`^(?:fd|sr)\d`)
+
 // Notable returns what a record of the kernel's log tells of trouble; false if it tells of none.
 func Notable(r kernel.LogRecord) (Said, bool) {
 	if r.Facility != 0 { // not the kernel's own words
@@ -226,6 +229,9 @@ func Notable(r kernel.LogRecord) (Said, bool) {
 			s := Said{At: r.Time, What: sayings[i].what, Text: r.Text}
 			if len(m) > 1 {
 				s.Object = m[1]
+			}
+			if removable.MatchString(s.Object) {
+				return Said{}, false
 			}
 			return s, true
 		}
@@ -275,7 +281,7 @@ func logged(Config) Detector {
 // storm reports CPUs that for some ten seconds have done nothing but interrupts' work. What ksoftirqd does is counted as that, too.
 func storm(Config) Detector {
 	const (
-		share = 0.8  // of what was counted,
+		share = 0.9  // of what was counted,
 		least = 0.25 // which is at least that much of the time
 		steps = 5    // of samples, in each of which it is so: a burst is none
 	)
@@ -308,13 +314,13 @@ func storm(Config) Detector {
 				}
 				cpu, window := now.CPU, p.Jams[n-1].At.Sub(p.Jams[n-1-steps].At)
 				was, _ := at(&p.Jams[n-1-steps])
-				used := now.IRQ + now.Softirq - was.IRQ - was.Softirq
+				used, counted := now.IRQ+now.Softirq-was.IRQ-was.Softirq, now.All-was.All
 				f := Finding{
 					Key: fmt.Sprintf("cpu%d", cpu), Kind: KindStorm, Severity: Warning, Confidence: 0.9,
 					Title:    fmt.Sprintf("CPU %d does nothing but the work of interrupts", cpu),
 					Detail:   fmt.Sprintf("%v of the last %v went to them: a device, a driver or the network asks for more than can be done", used.Round(10*time.Millisecond), window.Round(10*time.Millisecond)),
 					Culprit:  Culprit{CPU: &cpu},
-					Evidence: []Evidence{{"irq", now.IRQ.String()}, {"softirq", now.Softirq.String()}},
+					Evidence: []Evidence{{"irq", (now.IRQ - was.IRQ).String()}, {"softirq", (now.Softirq - was.Softirq).String()}, {"counted", counted.String()}},
 				}
 				out = append(out, f)
 			}

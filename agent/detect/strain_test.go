@@ -104,7 +104,10 @@ func TestLogged(t *testing.T) {
 		{text: "Memory failure: 0x12345: recovery action for dirty LRU page: Recovered", what: "memory-failure", object: "0x12345", times: 1, title: "the page 0x12345 has lost its memory"},
 		{text: "TCP: request_sock_TCP: Possible SYN flooding on port 0.0.0.0:80. Sending cookies.", what: "syn-flood", object: "0.0.0.0:80", times: 1, title: "somebody floods port 0.0.0.0:80 with connections"},
 		{text: "nf_conntrack: nf_conntrack: table full, dropping packet", what: "conntrack", times: 1, title: "no more connections can be tracked"},
-		{text: "I/O error, dev sda, sector 2048", facility: 1, what: ""}, // by a program, through /dev/kmsg
+		{text: "I/O error, dev sda, sector 2048", facility: 1, what: ""},                                 // by a program, through /dev/kmsg
+		{text: "I/O error, dev fd0, sector 0 op 0x0:(READ) flags 0x0 phys_seg 1 prio class 2", what: ""}, // as each boot says where no disk is in it
+		{text: "critical medium error, dev sr0, sector 64 op 0x0:(READ) flags 0x80700 phys_seg 1 prio class 2", what: ""},
+		{text: "I/O error, dev sra, sector 2048 op 0x0:(READ)", what: "disk-error", object: "sra", times: 1, title: "disk sra reports errors"},
 		{text: "audit: I/O error, dev sda, sector 1", what: ""},
 	} {
 		s, ok := Notable(kernel.LogRecord{Text: tt.text, Facility: tt.facility})
@@ -136,6 +139,7 @@ func TestStorm(t *testing.T) {
 		want  int
 	}{
 		{"all the time", func(int) time.Duration { return 950 * time.Millisecond }, 1},
+		{"much of the time, as where much is asked of a network", func(int) time.Duration { return 850 * time.Millisecond }, 0},
 		{"half the time", func(int) time.Duration { return 500 * time.Millisecond }, 0},
 		{"a burst", func(s int) time.Duration { return time.Duration(s/9) * time.Second }, 0},
 	} {

@@ -237,6 +237,11 @@ func (s *lockState) explain(f *Finding) {
 		f.Culprit.Lock = name
 		f.Evidence = append(f.Evidence, Evidence{"waits for", fmt.Sprintf("%s %s, with %d others", l.Kind, name, len(l.Waiters)-1)})
 		f.Detail += fmt.Sprintf("; it waits for the %s %s", l.Kind, name)
+		if l.Leaked {
+			f.Severity, f.Confidence = Critical, 0.95
+			f.Evidence = append(f.Evidence, Evidence{"held by", "a task that has ended"})
+			f.Detail += ", which somebody has ended with and not given back: nobody gets it before the host is restarted"
+		}
 		if l.Owner != nil {
 			f.Evidence = append(f.Evidence, Evidence{"held by", fmt.Sprintf("%q (PID %d), in state %s", l.Owner.Comm, l.Owner.PID, l.Owner.State)})
 			f.Detail += fmt.Sprintf(", which %q (PID %d) holds", l.Owner.Comm, l.Owner.PID)

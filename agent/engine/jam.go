@@ -134,9 +134,10 @@ func (w *watcher) strain(v *kernel.View, s *detect.JamSample) {
 	w.said = max(newest, w.said, 1)
 }
 
-// rootProcess is what is known of a process of root: clean says that it had no code of its own when it had run for a while.
+// rootProcess is what is known of a process of root: clean says that it had no code of its own when it had run for a while, as the program that it is.
 type rootProcess struct {
 	detect.Injected
+	mm    kernel.VirtAddr
 	clean bool
 	at    time.Time // of the last look
 }
@@ -176,13 +177,12 @@ func (w *watcher) lookIntoRoot(v *kernel.View) {
 		return
 	}
 	x := &w.roots[next]
-	parts, err := v.AnonymousExecutables(x.Task)
-	first := x.at.IsZero()
+	mm, parts, err := v.AnonymousExecutables(x.Task)
 	if x.at = time.Now(); err != nil {
 		return
 	}
-	if first {
-		x.clean = len(parts) == 0
+	if mm != x.mm { // at the first look, and when it has become another program since
+		x.mm, x.clean = mm, len(parts) == 0
 	}
 	x.Parts = parts
 }

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"iter"
@@ -19,6 +20,8 @@ type Lock struct {
 	// for real time does not record it.
 	Readers int          `json:"readers,omitempty"`
 	Waiters []LockWaiter `json:"waiters"` // the first in line first
+	// Leaked says that it was never given back: who holds it has ended.
+	Leaked bool `json:"leaked,omitempty"`
 }
 
 // LockTask is a task that holds a lock.
@@ -86,6 +89,10 @@ type lockWalk struct {
 	order                             []Task
 	locks                             map[VirtAddr]bool
 	all                               []Lock
+	// gone are holders by lock that are no tasks, as walks before this have seen them: who is none in two of them has ended. doubt is of the first that
+	// only this one has seen.
+	gone  map[VirtAddr]VirtAddr
+	doubt error
 }
 
 // Locks lists the mutexes, reader-writer semaphores, semaphores and priority-inheriting mutexes that tasks sleep on, with who
@@ -96,9 +103,13 @@ type lockWalk struct {
 //
 // A lock that spins does not show here.
 func (v *View) Locks() iter.Seq2[Lock, error] {
+	gone := make(map[VirtAddr]VirtAddr)
 	return settled(v, "walk locks", func() ([]Lock, error) {
-		w := lockWalk{v: v, tasks: make(map[VirtAddr]Task), locks: make(map[VirtAddr]bool)}
+		w := lockWalk{v: v, tasks: make(map[VirtAddr]Task), locks: make(map[VirtAddr]bool), gone: gone}
 		err := w.run()
+		if err == nil && w.doubt != nil {
+			err = w.doubt
+		}
 		if err == nil {
 			err = w.again()
 		}
@@ -133,7 +144,7 @@ func (w *lockWalk) again() error {
 		}
 		moved := 0
 		if changed[0] && k.Kind != "semaphore" {
-			k.Owner, k.Readers = nil, 0
+			k.Owner, k.Readers, k.Leaked = nil, 0, false
 			moved++
 		}
 		changed = changed[1:]
@@ -650,7 +661,13 @@ func (w *lockWalk) holder(l *Lock) error {
 		if l.Readers > 0 {
 			return nil // the last reader has ended since
 		}
-		return &CorruptError{l.Kind, l.Addr, fmt.Sprintf("is held by %v, which is no task", owner)}
+		if w.gone[l.Addr] == owner {
+			l.Leaked = true
+			return nil
+		}
+		w.gone[l.Addr] = owner
+		w.doubt = cmp.Or[error](w.doubt, &CorruptError{l.Kind, l.Addr, fmt.Sprintf("is held by %v, which is no task", owner)})
+		return nil
 	}
 	o := w.name(owner)
 	l.Owner = &o

@@ -25,13 +25,13 @@ const (
 	maxStores = 4096
 )
 
-// Stores lists what fills: each tmpfs that has a limit (struct shmem_sb_info, include/linux/shmem_fs.h), the memory of TCP
-// (tcp_memory_allocated), the connections that are tracked, of all network namespaces together (nf_conntrack). What a kernel does not have, or does
-// not tell, is left out. Counters that each CPU keeps a part of are taken without these parts: some tens of entries for each CPU.
+// Stores lists what fills: the memory of TCP (tcp_memory_allocated), the connections that are tracked in the host's own network namespace
+// (nf_conntrack), each tmpfs that has a limit (struct shmem_sb_info, include/linux/shmem_fs.h). Those file systems are left out that users have mounted in
+// user namespaces of their own, as anybody may, as many as he likes. What a kernel does not have, or does not tell, is left out. Counters that each CPU keeps a part of are taken without these parts: some tens of entries for each CPU.
 func (v *View) Stores() iter.Seq2[Store, error] {
 	return settled(v, "list stores", func() ([]Store, error) {
 		var all []Store
-		for _, of := range []func() ([]Store, error){v.tmpfs, v.tcpMemory, v.conntrack} {
+		for _, of := range []func() ([]Store, error){v.tcpMemory, v.conntrack, v.tmpfs} {
 			some, err := of()
 			if err != nil && !tolerable(err) && !errors.Is(err, ErrNotFound) {
 				return all, err
@@ -47,8 +47,8 @@ const maxPercpu = 1 << 44
 
 func (v *View) tmpfs() ([]Store, error) {
 	r := resolver{img: v.img}
-	head := r.symbol("super_blocks")
-	super := r.shape("super_block", "s_list[]", "s_type", "s_fs_info", "s_dev")
+	head, users := r.symbol("super_blocks"), r.symbol("init_user_ns")
+	super := r.shape("super_block", "s_list[]", "s_type", "s_fs_info", "s_dev", "s_user_ns")
 	typ := r.shape("file_system_type", "name")
 	info := r.shape("shmem_sb_info", "max_blocks", "used_blocks.count")
 	if r.err != nil {
@@ -72,7 +72,7 @@ func (v *View) tmpfs() ([]Store, error) {
 			}
 			names[t.ptr("s_type")] = name
 		}
-		if name != "tmpfs" || t.ptr("s_fs_info") == 0 || len(all) == maxStores {
+		if name != "tmpfs" || t.ptr("s_fs_info") == 0 || t.ptr("s_user_ns") != users || len(all) == maxStores {
 			return nil
 		}
 		s, err := v.thing(info, t.ptr("s_fs_info"))
@@ -177,7 +177,10 @@ func (v *View) conntrack() ([]Store, error) {
 		return nil, &CorruptError{"nf_conntrack_net_id", p.id, fmt.Sprintf("is %d", id)}
 	}
 	used := uint64(0)
-	err = v.eachNetns(func(net VirtAddr, _ uint64, _ bool) error {
+	err = v.eachNetns(func(net VirtAddr, _ uint64, init bool) error {
+		if !init { // each has the whole limit, and a table of its own
+			return nil
+		}
 		gen, err := read("net", net+VirtAddr(p.gen), 8)
 		if err != nil {
 			return err
@@ -190,7 +193,7 @@ func (v *View) conntrack() ([]Store, error) {
 		if err == nil && n > 1<<31 {
 			err = &CorruptError{"nf_conntrack_net", VirtAddr(own), fmt.Sprintf("tracks %d connections", n)}
 		}
-		used += n
+		used = n
 		return err
 	})
 	if err != nil || limit == 0 {
@@ -388,33 +391,37 @@ type Executable struct {
 }
 
 // AnonymousExecutables lists the mappings of a process that have no file and may be executed, but for those that the kernel itself gives it.
-// Programs that translate code while they run have such; in others somebody has put them there.
-func (v *View) AnonymousExecutables(t Task) ([]Executable, error) {
-	all, err := settle(v, func() ([]Executable, error) { return v.anonymousExecutables(t) })
+// Programs that translate code while they run have such; in others somebody has put them there. mm is where the kernel has what it knows of the
+// process's memory (struct mm_struct): elsewhere, when the process has become another program.
+func (v *View) AnonymousExecutables(t Task) (mm VirtAddr, all []Executable, err error) {
+	all, err = settle(v, func() (found []Executable, err error) {
+		mm, found, err = v.anonymousExecutables(t)
+		return found, err
+	})
 	if err != nil {
-		return nil, fmt.Errorf("walk mappings of process %d: %w", t.PID, err)
+		return 0, nil, fmt.Errorf("walk mappings of process %d: %w", t.PID, err)
 	}
-	return all, nil
+	return mm, all, nil
 }
 
-func (v *View) anonymousExecutables(t Task) ([]Executable, error) {
+func (v *View) anonymousExecutables(t Task) (VirtAddr, []Executable, error) {
 	r := resolver{img: v.img}
 	task := r.shape("task_struct", "mm", "pid")
 	mm := r.shape("mm_struct", "pgd", "mm_mt[]?", "mmap?")
 	vma := r.shape("vm_area_struct", "vm_start", "vm_end", "vm_mm", "vm_flags", "vm_file", "vm_ops", "vm_next?")
 	if r.err != nil {
-		return nil, r.err
+		return 0, nil, r.err
 	}
 	x, err := v.thing(task, t.Addr)
 	if err != nil {
-		return nil, err
+		return 0, nil, err
 	}
 	if x.int("pid") != t.PID || x.ptr("mm") == 0 {
-		return nil, ErrNotFound
+		return 0, nil, ErrNotFound
 	}
 	m, err := v.thing(mm, x.ptr("mm"))
 	if err != nil {
-		return nil, err
+		return 0, nil, err
 	}
 	var all []Executable
 	see := func(at VirtAddr) (thing, error) {
@@ -435,20 +442,20 @@ func (v *View) anonymousExecutables(t Task) ([]Executable, error) {
 			_, err := see(at)
 			return err
 		})
-		return all, err
+		return m.addr(), all, err
 	}
 	n := 0
 	for at := m.ptr("mmap"); at != 0; n++ {
 		if n == maxMappings {
-			return all, m.corrupt("more than %d mappings", maxMappings)
+			return m.addr(), all, m.corrupt("more than %d mappings", maxMappings)
 		}
 		a, err := see(at)
 		if err != nil {
-			return all, err
+			return m.addr(), all, err
 		}
 		at = a.ptr("vm_next")
 	}
-	return all, nil
+	return m.addr(), all, nil
 }
 
 // CPUTime is what a CPU has spent on interrupts since boot, as ticks count it (kernel_cpustat, include/linux/kernel_stat.h), in all and on softirqs.

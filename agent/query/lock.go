@@ -56,6 +56,8 @@ func (l Locks) Text(w io.Writer) error {
 			held = fmt.Sprintf("%d readers", x.Readers)
 		case x.Owner != nil:
 			held = who(*x.Owner)
+		case x.Leaked:
+			held = "a task that has ended"
 		}
 		first := ""
 		if len(x.Waiters) > 0 {
