@@ -132,5 +132,5 @@ func Detectors(c Config) []Detector {
 	return []Detector{panicDetector(c), hostSilent(c), cpuStall(c), runawayProcess(c), forkBomb(c), memoryHog(c), exhaustion(c),
 		softLockup(c), oops(c), rcuStall(c), hungTask(c), tampering(c),
 		stuckWork(c), stuckIO(c), thrashing(c), tainted(c), memoryErrors(c), clock(c), clockBack(c), bootStuck(c),
-		filling(c), linkFlaps(c), logged(c), storm(c), strangers(c), injected(c)}
+		filling(c), linkFlaps(c), logged(c), storm(c), strangers(c), injected(c), starved(c)}
 }

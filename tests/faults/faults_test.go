@@ -72,6 +72,9 @@ type fault struct {
 	lock string
 	// innocent says that nobody in particular is to blame.
 	innocent bool
+	// shares says that it takes another CPU than that for the guest's own use, and a kernel that keeps nothing back for those who wait: since 6.8 there
+	// is a server for them (commit 63ba8422f876).
+	shares bool
 	// truth asks the guest itself whether what the fault does is in force.
 	truth func(b *bed) bool
 }
@@ -119,6 +122,8 @@ func (b *bed) cannot(f fault) string {
 		return "it needs the module"
 	case !strings.HasSuffix(b.kernel, f.machine):
 		return "it needs a " + f.machine + " kernel"
+	case f.shares && (*cpusFlag < 2 || !strings.HasPrefix(b.kernel, "6.1-") && b.kernel != "6.1"):
+		return "it needs two CPUs, and a kernel before 6.8"
 	case b.g.Arch != "amd64" && (f.quiet || f.heal == heal.RestoreKernel):
 		return "code is compared on amd64 only"
 	case b.g.Arch != "amd64" && (slices.Contains(f.want, detect.KindForkBomb) || slices.Contains(f.want, detect.KindMemoryHog) || slices.Contains(f.want, detect.KindExhaustion)):
@@ -226,6 +231,13 @@ var rows = []fault{
 	{name: "memory-hog-exempt", start: "roothog", want: []detect.Kind{detect.KindMemoryHog}, by: 20 * time.Second, heal: heal.KillProcess},
 	{name: "runaway", start: "spin", want: []detect.Kind{detect.KindRunawayProcess}, by: 20 * time.Second, heal: heal.KillProcess},
 	{name: "runaway-thread", start: "thread", want: []detect.Kind{detect.KindRunawayProcess}, by: 20 * time.Second, heal: heal.KillProcess},
+	{name: "starved", want: []detect.Kind{detect.KindRunawayProcess}, key: "starved", by: 30 * time.Second, heal: heal.KillProcess, shares: true, do: func(b *bed) {
+		b.pid = b.g.Spawn("rootfifo")
+		b.g.Spawn("rootpinned")
+	}, undo: func(b *bed) {
+		var done string
+		b.g.Ask("write /proc/sys/kernel/sched_rt_runtime_us 950000", "written", &done)
+	}},
 	{name: "memory-stall", start: "rootstall", want: []detect.Kind{detect.KindExhaustion}, key: "pressure", by: 90 * time.Second, innocent: true, undo: ended},
 	{name: "patching", quiet: true, do: func(b *bed) {
 		var done string
@@ -607,6 +619,8 @@ func (b *bed) run(f fault) (r result) {
 	switch {
 	case f.innocent:
 		r.Culprit = true
+	case f.shares:
+		r.Culprit = found.Culprit.TGID == b.pid
 	case f.lock != "":
 		r.Culprit = found.Culprit.Lock == f.lock && found.Culprit.PID != 0
 	case f.start != "" && !f.dead && f.start != "bomb" && f.start != "rootbomb" && f.want[0] != detect.KindExhaustion, f.name == "root-cred", f.name == "hide-task", f.name == "d-state":

@@ -5,7 +5,7 @@
 //	spawn KIND   start a child: spin, sleep, nanosleep, blocked, blockedspin, threads, thread (of which another thread than the first spins), forks, stopped, zombie, bomb, rootbomb,
 //	             hog, roothog (of which the OOM killer keeps off), rootforkN (N processes, one after the
 //	             other), rootfiles (open files, until there are no more), rootio (reads /dev/vda), roottmpfs (fills a
-//	             file system in memory), rootsyn (begins connections from addresses that there are not), rootstall (asks for more memory than its control group is to have), rootload (what building
+//	             file system in memory), rootsyn (begins connections from addresses that there are not), rootfifo (has real-time priority without an end, on the last CPU), rootpinned (wants to run there, too), rootstall (asks for more memory than its control group is to have), rootload (what building
 //	             a program asks of a machine), rootnet (talks to itself by TCP), rootcode (gets itself memory that may be executed, after 35 s), rootexec (becomes a program that may execute its memory, after 15 s), rootbase (what a database does that takes its memory at its start)
 //	spawn fault=NAME  start a child that has the fault module do something, and stays
 //	load NAME P  load the module of the file /NAME with parameters
@@ -415,6 +415,17 @@ func child(kind string) {
 		for i := 0; err == nil; i = (i + 4096) % size {
 			b[i]++
 		}
+	case "rootfifo":
+		os.WriteFile("/proc/sys/kernel/sched_rt_runtime_us", []byte("-1"), 0) // what keeps something back for others
+		pin()
+		const fifo = 1 // SCHED_FIFO, include/uapi/linux/sched.h
+		unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: fifo, Priority: 50}, 0)
+		for spins := 0; ; spins++ { // what it is for
+		}
+	case "rootpinned":
+		pin()
+		for spins := 0; ; spins++ { // as soon as it is let
+		}
 	case "rootstall":
 		stall()
 	case "rootnet":
@@ -552,6 +563,13 @@ func talk() {
 		}
 		c.Close()
 	}
+}
+
+// pin has the thread run on the last CPU only.
+func pin() {
+	var set unix.CPUSet
+	set.Set(runtime.NumCPU() - 1)
+	unix.SchedSetaffinity(0, &set)
 }
 
 // stall asks for ever more memory in a control group that is to have 8 MiB: whoever is beyond memory.high is made to wait by the kernel, which is what
