@@ -11,7 +11,7 @@ import (
 
 // starved reports tasks that are ready to run and are not let: for HungFor they have been in the queue of a CPU, have not run, and the CPU has worked for
 // others meanwhile. Who has worked there most is accused, for that is how a program of real-time priority without an end looks. By shares a scheduler
-// gives everybody something within that time, and a CPU that a hypervisor holds works for nobody.
+// gives everybody something within that time, and a CPU that a hypervisor holds works for nobody. Exempt users may have all of it, as for runawayProcess.
 func starved(c Config) Detector {
 	const busy = 0.7 // of the time, that others ran there
 	return Detector{
@@ -71,7 +71,8 @@ func starved(c Config) Detector {
 					}
 				}
 				// Who has got another CPU since has not worked all the time here.
-				if float64(min(worked, window)) < busy*float64(window) || mostWorked < worked/2 || len(out) == maxHung {
+				if float64(min(worked, window)) < busy*float64(window) || mostWorked < worked/2 || len(out) == maxHung ||
+					!most.KThread && slices.ContainsFunc(c.RunawayExempt, func(r UIDRange) bool { return r.Contains(most.UID) }) {
 					continue
 				}
 				var first *kernel.Task

@@ -30,9 +30,13 @@ func TestStarved(t *testing.T) {
 		{"it waits since ten seconds", func(i int) state { return state{eater: second(i), running: i < 30, at: second(i)} }, 0},
 		{"a hypervisor holds the CPU", func(i int) state { return state{eater: second(i / 10), at: second(i)} }, 0},
 		{"nobody has looked for a while", func(i int) state { return state{eater: second(i), at: second(i + i/35*60)} }, 0},
+		{"whose user may", func(i int) state { return state{eater: second(i), waiter: 5 * time.Second, at: second(i)} }, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			p := &Pass{}
+			p, c := &Pass{}, c
+			if tt.name == "whose user may" {
+				c.RunawayExempt = []UIDRange{{0, 0}}
+			}
 			start := time.Unix(1_800_000_000, 0)
 			for i := range 40 {
 				s := tt.f(i)

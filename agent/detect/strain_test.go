@@ -139,7 +139,7 @@ func TestStorm(t *testing.T) {
 		want  int
 	}{
 		{"all the time", func(int) time.Duration { return 950 * time.Millisecond }, 1},
-		{"much of the time, as where much is asked of a network", func(int) time.Duration { return 850 * time.Millisecond }, 0},
+		{"much of the time, as where much is asked of a network", func(int) time.Duration { return 800 * time.Millisecond }, 0},
 		{"half the time", func(int) time.Duration { return 500 * time.Millisecond }, 0},
 		{"a burst", func(s int) time.Duration { return time.Duration(s/9) * time.Second }, 0},
 	} {

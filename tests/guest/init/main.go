@@ -253,6 +253,9 @@ func start(kind string) (int, error) {
 		c.SysProcAttr = &syscall.SysProcAttr{}
 	}
 	c.SysProcAttr.Setpgid = true
+	if kind == "rootfifo" {
+		c.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1") // Go's own scheduler would have it sleep for moments
+	}
 	out, err := c.StdoutPipe()
 	if err != nil {
 		return 0, err
