@@ -57,6 +57,8 @@ type fault struct {
 	heal string
 	// dead says that the host is restarted by the repair.
 	dead bool
+	// next says that it may take the rung after that.
+	next bool
 	// do lets it happen from outside, instead of the guest.
 	do func(b *bed)
 	// quiet says that nothing is wrong with it: the row is red if anything is found before all of the kernel's code was compared
@@ -115,9 +117,7 @@ func (b *bed) at(symbol string, offset uint64) (kernel.VirtAddr, int64) {
 // cannot says why a row is not for this kernel.
 func (b *bed) cannot(f fault) string {
 	b.t.Helper()
-	switch v, err := b.e.View(b.t.Context()); {
-	case err != nil:
-		b.t.Fatal(err)
+	switch {
 	case !b.module && (f.start == "" && f.do == nil || f.after != ""):
 		return "it needs the module"
 	case !strings.HasSuffix(b.kernel, f.machine):
@@ -128,7 +128,11 @@ func (b *bed) cannot(f fault) string {
 		return "code is compared on amd64 only"
 	case b.g.Arch != "amd64" && (slices.Contains(f.want, detect.KindForkBomb) || slices.Contains(f.want, detect.KindMemoryHog) || slices.Contains(f.want, detect.KindExhaustion)):
 		// Debian's 6.1 for arm64 names no variables in its kallsyms (CONFIG_KALLSYMS_ALL), and not all are found otherwise.
-		if _, err := v.Usage(); errors.Is(err, kernel.ErrNotFound) {
+		v, err := b.e.View(b.t.Context())
+		if err == nil {
+			_, err = v.Usage()
+		}
+		if errors.Is(err, kernel.ErrNotFound) || errors.Is(err, kernel.ErrNotSupported) {
 			return err.Error()
 		}
 	}
@@ -311,12 +315,12 @@ var rows = []fault{
 	{name: "list-corruption", want: []detect.Kind{detect.KindOops}, by: 10 * time.Second},
 	{name: "use-after-free", want: []detect.Kind{detect.KindOops}, by: 10 * time.Second},
 	{name: "live-restart", start: "spin", want: []detect.Kind{detect.KindRunawayProcess}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
-	{name: "locked", want: []detect.Kind{detect.KindCPUStall}, by: 20 * time.Second, heal: heal.RestartHost, dead: true, do: lock},
+	{name: "locked", want: []detect.Kind{detect.KindCPUStall}, by: 20 * time.Second, heal: heal.RestartHost, dead: true, next: true, do: lock},
 	{name: "irqs-off", want: []detect.Kind{detect.KindCPUStall}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
 	{name: "spin-deadlock", want: []detect.Kind{detect.KindCPUStall}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
 	{name: "soft-lockup", want: []detect.Kind{detect.KindSoftLockup}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
 	{name: "rcu-stall", want: []detect.Kind{detect.KindSoftLockup, detect.KindRCUStall}, by: 40 * time.Second, heal: heal.RestartHost, dead: true},
-	{name: "irqs-off-all", want: []detect.Kind{detect.KindCPUStall}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
+	{name: "irqs-off-all", want: []detect.Kind{detect.KindCPUStall}, by: 20 * time.Second, heal: heal.RestartHost, dead: true, next: true},
 	{name: "oops-irq", want: []detect.Kind{detect.KindPanic}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
 	{name: "panic", want: []detect.Kind{detect.KindPanic}, by: 20 * time.Second, heal: heal.RestartHost, dead: true, do: func(b *bed) { b.g.Say("sysrq c") }},
 	{name: "stack-overflow", want: []detect.Kind{detect.KindPanic}, by: 20 * time.Second, heal: heal.RestartHost, dead: true},
@@ -561,6 +565,14 @@ func (b *bed) silent(r result) result {
 	return r
 }
 
+// reset starts a host anew that bears no other row.
+func (b *bed) reset() {
+	b.t.Helper()
+	b.g.Execute("system_reset")
+	b.g.WaitReady()
+	b.settle()
+}
+
 // takeBack ends a fault that can be ended.
 func (b *bed) takeBack(f fault) {
 	b.t.Helper()
@@ -601,10 +613,8 @@ func (b *bed) run(f fault) (r result) {
 	})
 	if err != nil {
 		r.Error = "not found: " + err.Error()
-		if f.want[0] == detect.KindForkBomb || f.want[0] == detect.KindMemoryHog { // such a host bears no other row
-			b.g.Execute("system_reset")
-			b.g.WaitReady()
-			b.settle()
+		if f.want[0] == detect.KindForkBomb || f.want[0] == detect.KindMemoryHog {
+			b.reset()
 		} else if !f.dead {
 			if f.do == nil {
 				b.pid = b.g.Answer("pid")
@@ -642,8 +652,8 @@ func (b *bed) run(f fault) (r result) {
 	}
 	if f.heal != "" {
 		_, out, err := b.e.Heal(b.t.Context(), engine.HealRequest{Finding: found.ID, Action: f.heal, Caller: "suite"})
-		if errors.Is(err, kernel.ErrNotSupported) && !f.dead || f.dead && f.heal == heal.RestartHost && (errors.Is(err, kernel.ErrNotSupported) || errors.Is(err, kernel.ErrNotFound)) {
-			// What cannot be proven of this kernel is not done: the next rung needs nothing of it.
+		if errors.Is(err, kernel.ErrNotSupported) && !f.dead || err != nil && f.next {
+			// What cannot be proven of this kernel is not done, and a host of which no CPU ticks does nothing: the next rung needs nothing of it.
 			r.Refused = err.Error()
 			b.t.Logf("%s: refused: %v", f.name, err)
 			if _, out, err = b.e.Heal(b.t.Context(), engine.HealRequest{Finding: found.ID, Action: heal.PowerCycle, Caller: "suite"}); err != nil || !out.Verified {
@@ -677,7 +687,11 @@ func (b *bed) run(f fault) (r result) {
 			return r
 		}
 	}
-	if answers && bomb && r.Error == "" {
+	if bomb && r.Error != "" {
+		b.reset()
+		return r
+	}
+	if answers && bomb {
 		b.pid = b.g.Answer("pid")
 	}
 	if found.Kind == detect.KindPanic {
