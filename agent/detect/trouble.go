@@ -240,7 +240,7 @@ func (s *lockState) explain(f *Finding) {
 		if l.Leaked {
 			f.Severity, f.Confidence = Critical, 0.95
 			f.Evidence = append(f.Evidence, Evidence{"held by", "a task that has ended"})
-			f.Detail += ", which somebody has ended with and not given back: nobody gets it before the host is restarted"
+			f.Detail += ", which somebody has ended with and not given back: nobody gets it before the host is restarted, or it is given back from outside"
 		}
 		if l.Owner != nil {
 			f.Evidence = append(f.Evidence, Evidence{"held by", fmt.Sprintf("%q (PID %d), in state %s", l.Owner.Comm, l.Owner.PID, l.Owner.State)})

@@ -164,6 +164,53 @@ func (w *lockWalk) again() error {
 		}
 	}
 	w.all = kept
+	if slices.ContainsFunc(kept, func(k Lock) bool { return k.Leaked }) {
+		return w.ended()
+	}
+	return nil
+}
+
+// ended looks at the tasks anew for who holds a lock and was not among them: it may have been made since they were listed, may hide, or be the
+// idle task of a CPU.
+func (w *lockWalk) ended() error {
+	v := w.v.img.View(w.v.ctx)
+	defer v.Close()
+	var tasks []Task
+	for t, err := range v.Tasks() {
+		if err != nil {
+			return err
+		}
+		tasks = append(tasks, t)
+	}
+	s, err := v.SignsAmong(tasks)
+	if err != nil {
+		return err
+	}
+	known := make(map[VirtAddr]LockTask)
+	for _, t := range slices.Concat(tasks, s.Hidden) {
+		known[t.Addr] = LockTask{t.Addr, t.PID, t.TGID, t.Comm, t.State}
+	}
+	r := resolver{img: v.img}
+	idle := r.symbol("runqueues") + VirtAddr(r.field("rq", 8, "idle"))
+	if r.err != nil {
+		return r.err
+	}
+	for cpu, offset := range v.img.perCPU {
+		if offset == 0 {
+			continue
+		}
+		at, err := v.pointer("runqueues", idle+offset)
+		if err != nil {
+			return err
+		}
+		known[at] = LockTask{Addr: at, Comm: fmt.Sprintf("swapper/%d", cpu), State: "R"}
+	}
+	for i := range w.all {
+		l := &w.all[i]
+		if t, ok := known[w.gone[l.Addr]]; ok && l.Leaked {
+			l.Leaked, l.Owner = false, &t
+		}
+	}
 	return nil
 }
 

@@ -125,6 +125,7 @@ static void mutex_deadlock(void)
 
 static int leave_rtnl(void *unused)
 {
+	get_task_struct(current); /* the next task must not get its place, and look like the holder */
 	rtnl_lock();
 	return 0; /* and never gives it back */
 }
