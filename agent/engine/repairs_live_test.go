@@ -10,13 +10,19 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/tests/guest"
 )
 
 // Repairs of data on a real kernel, whose own word in /proc is what they are held against: forged credentials stripped, a sleeping
 // task woken, limits raised, a process's memory limited.
 func TestLiveRepairs(t *testing.T) {
 	forEachGuest(t, func(t *testing.T, k string) {
-		g := startGuest(t, k)
+		files, order := guest.DebianModules(t, k, "nf_conntrack")
+		g := guest.Start(t, k, guest.Options{Files: files})
+		for _, module := range order {
+			var loaded string
+			g.Ask("load "+module, "loaded", &loaded)
+		}
 		ram := g.Memory(true)
 		j := openJournal(t)
 		img, err := kernel.Open(t.Context(), ram, kernel.Options{})
@@ -133,7 +139,8 @@ func TestLiveRepairs(t *testing.T) {
 			}
 		}
 
-		for key, file := range map[string]string{"threads": "/proc/sys/kernel/threads-max", "pids": "/proc/sys/kernel/pid_max", "files": "/proc/sys/fs/file-max"} {
+		for key, file := range map[string]string{"threads": "/proc/sys/kernel/threads-max", "pids": "/proc/sys/kernel/pid_max", "files": "/proc/sys/fs/file-max",
+			"conntrack": "/proc/sys/net/netfilter/nf_conntrack_max"} {
 			p, err := plan(heal.RaiseLimit, detect.Finding{ID: "test", Key: key})
 			if err != nil {
 				t.Logf("%s: %v", key, err) // at its most, as file-max is
@@ -153,6 +160,13 @@ func TestLiveRepairs(t *testing.T) {
 		do(heal.LimitMemory, finding(pid))
 		if l := line(cat(fmt.Sprintf("/proc/%d/limits", pid)), "Max address space"); !strings.HasPrefix(l, "0 ") {
 			t.Errorf("limits: %q", l)
+		}
+
+		do(heal.ArmPanic, detect.Finding{ID: "test"})
+		for file, want := range map[string]string{"panic": "10", "panic_on_oops": "1", "softlockup_panic": "1", "hung_task_panic": "1"} {
+			if now := strings.TrimSpace(cat("/proc/sys/kernel/" + file)); now != want {
+				t.Errorf("armed, and %s is %q, not %s", file, now, want)
+			}
 		}
 		if bad := g.Complaints(); len(bad) > 0 {
 			t.Errorf("the guest's kernel complains: %q", bad)

@@ -23,7 +23,7 @@ type fakeHost struct {
 	mem  *hostmem.RAMFile
 	info kernel.Info
 
-	symbols map[string]kernel.VirtAddr
+	symbols map[string]kernel.VirtAddr // of a module, as MODULE:NAME
 	perCPU  map[string]kernel.VirtAddr
 	fields  map[string]kernel.Field
 	sizes   map[string]uint64
@@ -261,6 +261,10 @@ func (h *fakeHost) Symbol(name string) (kernel.VirtAddr, error) {
 		return va, nil
 	}
 	return 0, fmt.Errorf("symbol %s: %w", name, kernel.ErrNotFound)
+}
+
+func (h *fakeHost) ModuleSymbol(module, name string) (kernel.VirtAddr, error) {
+	return h.Symbol(module + ":" + name)
 }
 
 func (h *fakeHost) PerCPU(name string, cpu int) (kernel.VirtAddr, error) {

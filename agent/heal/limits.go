@@ -19,6 +19,7 @@ const (
 // most, and only where the kernel's types say that it has this size.
 type limit struct {
 	key    string // of the finding
+	module string // that has it; empty for the kernel itself
 	symbol string
 	typ    string // whose member it is; empty for a variable
 	member string
@@ -34,12 +35,14 @@ var limits = []limit{
 	{key: "pids", symbol: "pid_max", size: 4, most: 4 << 20},
 	// fs/file_table.c
 	{key: "files", symbol: "files_stat", typ: "files_stat_struct", member: "max_files", size: 8, most: 1 << 24},
+	// net/netfilter/nf_conntrack_core.c; each connection takes some 300 bytes of slab.
+	{key: "conntrack", module: "nf_conntrack", symbol: "nf_conntrack_max", size: 4, most: 1 << 20},
 }
 
 // raiseLimit doubles a limit of the host as a whole that is about to be reached.
 func raiseLimit() Action {
 	return Action{
-		ID: RaiseLimit, Title: "Double the limit of threads, process numbers or open files that is about to be reached", Risk: RiskKernel,
+		ID: RaiseLimit, Title: "Double the limit of threads, process numbers, open files or tracked connections that is about to be reached", Risk: RiskKernel,
 		For: []detect.Kind{detect.KindExhaustion},
 		Plan: func(_ context.Context, v *kernel.View, f detect.Finding) (Plan, error) {
 			if v == nil {
@@ -50,6 +53,14 @@ func raiseLimit() Action {
 	}
 }
 
+// at returns where the variable is that is the limit, or that it is a member of.
+func (l limit) at(m model) (kernel.VirtAddr, error) {
+	if l.module != "" {
+		return m.ModuleSymbol(l.module, l.symbol)
+	}
+	return m.Symbol(l.symbol)
+}
+
 func planRaise(m model, f detect.Finding) (Plan, error) {
 	fail := func(err error) (Plan, error) { return Plan{}, fmt.Errorf("plan to raise a limit: %w", err) }
 	last := fmt.Errorf("%s have no limit that can be raised: %w", f.Key, kernel.ErrNotSupported)
@@ -57,7 +68,7 @@ func planRaise(m model, f detect.Finding) (Plan, error) {
 		if l.key != f.Key {
 			continue
 		}
-		va, err := m.Symbol(l.symbol)
+		va, err := l.at(m)
 		if err == nil && l.typ != "" {
 			y := layout{m: m}
 			va += kernel.VirtAddr(y.field(l.typ, l.member, uint64(l.size)))
@@ -189,6 +200,7 @@ var panics = []struct {
 	{"panic_on_oops", "a fault in the kernel's own code is a panic", 1},
 	{"softlockup_panic", "a CPU that stays in the kernel is a panic", 1},
 	{"hardlockup_panic", "a CPU that takes no interrupts is a panic", 1},
+	{"sysctl_hung_task_panic", "a task that hangs is a panic, after the kernel's own time", 1},
 	{"sysctl_panic_on_rcu_stall", "a grace period of RCU that does not end is a panic", 1},
 }
 

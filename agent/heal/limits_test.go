@@ -32,11 +32,13 @@ func TestRaiseLimit(t *testing.T) {
 	h.put32(0x170004, 77) // another's
 	h.put32(0x170010, 3<<20)
 	h.put64(0x170030, 50000)
+	h.symbols["nf_conntrack:nf_conntrack_max"] = direct + 0x170040
+	h.put32(0x170040, 65536)
 	for key, x := range map[string]struct {
 		at   int
 		size int
 		want uint64
-	}{"threads": {0x170000, 4, 8000}, "pids": {0x170010, 4, 4 << 20}, "files": {0x170030, 8, 100000}} {
+	}{"threads": {0x170000, 4, 8000}, "pids": {0x170010, 4, 4 << 20}, "files": {0x170030, 8, 100000}, "conntrack": {0x170040, 4, 131072}} {
 		p, err := planRaise(h, detect.Finding{ID: "exhaustion-1", Key: key})
 		apply(t, h, p, err)
 		if got := h.get(hostmem.PhysAddr(x.at), x.size); got != x.want {
@@ -45,6 +47,10 @@ func TestRaiseLimit(t *testing.T) {
 	}
 	if h.get(0x170004, 4) != 77 {
 		t.Error("its neighbour was written")
+	}
+	delete(h.symbols, "nf_conntrack:nf_conntrack_max")
+	if _, err := planRaise(h, detect.Finding{Key: "conntrack"}); !errors.Is(err, kernel.ErrNotFound) {
+		t.Errorf("of a module that is not loaded: %v", err)
 	}
 	for _, key := range []string{"pids", "slab", "pressure"} { // at its most, and without any
 		if p, err := planRaise(h, detect.Finding{Key: key}); !errors.Is(err, kernel.ErrNotSupported) {

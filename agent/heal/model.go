@@ -13,6 +13,7 @@ import (
 type model interface {
 	Info() kernel.Info
 	Symbol(name string) (kernel.VirtAddr, error)
+	ModuleSymbol(module, name string) (kernel.VirtAddr, error)
 	PerCPU(name string, cpu int) (kernel.VirtAddr, error)
 	Field(typ, path string) (kernel.Field, error)
 	Sizeof(typ string) (uint64, error)

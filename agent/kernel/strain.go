@@ -223,6 +223,19 @@ func (v *View) planConntrack(p *conntrackPlan, m Module) error {
 	return r.err
 }
 
+// ModuleSymbol returns where a variable of a loaded module is. ErrNotFound means that it is not loaded, or has none of that name.
+func (v *View) ModuleSymbol(module, name string) (VirtAddr, error) {
+	for m, err := range v.Modules() {
+		if err != nil {
+			return 0, err
+		}
+		if m.Name == module && m.State == "live" {
+			return v.moduleVariable(m, name)
+		}
+	}
+	return 0, fmt.Errorf("module %s: %w", module, ErrNotFound)
+}
+
 // moduleVariable returns where a variable of a module is, by its table of symbols, in which a kernel built with KALLSYMS_ALL keeps these.
 func (v *View) moduleVariable(m Module, name string) (VirtAddr, error) {
 	r := resolver{img: v.img}
