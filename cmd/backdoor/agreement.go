@@ -27,7 +27,8 @@ import (
 // agreementFlags are the flags of the verb agreement.
 type agreementFlags struct {
 	id, uuid, hostName, owner, key, allow, protect, succeeds, reason string
-	monitors, emergencyKeys                                          list
+	monitors, emergencyKeys, memory                                  list
+	from                                                             string
 	read, write, power, twoPersons                                   bool
 	valid, lasts                                                     time.Duration
 	quorum, emergencyThreshold                                       int
@@ -58,23 +59,22 @@ var agreementVerb = verb{
   verify FILE      check all signatures with the owner's public key (-owner), as the agent will
   show FILE        tell what the agreement permits
 
-Operators reach the host's memory by themselves as rights.memory says; edit what "new" prints before it is signed. Without it they read all RAM and store
-nothing. Each entry has "read", "write" and "atomic" as they are given, and either "start" and "size", or one name, which the agent looks up in
-the host's memory at each use:
+Operators reach the host's memory by themselves as each -memory WHAT=RIGHTS says. Without any they read all RAM and store nothing. RIGHTS are of read,
+write and atomic, separated by commas; storing needs -permit-write besides. WHAT is a physical range, or a name that the agent looks up in the host's
+memory at each use:
 
-  {"start": 1048576, "size": 4096, "read": true}        a physical range
-  {"all": true, "read": true}                           all RAM
-  {"kernelText": true, "read": true}                    the kernel's code
-  {"symbol": "jiffies", "read": true}                   a variable or function of the kernel; with "size", so many bytes from there on
-  {"process": {"uid": 1000, "comm": "worker"}, "read": true, "write": true}
-                                                        what is in memory of the user's processes of that name
+  0x100000+0x1000       a physical range: its address and how many bytes
+  all                   all RAM
+  kernel-text           the kernel's code
+  symbol/jiffies        a variable or function of the kernel; symbol/NAME+SIZE, so many bytes from there on
+  process/1000/worker   what is in memory of the processes of a user (its number) and name
 
 An agent locks the first agreement that it is given: until that ends, only its owner's order stops it, and only a successor (new -succeeds)
 that its owner and enough of its monitors have signed takes its place. The host can take part: see "backdoor help agree".
 
   backdoor agreement keygen owner.key
   backdoor agreement new -uuid 1b4e28ba-2fa1-11d2-883f-0016d3cca427 -owner acme=hmr…= -monitor ops=8fq…= \
-      -permit-read -permit-write -permit-power -allow kill-process,power-cycle -valid 2160h > agreement.json
+      -permit-read -permit-write -permit-power -allow kill-process,power-cycle -memory kernel-text=read -valid 2160h > agreement.json
   backdoor agreement sign agreement.json -key owner.key
   backdoor agreement verify agreement.json -owner hmr…=
   backdoor agreement order pause agreement.json -reason "incident 7" > pause.json
@@ -88,7 +88,8 @@ that its owner and enough of its monitors have signed takes its place. The host 
 		fs.Var(&f.monitors, "monitor", "a monitor, as `NAME=KEY`; may be given several times")
 		fs.StringVar(&f.key, "key", "", "private key `file` to sign with")
 		fs.StringVar(&f.allow, "allow", "", "healing `actions` permitted, separated by commas")
-		fs.StringVar(&f.protect, "protect", "", "`users` whose tasks nothing may touch, as 0-99,1000")
+		fs.StringVar(&f.protect, "protect", "", "`users` whose tasks nothing may touch, as 0-99,1000; with a name, as 0/sshd, only those of that name")
+		fs.Var(&f.memory, "memory", "memory that operators may reach by themselves, as `WHAT=RIGHTS`; may be given several times")
 		fs.BoolVar(&f.read, "permit-read", false, "permit to read the host's memory")
 		fs.BoolVar(&f.write, "permit-write", false, "permit to write to the host's memory")
 		fs.BoolVar(&f.twoPersons, "two-persons", false, "have each store by address need a second operator's consent")
@@ -103,7 +104,8 @@ that its owner and enough of its monitors have signed takes its place. The host 
 		fs.DurationVar(&f.emergencyLongest, "emergency-longest", time.Hour, "longest `time` of an emergency")
 		fs.DurationVar(&f.lasts, "for", 0, "how `long` an order lasts (a pause: until it is resumed; break needs it)")
 		fs.StringVar(&f.reason, "reason", "", "why an order is given, in `words` for people")
-		fs.DurationVar(&f.valid, "valid", 90*24*time.Hour, "`time` from now for which the agreement is valid")
+		fs.StringVar(&f.from, "from", "", "`time` from which on the agreement is valid, as 2026-12-24T00:00:00Z (default now)")
+		fs.DurationVar(&f.valid, "valid", 90*24*time.Hour, "`time` from then on for which the agreement is valid")
 	},
 	run: runAgreement,
 }
@@ -168,6 +170,12 @@ func newAgreement(f agreementFlags, now time.Time) (*access.Agreement, error) {
 		return nil, err
 	}
 	now = now.UTC().Truncate(time.Second)
+	if f.from != "" {
+		if now, err = time.Parse(time.RFC3339, f.from); err != nil {
+			return nil, &usageError{verb: "agreement", msg: fmt.Sprintf("-from: %q is no time like 2026-12-24T00:00:00Z", f.from)}
+		}
+		now = now.UTC().Truncate(time.Second)
+	}
 	a := &access.Agreement{
 		Version: access.Version, ID: f.id, Host: access.Host{UUID: strings.ToLower(f.uuid), Name: f.hostName}, Owner: owner,
 		Monitors:  []access.Party{},
@@ -194,16 +202,27 @@ func newAgreement(f agreementFlags, now time.Time) (*access.Agreement, error) {
 		if users = strings.TrimSpace(users); users == "" {
 			continue
 		}
-		first, last, both := strings.Cut(users, "-")
+		numbers, comm, named := strings.Cut(users, "/")
+		first, last, both := strings.Cut(numbers, "-")
 		if !both {
 			last = first
 		}
 		lo, err1 := strconv.ParseUint(first, 10, 32)
 		hi, err2 := strconv.ParseUint(last, 10, 32)
-		if err := errors.Join(err1, err2); err != nil || lo > hi {
-			return nil, &usageError{verb: "agreement", msg: fmt.Sprintf("-protect: %q is no range of user numbers like 0-99", users)}
+		if err := errors.Join(err1, err2); err != nil || lo > hi || named && comm == "" {
+			return nil, &usageError{verb: "agreement", msg: fmt.Sprintf("-protect: %q is no range of user numbers like 0-99, nor one with a name like 0/sshd", users)}
 		}
-		a.Protected = append(a.Protected, access.Protected{FirstUID: uint32(lo), LastUID: uint32(hi)})
+		a.Protected = append(a.Protected, access.Protected{FirstUID: uint32(lo), LastUID: uint32(hi), Comm: comm})
+	}
+	for _, s := range f.memory {
+		m, err := memoryRight(s)
+		switch {
+		case err != nil:
+			return nil, err
+		case !f.read, (m.Write || m.Atomic) && !f.write:
+			return nil, &usageError{verb: "agreement", msg: fmt.Sprintf("-memory %q: it permits nothing without -permit-read, nor storing and swapping without -permit-write", s)}
+		}
+		a.Rights.Memory = append(a.Rights.Memory, m)
 	}
 	if err := f.further(a); err != nil {
 		return nil, err
@@ -217,6 +236,68 @@ func newAgreement(f agreementFlags, now time.Time) (*access.Agreement, error) {
 		return nil, &usageError{verb: "agreement", msg: err.Error()}
 	}
 	return a, nil
+}
+
+// memoryRight reads WHAT=RIGHTS. A process may have = in its name, no right has.
+func memoryRight(s string) (m access.Memory, err error) {
+	bad := func(format string, args ...any) (access.Memory, error) {
+		return m, &usageError{verb: "agreement", msg: fmt.Sprintf("-memory %q: %s", s, fmt.Sprintf(format, args...))}
+	}
+	cut := strings.LastIndexByte(s, '=')
+	if cut < 0 {
+		return bad("want WHAT=RIGHTS, as kernel-text=read")
+	}
+	what, rights := s[:cut], s[cut+1:]
+	for r := range strings.SplitSeq(rights, ",") {
+		switch strings.TrimSpace(r) {
+		case "read":
+			m.Read = true
+		case "write":
+			m.Write = true
+		case "atomic":
+			m.Atomic = true
+		default:
+			return bad("%q is no right; there are read, write and atomic", r)
+		}
+	}
+	kind, name, _ := strings.Cut(what, "/")
+	switch kind {
+	case "all", "kernel-text":
+		if what != kind {
+			return bad("nothing follows %q", kind)
+		}
+		m.All, m.KernelText = kind == "all", kind == "kernel-text"
+		return m, nil
+	case "symbol":
+		symbol, size, sized := strings.Cut(name, "+")
+		if symbol == "" {
+			return bad("want symbol/NAME or symbol/NAME+SIZE")
+		}
+		m.Symbol = symbol
+		if sized {
+			if m.Size, err = strconv.ParseUint(size, 0, 64); err != nil || m.Size == 0 {
+				return bad("%q is no number of bytes", size)
+			}
+		}
+		return m, nil
+	case "process":
+		user, comm, ok := strings.Cut(name, "/")
+		uid, err := strconv.ParseUint(user, 10, 32)
+		if !ok || err != nil {
+			return bad("want process/USER-NUMBER/NAME, as process/1000/worker")
+		}
+		id := uint32(uid)
+		m.Process = &access.Process{UID: &id, Comm: comm}
+		return m, nil
+	}
+	start, size, ok := strings.Cut(what, "+")
+	m.Start, err = strconv.ParseUint(start, 0, 64)
+	var err2 error
+	m.Size, err2 = strconv.ParseUint(size, 0, 64)
+	if !ok || err != nil || err2 != nil {
+		return bad("%q is neither START+SIZE nor all, kernel-text, symbol/NAME or process/USER-NUMBER/NAME", what)
+	}
+	return m, nil
 }
 
 // further adds what an agreement need not have.

@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
 	"github.com/backdoor-rhs/backdoor/agent/journal"
@@ -384,6 +386,54 @@ func TestAgreement(t *testing.T) {
 	} {
 		if code, _, stderr := command(t, args...); code != exitUsage {
 			t.Errorf("%v: exit %d: %s; want %d", args, code, stderr, exitUsage)
+		}
+	}
+}
+
+// TestAgreementMemory makes agreements about memory from the command line alone.
+func TestAgreementMemory(t *testing.T) {
+	dir := t.TempDir()
+	var keys []string
+	for _, who := range []string{"owner", "ops"} {
+		code, out, stderr := command(t, "agreement", "keygen", filepath.Join(dir, who))
+		if code != exitOK {
+			t.Fatalf("keygen: exit %d: %s", code, stderr)
+		}
+		keys = append(keys, strings.TrimSpace(out))
+	}
+	newOne := func(args ...string) (int, string, string) {
+		return command(t, append([]string{"agreement", "new", "-uuid", "1b4e28ba-2fa1-11d2-883f-0016d3cca427", "-owner", "acme=" + keys[0], "-monitor", "ops=" + keys[1],
+			"-from", "2030-01-01T00:00:00Z", "-valid", "24h", "-protect", "0/sshd"}, args...)...)
+	}
+	code, doc, stderr := newOne("-permit-read", "-permit-write", "-memory", "0x100000+0x1000=read,write,atomic", "-memory", "all=read", "-memory", "kernel-text=read",
+		"-memory", "symbol/jiffies=read", "-memory", "symbol/log_buf+64=read", "-memory", "process/1000/a=b/c=read, write")
+	if code != exitOK {
+		t.Fatalf("new: exit %d: %s", code, stderr)
+	}
+	a, err := access.Parse(strings.NewReader(doc))
+	if err != nil {
+		t.Fatal(err)
+	}
+	uid := uint32(1000)
+	want := []access.Memory{
+		{Start: 0x100000, Size: 0x1000, Read: true, Write: true, Atomic: true}, {All: true, Read: true}, {KernelText: true, Read: true},
+		{Symbol: "jiffies", Read: true}, {Symbol: "log_buf", Size: 64, Read: true}, {Process: &access.Process{UID: &uid, Comm: "a=b/c"}, Read: true, Write: true},
+	}
+	if diff := cmp.Diff(want, a.Rights.Memory); diff != "" {
+		t.Errorf("rights.memory (-want +got):\n%s", diff)
+	}
+	if got := a.ValidUntil.Format(time.RFC3339); got != "2030-01-02T00:00:00Z" || a.Protected[0].Comm != "sshd" {
+		t.Errorf("until %s, protected %+v", got, a.Protected)
+	}
+	for _, wrong := range []string{"", "all", "all=", "all=execute", "all/x=read", "=read", "0x1000=read", "0x1000+=read", "0x1000+0=read", "2+18446744073709551615=read", "x+1=read", "symbol=read", "symbol/=read",
+		"symbol/a b=read", "symbol/a+0=read", "symbol/a+x=read", "process/1000=read", "process/root/x=read", "process/-1/x=read", "process/0/sixteen-letters-x=read", "process/0/sshd=read", "kernelText=read"} {
+		if code, _, stderr := newOne("-permit-read", "-memory", wrong); code != exitUsage || stderr == "" {
+			t.Errorf("-memory %q: exit %d: %s", wrong, code, stderr)
+		}
+	}
+	for _, args := range [][]string{{"-memory", "all=read"}, {"-permit-read", "-memory", "all=read,write"}, {"-permit-read", "-memory", "all=atomic"}, {"-from", "tomorrow"}, {"-protect", "0/"}} {
+		if code, _, _ := newOne(args...); code != exitUsage {
+			t.Errorf("%v: exit %d", args, code)
 		}
 	}
 }
