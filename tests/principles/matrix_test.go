@@ -100,21 +100,7 @@ func (b *bench) reaches(ctx context.Context, page uint64) (all []reach, done fun
 		return nil, nil, err
 	}
 	// Memory is leased over Redfish; the key alone does not do.
-	dial := export.DialLease(b.monitor, agentIP, func(ctx context.Context, r export.Request) (l export.Lease, err error) {
-		got, err := c.LeaseRDMA(ctx, client.RDMARequest{
-			Kind: r.Kind.String(), Peer: r.Peer.String(), QPN: uint32(r.QPN), PSN: uint32(r.PSN), PathMTU: r.PathMTU, Start: fmt.Sprintf("%#x", r.Start), Length: r.Length,
-			Write: r.Write, Atomic: r.Atomic,
-		})
-		if err != nil {
-			return l, err
-		}
-		start, err1 := strconv.ParseUint(got.Start, 0, 64)
-		length, err2 := strconv.ParseUint(got.Length, 0, 64)
-		return export.Lease{
-			ID: got.ID, Kind: r.Kind, QPN: roce.QPN(got.QPN), PSN: roce.PSN(got.PSN), PathMTU: got.PathMTU, Expires: got.Expires, Write: got.Write, Atomic: got.Atomic,
-			RKey: roce.RKey(got.RKey), Addr: start, Length: length, MapKey: roce.RKey(got.MapKey), MapLength: uint64(got.MapLength),
-		}, errors.Join(err1, err2)
-	})
+	dial := b.dialMemory(c)
 	mem, err := export.OpenMemory(ctx, b.monitor, dial, export.Request{Start: page, Length: hostmem.PageSize, Write: true, Atomic: true})
 	if err != nil {
 		return nil, nil, fmt.Errorf("a lease of memory by RDMA: %w", err)
@@ -150,6 +136,25 @@ func (b *bench) reaches(ctx context.Context, page uint64) (all []reach, done fun
 	closers = append(closers, func() { file.Close() })
 	engine := hostmem.NewEngine(file, hostmem.EngineOptions{})
 	return []reach{window, rdma, reachOf("DMA engine (model) over the RAM file", engine), reachOf("RAM file", file)}, end, nil
+}
+
+// dialMemory connects the monitor to memory that is leased over Redfish.
+func (b *bench) dialMemory(c *client.Client) export.Dial {
+	return export.DialLease(b.monitor, agentIP, func(ctx context.Context, r export.Request) (l export.Lease, err error) {
+		got, err := c.LeaseRDMA(ctx, client.RDMARequest{
+			Kind: r.Kind.String(), Peer: r.Peer.String(), QPN: uint32(r.QPN), PSN: uint32(r.PSN), PathMTU: r.PathMTU, Start: fmt.Sprintf("%#x", r.Start), Length: r.Length,
+			Write: r.Write, Atomic: r.Atomic,
+		})
+		if err != nil {
+			return l, err
+		}
+		start, err1 := strconv.ParseUint(got.Start, 0, 64)
+		length, err2 := strconv.ParseUint(got.Length, 0, 64)
+		return export.Lease{
+			ID: got.ID, Kind: r.Kind, QPN: roce.QPN(got.QPN), PSN: roce.PSN(got.PSN), PathMTU: got.PathMTU, Expires: got.Expires, Write: got.Write, Atomic: got.Atomic,
+			RKey: roce.RKey(got.RKey), Addr: start, Length: length, MapKey: roce.RKey(got.MapKey), MapLength: uint64(got.MapLength),
+		}, errors.Join(err1, err2)
+	})
 }
 
 // matrix does each operation on each way to the host's memory, and holds it against the bytes of the RAM file. What a way cannot do it must say, and the

@@ -350,12 +350,17 @@ func (b *bench) served(ctx context.Context) error {
 	return err
 }
 
-// expires lets a quarantine end by itself, with an exception in force meanwhile.
+// expires lets a quarantine end by itself, with an exception in force meanwhile. What is planted is that somebody releases the host before.
 func expires(ctx context.Context, b *bench) (string, error) {
 	const text = "wait for the end"
 	asked := time.Now()
 	if _, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkQuarantine, Seconds: 2, Allow: []string{"10.0.2.2"}}); err != nil {
 		return "", err
+	}
+	if b.calm {
+		if _, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkRelease}); err != nil {
+			return "", err
+		}
 	}
 	mark := b.peer.mark()
 	b.stream(ctx, text, 20*time.Second)
@@ -420,10 +425,15 @@ func flood(ctx context.Context, b *bench) (string, error) {
 	return fmt.Sprintf("found after %.1f s, bounded after %.1f s", found.Seconds(), bounded.Seconds()), err
 }
 
-// survive kills the agent's process while the host's service is used, with a containment in force.
+// survive kills the agent's process while the host's service is used, with a containment in force. What is planted is that the containment was lifted.
 func survive(ctx context.Context, b *bench) (string, error) {
 	if _, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkQuarantine, Remote: "203.0.113.9", Seconds: 600}); err != nil {
 		return "", err
+	}
+	if b.calm {
+		if _, err := b.order(ctx, client.NetworkOrder{Do: client.NetworkRelease}); err != nil {
+			return "", err
+		}
 	}
 	conn, err := b.host.Dial(ctx)
 	if err != nil {
@@ -467,9 +477,6 @@ func survive(ctx context.Context, b *bench) (string, error) {
 	if err := <-dead; err != nil {
 		return "", fmt.Errorf("the agent was not killed: %w", err)
 	}
-	if b.calm && longest > 2*time.Second {
-		return "", fmt.Errorf("the longest answer took %v", longest)
-	}
 	// The service of Redfish needs a moment more.
 	net, err := b.network(ctx)
 	if err != nil {
@@ -497,7 +504,7 @@ func (b *bench) network(ctx context.Context) (client.Network, error) {
 	}
 }
 
-// functions looks at the standard resources of the packet path.
+// functions looks at the standard resources of the packet path. What is planted are frames that another has put onto the host's cable in its name.
 func functions(ctx context.Context, b *bench) (string, error) {
 	const adapter = "/redfish/v1/Chassis/dpu/NetworkAdapters/nic0"
 	var f schema.NetworkDeviceFunction
@@ -522,8 +529,31 @@ func functions(ctx context.Context, b *bench) (string, error) {
 	if err := b.agent.Get(ctx, p.Metrics.ID, &pm); err != nil {
 		return "", err
 	}
+	own := b.inItsName
+	if b.calm {
+		const planted = 100
+		counted := m.TXFrames
+		end, err := b.lab.Cable.Endpoint("another")
+		if err != nil {
+			return "", err
+		}
+		defer end.Close()
+		for range planted {
+			if err := end.Send(eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 17, 0, nil, udp(7777, 7777, "from another")))); err != nil {
+				return "", err
+			}
+		}
+		b.inItsName += planted
+		late, cancel := context.WithTimeoutCause(ctx, 20*time.Second, errors.New("the function does not count them"))
+		defer cancel()
+		for m.TXFrames < counted+planted {
+			if err := b.agent.Get(late, f.Metrics.ID, &m); err != nil {
+				return "", errors.Join(context.Cause(late), err)
+			}
+		}
+	}
 	// The cable's own count is the oracle: what the host has put on it, or another has in its name, has come in.
-	sent := b.lab.Host.CablePort().Counters().In + b.inItsName
+	sent := b.lab.Host.CablePort().Counters().In + own
 	if m.TXFrames == 0 || m.TXFrames > sent+10 {
 		return "", fmt.Errorf("the function has sent %d frames, and the cable has carried %d", m.TXFrames, sent)
 	}

@@ -51,7 +51,7 @@ func rows() []row {
 		{
 			principle: "6 access control", mechanism: "datapath: contain",
 			experiment: "a quarantine's exceptions and its end",
-			run:        expires,
+			run:        expires, plant: calm,
 		},
 		{
 			principle: "6 access control", mechanism: "network-flood, rate-limit, policy",
@@ -82,12 +82,12 @@ func rows() []row {
 		{
 			principle: "3 availability", mechanism: "datapath: pinned programs", quick: true,
 			experiment: "the agent's process is killed while the host's service is used",
-			run:        survive,
+			run:        survive, plant: calm,
 		},
 		{
 			principle: "1 bidirectional access", mechanism: "Redfish: NetworkDeviceFunctions, Ports",
 			experiment: "the counts of the host's network function against those of its cable",
-			run:        functions,
+			run:        functions, plant: calm,
 		},
 		{
 			principle: "1, 2 remote memory, atomics", mechanism: "PCI window, lease, journal, compare-and-swap",
@@ -98,6 +98,11 @@ func rows() []row {
 			principle: "1, 2 remote memory, atomics", mechanism: "PCI window, RDMA, DMA engine, RAM file",
 			experiment: "each operation by each way to the memory, against the RAM file; registers of devices out of reach of all",
 			run:        matrix, plant: calm,
+		},
+		{
+			principle: "6 access control", mechanism: "access.Lock: memory by name, leases",
+			experiment: "memory that the agreement gives by name, leased over Redfish and RDMA; outside of it; after the process has ended",
+			run:        named, plant: calm,
 		},
 		{
 			principle: "1 remote I/O", mechanism: "MMIO of the host", experiment: "the host's device registers, read and written", missing: "no path of the laboratory reaches them, and the agent refuses them by all (above)",
