@@ -127,19 +127,22 @@ func (p *Pass) mountedAt(key string) string {
 	return ""
 }
 
-// linkFlaps reports an interface whose link is lost again and again.
+// linkFlaps reports an interface whose link is lost again and again. A host that starts sets its interfaces up, and loses their links by that.
 func linkFlaps(Config) Detector {
-	const often = 3 // within the time that is known of, a minute
+	const (
+		often   = 3 // within the time that is known of, a minute
+		settled = time.Minute
+	)
 	return Detector{
 		ID: "link-flaps", Title: "A link comes and goes", Kind: KindHardware, Severity: Warning,
-		Every: jamsEvery, Clear: 10 * time.Second, DependsOn: []Kind{KindPanic, KindHostSilent}, Needs: []Need{NeedJams},
+		Every: jamsEvery, Clear: 10 * time.Second, DependsOn: []Kind{KindPanic, KindHostSilent}, Needs: []Need{NeedJams, NeedHeartbeats},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
 			n := len(p.Jams)
+			up := time.Duration(p.Beats[len(p.Beats)-1].Mono)
 			var out []Finding
 			for _, now := range p.Jams[n-1].Links {
-				var first kernel.Link
-				var since time.Time
-				for i := n - 1; i >= 0; i-- {
+				first, since := now, p.Jams[n-1].At
+				for i := n - 1; i >= 0 && up-p.Jams[n-1].At.Sub(p.Jams[i].At) >= settled; i-- {
 					k := slices.IndexFunc(p.Jams[i].Links, func(l kernel.Link) bool { return l.Index == now.Index && l.Name == now.Name })
 					if k < 0 {
 						break

@@ -79,6 +79,22 @@ func TestLinkFlaps(t *testing.T) {
 	}
 }
 
+// A host that starts loses its links by that, and tells of those that it loses later.
+func TestLinkFlapsAtTheStart(t *testing.T) {
+	for _, tt := range []struct {
+		up   time.Duration
+		want int
+	}{{time.Minute, 0}, {70 * time.Second, 1}, {time.Hour, 1}} {
+		p := Pass{Beats: []kernel.Heartbeat{{Mono: int64(tt.up)}}}
+		for i := range 12 { // of 24 s
+			p.Jams = append(p.Jams, JamSample{At: time.Unix(1_800_000_000, 0).Add(time.Duration(i) * jamsEvery), Links: []kernel.Link{{Name: "eth0", Index: 2, Downs: uint32(i)}}})
+		}
+		if fs := detect(t, linkFlaps(DefaultConfig()), &p); len(fs) != tt.want {
+			t.Errorf("up for %v: %+v; want %d", tt.up, fs, tt.want)
+		}
+	}
+}
+
 // The lines are the kernel's, of the files that sayings names.
 func TestLogged(t *testing.T) {
 	for _, tt := range []struct {

@@ -233,10 +233,13 @@ static void list_corruption(void)
 	kthread_run(corrupt_list, NULL, "bdfault-list");
 }
 
-/* What is free is written to, and with it the cache's chain of what is free: whoever takes from there next meets nonsense. */
+/*
+ * What is free is written to, and with it the cache's chain of what is free: whoever takes from there next meets nonsense. So many that they do
+ * not all fit into the sheaf in which later kernels keep some for each CPU, without a chain.
+ */
 static int use_freed(void *unused)
 {
-	void *all[8];
+	static void *all[1024];
 	int i;
 
 	for (i = 0; i < ARRAY_SIZE(all); i++)
