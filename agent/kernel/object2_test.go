@@ -276,6 +276,7 @@ func testTimers(t *testing.T, g *guest, img *Image) {
 	v := g.frozenView(img)
 	said := strings.Count(list, "\n # expires") // the high-resolution ones
 	high, wheel, sleepers, works := 0, 0, 0, 0
+	var unsaid []Timer // may have been started since: hrtick runs for a time slice
 	for _, x := range gather(t, v, v.Timers()) {
 		if x.Clock == "jiffies" {
 			wheel++
@@ -285,7 +286,7 @@ func testTimers(t *testing.T, g *guest, img *Image) {
 		} else {
 			high++
 			if !strings.Contains(list, ", "+x.Function+",") {
-				t.Errorf("the guest has no %+v", x)
+				unsaid = append(unsaid, x)
 			}
 		}
 		if x.PID != 0 {
@@ -294,6 +295,9 @@ func testTimers(t *testing.T, g *guest, img *Image) {
 		if x.Function == "" || x.Due < -time.Minute || x.Due > 100*365*24*time.Hour {
 			t.Errorf("%+v", x)
 		}
+	}
+	if len(unsaid) > 2 {
+		t.Errorf("the guest has no %+v", unsaid)
 	}
 	if !about(uint64(high), uint64(said), 3) || high < 4 || wheel < 10 || sleepers == 0 || works < 3 {
 		t.Errorf("%d high-resolution timers, %d others, %d of them sleepers', %d of works; the guest has %d", high, wheel, sleepers, works, said)
