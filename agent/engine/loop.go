@@ -126,15 +126,15 @@ type watcher struct {
 }
 
 // ewma is a mean that forgets.
-type ewma struct{ v float64 }
+type ewma struct {
+	v float64
+	n int // of what was added
+}
 
 func (m *ewma) add(x float64) {
-	const weight = 0.01 // of a hundred passes: seldom looks fall into them as often as they are taken
-	if m.v == 0 {
-		m.v = x
-		return
-	}
-	m.v += weight * (x - m.v)
+	const least = 0.02 // of fifty passes: seldom looks fall into them about as often as they are taken
+	m.n++
+	m.v += max(least, 1/float64(m.n)) * (x - m.v)
 }
 
 // guarded runs f and turns a panic into an error: a fault in one pass never stops the loop.

@@ -201,6 +201,12 @@ func (s *story) attach(ctx context.Context) error {
 
 // observe shows by the host's own counters that being watched costs it nothing.
 func (s *story) observe(ctx context.Context) error {
+	// What the agent does once after the attach is no part of what watching takes: the copy of the kernel's code.
+	settled, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if _, err := s.agent.WaitState(settled, "its copy of the kernel's code", func(st engine.State) bool { return st.Golden != nil }); err != nil && settled.Err() == nil {
+		return err
+	}
 	before, err := readCounters(ctx, s.lab.Host)
 	if err != nil {
 		return err
