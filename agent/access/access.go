@@ -24,7 +24,8 @@
 // what monitors may reach of the host's memory by themselves, byte for byte; without it they may read all RAM and store nothing. Instead of
 // start and size an entry can have one name: {"all": true}, {"kernelText": true}, {"symbol": "jiffies"} with or without "size", or
 // {"process": {"uid": 1000, "comm": "worker"}}. The host's memory says where that is, anew at each use (see Resolver). With "twoPersons" each store by
-// address needs a second operator's consent. No action touches the tasks of protected users; init and kernel threads are
+// address needs a second operator's consent. "detectors", a list of IDs, narrows down who may judge the host; "rates", a list of
+// {"action": "power-cycle", "most": 3, "within": 86400}, how often actions may be begun within so many seconds. No action touches the tasks of protected users; init and kernel threads are
 // protected always. signatures has one element for the owner, one for each monitor, and one for the host if host.key names one: {"key": …, "signature": …} in base64,
 // Ed25519 over Canonical's bytes. The agent takes the document only with the key of the owner that its configuration names.
 //
@@ -100,7 +101,21 @@ type Rights struct {
 	// TwoPersons has every store by address (Memory's write and atomic) need two persons: one who asks for it, and another one who has said
 	// yes. Where only one can speak, as by RDMA, nothing is stored.
 	TwoPersons bool `json:"twoPersons,omitempty"`
+	// Detectors are the IDs of those that may judge the host, as "panic" or "policy/miner"; without it all may.
+	Detectors []string `json:"detectors,omitempty"`
+	// Rates bound how often actions may be begun, whoever asks for them. An action that none names is bounded by the policy alone.
+	Rates []Rate `json:"rates,omitempty"`
 }
+
+// Rate is how often a healing action may be begun.
+type Rate struct {
+	Action string `json:"action"`
+	Most   int    `json:"most"`   // times
+	Within int    `json:"within"` // any so many seconds
+}
+
+// LongestRate is the most that Rate.Within may be.
+const LongestRate = 7 * 24 * time.Hour
 
 // Memory is memory of the host that monitors may reach by themselves, and how. Storing and swapping need Rights.Write besides. It is a
 // physical range, Start and Size, or it has exactly one of the names. What a name stands for is asked of a Resolver at each use.

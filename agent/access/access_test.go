@@ -123,6 +123,15 @@ func TestLoadRefuses(t *testing.T) {
 		{"a process with a long name", memory(`"process": {"uid": 1000, "comm": "a-worker-of-mine"}`), ErrInvalid, "process.comm"},
 		{"a process with more", memory(`"process": {"uid": 1000, "comm": "worker", "pid": 7}`), ErrInvalid, `unknown field "pid"`},
 		{"a protected process", memory(`"process": {"uid": 550, "comm": "worker"}`), ErrInvalid, "rights.memory[1]: names processes that protected[1] protects"},
+		{"an empty list of detectors", strings.Replace(doc, `"power": false`, `"power": false, "detectors": []`, 1), ErrInvalid, "rights.detectors: is empty"},
+		{"no detector", strings.Replace(doc, `"power": false`, `"power": false, "detectors": ["panic", "*"]`, 1), ErrInvalid, "rights.detectors[1]"},
+		{"a detector twice", strings.Replace(doc, `"power": false`, `"power": false, "detectors": ["policy/x", "policy/x"]`, 1), ErrInvalid, "rights.detectors[1]"},
+		{"detectors added", strings.Replace(doc, `"power": false`, `"power": false, "detectors": ["policy/x", "panic"]`, 1), ErrUnsigned, "was changed after signing"},
+		{"an empty list of rates", strings.Replace(doc, `"power": false`, `"power": false, "rates": []`, 1), ErrInvalid, "rights.rates: is empty"},
+		{"a rate of nothing given", strings.Replace(doc, `"power": false`, `"power": false, "rates": [{"action": "power-cycle", "most": 1, "within": 60}]`, 1), ErrInvalid, "rights.rates[0].action"},
+		{"a rate twice", strings.Replace(doc, `"power": false`, `"power": false, "rates": [{"action": "kill-process", "most": 1, "within": 60}, {"action": "kill-process", "most": 2, "within": 60}]`, 1), ErrInvalid, "rights.rates[1].action"},
+		{"never", strings.Replace(doc, `"power": false`, `"power": false, "rates": [{"action": "kill-process", "most": 0, "within": 60}]`, 1), ErrInvalid, "rights.rates[0].most"},
+		{"at no time", strings.Replace(doc, `"power": false`, `"power": false, "rates": [{"action": "kill-process", "most": 1, "within": 604801}]`, 1), ErrInvalid, "rights.rates[0].within"},
 		{"all as a word", memory(`"all": "true"`), ErrInvalid, "cannot unmarshal"},
 		{"a good name, unsigned", memory(`"process": {"uid": 0, "comm": "worker"}`), ErrUnsigned, "was changed after signing"},
 		{"more memory", strings.Replace(doc, `"power": false`, `"power": false, "memory": [{"start": 0, "size": 4096, "write": true}]`, 1), ErrUnsigned, "was changed after signing"},
@@ -455,4 +464,49 @@ func FuzzLoad(f *testing.F) {
 			t.Fatalf("a document loads that was never signed: %s", got)
 		}
 	})
+}
+
+func TestPermitDetectorAndRate(t *testing.T) {
+	now := time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)
+	in := func() time.Time { return now }
+	a := sample()
+	if g := a.Grant(uuid, in); g.PermitDetector("panic") != nil || g.PermitRate("kill-process", now, make([]time.Time, 100)) != nil || (Grant{}).PermitDetector("panic") != nil {
+		t.Error("what bounds nothing is denied")
+	}
+	a.Rights.Detectors = []string{"panic", "policy/miner"}
+	a.Rights.Rates = []Rate{{Action: "kill-process", Most: 2, Within: 60}}
+	for _, at := range []time.Time{now, now.AddDate(10, 0, 0)} { // an agreement that has ended binds
+		g := a.Grant(uuid, func() time.Time { return at })
+		for id, want := range map[string]bool{"panic": true, "policy/miner": true, "miner": false, "oops": false, "": false} {
+			if err := g.PermitDetector(id); (err == nil) != want || err != nil && !errors.Is(err, ErrDenied) {
+				t.Errorf("PermitDetector(%q) = %v; want it permitted: %v", id, err, want)
+			}
+		}
+	}
+	ago := func(seconds ...int) (begun []time.Time) {
+		for _, s := range seconds {
+			begun = append(begun, now.Add(-time.Duration(s)*time.Second))
+		}
+		return begun
+	}
+	for _, tt := range []struct {
+		action string
+		begun  []time.Time
+		want   string
+	}{
+		{"kill-process", nil, ""},
+		{"kill-process", ago(10), ""},
+		{"kill-process", ago(100, 60, 10), ""},
+		{"kill-process", ago(59, 10), "2 times within 1m0s, and it was begun 2 times; wait until 2026-06-01T00:00:01Z"},
+		{"kill-process", ago(-5, -3600), "was begun 2 times"}, // a clock that was set back
+		{"power-cycle", ago(1, 1, 1), ""},
+	} {
+		err := a.Grant(uuid, in).PermitRate(tt.action, now, tt.begun)
+		if (err == nil) != (tt.want == "") || err != nil && (!errors.Is(err, ErrDenied) || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("PermitRate(%q, %v) = %v; want %q", tt.action, tt.begun, err, tt.want)
+		}
+	}
+	if err := (Grant{}).PermitRate("kill-process", now, nil); !errors.Is(err, ErrDenied) {
+		t.Errorf("without an agreement: %v", err)
+	}
 }

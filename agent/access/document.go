@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 	"unicode/utf8"
 )
 
@@ -33,6 +34,7 @@ var (
 	uuidForm   = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 	digestForm = regexp.MustCompile(`^[0-9a-f]{64}$`)
 	idForm     = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
+	watchForm  = regexp.MustCompile(`^(policy/)?[a-z0-9][a-z0-9._-]{0,63}$`)
 	symbolForm = regexp.MustCompile(`^[A-Za-z0-9._$]{1,255}$`)
 )
 
@@ -252,6 +254,31 @@ func (a *Agreement) check() error {
 	for i, id := range a.Rights.Actions {
 		if !idForm.MatchString(id) {
 			return bad(fmt.Sprintf("rights.actions[%d]", i), "%q is not the ID of an action; there is no wildcard", id)
+		}
+	}
+	if d := a.Rights.Detectors; d != nil && len(d) == 0 {
+		return bad("rights.detectors", "is empty, which is signed like none at all; leave it out, or name detectors")
+	}
+	for i, id := range a.Rights.Detectors {
+		if !watchForm.MatchString(id) || slices.Contains(a.Rights.Detectors[:i], id) {
+			return bad(fmt.Sprintf("rights.detectors[%d]", i), "%q is not the ID of a detector, or is there twice; there is no wildcard", id)
+		}
+	}
+	if r := a.Rights.Rates; r != nil && len(r) == 0 {
+		return bad("rights.rates", "is empty, which is signed like none at all; leave it out, or name actions")
+	}
+	for i, r := range a.Rights.Rates {
+		where := fmt.Sprintf("rights.rates[%d]", i)
+		known := slices.Contains(a.Rights.Actions, r.Action) || a.Emergency != nil && slices.Contains(a.Emergency.Actions, r.Action)
+		switch {
+		case !known:
+			return bad(where+".action", "%q is no action that the agreement gives", r.Action)
+		case slices.ContainsFunc(a.Rights.Rates[:i], func(o Rate) bool { return o.Action == r.Action }):
+			return bad(where+".action", "%q is there twice", r.Action)
+		case r.Most < 1 || r.Most > 1000:
+			return bad(where+".most", "is %d; it must be 1 to 1000: an action that is never allowed is not given", r.Most)
+		case r.Within < 1 || r.Within > int(LongestRate/time.Second):
+			return bad(where+".within", "is %d seconds; it must be 1 to %d, which is a week", r.Within, int(LongestRate/time.Second))
 		}
 	}
 	if a.Rights.Write && !a.Rights.Read {

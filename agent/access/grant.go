@@ -130,6 +130,40 @@ func (g Grant) Permit(what string) error {
 	return nil
 }
 
+// PermitDetector returns nil if a detector may judge the host. Without an agreement all may; one that is paused or has ended still binds.
+func (g Grant) PermitDetector(id string) error {
+	if g.agreement == nil || g.agreement.Rights.Detectors == nil || slices.Contains(g.agreement.Rights.Detectors, id) {
+		return nil
+	}
+	return fmt.Errorf("agreement %s does not give the detector %q: %w", g.agreement.ID, id, ErrDenied)
+}
+
+// PermitRate returns nil if an action may be begun at a time, as often as it has been begun before. What an emergency permits has no rate.
+func (g Grant) PermitRate(action string, now time.Time, begun []time.Time) error {
+	if err := g.Denied(); err != nil {
+		return err
+	}
+	i := slices.IndexFunc(g.agreement.Rights.Rates, func(r Rate) bool { return r.Action == action })
+	if e := g.broken(); i < 0 || e != nil && slices.Contains(e.Actions, action) {
+		return nil
+	}
+	r := g.agreement.Rights.Rates[i]
+	within, n := time.Duration(r.Within)*time.Second, 0
+	next := now // when the oldest that counts no longer does
+	for _, t := range begun {
+		if now.Sub(t) < within {
+			if n++; t.Before(next) {
+				next = t
+			}
+		}
+	}
+	if n < r.Most {
+		return nil
+	}
+	return fmt.Errorf("agreement %s gives %q %d times within %v, and it was begun %d times; wait until %s, or have an emergency declared: %w",
+		g.agreement.ID, action, r.Most, within, n, next.Add(within).UTC().Format(time.RFC3339), ErrDenied)
+}
+
 // PermitMemory returns nil if a monitor may reach the size bytes at start by itself now, in all the ways asked for.
 func (g Grant) PermitMemory(start, size uint64, read, write, atomic bool) error {
 	if err := g.PermitMemoryByTwo(start, size, read, write, atomic); err != nil {

@@ -22,6 +22,12 @@ func (a *Agreement) WriteText(w io.Writer) error {
 	line("valid", "%s to %s", a.ValidFrom.UTC().Format(time.RFC3339), a.ValidUntil.UTC().Format(time.RFC3339))
 	line("permits", "read %s, write %s, power %s", word[a.Rights.Read], word[a.Rights.Write], word[a.Rights.Power])
 	line("actions", "%s", strings.Join(a.Rights.Actions, ", "))
+	for _, r := range a.Rights.Rates {
+		line("rate", "%s %d times within %v", r.Action, r.Most, time.Duration(r.Within)*time.Second)
+	}
+	if a.Rights.Detectors != nil {
+		line("detectors", "%s", strings.Join(a.Rights.Detectors, ", "))
+	}
 	for _, m := range a.Rights.Memory {
 		what := m.Names()
 		if what == "" {

@@ -62,6 +62,7 @@ type Engine struct {
 	plans       int
 	outcomes    []heal.Outcome // oldest first
 	past        []policy.Past
+	begun       map[string][]time.Time // by action, whoever asked: for the agreement's rates
 	left        []leftover
 	nextTidy    time.Time
 	followed    map[string]bool // by boot ID: what an earlier start has begun there was ended
@@ -84,7 +85,7 @@ func New(o Options) *Engine {
 		o: o, log: o.Logger, src: memoryKernels{}, config: o.Policy.DetectConfig(),
 		journal: make(chan entry, 1024), wake: make(chan struct{}, 1), healing: make(chan struct{}, 1),
 		phase: NoMemory, since: time.Now(), started: time.Now(), why: "not started yet",
-		tracked: make(map[string]*tracked), counts: make(map[detect.Kind]int), force: make(map[string]bool),
+		tracked: make(map[string]*tracked), counts: make(map[detect.Kind]int), force: make(map[string]bool), begun: make(map[string][]time.Time),
 		changed: make(chan struct{}), followed: make(map[string]bool),
 	}
 	e.running, e.end = context.WithCancel(context.Background())
@@ -209,10 +210,15 @@ func (e *Engine) health() Health {
 	if e.phase != Attached {
 		return CouldNotTell
 	}
+	looked := false
 	for _, s := range e.status {
-		if s.Health != Healthy {
+		if s.Health != Healthy && !s.Withheld {
 			return CouldNotTell
 		}
+		looked = looked || !s.Withheld
+	}
+	if !looked {
+		return CouldNotTell
 	}
 	return Healthy
 }

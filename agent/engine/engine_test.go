@@ -571,6 +571,77 @@ func TestRatesOutliveTheAgent(t *testing.T) {
 	})
 }
 
+// The agreement bounds how often an action is begun, by whomever, and that an agent was started anew lifts nothing.
+func TestAgreementRates(t *testing.T) {
+	var pw *fakePower
+	inBubble(t, func(m *made, o *Options) {
+		pw = &fakePower{m: m}
+		o.Power, o.Policy.Rules = pw, automatic("panic", "power-cycle")
+		o.Agreement = agreementWith(t, guestUUID, access.Rights{
+			Read: true, Write: true, Power: true, Actions: []string{heal.PowerCycle}, Rates: []access.Rate{{Action: heal.PowerCycle, Most: 2, Within: 3600}}})
+		o.Interval = 500 * time.Millisecond
+		for _, ago := range []time.Duration{2 * time.Hour, 30 * time.Minute, 30*time.Minute - time.Second} { // the last is a second plan of the same repair
+			data, err := json.Marshal(map[string]any{"plan": map[string]any{"finding": "panic-1", "action": heal.PowerCycle}, "caller": "alice"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := o.Journal.Append(journal.Record{Time: time.Now().Add(-ago), Kind: "intent", Data: data}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+		w.wait(time.Minute, "healing", ofKind(EventHealed, detect.KindPanic)) // the second within an hour
+		time.Sleep(time.Minute)
+		m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+		ev := w.wait(time.Minute, "refusal", ofKind(EventFailed, detect.KindPanic))
+		if !strings.Contains(ev.Text, "2 times within 1h0m0s, and it was begun 2 times; wait until") || len(pw.did) != 1 {
+			t.Errorf("%s; did %v", ev.Text, pw.did)
+		}
+		w.wait(time.Second, "waiting", ofKind(EventWaiting, detect.KindPanic))
+		var id string
+		for _, f := range w.e.Findings() {
+			if f.Kind == detect.KindPanic && f.Resolved == nil {
+				id = f.ID
+			}
+		}
+		if _, _, err := w.e.Heal(t.Context(), HealRequest{Finding: id, Action: heal.PowerCycle, Caller: "alice"}); !errors.Is(err, access.ErrDenied) || len(pw.did) != 1 {
+			t.Errorf("an operator's order: %v; did %v", err, pw.did)
+		}
+	})
+}
+
+// A detector that the agreement does not give does not judge, and the host's health is told without it.
+func TestAgreementDetectors(t *testing.T) {
+	for given, want := range map[string]bool{"panic": true, "oops": false} {
+		inBubble(t, func(m *made, o *Options) {
+			o.Agreement = agreementWith(t, guestUUID, access.Rights{Read: true, Actions: []string{}, Detectors: []string{given}})
+		}, func(t *testing.T, m *made, w *watched) {
+			w.wait(time.Second, "attach", ofType(EventAttached))
+			time.Sleep(5 * time.Second)
+			withheld := 0
+			s := w.e.State()
+			for _, d := range s.Detectors {
+				if d.Withheld != (d.ID != given) || d.Withheld && (d.Runs > 0 || !strings.Contains(d.Error, "does not give the detector")) {
+					t.Errorf("%q is given: %+v", given, d)
+				}
+				if d.Withheld {
+					withheld++
+				}
+			}
+			if withheld != len(s.Detectors)-1 || s.Health != Healthy {
+				t.Errorf("%q is given: %d of %d detectors are withheld, and the host is healthy: %s", given, withheld, len(s.Detectors), s.Health)
+			}
+			m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+			time.Sleep(10 * time.Second)
+			if fs := w.e.Findings(); (len(fs) == 1) != want {
+				t.Errorf("%q is given, and the host panics: %+v", given, fs)
+			}
+		})
+	}
+}
+
 func TestPowerCycleNotPermitted(t *testing.T) {
 	var pw *fakePower
 	inBubble(t, func(m *made, o *Options) {

@@ -53,7 +53,7 @@ func CheckPolicy(p policy.Policy) error {
 	return nil
 }
 
-// remember takes from the journal what was begun by policy before this start, so that its rates hold over restarts: an agent
+// remember takes from the journal what was begun before this start, so that the policy's and the agreement's rates hold over restarts: an agent
 // that shares the host's power would else cycle it without end. A time ahead of the clock counts as now.
 func (e *Engine) remember() {
 	if e.o.Journal == nil {
@@ -65,20 +65,30 @@ func (e *Engine) remember() {
 		reach = max(reach, time.Duration(r.CoolDown))
 	}
 	var past []policy.Past
+	begun := make(map[string][]time.Time)
+	var last struct{ finding, action string } // whose plan was begun last: a repair in several plans has begun once
+	var lastAt time.Time
 	for rec, err := range e.o.Journal.Records() {
-		if err != nil || rec.Kind != "intent" || now.Sub(rec.Time) > reach {
+		if err != nil || rec.Kind != "intent" || now.Sub(rec.Time) > max(reach, access.LongestRate) {
 			continue // what is damaged is told by who reads the journal
 		}
 		var in struct {
-			Plan   struct{ Finding string }
+			Plan   struct{ Finding, Action string }
 			Caller string
 		}
-		if json.Unmarshal(rec.Data, &in) != nil || in.Caller != callerPolicy {
+		if json.Unmarshal(rec.Data, &in) != nil {
 			continue
 		}
 		at := rec.Time
 		if at.After(now) {
 			at = now
+		}
+		if last.finding != in.Plan.Finding || last.action != in.Plan.Action || at.Sub(lastAt) > healTimeout {
+			begun[in.Plan.Action] = append(begun[in.Plan.Action], at)
+		}
+		last.finding, last.action, lastAt = in.Plan.Finding, in.Plan.Action, at
+		if in.Caller != callerPolicy || now.Sub(rec.Time) > reach {
+			continue
 		}
 		// An ID is its kind and a number.
 		if i := strings.LastIndexByte(in.Plan.Finding, '-'); i > 0 {
@@ -88,6 +98,9 @@ func (e *Engine) remember() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.past = past[max(0, len(past)-keepPast):]
+	for action, times := range begun {
+		e.begun[action] = times[max(0, len(times)-keepPast):]
+	}
 }
 
 // decide lets policy say what becomes of the open findings, and begins what it allows, one thing at a time.
@@ -409,6 +422,14 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller, a
 	}
 
 	e.mu.Lock()
+	if err := grant.PermitRate(action, p.Made, e.begun[action]); err != nil {
+		e.mu.Unlock()
+		return p, nil, err
+	}
+	e.begun[action] = append(e.begun[action], p.Made)
+	if n := len(e.begun[action]); n > keepPast {
+		e.begun[action] = e.begun[action][n-keepPast:]
+	}
 	e.current = p.ID
 	var budget *heal.Budget
 	if t := e.open(f.ID); t != nil {

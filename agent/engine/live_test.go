@@ -22,13 +22,18 @@ import (
 // agreement returns a lock that holds a signed agreement for a host.
 func agreement(t *testing.T, uuid string, actions ...string) *access.Lock {
 	t.Helper()
+	return agreementWith(t, uuid, access.Rights{Read: true, Write: true, Power: true, Actions: actions})
+}
+
+func agreementWith(t *testing.T, uuid string, rights access.Rights) *access.Lock {
+	t.Helper()
 	owner := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32))
 	monitor := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{2}, 32))
 	pub := func(k ed25519.PrivateKey) access.Key { return access.Key(k.Public().(ed25519.PublicKey)) }
 	a := &access.Agreement{
 		Version: access.Version, ID: "test", Host: access.Host{UUID: uuid, Name: "guest"},
 		Owner: access.Party{Name: "owner", Key: pub(owner)}, Monitors: []access.Party{{Name: "monitor", Key: pub(monitor)}},
-		Rights:    access.Rights{Read: true, Write: true, Power: true, Actions: actions},
+		Rights:    rights,
 		ValidFrom: time.Now().Add(-time.Hour), ValidUntil: time.Now().Add(24 * time.Hour),
 	}
 	for _, k := range []ed25519.PrivateKey{owner, monitor} {

@@ -772,6 +772,7 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 	if len(e.force) > 0 {
 		force, e.force = e.force, make(map[string]bool)
 	}
+	grant := e.grant()
 	e.mu.Unlock()
 	for i := range e.detectors {
 		d := &e.detectors[i]
@@ -779,6 +780,12 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 			continue
 		}
 		e.mu.Lock()
+		if err := grant.PermitDetector(d.ID); err != nil {
+			e.status[i].Withheld, e.status[i].Health, e.status[i].Error = true, CouldNotTell, err.Error()
+			e.update(d, nil, p.Now) // what it found under another agreement is over
+			e.mu.Unlock()
+			continue
+		}
 		cause := e.cause(d)
 		e.mu.Unlock()
 		// A tenth of a heartbeat early is in time: else a detector would run every second beat instead of each.
@@ -806,7 +813,7 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 
 		e.mu.Lock()
 		s := &e.status[i]
-		s.LastRun, s.Took, s.Error = p.Now, took, ""
+		s.LastRun, s.Took, s.Error, s.Withheld = p.Now, took, "", false
 		s.Runs++
 		for _, t := range e.tracked {
 			if t.detector == d.ID {

@@ -83,6 +83,8 @@ type DetectorStatus struct {
 	Took    time.Duration `json:"took"`
 	Runs    uint64        `json:"runs"`
 	Faults  uint64        `json:"faults"` // runs that ended in an error or a panic
+	// Withheld is set while the agreement does not give the detector: it does not run, and the host's health is told without it.
+	Withheld bool `json:"withheld,omitempty"`
 }
 
 // PassCost is what the observation costs.

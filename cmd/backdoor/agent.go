@@ -82,7 +82,7 @@ func statusOf(st engine.State, now time.Time) query.Status {
 	}
 	var unsure []string
 	for _, d := range st.Detectors {
-		if d.Health != engine.Healthy && d.Health != engine.Ill {
+		if d.Health != engine.Healthy && d.Health != engine.Ill && !d.Withheld {
 			unsure = append(unsure, d.ID)
 		}
 	}
@@ -116,10 +116,12 @@ func statusOf(st engine.State, now time.Time) query.Status {
 	}
 	for _, d := range st.Detectors {
 		line := d.ID + ": "
-		switch d.Health {
-		case engine.Healthy:
+		switch {
+		case d.Withheld:
+			line += "withheld"
+		case d.Health == engine.Healthy:
 			line += "nothing found"
-		case engine.Ill:
+		case d.Health == engine.Ill:
 			line += "FOUND SOMETHING"
 		default:
 			line += "could not tell"

@@ -27,7 +27,8 @@ import (
 // agreementFlags are the flags of the verb agreement.
 type agreementFlags struct {
 	id, uuid, hostName, owner, key, allow, protect, succeeds, reason string
-	monitors, emergencyKeys, memory                                  list
+	monitors, emergencyKeys, memory, rates                           list
+	detectors                                                        string
 	from                                                             string
 	read, write, power, twoPersons                                   bool
 	valid, lasts                                                     time.Duration
@@ -89,6 +90,8 @@ that its owner and enough of its monitors have signed takes its place. The host 
 		fs.StringVar(&f.key, "key", "", "private key `file` to sign with")
 		fs.StringVar(&f.allow, "allow", "", "healing `actions` permitted, separated by commas")
 		fs.StringVar(&f.protect, "protect", "", "`users` whose tasks nothing may touch, as 0-99,1000; with a name, as 0/sshd, only those of that name")
+		fs.Var(&f.rates, "rate", "how often an action may be begun, as `ACTION=TIMES/TIME`: power-cycle=3/24h; may be given several times (default as often as policy says)")
+		fs.StringVar(&f.detectors, "detectors", "", "`detectors` that may judge the host, separated by commas, as \"backdoor status\" names an agent's (default all)")
 		fs.Var(&f.memory, "memory", "memory that operators may reach by themselves, as `WHAT=RIGHTS`; may be given several times")
 		fs.BoolVar(&f.read, "permit-read", false, "permit to read the host's memory")
 		fs.BoolVar(&f.write, "permit-write", false, "permit to write to the host's memory")
@@ -198,6 +201,18 @@ func newAgreement(f agreementFlags, now time.Time) (*access.Agreement, error) {
 			a.Rights.Actions = append(a.Rights.Actions, action)
 		}
 	}
+	for id := range strings.SplitSeq(f.detectors, ",") {
+		if id = strings.TrimSpace(id); id != "" {
+			a.Rights.Detectors = append(a.Rights.Detectors, id)
+		}
+	}
+	for _, s := range f.rates {
+		r, err := rate(s)
+		if err != nil {
+			return nil, err
+		}
+		a.Rights.Rates = append(a.Rights.Rates, r)
+	}
 	for users := range strings.SplitSeq(f.protect, ",") {
 		if users = strings.TrimSpace(users); users == "" {
 			continue
@@ -236,6 +251,18 @@ func newAgreement(f agreementFlags, now time.Time) (*access.Agreement, error) {
 		return nil, &usageError{verb: "agreement", msg: err.Error()}
 	}
 	return a, nil
+}
+
+// rate reads ACTION=TIMES/TIME.
+func rate(s string) (access.Rate, error) {
+	action, often, ok := strings.Cut(s, "=")
+	times, within, both := strings.Cut(often, "/")
+	n, nerr := strconv.Atoi(times)
+	d, derr := time.ParseDuration(within)
+	if !ok || !both || nerr != nil || derr != nil || d%time.Second != 0 {
+		return access.Rate{}, &usageError{verb: "agreement", msg: fmt.Sprintf("-rate %q: want ACTION=TIMES/TIME in whole seconds, as power-cycle=3/24h", s)}
+	}
+	return access.Rate{Action: action, Most: n, Within: int(d / time.Second)}, nil
 }
 
 // memoryRight reads WHAT=RIGHTS. A process may have = in its name, no right has.

@@ -425,6 +425,24 @@ func TestAgreementMemory(t *testing.T) {
 	if got := a.ValidUntil.Format(time.RFC3339); got != "2030-01-02T00:00:00Z" || a.Protected[0].Comm != "sshd" {
 		t.Errorf("until %s, protected %+v", got, a.Protected)
 	}
+	code, doc, stderr = newOne("-allow", "power-cycle,kill-process", "-rate", "power-cycle=3/24h", "-rate", "kill-process=10/1m", "-detectors", "panic, policy/miner")
+	if a, err = access.Parse(strings.NewReader(doc)); code != exitOK || err != nil {
+		t.Fatalf("new: exit %d: %s; %v", code, stderr, err)
+	}
+	if diff := cmp.Diff(access.Rights{Actions: []string{"power-cycle", "kill-process"}, Detectors: []string{"panic", "policy/miner"},
+		Rates: []access.Rate{{Action: "power-cycle", Most: 3, Within: 86400}, {Action: "kill-process", Most: 10, Within: 60}}}, a.Rights); diff != "" {
+		t.Errorf("rights (-want +got):\n%s", diff)
+	}
+	for _, wrong := range []string{"", "power-cycle", "power-cycle=3", "power-cycle=/1h", "power-cycle=x/1h", "power-cycle=3/", "power-cycle=3/1500ms", "power-cycle=0/1h", "power-cycle=1/1000h", "kill-process=1/1h", "=1/1h"} {
+		if code, _, stderr := newOne("-allow", "power-cycle", "-rate", wrong); code != exitUsage || stderr == "" {
+			t.Errorf("-rate %q: exit %d: %s", wrong, code, stderr)
+		}
+	}
+	for _, wrong := range []string{"*", "panic,panic", "two words"} {
+		if code, _, stderr := newOne("-detectors", wrong); code != exitUsage || stderr == "" {
+			t.Errorf("-detectors %q: exit %d: %s", wrong, code, stderr)
+		}
+	}
 	for _, wrong := range []string{"", "all", "all=", "all=execute", "all/x=read", "=read", "0x1000=read", "0x1000+=read", "0x1000+0=read", "2+18446744073709551615=read", "x+1=read", "symbol=read", "symbol/=read",
 		"symbol/a b=read", "symbol/a+0=read", "symbol/a+x=read", "process/1000=read", "process/root/x=read", "process/-1/x=read", "process/0/sixteen-letters-x=read", "process/0/sshd=read", "kernelText=read"} {
 		if code, _, stderr := newOne("-permit-read", "-memory", wrong); code != exitUsage || stderr == "" {
