@@ -38,8 +38,8 @@ func replayed(ctx context.Context, b *bench) (string, error) {
 	return fmt.Sprintf("the whole memory: found after %.1f s; the pages of the log alone: after %.1f s", all.Seconds(), log.Seconds()), nil
 }
 
-// earlier waits for the finding that something of the host's is of an earlier time, and returns how long it took.
-func (b *bench) earlier(ctx context.Context, what string, before []detect.Finding) (time.Duration, error) {
+// earlier waits for a finding, of one of these keys, that something of the host's is of an earlier time, and returns how long it took.
+func (b *bench) earlier(ctx context.Context, before []detect.Finding, keys ...string) (time.Duration, error) {
 	began, wait := time.Now(), 40*time.Second
 	if b.calm {
 		wait = 15 * time.Second
@@ -47,7 +47,7 @@ func (b *bench) earlier(ctx context.Context, what string, before []detect.Findin
 	ctx, cancel := context.WithTimeoutCause(ctx, wait, fmt.Errorf("it is not found within %v", wait))
 	defer cancel()
 	_, err := b.agent.WaitFinding(ctx, func(f detect.Finding) bool {
-		return f.Kind == detect.KindTampering && strings.Contains(f.Title, what) && !slices.ContainsFunc(before, func(g detect.Finding) bool { return g.ID == f.ID })
+		return f.Kind == detect.KindTampering && slices.Contains(keys, f.Key) && !slices.ContainsFunc(before, func(g detect.Finding) bool { return g.ID == f.ID })
 	})
 	if err != nil {
 		return 0, fmt.Errorf("%w; %s", err, b.condition(ctx))
@@ -118,7 +118,7 @@ func (b *bench) replayAll(ctx context.Context) (took time.Duration, err error) {
 				copy(m[p.at:], p.now)
 			}
 		}()
-		took, err = b.earlier(ctx, "memory shows an earlier time", before)
+		took, err = b.earlier(ctx, before, "clock-back", "log-back", "forks-back") // the clock stands where an agent must attach anew first
 		return err
 	})
 	return took, err
@@ -202,7 +202,7 @@ func (b *bench) replayLog(ctx context.Context) (time.Duration, error) {
 	}); err != nil {
 		return 0, err
 	}
-	return b.earlier(ctx, "log shows an earlier time", before)
+	return b.earlier(ctx, before, "log-back")
 }
 
 // logPages is where the kernel's log is: the ring's own record, its descriptors, what they say of the records, the text.
