@@ -131,7 +131,7 @@ func warmed(ctx context.Context, w io.Writer, warm func() (time.Duration, error)
 
 // native measures what package kernel takes in this process, and returns what measures ps alone again.
 func native(ctx context.Context, w io.Writer, mem hostmem.Memory, img *kernel.Image) (func() (time.Duration, error), error) {
-	const limit = 60 << 20 // as the agent has one (backdoord -memory)
+	const limit = 60 << 20 // backdoord keeps itself within one, too, which follows what is in use
 	debug.SetMemoryLimit(limit)
 	best := func(f func() error) (time.Duration, error) {
 		least := time.Duration(1<<63 - 1)
