@@ -50,6 +50,10 @@ type record struct {
 	gid      netip.Addr
 }
 
+// recordBits are the widths of the first fields: lid, out_reads, qpn, psn, rkey, vaddr. A record of such numbers, the GID
+// and a queue number of 32 bits fills recordLen with its final zero.
+var recordBits = [6]int{16, 16, 24, 24, 32, 64}
+
 // errRecord is wrapped by errors about what a client sent.
 var errRecord = errors.New("not a record of perftest 4.5")
 
@@ -59,8 +63,8 @@ func parseRecord(b []byte) (r record, err error) {
 		return r, fmt.Errorf("%w: %d fields", errRecord, len(fields))
 	}
 	var v [6]uint64
-	for i := range v {
-		if v[i], err = strconv.ParseUint(fields[i], 16, 64); err != nil {
+	for i, bits := range recordBits {
+		if v[i], err = strconv.ParseUint(fields[i], 16, bits); err != nil {
 			return r, fmt.Errorf("%w: field %d: %w", errRecord, i, err)
 		}
 	}
