@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 )
 
 // sharedMemory are the PCI devices that show host memory as plain shared memory, with the BAR that does. On these a
@@ -56,6 +57,7 @@ type Window struct {
 	m      *mapping
 	dev    pciDevice
 	close  func() error
+	other  atomic.Int64 // where in the mapping a word ends that a read has seen, and that was not all ones; 0 if there is none
 }
 
 // OpenPCI finds the device, enables it and maps its window.
@@ -259,23 +261,41 @@ func (d *pciDevice) check() error {
 // Map implements Memory.
 func (w *Window) Map() []Range { return w.layout.ram }
 
-// ReadAt implements Memory. A page that ends in all-ones may be memory that does, or a link that went down: then the device's
-// own registers decide, before the bytes count.
+// ReadAt implements Memory. A page that ends in all-ones may be memory that does, or a link that went down: then it is asked whether the
+// window still answers, before the bytes count.
 func (w *Window) ReadAt(p []byte, off int64) (int, error) {
 	return w.layout.each(opRead, off, len(p), func(lo, hi int, at int64) (int, error) {
+		var other int64 // behind a word that is not all ones
 		for lo0 := lo; ; {
 			next := min(hi, lo+PageSize)
 			n, err := w.m.load(p[lo:next], at+int64(lo-lo0))
-			if err == nil && allOnes(p[max(lo, next-8):next]) {
-				if err = w.dev.check(); err != nil {
+			if err == nil {
+				if !allOnes(p[max(lo, next-8):next]) {
+					other = at + int64(next-lo0)
+				} else if err = w.answers(); err != nil {
 					n = 0
 				}
 			}
 			if lo += n; err != nil || lo == hi {
+				if err == nil && other != 0 {
+					w.other.Store(other)
+				}
 				return lo - lo0, err
 			}
 		}
 	})
+}
+
+// answers tells whether the window still shows memory. If a word that an earlier read has seen is not all ones now either, it does; else
+// the device's own registers decide, which cost a call of the kernel.
+func (w *Window) answers() error {
+	if end := w.other.Load(); end != 0 {
+		var word [8]byte
+		if _, err := w.m.load(word[:], (end-1)&^7); err == nil && !allOnes(word[:]) {
+			return nil
+		}
+	}
+	return w.dev.check()
 }
 
 // WriteAt implements Writer. A write that does not lie wholly in RAM stores nothing.

@@ -160,6 +160,31 @@ func TestWindowLinkLossMidway(t *testing.T) {
 	}
 }
 
+// While another word shows that the window answers, all-ones are data, and the device is not asked; when all is ones, it is.
+func TestWindowOnes(t *testing.T) {
+	d := newDevice(t, "resource2")
+	w := d.open(t, true)
+	ones := bytes.Repeat([]byte{0xff}, 8)
+	if _, err := w.WriteAt(ones, 0x9000); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.ReadAt(make([]byte, 8), 0x8000); err != nil {
+		t.Fatal(err)
+	}
+	d.setConfig(t, nil)
+	if _, err := w.ReadAt(make([]byte, 8), 0x9000); err != nil {
+		t.Errorf("ReadAt(all-ones) beside a word that is not = %v", err)
+	}
+	d.setConfig(t, goodConfig())
+	if _, err := w.WriteAt(ones, 0x8000); err != nil {
+		t.Fatal(err)
+	}
+	d.setConfig(t, nil)
+	if _, err := w.ReadAt(make([]byte, 8), 0x9000); !errors.Is(err, hostmem.ErrLinkDown) {
+		t.Errorf("ReadAt of a window of ones = %v; want %v", err, hostmem.ErrLinkDown)
+	}
+}
+
 func TestWindowThatVanishes(t *testing.T) {
 	d := newDevice(t, "resource2")
 	w := d.open(t, true)
