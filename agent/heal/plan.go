@@ -94,7 +94,10 @@ func (b *Bytes) UnmarshalText(t []byte) error {
 			continue
 		}
 		n := bytes.IndexByte(t, '(')
-		if n < 0 {
+		switch n {
+		case 0:
+			return fmt.Errorf("memory bytes: %q begins no run of zeros, such as (00*16)", t[:min(len(t), 8)])
+		case -1:
 			n = len(t)
 		}
 		var err error

@@ -132,7 +132,7 @@ func TestLift(t *testing.T) {
 }
 
 func FuzzBytes(f *testing.F) {
-	for _, s := range []string{"", "00", "deadbeef", "(00*4096)", "(00*16)01(00*20)", "(00*99999999)", "(00*", "0"} {
+	for _, s := range []string{"", "00", "deadbeef", "(00*4096)", "(00*16)01(00*20)", "(00*99999999)", "(00*", "(", "00(01*2)", "0"} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, text []byte) {
