@@ -399,14 +399,17 @@ func (w *watcher) watch(ctx context.Context) error {
 	}
 	began := time.Now()
 	late := began.Sub(w.due) > e.config.Heartbeat
-	pctx, cancel := context.WithTimeout(ctx, passTimeout)
-	cost, err := w.pass(pctx)
-	cancel()
-	if err == nil {
-		w.e.decide(ctx, began) // what it begins outlives the pass
-		w.e.tidy(ctx, began)
-	}
-	took := time.Since(began) + w.peeked
+	var cost kernel.Cost
+	var err error
+	used := w.peeked + processorTime(func() {
+		pctx, cancel := context.WithTimeout(ctx, passTimeout)
+		defer cancel()
+		if cost, err = w.pass(pctx); err == nil {
+			w.e.decide(ctx, began) // what it begins outlives the pass
+			w.e.tidy(ctx, began)
+		}
+	})
+	took := time.Since(began)
 	w.peeked = 0
 	interval := began.Add(e.config.Heartbeat)
 	if after := time.Now().Add(e.config.Heartbeat / 5); interval.Before(after) {
@@ -415,7 +418,7 @@ func (w *watcher) watch(ctx context.Context) error {
 	w.due = interval
 	if !w.began.IsZero() {
 		if period := began.Sub(w.began).Seconds(); period > 0 {
-			w.load.add(took.Seconds() / period)
+			w.load.add(used.Seconds() / period)
 			w.bytes.add(float64(cost.Bytes) / period)
 		}
 	}

@@ -97,7 +97,7 @@ type PassCost struct {
 	MeanHeartbeat time.Duration `json:"meanHeartbeat"`
 	MeanTasks     time.Duration `json:"meanTasks"`
 	BytesPerSec   float64       `json:"bytesPerSec"`
-	Load          float64       `json:"load"` // share of the time spent in passes, 0 to 1
+	Load          float64       `json:"load"` // processor time of the passes, as a share of one CPU, 0 to 1
 	Late          uint64        `json:"late"` // passes that began more than one interval late
 }
 

@@ -30,7 +30,7 @@ func telemetry() service.Telemetry {
 			{ID: "EnginePasses", Name: "Passes over the host's memory", Counter: true, Property: engine + "Passes"},
 			{ID: "EngineReads", Name: "Accesses to the host's memory", Counter: true, Property: engine + "LastPass/Reads"},
 			{ID: "EngineBytes", Name: "Bytes read from the host's memory", Counter: true, Units: bytes, Property: engine + "LastPass/Bytes"},
-			{ID: "EngineLoad", Name: "Share of the time that the agent looks at the host", Decimal: true, Property: engine + "LastPass/Load"},
+			{ID: "EngineLoad", Name: "Share of a processor that looks at the host take", Decimal: true, Property: engine + "LastPass/Load"},
 			{ID: "EngineLate", Name: "Passes that began late", Counter: true, Property: engine + "LastPass/Late"},
 			{ID: "RDMADropped", Name: "RDMA packets dropped", Counter: true, Property: rdmaURI + "#/RDMA/Dropped"},
 			{ID: "RDMARefused", Name: "RDMA requests refused", Counter: true, Property: rdmaURI + "#/RDMA/Refused"},

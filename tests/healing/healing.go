@@ -25,6 +25,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/query"
 	"github.com/backdoor-rhs/backdoor/boot/attest"
 	"github.com/backdoor-rhs/backdoor/redfish/client"
+	"github.com/backdoor-rhs/backdoor/redfish/schema"
 	"github.com/backdoor-rhs/backdoor/tests/lab"
 	"github.com/backdoor-rhs/backdoor/tests/lab/control"
 	"github.com/backdoor-rhs/backdoor/tests/operator"
@@ -211,6 +212,11 @@ func (s *story) observe(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	busy, err := s.agentTime(ctx)
+	if err != nil {
+		return err
+	}
+	began := time.Now()
 	st, err := s.agent.State(ctx)
 	if err != nil {
 		return err
@@ -226,6 +232,11 @@ func (s *story) observe(ctx context.Context) error {
 			return err
 		}
 	}
+	busyThen, err := s.agentTime(ctx)
+	if err != nil {
+		return err
+	}
+	took := time.Since(began)
 	after, err := readCounters(ctx, s.lab.Host)
 	if err != nil {
 		return err
@@ -236,9 +247,28 @@ func (s *story) observe(ctx context.Context) error {
 	d := after.sub(before)
 	s.say("host", "watched for %v: %d passes of the agent, none of its programs, modules or interrupts here; forks %d, all by the harness's own questions",
 		d.took.Round(10*time.Millisecond), st.Passes-passes, d.forks)
-	s.figure("agent's share of a DPU core", fmt.Sprintf("%.1f %%", 100*st.LastPass.Load), "agent")
+	s.figure("observation's share of a DPU core", fmt.Sprintf("%.1f %%", 100*st.LastPass.Load), "agent, processor time of its passes")
+	s.figure("agent's share of a DPU core, with all that it serves", fmt.Sprintf("%.1f %%", 100*(busyThen-busy).Seconds()/took.Seconds()), "DPU's kernel")
 	s.figure("agent's reads", fmt.Sprintf("%.2f MB/s", st.LastPass.BytesPerSec/1e6), "agent")
 	return nil
+}
+
+// agentTime is how much processor time the agent's processes have had, as the DPU's kernel counts it.
+func (s *story) agentTime(ctx context.Context) (time.Duration, error) {
+	var data schema.ManagerDiagnosticData
+	if err := s.agent.Get(ctx, "/redfish/v1/Managers/bmc/ManagerDiagnosticData", &data); err != nil {
+		return 0, err
+	}
+	var seconds float64
+	for _, p := range data.TopProcesses {
+		if strings.Contains(p.CommandLine, "backdoord") {
+			seconds += p.UserTimeSeconds + p.KernelTimeSeconds
+		}
+	}
+	if seconds == 0 {
+		return 0, fmt.Errorf("the agent is not among the DPU's processes: %+v", data.TopProcesses)
+	}
+	return time.Duration(seconds * float64(time.Second)), nil
 }
 
 // runaway starts a process that eats a CPU, and waits until the host itself says that it was killed.
