@@ -162,7 +162,8 @@ func (e *Engine) automatic(ctx context.Context, f detect.Finding, action string)
 		}
 		// Harsher means are only for a fault that has been seen again since, and never in place of what nobody may do here.
 		refused := errors.Is(err, access.ErrDenied) || errors.Is(err, ErrWritesOff) || errors.Is(err, heal.ErrProtected) || errors.Is(err, heal.ErrBlast)
-		again := e.confirm(ctx, f)
+		then, _ := heal.Find(e.o.Policy.Next(f, action))
+		again := e.confirm(ctx, f, then.Risk)
 		if errors.Is(again, errQuiet) {
 			return
 		}
@@ -625,7 +626,7 @@ func (e *Engine) executor(mem hostmem.Memory, img *kernel.Image, grant access.Gr
 	if e.o.Journal != nil {
 		o.Journal = e.o.Journal
 	}
-	o.Confirm = func(ctx context.Context, _ heal.Plan) error { return e.confirm(ctx, f) }
+	o.Confirm = func(ctx context.Context, p heal.Plan) error { return e.confirm(ctx, f, p.Risk) }
 	o.Cured = func(ctx context.Context, p heal.Plan) error {
 		if p.Risk == heal.RiskRestart {
 			return e.restarted(ctx, boot)
@@ -669,8 +670,9 @@ func (e *Engine) lease(img *kernel.Image, boot string) *heal.Lease {
 // errQuiet means that a fault is no longer seen.
 var errQuiet = errors.New("its detector is silent now")
 
-// confirm waits until the finding's detector has spoken of it again in a pass that began later than now.
-func (e *Engine) confirm(ctx context.Context, f detect.Finding) error {
+// confirm waits until the finding's detector has spoken of it again in a pass that began later than now. Under a finding that explains it, as when
+// all of the host stands still because its CPUs do, its detector is not asked any more; for a restart it is enough that this one is seen.
+func (e *Engine) confirm(ctx context.Context, f detect.Finding, risk heal.Risk) error {
 	from := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
 	defer cancel()
@@ -682,7 +684,15 @@ func (e *Engine) confirm(ctx context.Context, f detect.Finding) error {
 		case t.silentSince(from):
 			return false, errQuiet
 		}
-		return t.spoke.After(from), nil // a suspicion that stands is not enough
+		if t.spoke.After(from) || risk < heal.RiskRestart { // a suspicion that stands is not enough
+			return t.spoke.After(from), nil
+		}
+		i := slices.IndexFunc(e.detectors, func(d detect.Detector) bool { return d.ID == t.detector })
+		if i < 0 {
+			return false, nil
+		}
+		c := e.open(e.cause(&e.detectors[i]))
+		return c != nil && c.spoke.After(from), nil
 	})
 }
 

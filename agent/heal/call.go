@@ -3,6 +3,7 @@ package heal
 import (
 	"context"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
@@ -59,7 +60,7 @@ func planCall(m model, p Plan, fn function) (Plan, error) {
 	if err != nil {
 		return fail(err)
 	}
-	cpu, listVA, listPA, err := soonestTick(m, nil)
+	cpu, listVA, listPA, err := provenTick(m)
 	if err != nil {
 		return fail(err)
 	}
@@ -237,6 +238,23 @@ func planNMI(m model, f detect.Finding) (Plan, error) {
 		}
 		p.Steps = append(p.Steps, Step{Op: OpWrite, Why: x.why, Object: x.name, Addr: pa, Virt: va, Expect: le(uint64(now), 4), Put: le(uint64(uint32(x.put)), 4), Undo: true})
 	}
-	p.Steps = append(p.Steps, PowerStep("nmi", "the only interrupt that a locked CPU still takes"))
+	panicked, err := m.Symbol("panic_cpu")
+	if err != nil {
+		return Plan{}, fmt.Errorf("plan to restart by NMI: %w", err)
+	}
+	pa, err := m.Phys(panicked)
+	if err != nil {
+		return Plan{}, fmt.Errorf("plan to restart by NMI: panic_cpu: %w", err)
+	}
+	p.Steps = append(p.Steps, Step{
+		Op: OpExpect, Why: "the kernel has not panicked by itself", Object: "panic_cpu", Addr: pa, Virt: panicked, Expect: le(math.MaxUint32, 4),
+	}, PowerStep("nmi", "the only interrupt that a locked CPU still takes"), Step{
+		Op: OpAwait, Why: "the kernel has panicked at it, or something else is there by now", Object: "panic_cpu", Addr: pa, Virt: panicked,
+		Until:   []Cond{{Addr: pa, Size: 4, Mask: math.MaxUint32, Value: math.MaxUint32, What: "a CPU has panicked"}},
+		Timeout: nmiTimeout, Poll: time.Millisecond,
+	})
 	return p, nil
 }
+
+// nmiTimeout is how long a controller may take until an NMI that it was asked for reaches the host.
+const nmiTimeout = 10 * time.Second

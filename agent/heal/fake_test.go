@@ -33,7 +33,8 @@ type fakeHost struct {
 
 	mu    sync.Mutex
 	beats int
-	proof error // what Prove returns
+	pulse func(*kernel.Heartbeat) // alters what a heartbeat says
+	proof error                   // what Prove returns
 	// The CPU's behaviour; set before it runs.
 	deaf      bool          // never ticks
 	unreaped  bool          // the parent never takes note
@@ -311,7 +312,11 @@ func (h *fakeHost) Heartbeat() (kernel.Heartbeat, error) {
 	if !h.deaf {
 		h.beats++
 	}
-	return kernel.Heartbeat{At: time.Now(), CPUs: []kernel.CPU{{ID: 0, Online: true, CurrPID: fakePID, TimerIRQs: uint64(h.beats)}}}, nil
+	hb := kernel.Heartbeat{At: time.Now(), Jiffies: uint64(h.beats), CPUs: []kernel.CPU{{ID: 0, Online: true, CurrPID: fakePID, TimerIRQs: uint64(h.beats)}}}
+	if h.pulse != nil {
+		h.pulse(&hb)
+	}
+	return hb, nil
 }
 
 func (h *fakeHost) Phys(va kernel.VirtAddr) (hostmem.PhysAddr, error) {

@@ -6,6 +6,7 @@ import (
 	"crypto/ed25519"
 	"encoding/json"
 	"errors"
+	"math"
 	"slices"
 	"strings"
 	"testing"
@@ -615,5 +616,43 @@ func TestFaultStillThere(t *testing.T) {
 	out, err := NewExecutor(o).Apply(t.Context(), mustPlan(t, h), "test")
 	if err == nil || out.Verified || !strings.Contains(err.Error(), "still hot") {
 		t.Errorf("Apply = %v, verified %v", err, out.Verified)
+	}
+}
+
+// A CPU is asked to restart the host only if it ticks at this moment.
+func TestProvenTick(t *testing.T) {
+	began := time.Now()
+	for _, tt := range []struct {
+		name  string
+		pulse func(*kernel.Heartbeat)
+		want  int // CPU; -1: none
+	}{
+		{"busy, ticks", func(*kernel.Heartbeat) {}, 0},
+		{"locked in an interrupt that came while it idled", func(hb *kernel.Heartbeat) {
+			hb.CPUs[0].Idle, hb.CPUs[0].Preempt, hb.CPUs[0].TimerIRQs, hb.CPUs[0].NextEvent = true, 1<<16, 7, math.MaxInt64
+		}, -1},
+		{"idle, event overdue", func(hb *kernel.Heartbeat) {
+			hb.Mono, hb.CPUs[0].Idle, hb.CPUs[0].TimerIRQs, hb.CPUs[0].NextEvent = 2e9, true, 7, 1e9
+		}, -1},
+		{"the clock stands, and its timer interrupts", func(hb *kernel.Heartbeat) { hb.Jiffies = 4711 }, -1},
+		{"idle, wakes when it said", func(hb *kernel.Heartbeat) {
+			hb.CPUs[0].Idle, hb.CPUs[0].NextEvent = true, int64(longestIdle)
+			if time.Since(began) < 2*lateTick {
+				hb.CPUs[0].TimerIRQs = 7
+			}
+		}, 0},
+		{"the other one is locked", func(hb *kernel.Heartbeat) {
+			hb.CPUs = append([]kernel.CPU{{ID: 1, Online: true, TimerIRQs: 9}}, hb.CPUs...)
+		}, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			h := newFakeHost(t)
+			h.pulse = tt.pulse
+			cpu, _, _, err := provenTick(h)
+			if tt.want < 0 && !errors.Is(err, kernel.ErrNotFound) || tt.want >= 0 && (err != nil || cpu.ID != tt.want) {
+				t.Errorf("provenTick() = CPU %d, %v; want %d", cpu.ID, err, tt.want)
+			}
+		})
 	}
 }

@@ -230,3 +230,59 @@ func pickCPU(m model, before kernel.Heartbeat, victim *kernel.Task) (kernel.CPU,
 
 // tickPatience is five ticks at the slowest usual rate of servers, HZ=250.
 const tickPatience = 20 * time.Millisecond
+
+const (
+	// lateTick is how late a CPU may be with a tick that is due: a virtual one waits for a real one, too.
+	lateTick = 500 * time.Millisecond
+	// longestIdle is how long an idle CPU sleeps at most: the watchdog's period.
+	longestIdle = 4 * time.Second
+	// hardirqMask are the bits of a preempt count that say that the CPU is in a hard interrupt, include/linux/preempt.h.
+	hardirqMask = 0xf << 16
+)
+
+// provenTick chooses a CPU that has ticked just now, while the clock of ticks went on, and returns where its list head is. Unlike soonestTick, it
+// takes no idle CPU at its word: one that was locked while it idled, in an interrupt say, still looks idle, and where the clock stands there are
+// interrupts of timers and no ticks. It waits for idle CPUs as long as they may sleep, and for others no longer than a tick may be late.
+func provenTick(m model) (cpu kernel.CPU, listVA kernel.VirtAddr, listPA hostmem.PhysAddr, err error) {
+	fail := func(err error) (kernel.CPU, kernel.VirtAddr, hostmem.PhysAddr, error) {
+		return kernel.CPU{}, 0, 0, fmt.Errorf("choose a CPU: %w", err)
+	}
+	before, err := m.Heartbeat()
+	if err != nil {
+		return fail(err)
+	}
+	wait := lateTick
+	for _, c := range before.CPUs {
+		if c.Online && c.Idle && c.Preempt&hardirqMask == 0 {
+			sleeps := min(max(c.NextEvent-before.Mono, 0), int64(longestIdle))
+			wait = max(wait, time.Duration(sleeps)+lateTick)
+		}
+	}
+	for end := time.Now().Add(wait); ; {
+		time.Sleep(tickPatience)
+		now, err := m.Heartbeat()
+		if err != nil {
+			return fail(err)
+		}
+		if len(now.CPUs) != len(before.CPUs) {
+			return fail(fmt.Errorf("number of CPUs changed: %w", kernel.ErrTorn))
+		}
+		best, at := int64(math.MaxInt64), -1
+		for i, c := range now.CPUs {
+			rank := max(c.NextEvent, 0)
+			if !c.Idle {
+				rank = -1
+			}
+			if c.Online && c.TimerIRQs != before.CPUs[i].TimerIRQs && now.Jiffies != before.Jiffies && rank < best {
+				best, at = rank, i
+			}
+		}
+		if at >= 0 {
+			listVA, listPA, err := lazyList(m, now.CPUs[at].ID)
+			return now.CPUs[at], listVA, listPA, err
+		}
+		if time.Now().After(end) {
+			return fail(fmt.Errorf("no CPU of the host has ticked for %v: %w", wait, kernel.ErrNotFound))
+		}
+	}
+}
