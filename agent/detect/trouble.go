@@ -262,7 +262,7 @@ func (s *lockState) explain(f *Finding) {
 	}
 }
 
-// tampering reports what no kernel does to itself: tables of functions that lead out of its code, processes and modules that
+// tampering reports what no kernel does to itself: tables of functions and probes that lead out of its code, processes and modules that
 // are in one list and not in the other.
 func tampering(c Config) Detector {
 	return Detector{
@@ -312,6 +312,18 @@ func tampering(c Config) Detector {
 						add("module "+m, fmt.Sprintf("module %q is hidden", m), "it is live, and not in all of the kernel's lists of modules", 0.95, Culprit{Module: m}, Evidence{"module", m})
 					}
 				}
+				for i, h := range now.Hooks {
+					same := func(o kernel.Hook) bool { return HookKey(o) == HookKey(h) }
+					if slices.ContainsFunc(now.Hooks[:i], same) || !slices.ContainsFunc(old.Hooks, func(o kernel.Hook) bool { return o.At == h.At && o.To == h.To }) {
+						continue
+					}
+					owner := "code that no module of the kernel's lists has"
+					if h.Owner != "" {
+						owner = fmt.Sprintf("the hidden module %q", h.Owner)
+					}
+					add(HookKey(h), fmt.Sprintf("a %s of a stranger's at %s", h.Kind, h.Place), fmt.Sprintf("whenever the kernel comes there, it calls %v, in %s; tracers have the kernel's own code called, and drivers show themselves", h.To, owner),
+						0.97, Culprit{Module: h.Owner}, Evidence{h.Member, h.To.String()}, Evidence{"handler in", owner}, Evidence{"record", h.Record.String()})
+				}
 			}
 			if out = slices.Concat(out, weakened(p.Weakened), changed(p.Changes)); len(out) == 0 && p.Uncompared != "" {
 				return nil, errors.New(p.Uncompared)
@@ -320,6 +332,9 @@ func tampering(c Config) Detector {
 		},
 	}
 }
+
+// HookKey is the key of the finding that a hook is one of, which all hooks of a record share.
+func HookKey(h kernel.Hook) string { return fmt.Sprintf("probe %v", h.Record) }
 
 // Weakened is a protection of the kernel as it was when it stood strongest, and as it is.
 type Weakened struct {

@@ -137,6 +137,15 @@ func TestTampering(t *testing.T) {
 			s.Hidden = []kernel.Task{k}
 		}, 0},
 		{"a hidden module", func(_ int, s *kernel.Signs) { s.HiddenModules = []string{"bad"} }, 1},
+		{"a probe with two handlers of a stranger's", func(_ int, s *kernel.Signs) {
+			s.Hooks = []kernel.Hook{{Kind: "kprobe", Record: 0x1000, Place: "tcp4_seq_show", Member: "kprobe.pre_handler", At: 0x1040, To: 0x2000},
+				{Kind: "kprobe", Record: 0x1000, Place: "tcp4_seq_show", Member: "kprobe.post_handler", At: 0x1048, To: 0x2100}}
+		}, 1},
+		{"a probe of a module that comes or goes", func(i int, s *kernel.Signs) {
+			if i%2 == 0 {
+				s.Hooks = []kernel.Hook{{Kind: "kprobe", Record: 0x1000, At: 0x1040, To: 0x2000}}
+			}
+		}, 0},
 		{"a module that is just loaded", func(i int, s *kernel.Signs) {
 			if i == 4 {
 				s.HiddenModules = []string{"good"}

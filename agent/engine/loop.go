@@ -555,7 +555,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		var s kernel.Signs
 		if s, serr = l.SignsAmong(listed); serr == nil {
 			w.signs = append(w.signs, s)
-			alarming = s.Oopses > 0 || len(s.Strays)+len(s.Hidden)+len(s.HiddenModules)+len(s.Forged) > 0
+			alarming = s.Oopses > 0 || len(s.Strays)+len(s.Hidden)+len(s.HiddenModules)+len(s.Forged)+len(s.Hooks) > 0
 			for len(w.signs) > 2 && now.Sub(w.signs[1].At) > e.config.RCUFor+5*time.Second {
 				w.signs = slices.Delete(w.signs, 0, 1)
 			}

@@ -324,7 +324,7 @@ const StoreAction = "store-memory"
 // Actions returns all actions.
 func Actions() []Action {
 	return []Action{
-		killProcess(), stopProcess(), continueProcess(), stopForkBomb(), restoreKernel(), relinkHidden(), stripCredentials(), wakeTask(), releaseLock(), raiseLimit(), limitMemory(), armPanic(), restartHost(), powerCycle(),
+		killProcess(), stopProcess(), continueProcess(), stopForkBomb(), restoreKernel(), relinkHidden(), unhookProbe(), stripCredentials(), wakeTask(), releaseLock(), raiseLimit(), limitMemory(), armPanic(), restartHost(), powerCycle(),
 		quarantine(), rateLimit(), release(),
 		called(SyncDisks, "Write to disks what is dirty", RiskKernel, emergencySync, everyKind()...),
 		called(RemountDisks, "Remount all file systems read-only", RiskKernel, emergencyRemount, everyKind()...),

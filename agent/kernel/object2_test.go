@@ -483,6 +483,9 @@ func testProbes(t *testing.T, g *guest, img *Image) {
 			}
 		}
 	}
+	if s, err := v.Signs(); err != nil || len(s.Hooks) > 0 || slices.ContainsFunc(s.Missing, func(m string) bool { return strings.HasPrefix(m, "probes") }) {
+		t.Errorf("the guest's own tracing is taken for a stranger's: %+v, %v, %v", s.Hooks, s.Missing, err)
+	}
 	if kinds["kprobe"] != strings.Count(kprobes, "\n") || kinds["kprobe"] == 0 || kinds["ftrace"] == 0 && functions != "" || kinds["rename"] != 1 {
 		t.Errorf("%v; the guest has %s, %s", kinds, kprobes, events)
 	}

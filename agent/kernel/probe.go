@@ -44,18 +44,8 @@ func (v *View) Probes() iter.Seq2[Probe, error] {
 }
 
 func (v *View) kprobes() ([]Probe, error) {
-	table, ok, err := v.feature("kprobe_table")
-	if !ok {
-		return []Probe{}, err
-	}
-	r := resolver{img: v.img}
-	s := r.shape("kprobe", "hlist[]", "list[]", "addr", "pre_handler", "post_handler", "flags")
-	if r.err != nil {
-		return nil, r.err
-	}
 	all := []Probe{}
-	aggregate, _ := v.img.syms.symbol("aggr_pre_handler")
-	add := func(t *thing) error {
+	err := v.eachKprobe(func(t *thing) error {
 		place, err := v.function(t.ptr("addr"))
 		if err != nil {
 			return err
@@ -70,33 +60,56 @@ func (v *View) kprobes() ([]Probe, error) {
 		}
 		all = append(all, Probe{Addr: t.addr(), Kind: "kprobe", Place: place, Function: name, Disabled: t.num("flags")&(kprobeGone|kprobeDisabled) != 0})
 		return nil
-	}
-	heads, err := v.pointers("kprobe_table", table, 64) // KPROBE_TABLE_SIZE
-	if err != nil {
+	})
+	if err != nil && len(all) == 0 {
 		return nil, err
 	}
+	return all, err
+}
+
+// eachKprobe walks the kprobes (struct kprobe, include/linux/kprobes.h), those that share a place one by one.
+func (v *View) eachKprobe(f func(t *thing) error) error {
+	table, ok, err := v.feature("kprobe_table")
+	if !ok {
+		return err
+	}
+	r := resolver{img: v.img}
+	s := r.shape("kprobe", "hlist[]", "list[]", "addr", "pre_handler", "post_handler", "flags")
+	if r.err != nil {
+		return r.err
+	}
+	aggregate, _ := v.img.syms.symbol("aggr_pre_handler")
+	heads, err := v.pointers("kprobe_table", table, 64) // KPROBE_TABLE_SIZE
+	if err != nil {
+		return err
+	}
+	left := maxProbes
+	one := func(at VirtAddr) error {
+		if left--; left < 0 {
+			return &CorruptError{"kprobe", at, fmt.Sprintf("more than %d", maxProbes)}
+		}
+		t, err := v.thing(s, at)
+		if err != nil {
+			return err
+		}
+		return f(&t)
+	}
 	for _, first := range heads {
-		err := v.hlist("kprobe", first, s.offset("hlist"), maxProbes-len(all), func(at VirtAddr) error {
+		err := v.hlist("kprobe", first, s.offset("hlist"), maxProbes, func(at VirtAddr) error {
 			t, err := v.thing(s, at)
 			if err != nil {
 				return err
 			}
 			if aggregate == 0 || t.ptr("pre_handler") != aggregate {
-				return add(&t)
+				return one(at)
 			}
-			return v.list("kprobe", t.at("list"), s.offset("list"), maxProbes-len(all), func(at VirtAddr) error {
-				one, err := v.thing(s, at)
-				if err != nil {
-					return err
-				}
-				return add(&one)
-			})
+			return v.list("kprobe", t.at("list"), s.offset("list"), maxProbes, one)
 		})
 		if err != nil {
-			return all, err
+			return err
 		}
 	}
-	return all, nil
+	return nil
 }
 
 // ftraceUsers lists those who have themselves called at the entry of functions (struct ftrace_ops, include/linux/ftrace.h).

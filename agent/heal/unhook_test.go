@@ -1,0 +1,96 @@
+package heal
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/backdoor-rhs/backdoor/agent/detect"
+	"github.com/backdoor-rhs/backdoor/agent/kernel"
+)
+
+// hooked is a host with a kprobe and a kretprobe of strangers', and one that a user of ftrace has; its no_blink lies behind posix_timer_fn.
+func hooked(t *testing.T, code []byte) (*fakeHost, []kernel.Hook) {
+	h := newFakeHost(t)
+	h.symbols["no_blink"] = direct + paFn + 0x300
+	h.write(paFn+0x300, code)
+	hooks := []kernel.Hook{
+		{Kind: "kprobe", Record: direct + 0x150000, Place: "filldir64", Member: "kprobe.pre_handler", At: direct + 0x150040, To: 0xbad0},
+		{Kind: "kprobe", Record: direct + 0x150000, Place: "filldir64", Member: "kprobe.post_handler", At: direct + 0x150048, To: 0xbad1},
+		{Kind: "kretprobe", Record: direct + 0x151000, Place: "commit_creds", Member: "kretprobe.handler", At: direct + 0x151060, To: 0xbad2},
+		{Kind: "ftrace", Record: direct + 0x152000, Place: "?", Member: "ftrace_ops.func", At: direct + 0x152000, To: 0xbad3},
+	}
+	h.put64(0x150040, 0xbad0)
+	h.put64(0x150048, 0xbad1)
+	h.put64(0x151060, 0xbad2)
+	h.put64(0x152000, 0xbad3)
+	return h, hooks
+}
+
+// static long no_blink(int state) { return 0; }, as Debian's 6.1 and 6.12 have it.
+var noBlink = append(append([]byte(nil), endbr64...), 0x0f, 0x1f, 0x44, 0x00, 0x00, 0x31, 0xc0, 0xe9, 1, 2, 3, 4)
+
+func TestUnhook(t *testing.T) {
+	h, hooks := hooked(t, noBlink)
+	p, err := planUnhook(h, detect.Finding{ID: "tampering-1", Kind: detect.KindTampering, Key: detect.HookKey(hooks[0])}, hooks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.ID = "plan-1"
+	o := options(t, h, &memJournal{})
+	o.Grant = grant(t, permit(UnhookProbe))
+	out, err := NewExecutor(o).Apply(t.Context(), p, "test")
+	if err != nil || !out.Verified || out.Stores != 2 || !out.Atomic {
+		t.Fatalf("%+v, %v", out, err)
+	}
+	if got := [3]uint64{h.get(0x150040, 8), h.get(0x150048, 8), h.get(0x151060, 8)}; got != [3]uint64{direct + paFn + 0x300, direct + paFn + 0x300, 0xbad2} {
+		t.Errorf("the handlers are %#x", got)
+	}
+}
+
+// Another handler that has been put there meanwhile is not touched, and neither is the one that was put out of use before.
+func TestUnhookRaced(t *testing.T) {
+	h, hooks := hooked(t, noBlink)
+	p, err := planUnhook(h, detect.Finding{ID: "tampering-1", Kind: detect.KindTampering, Key: detect.HookKey(hooks[0])}, hooks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.ID = "plan-1"
+	h.put64(0x150048, 0x900d)
+	o := options(t, h, &memJournal{})
+	o.Grant = grant(t, permit(UnhookProbe))
+	if out, err := NewExecutor(o).Apply(t.Context(), p, "test"); !errors.Is(err, ErrMismatch) || out.Stores != 0 {
+		t.Fatalf("%+v, %v", out, err)
+	}
+	if got := [2]uint64{h.get(0x150040, 8), h.get(0x150048, 8)}; got != [2]uint64{0xbad0, 0x900d} {
+		t.Errorf("the handlers are %#x", got)
+	}
+}
+
+func TestUnhookRefuses(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		hook int // of which; -1: another
+		code []byte
+		arch string
+		want error
+	}{
+		{"ftrace calls by code of its own", 3, noBlink, "", kernel.ErrNotSupported},
+		{"the probe is gone", -1, noBlink, "", ErrGone},
+		{"the function does more than to return 0", 0, append(append([]byte(nil), endbr64...), 0x0f, 0x1f, 0x44, 0x00, 0x00, 0xb0, 0x01, 0xc3, 0, 0, 0, 0), "", kernel.ErrNotSupported},
+		{"another architecture", 0, noBlink, archAArch64, kernel.ErrNotSupported},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h, hooks := hooked(t, tt.code)
+			if tt.arch != "" {
+				h.info.Arch = tt.arch
+			}
+			f := detect.Finding{ID: "tampering-1", Kind: detect.KindTampering, Key: "probe 0x1"}
+			if tt.hook >= 0 {
+				f.Key = detect.HookKey(hooks[tt.hook])
+			}
+			if _, err := planUnhook(h, f, hooks); !errors.Is(err, tt.want) {
+				t.Errorf("planUnhook() = %v; want %v", err, tt.want)
+			}
+		})
+	}
+}
