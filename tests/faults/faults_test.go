@@ -838,7 +838,7 @@ func TestFaults(t *testing.T) {
 }
 
 // A host that works hard is not ill: it builds, reads a disk, talks to itself by TCP, has a database take much of its memory at once, is held
-// for moments as on a busy hypervisor, loads modules and takes them out, and has its kernel patch its own code. Detectors are set as they are for customers, but
+// for moments as on a busy hypervisor, loads modules and takes them out, has its kernel patch its own code, and traces a function. Detectors are set as they are for customers, but
 // for the CPUs': those are emulated, and wait for real ones that have other work, too.
 func TestHealthy(t *testing.T) {
 	if testing.Short() {
@@ -853,6 +853,9 @@ func TestHealthy(t *testing.T) {
 			began := time.Now()
 			var done string
 			b.g.Ask("patch", "patched", &done) // with more to do, an emulator takes minutes for that
+			// Somebody traces, as perf probe does.
+			b.g.Ask("write /sys/kernel/tracing/kprobe_events r:listed filldir64", "written", &done)
+			b.g.Ask("write /sys/kernel/tracing/events/kprobes/listed/enable 1", "written", &done)
 			b.g.Spawn("rootload")
 			b.g.Spawn("rootnet")
 			b.g.Spawn("rootio")
