@@ -25,7 +25,9 @@
 // start and size an entry can have one name: {"all": true}, {"kernelText": true}, {"symbol": "jiffies"} with or without "size", or
 // {"process": {"uid": 1000, "comm": "worker"}}. The host's memory says where that is, anew at each use (see Resolver). With "twoPersons" each store by
 // address needs a second operator's consent. "detectors", a list of IDs, narrows down who may judge the host; "rates", a list of
-// {"action": "power-cycle", "most": 3, "within": 86400}, how often actions may be begun within so many seconds. No action touches the tasks of protected users; init and kernel threads are
+// {"action": "power-cycle", "most": 3, "within": 86400}, how often actions may be begun within so many seconds; "values", a list of
+// {"action": "set-sysctl", "name": "kernel.pid_max", "min": 32768, "max": 4194304}, what those may be given that take a value: of an action that is
+// named there nothing else. No action touches the tasks of protected users; init and kernel threads are
 // protected always. signatures has one element for the owner, one for each monitor, and one for the host if host.key names one: {"key": …, "signature": …} in base64,
 // Ed25519 over Canonical's bytes. The agent takes the document only with the key of the owner that its configuration names.
 //
@@ -105,6 +107,16 @@ type Rights struct {
 	Detectors []string `json:"detectors,omitempty"`
 	// Rates bound how often actions may be begun, whoever asks for them. An action that none names is bounded by the policy alone.
 	Rates []Rate `json:"rates,omitempty"`
+	// Values narrow down what actions may be given that take a value. An action that none names may be given whatever it takes by itself.
+	Values []ValueRange `json:"values,omitempty"`
+}
+
+// ValueRange is a value that an action may be given.
+type ValueRange struct {
+	Action string `json:"action"`
+	Name   string `json:"name"` // of the setting, as kernel.pid_max
+	Min    int64  `json:"min"`  // both included
+	Max    int64  `json:"max"`
 }
 
 // Rate is how often a healing action may be begun.

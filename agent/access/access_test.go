@@ -132,6 +132,13 @@ func TestLoadRefuses(t *testing.T) {
 		{"a rate twice", strings.Replace(doc, `"power": false`, `"power": false, "rates": [{"action": "kill-process", "most": 1, "within": 60}, {"action": "kill-process", "most": 2, "within": 60}]`, 1), ErrInvalid, "rights.rates[1].action"},
 		{"never", strings.Replace(doc, `"power": false`, `"power": false, "rates": [{"action": "kill-process", "most": 0, "within": 60}]`, 1), ErrInvalid, "rights.rates[0].most"},
 		{"at no time", strings.Replace(doc, `"power": false`, `"power": false, "rates": [{"action": "kill-process", "most": 1, "within": 604801}]`, 1), ErrInvalid, "rights.rates[0].within"},
+		{"an empty list of values", strings.Replace(doc, `"power": false`, `"power": false, "values": []`, 1), ErrInvalid, "rights.values: is empty"},
+		{"a value of nothing given", strings.Replace(doc, `"power": false`, `"power": false, "values": [{"action": "set-sysctl", "name": "kernel.panic", "min": 1, "max": 2}]`, 1), ErrInvalid, "rights.values[0].action"},
+		{"a value the wrong way round", strings.Replace(doc, `"power": false`, `"power": false, "values": [{"action": "kill-process", "name": "kernel.panic", "min": 2, "max": 1}]`, 1), ErrInvalid, "rights.values[0]: 2 to 1"},
+		{"a value twice", strings.Replace(doc, `"power": false`, `"power": false, "values": [{"action": "kill-process", "name": "a", "min": 1, "max": 1}, {"action": "kill-process", "name": "a", "min": 2, "max": 2}]`, 1), ErrInvalid, "rights.values[1].name"},
+		{"a value by a pattern", strings.Replace(doc, `"power": false`, `"power": false, "values": [{"action": "kill-process", "name": "kernel.*", "min": 1, "max": 1}]`, 1), ErrInvalid, "rights.values[0].name"},
+		{"a value that is text", strings.Replace(doc, `"power": false`, `"power": false, "values": [{"action": "kill-process", "name": "a", "min": "1", "max": 1}]`, 1), ErrInvalid, "cannot unmarshal"},
+		{"a value added", strings.Replace(doc, `"power": false`, `"power": false, "values": [{"action": "kill-process", "name": "a", "min": 1, "max": 1}]`, 1), ErrUnsigned, "was changed after signing"},
 		{"all as a word", memory(`"all": "true"`), ErrInvalid, "cannot unmarshal"},
 		{"a good name, unsigned", memory(`"process": {"uid": 0, "comm": "worker"}`), ErrUnsigned, "was changed after signing"},
 		{"more memory", strings.Replace(doc, `"power": false`, `"power": false, "memory": [{"start": 0, "size": 4096, "write": true}]`, 1), ErrUnsigned, "was changed after signing"},
@@ -464,6 +471,44 @@ func FuzzLoad(f *testing.F) {
 			t.Fatalf("a document loads that was never signed: %s", got)
 		}
 	})
+}
+
+func TestPermitValue(t *testing.T) {
+	now := time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)
+	in := func() time.Time { return now }
+	a := sample()
+	a.Rights.Actions = []string{"set-sysctl", "set-memory-max"}
+	if err := a.Grant(uuid, in).PermitValue("set-sysctl", "kernel.panic", 7); err != nil {
+		t.Errorf("what bounds nothing denies: %v", err)
+	}
+	a.Rights.Values = []ValueRange{{"set-sysctl", "kernel.panic", -1, 60}, {"set-sysctl", "kernel.pid_max", 40000, 40000}}
+	for _, tt := range []struct {
+		action, name string
+		n            int64
+		want         string
+	}{
+		{"set-sysctl", "kernel.panic", -1, ""}, {"set-sysctl", "kernel.panic", 60, ""}, {"set-sysctl", "kernel.pid_max", 40000, ""},
+		{"set-sysctl", "kernel.panic", 61, `gives "set-sysctl" for kernel.panic -1 to 60, not 61; ask within that`},
+		{"set-sysctl", "kernel.panic", -2, "not -2"},
+		{"set-sysctl", "kernel.panic_on_oops", 1, `does not give "set-sysctl" for kernel.panic_on_oops`},
+		{"set-memory-max", "memory.max", 1 << 40, ""},
+		{"kill-process", "kernel.panic", 1, `does not give "kill-process"`},
+	} {
+		err := a.Grant(uuid, in).PermitValue(tt.action, tt.name, tt.n)
+		if (err == nil) != (tt.want == "") || err != nil && (!errors.Is(err, ErrDenied) || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("PermitValue(%q, %q, %d) = %v; want %q", tt.action, tt.name, tt.n, err, tt.want)
+		}
+	}
+	for name, g := range map[string]Grant{"no agreement": {}, "another host": a.Grant("x", in), "ended": a.Grant(uuid, func() time.Time { return now.AddDate(10, 0, 0) })} {
+		if err := g.PermitValue("set-sysctl", "kernel.panic", 1); !errors.Is(err, ErrDenied) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	// Without the list the canonical bytes are what they were before there was one.
+	a.Rights.Values = nil
+	if b, err := a.Canonical(); err != nil || bytes.Contains(b, []byte("values")) {
+		t.Errorf("%s, %v", b, err)
+	}
 }
 
 func TestPermitDetectorAndRate(t *testing.T) {

@@ -281,6 +281,22 @@ func (a *Agreement) check() error {
 			return bad(where+".within", "is %d seconds; it must be 1 to %d, which is a week", r.Within, int(LongestRate/time.Second))
 		}
 	}
+	if v := a.Rights.Values; v != nil && len(v) == 0 {
+		return bad("rights.values", "is empty, which is signed like none at all; leave it out, or name actions")
+	}
+	for i, v := range a.Rights.Values {
+		where := fmt.Sprintf("rights.values[%d]", i)
+		switch {
+		case !slices.Contains(a.Rights.Actions, v.Action):
+			return bad(where+".action", "%q is no action of rights.actions", v.Action)
+		case !idForm.MatchString(v.Name):
+			return bad(where+".name", "%q must be 1 to 64 of a-z, 0-9, dot, dash and underscore", v.Name)
+		case v.Min > v.Max:
+			return bad(where, "%d to %d is the wrong way round", v.Min, v.Max)
+		case slices.ContainsFunc(a.Rights.Values[:i], func(o ValueRange) bool { return o.Action == v.Action && o.Name == v.Name }):
+			return bad(where+".name", "%q of %s is there twice", v.Name, v.Action)
+		}
+	}
 	if a.Rights.Write && !a.Rights.Read {
 		return bad("rights", "writing without reading is not possible; give read as well")
 	}

@@ -164,6 +164,34 @@ func (g Grant) PermitRate(action string, now time.Time, begun []time.Time) error
 		g.agreement.ID, action, r.Most, within, n, next.Add(within).UTC().Format(time.RFC3339), ErrDenied)
 }
 
+// PermitValue returns nil if an action may be given a value. What an emergency permits is bounded by the action alone.
+func (g Grant) PermitValue(action, name string, n int64) error {
+	if err := g.Permit(action); err != nil {
+		return err
+	}
+	if e := g.broken(); e != nil && slices.Contains(e.Actions, action) {
+		return nil
+	}
+	bound := false
+	for _, v := range g.agreement.Rights.Values {
+		if v.Action != action {
+			continue
+		}
+		bound = true
+		switch {
+		case v.Name != name:
+		case n < v.Min || n > v.Max:
+			return fmt.Errorf("agreement %s gives %q for %s %d to %d, not %d; ask within that, or have the owner sign another: %w", g.agreement.ID, action, name, v.Min, v.Max, n, ErrDenied)
+		default:
+			return nil
+		}
+	}
+	if bound {
+		return fmt.Errorf("agreement %s does not give %q for %s; have the owner sign one that does: %w", g.agreement.ID, action, name, ErrDenied)
+	}
+	return nil
+}
+
 // PermitMemory returns nil if a monitor may reach the size bytes at start by itself now, in all the ways asked for.
 func (g Grant) PermitMemory(start, size uint64, read, write, atomic bool) error {
 	if err := g.PermitMemoryByTwo(start, size, read, write, atomic); err != nil {

@@ -25,6 +25,9 @@ func (a *Agreement) WriteText(w io.Writer) error {
 	for _, r := range a.Rights.Rates {
 		line("rate", "%s %d times within %v", r.Action, r.Most, time.Duration(r.Within)*time.Second)
 	}
+	for _, v := range a.Rights.Values {
+		line("value", "%s %s=%d..%d", v.Action, v.Name, v.Min, v.Max)
+	}
 	if a.Rights.Detectors != nil {
 		line("detectors", "%s", strings.Join(a.Rights.Detectors, ", "))
 	}

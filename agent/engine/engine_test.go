@@ -845,6 +845,25 @@ func TestEndWaitsForRepair(t *testing.T) {
 	})
 }
 
+// A policy whose values do not fit its actions is refused when it is loaded, not when it is needed.
+func TestCheckPolicyValues(t *testing.T) {
+	for _, tt := range []struct {
+		rule policy.Rule
+		want string
+	}{
+		{policy.Rule{Finding: "exhaustion", Action: heal.SetSysctl, Set: &policy.Value{Name: "kernel.pid_max", Number: 1 << 20}, Mode: policy.Wait}, ""},
+		{policy.Rule{Finding: "exhaustion", Action: heal.SetSysctl, Mode: policy.Wait}, "needs to be told what to set"},
+		{policy.Rule{Finding: "exhaustion", Action: heal.SetSysctl, Set: &policy.Value{Name: "kernel.pid_max", Number: 3}, Mode: policy.Wait}, "give kernel.pid_max=301..4194304"},
+		{policy.Rule{Finding: "exhaustion", Action: heal.RaiseLimit, Set: &policy.Value{Name: "kernel.pid_max", Number: 1 << 20}, Mode: policy.Wait}, "kernel.pid_max is what set-sysctl sets"},
+		{policy.Rule{Finding: "exhaustion", Action: heal.RaiseLimit, Mode: policy.Automatic, MaxPerHour: 1, Then: heal.SetSysctl, ThenSet: &policy.Value{Name: "kernel.core_pattern"}}, `rules[0].then: set-sysctl: there is no "kernel.core_pattern"`},
+	} {
+		err := CheckPolicy(policy.Policy{Version: policy.Version, Rules: []policy.Rule{tt.rule}})
+		if (err == nil) != (tt.want == "") || err != nil && (!errors.Is(err, policy.ErrInvalid) || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%+v: %v; want %q", tt.rule, err, tt.want)
+		}
+	}
+}
+
 func TestHealByOperator(t *testing.T) {
 	var pw *fakePower
 	inBubble(t, func(m *made, o *Options) {
@@ -862,6 +881,23 @@ func TestHealByOperator(t *testing.T) {
 			if _, out, err := w.e.Heal(ctx, HealRequest{Finding: "panic-1", Action: tt.action}); err == nil || out != nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("Heal with %s = %v; want %q", tt.action, err, tt.want)
 			}
+		}
+		for _, tt := range []struct {
+			action string
+			value  *heal.Value
+			want   string
+		}{
+			{"", &heal.Value{Name: "kernel.core_pattern"}, `no action sets "kernel.core_pattern"`},
+			{"", &heal.Value{Name: "kernel.panic", Number: -2}, "give kernel.panic=-1..86400"}, // its name says which action
+			{heal.PowerCycle, &heal.Value{Name: "kernel.panic", Number: 1}, "kernel.panic is what set-sysctl sets"},
+			{heal.SetSysctl, nil, "needs to be told what to set"},
+		} {
+			if _, out, err := w.e.Heal(ctx, HealRequest{Finding: "panic-1", Action: tt.action, Value: tt.value}); !errors.Is(err, heal.ErrValue) || out != nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("Heal with %s, %v = %v; want %q", tt.action, tt.value, err, tt.want)
+			}
+		}
+		if _, _, err := w.e.Heal(ctx, HealRequest{Finding: "panic-1", Value: &heal.Value{Name: "kernel.panic", Number: 1}}); !errors.Is(err, access.ErrDenied) {
+			t.Errorf("Heal by what is not given = %v", err)
 		}
 		p, out, err := w.e.Heal(ctx, HealRequest{Finding: "panic-1", DryRun: true})
 		if err != nil || out != nil || p.Action != "power-cycle" || len(p.Steps) != 1 || len(pw.did) > 0 {

@@ -41,9 +41,17 @@ func CheckPolicy(p policy.Policy) error {
 	for i, r := range p.Rules {
 		kind, watch, _ := strings.Cut(r.Finding, "/")
 		fit := actionsFor(detect.Kind(kind))
-		for _, a := range []struct{ name, id string }{{"action", r.Action}, {"then", r.Then}} {
+		for _, a := range []struct {
+			name, id string
+			set      *policy.Value
+		}{{"action", r.Action, r.Set}, {"then", r.Then, r.ThenSet}} {
 			if a.id != "" && !slices.Contains(fit, a.id) {
 				return fmt.Errorf("policy: rules[%d].%s: %q is no remedy for a %s; there are %v: %w", i, a.name, a.id, r.Finding, fit, policy.ErrInvalid)
+			}
+			if do, ok := heal.Find(a.id); ok {
+				if err := do.Check((*heal.Value)(a.set)); err != nil {
+					return fmt.Errorf("policy: rules[%d].%s: %w: %w", i, a.name, err, policy.ErrInvalid)
+				}
 			}
 			if do, ok := heal.Find(a.id); ok && detect.Kind(kind) == detect.KindPolicy && r.Mode == policy.Automatic && do.Risk > heal.RiskTask {
 				return fmt.Errorf("policy: rules[%d].%s: %q would be done by itself whenever somebody on the host meets the condition of watch %q: have it wait: %w", i, a.name, a.id, watch, policy.ErrInvalid)
@@ -156,7 +164,7 @@ func (e *Engine) ordered() []*tracked {
 func (e *Engine) automatic(ctx context.Context, f detect.Finding, action string) {
 	defer func() { <-e.healing }()
 	for action != "" {
-		_, _, err := e.repair(ctx, f, action, callerPolicy, "", false)
+		_, _, err := e.repair(ctx, f, action, (*heal.Value)(e.o.Policy.Set(f, action)), callerPolicy, "", false)
 		if err == nil || ctx.Err() != nil {
 			return
 		}
@@ -202,9 +210,18 @@ func (e *Engine) Heal(ctx context.Context, r HealRequest) (heal.Plan, *heal.Outc
 	}
 	f := t.Finding
 	e.mu.Unlock()
-	action := r.Action
+	action, value := r.Action, r.Value
+	if action == "" && value != nil {
+		_, action, _ = heal.SettingOf(value.Name)
+		if action == "" {
+			return heal.Plan{}, nil, fmt.Errorf("no action sets %q: %w", value.Name, heal.ErrValue)
+		}
+	}
 	if action == "" {
 		action = f.Action
+	}
+	if value == nil {
+		value = (*heal.Value)(e.o.Policy.Set(f, action))
 	}
 	if action == "" {
 		return heal.Plan{}, nil, fmt.Errorf("policy proposes no action for %s; name one of %v", f.ID, actionsFor(f.Kind))
@@ -217,7 +234,7 @@ func (e *Engine) Heal(ctx context.Context, r HealRequest) (heal.Plan, *heal.Outc
 		caller = "operator " + callerPolicy
 	}
 	if r.DryRun {
-		return e.repair(ctx, f, action, caller, r.Agreed, true)
+		return e.repair(ctx, f, action, value, caller, r.Agreed, true)
 	}
 	select {
 	case e.healing <- struct{}{}:
@@ -225,7 +242,7 @@ func (e *Engine) Heal(ctx context.Context, r HealRequest) (heal.Plan, *heal.Outc
 	default:
 		return heal.Plan{}, nil, ErrBusy
 	}
-	return e.repair(ctx, f, action, caller, r.Agreed, false)
+	return e.repair(ctx, f, action, value, caller, r.Agreed, false)
 }
 
 // UndoRequest asks for a finished repair to be taken back.
@@ -255,6 +272,9 @@ func (e *Engine) Undo(ctx context.Context, r UndoRequest) (p heal.Plan, out *hea
 		return fail(ErrNoUndo)
 	}
 	last := outcomes[len(outcomes)-1].Plan
+	if last.TakesBack != "" {
+		return fail(fmt.Errorf("%s was taken back already: %w", last.TakesBack, ErrNoUndo))
+	}
 	did, ok := heal.Find(last.Action)
 	if !ok || did.Undo == "" {
 		return fail(fmt.Errorf("%s is for good: %w", last.Action, ErrNoUndo))
@@ -304,7 +324,12 @@ func (e *Engine) Undo(ctx context.Context, r UndoRequest) (p heal.Plan, out *hea
 			return fail(err)
 		}
 	}
-	if p, err = a.Plan(ctx, img.View(ctx), f); err != nil {
+	if did.Undo == did.ID {
+		p, err = heal.TakeBack(outcomes[len(outcomes)-1])
+	} else {
+		p, err = a.Prepare(ctx, img.View(ctx), f, nil)
+	}
+	if err != nil {
 		return fail(err)
 	}
 	p.More = true // it is no repair: no fault is to be gone after it
@@ -344,7 +369,7 @@ func actionsFor(k detect.Kind) []string {
 }
 
 // repair plans and, unless dry, carries out if the plan is what was agreed to. The caller holds the healing token, unless dry.
-func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller, agreed string, dry bool) (p heal.Plan, out *heal.Outcome, err error) {
+func (e *Engine) repair(ctx context.Context, f detect.Finding, action string, value *heal.Value, caller, agreed string, dry bool) (p heal.Plan, out *heal.Outcome, err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			err = fmt.Errorf("panic while planning or healing: %v", r)
@@ -365,7 +390,7 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller, a
 		if out != nil {
 			o = *out
 		} else {
-			e.record("refused", map[string]any{"finding": f.ID, "action": action, "caller": caller, "error": err.Error()})
+			e.record("refused", map[string]any{"finding": f.ID, "action": action, "caller": caller, "error": err.Error(), "value": value})
 		}
 		e.publish(outcomeEvent(EventFailed, f, o, fmt.Sprintf("%s of %s has failed: %v", action, f.ID, err)))
 	}()
@@ -375,6 +400,9 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller, a
 	}
 	if !slices.Contains(a.For, f.Kind) {
 		return p, nil, fmt.Errorf("%s is no remedy for a %s; there are %v", action, f.Kind, actionsFor(f.Kind))
+	}
+	if err := a.Check(value); err != nil {
+		return p, nil, err
 	}
 	limit := healTimeout
 	if a.Risk == heal.RiskRestart {
@@ -400,15 +428,20 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action, caller, a
 		if err := grant.Permit(action); err != nil {
 			return p, nil, err
 		}
+		if value != nil {
+			if err := grant.PermitValue(action, value.Name, value.Number); err != nil {
+				return p, nil, err
+			}
+		}
 	}
 	var v *kernel.View
 	if img != nil {
 		v = img.View(ctx)
 	}
-	p, err = a.Plan(ctx, v, f)
+	p, err = a.Prepare(ctx, v, f, value)
 	for end := time.Now().Add(planPatience); errors.Is(err, heal.ErrNotYet) && img != nil && time.Now().Before(end) && ctx.Err() == nil; {
 		sleep(ctx, 50*time.Millisecond) // a kernel that panics takes a moment to come to rest
-		p, err = a.Plan(ctx, img.View(ctx), f)
+		p, err = a.Prepare(ctx, img.View(ctx), f, value)
 	}
 	if err != nil {
 		return p, nil, err

@@ -2,7 +2,10 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"math"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -63,16 +66,15 @@ func TestLiveRepairs(t *testing.T) {
 			p.ID = "plan-" + action
 			return p, err
 		}
-		do := func(action string, f detect.Finding) heal.Outcome {
-			t.Helper()
-			p, err := plan(action, f)
-			if err != nil {
-				t.Fatal(err)
-			}
-			x := heal.NewExecutor(heal.Options{
+		executor := func(action string) *heal.Executor {
+			return heal.NewExecutor(heal.Options{
 				Memory: ram, Kernel: img, Journal: j, Grant: agreement(t, guestUUID, action).Grant(guestUUID),
 				Confirm: func(context.Context, heal.Plan) error { return nil },
 			})
+		}
+		apply := func(p heal.Plan) heal.Outcome {
+			t.Helper()
+			x := executor(p.Action)
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			out, err := x.Apply(ctx, p, "test")
@@ -81,6 +83,34 @@ func TestLiveRepairs(t *testing.T) {
 			}
 			t.Logf("%s: %v", p.Title, out.Finished.Sub(out.Started).Round(10*time.Microsecond))
 			return out
+		}
+		do := func(action string, f detect.Finding) heal.Outcome {
+			t.Helper()
+			p, err := plan(action, f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return apply(p)
+		}
+		// set gives an action a value, and returns how it ended and what takes it back.
+		set := func(action string, f detect.Finding, v heal.Value) (back func()) {
+			t.Helper()
+			a, _ := heal.Find(action)
+			p, err := a.Prepare(t.Context(), img.View(t.Context()), f, &v)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p.ID = "plan-" + action
+			out := apply(p)
+			return func() {
+				t.Helper()
+				p, err := heal.TakeBack(out)
+				if err != nil {
+					t.Fatal(err)
+				}
+				p.ID = "plan-back"
+				apply(p)
+			}
 		}
 
 		// Forged as the fault suite's rootkit does it, by stores from outside.
@@ -168,8 +198,148 @@ func TestLiveRepairs(t *testing.T) {
 				t.Errorf("armed, and %s is %q, not %s", file, now, want)
 			}
 		}
+		// Each setting that this kernel has: set, shown so by the guest, and taken back.
+		a, _ := heal.Find(heal.SetSysctl)
+		var done []string
+		for _, s := range a.Settings {
+			file := "/proc/sys/" + strings.ReplaceAll(s.Name, ".", "/")
+			var text string
+			if err := g.Try("cat "+file, "text", &text); err != nil {
+				t.Logf("%s: %v", s.Name, err) // no such file
+				continue
+			}
+			was, err := strconv.ParseInt(strings.TrimSpace(text), 10, 64)
+			if err != nil {
+				t.Fatalf("%s: %q", file, text)
+			}
+			put := was + 1
+			if put > s.Max || s.Name == "kernel.panic_on_oops" || strings.HasSuffix(s.Name, "_panic") {
+				put = was - 1
+			}
+			if put < s.Min {
+				put = was + 1
+			}
+			back := set(heal.SetSysctl, detect.Finding{ID: "test"}, heal.Value{Name: s.Name, Number: put})
+			if now := strings.TrimSpace(cat(file)); now != strconv.FormatInt(put, 10) {
+				t.Errorf("%s is %s, not %d", file, now, put)
+			}
+			back()
+			if now := strings.TrimSpace(cat(file)); now != strconv.FormatInt(was, 10) {
+				t.Errorf("%s is %s after it was taken back, not %d", file, now, was)
+			}
+			done = append(done, s.Name)
+		}
+		if len(done) < 20 {
+			t.Errorf("only %d settings were set: %v", len(done), done)
+		}
+		// What the kernel itself refuses is refused, by the bounds of its own table.
+		if err := g.Try("write /proc/sys/kernel/modules_disabled 0", "written", new(string)); err == nil {
+			t.Error("the guest takes what its table does not")
+		}
+		back := set(heal.SetSysctl, detect.Finding{ID: "test"}, heal.Value{Name: "kernel.modules_disabled", Number: 1})
+		if p, err := a.Prepare(t.Context(), img.View(t.Context()), detect.Finding{ID: "test"}, &heal.Value{Name: "kernel.modules_disabled"}); !errors.Is(err, heal.ErrValue) || !strings.Contains(err.Error(), "takes 1 to 1") {
+			t.Errorf("modules are enabled again: %s, %v", p.Title, err)
+		}
+		if err := g.Try("load "+order[0], "loaded", new(string)); err == nil || !strings.Contains(err.Error(), "not permitted") { // else it would be loaded already
+			t.Errorf("a module is loaded in spite of kernel.modules_disabled: %v", err)
+		}
+		back()
+
+		// A control group is limited, as the guest sees it, and given back. What is in the root cannot be.
+		loose := g.Spawn("sleep")
+		half := heal.Value{Name: "memory.max", Number: 16<<20 + 4095} // of a page nothing is left
+		limit, _ := heal.Find(heal.SetMemoryMax)
+		if p, err := limit.Prepare(t.Context(), img.View(t.Context()), finding(loose), &half); !errors.Is(err, kernel.ErrNotSupported) {
+			t.Errorf("a process of the root group is limited: %s, %v", p.Title, err)
+		}
+		pid = g.Spawn("rootstall")
+		for deadline := time.Now().Add(30 * time.Second); ; {
+			var procs string
+			if err := g.Try("cat /cgroup/stall/cgroup.procs", "text", &procs); err == nil && strings.TrimSpace(procs) == strconv.Itoa(pid) {
+				break
+			} else if time.Now().After(deadline) {
+				t.Fatalf("its group: %q, %v", procs, err)
+			}
+		}
+		is := func(want string) {
+			t.Helper()
+			if now := strings.TrimSpace(cat("/cgroup/stall/memory.max")); now != want {
+				t.Errorf("memory.max is %s, not %s", now, want)
+			}
+		}
+		back = set(heal.SetMemoryMax, finding(pid), half)
+		is("16777216")
+		back()
+		is("max")
+		if p, err := limit.Prepare(t.Context(), img.View(t.Context()), finding(pid), &heal.Value{Name: "memory.max", Number: math.MaxInt64}); !errors.Is(err, heal.ErrValue) {
+			t.Errorf("no limit instead of none: %s, %v", p.Title, err)
+		}
+
 		if bad := g.Complaints(); len(bad) > 0 {
 			t.Errorf("the guest's kernel complains: %q", bad)
+		}
+		// It bites: the group's next request is more than it may have, and the guest's OOM killer, which is loud, ends it. The limit can still be
+		// taken back, for the group is there.
+		back = set(heal.SetMemoryMax, finding(pid), heal.Value{Name: "memory.max", Number: 4 << 20})
+		for deadline := time.Now().Add(time.Minute); line(cat("/cgroup/stall/memory.events"), "oom_kill ") == "0"; time.Sleep(50 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("its limit is nothing to it: %s", cat("/cgroup/stall/memory.events"))
+			}
+		}
+		back()
+		is("max")
+		noise := len(g.Complaints())
+
+		// Two that want the same CPU get the same of it, until the one's group weighs less.
+		g.Ask("write /cgroup/cgroup.subtree_control +cpu", "written", new(string))
+		other := g.Spawn("rootpinned")
+		pid = g.Spawn("rootpinned")
+		g.Ask(fmt.Sprintf("write /cgroup/stall/cgroup.procs %d", pid), "written", new(string))
+		ticks := func(pid int) (n int) {
+			t.Helper()
+			_, rest, _ := strings.Cut(cat(fmt.Sprintf("/proc/%d/stat", pid)), ") ")
+			for _, field := range strings.Fields(rest)[11:13] { // utime and stime of proc(5)
+				x, err := strconv.Atoi(field)
+				if err != nil {
+					t.Fatal(err)
+				}
+				n += x
+			}
+			return n
+		}
+		share := func() float64 {
+			t.Helper()
+			a, b := ticks(other), ticks(pid)
+			for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+				da, db := ticks(other)-a, ticks(pid)-b
+				if da+db >= 150 { // hundredths of a second
+					return float64(db) / float64(da+db)
+				}
+				if time.Now().After(deadline) {
+					t.Fatalf("%d and %d hundredths of a second within a minute", da, db)
+				}
+			}
+		}
+		if s := share(); s < 0.25 {
+			t.Errorf("it has %.2f of the CPU before it weighs less", s)
+		}
+		back = set(heal.Reprioritise, finding(pid), heal.Value{Name: "cpu.weight", Number: 1})
+		weighs := func(want string) {
+			t.Helper()
+			if now := strings.TrimSpace(cat("/cgroup/stall/cpu.weight")); now != want {
+				t.Errorf("cpu.weight is %s, not %s", now, want)
+			}
+		}
+		weighs("1")
+		s := share()
+		t.Logf("with weight 1 beside 100 it has %.3f of the CPU", s)
+		if s > 0.15 {
+			t.Errorf("it has %.2f of the CPU although its group weighs 1", s)
+		}
+		back()
+		weighs("100")
+		if bad := g.Complaints(); len(bad) > noise {
+			t.Errorf("the guest's kernel complains: %q", bad[noise:])
 		}
 	})
 }

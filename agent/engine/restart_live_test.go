@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -66,6 +67,37 @@ func TestLiveRestart(t *testing.T) {
 		pid, f := runaway()
 		ask(f, heal.SyncDisks, EventDone)
 		ask(f, heal.RemountDisks, EventDone)
+		// A value, agreed to by the plan of a dry run, and taken back.
+		panics := func(want string) {
+			t.Helper()
+			var text string
+			if g.Ask("cat /proc/sys/kernel/panic", "text", &text); strings.TrimSpace(text) != want {
+				t.Errorf("kernel.panic is %q, not %s", text, want)
+			}
+		}
+		set := HealRequest{Finding: f.ID, Value: &heal.Value{Name: "kernel.panic", Number: 7}, DryRun: true, Caller: "test"}
+		p, _, err := w.e.Heal(t.Context(), set)
+		if err != nil || p.Action != heal.SetSysctl || p.Value == nil || *p.Value != *set.Value {
+			t.Fatalf("a dry run with a value = %+v, %v", p, err)
+		}
+		panics("0")
+		set.DryRun, set.Agreed, set.Value = false, p.Digest(), &heal.Value{Name: "kernel.panic", Number: 8}
+		if _, out, err := w.e.Heal(t.Context(), set); !errors.Is(err, heal.ErrStale) || out != nil {
+			t.Errorf("another value than was agreed to = %+v, %v", out, err)
+		}
+		panics("0")
+		set.Value.Number = 7
+		if _, out, err := w.e.Heal(t.Context(), set); err != nil || out.Error != "" {
+			t.Errorf("with a value = %+v, %v", out, err)
+		}
+		panics("7")
+		if _, out, err := w.e.Undo(t.Context(), UndoRequest{Finding: f.ID, Caller: "test"}); err != nil || !out.Verified {
+			t.Errorf("Undo of a value = %+v, %v", out, err)
+		}
+		panics("0")
+		if _, out, err := w.e.Undo(t.Context(), UndoRequest{Finding: f.ID, Caller: "test"}); !errors.Is(err, ErrNoUndo) || out != nil {
+			t.Errorf("a second Undo of a value = %+v, %v", out, err)
+		}
 		ask(f, heal.StopProcess, EventHealed)
 		if s := state(pid); s != "T" {
 			t.Errorf("state %q of a stopped process", s)

@@ -217,9 +217,11 @@ type Event struct {
 type HealRequest struct {
 	Finding string // ID
 	Action  string // ID; empty means what policy proposes
-	DryRun  bool   // plan only
-	Agreed  string // digest of the plan that somebody has agreed to; empty means any. Another plan is heal.ErrStale and not carried out
-	Caller  string // who asks, for the journal
+	// Value is what the action is given, if it takes a value; nil means what policy gives it. It names the action if Action is empty.
+	Value  *heal.Value
+	DryRun bool   // plan only
+	Agreed string // digest of the plan that somebody has agreed to; empty means any. Another plan is heal.ErrStale and not carried out
+	Caller string // who asks, for the journal
 }
 
 var (

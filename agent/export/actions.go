@@ -174,7 +174,7 @@ var operations = map[string]operation{
 			return nil, err
 		}
 		return a.carryOut(ctx, num, r.Finding, r.DryRun, func(ctx context.Context) (heal.Plan, *heal.Outcome, error) {
-			return a.x.o.Host.Heal(ctx, engine.HealRequest{Finding: r.Finding, Action: r.Action, DryRun: r.DryRun, Agreed: agreed(r.Plan), Caller: a.l.User})
+			return a.x.o.Host.Heal(ctx, engine.HealRequest{Finding: r.Finding, Action: r.Action, Value: r.Value, DryRun: r.DryRun, Agreed: agreed(r.Plan), Caller: a.l.User})
 		})
 	}},
 	OpUndo: {RightHeal, true, func(ctx context.Context, a *actions, num uint32, args json.RawMessage) (any, error) {
@@ -355,7 +355,7 @@ func actionError(err error) *ActionError {
 	}{
 		{ErrDenied, "denied"}, {access.ErrDenied, "denied"}, {engine.ErrWritesOff, "denied"}, {heal.ErrProtected, "denied"},
 		{engine.ErrNoFinding, "not-found"}, {engine.ErrNoUndo, "not-found"}, {engine.ErrBusy, "busy"}, {engine.ErrNotAttached, "not-attached"},
-		{heal.ErrStale, "stale"}, {heal.ErrMismatch, "stale"}, {heal.ErrGone, "stale"}, {kernel.ErrNotSupported, "invalid"},
+		{heal.ErrStale, "stale"}, {heal.ErrMismatch, "stale"}, {heal.ErrGone, "stale"}, {kernel.ErrNotSupported, "invalid"}, {heal.ErrValue, "invalid"},
 	} {
 		if errors.Is(err, c.is) {
 			code = c.code

@@ -94,7 +94,7 @@ func (h *fakeHost) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, *
 	if r.Finding != "runaway-process-1" {
 		return heal.Plan{}, nil, fmt.Errorf("finding %q: %w", r.Finding, engine.ErrNoFinding)
 	}
-	p := heal.Plan{ID: "plan-1", Action: "kill-process", Finding: r.Finding, Title: "kill spin (412)", Target: &heal.Target{PID: 412}}
+	p := heal.Plan{ID: "plan-1", Action: "kill-process", Finding: r.Finding, Title: "kill spin (412)", Target: &heal.Target{PID: 412}, Value: r.Value}
 	if err := p.Agreed(r.Agreed); err != nil || r.DryRun {
 		return p, nil, err
 	}
@@ -845,6 +845,26 @@ func TestActions(t *testing.T) {
 			other.Target = &heal.Target{PID: 413}
 			if err := a.Do(ctx, OpHeal, HealRequest{Finding: "runaway-process-1", Plan: &other}, nil, nil); !errors.As(err, &e) || e.Code != "stale" {
 				t.Errorf("heal with another plan: %v", err)
+			}
+			// A value goes with the request, and is part of what was agreed to.
+			value := &heal.Value{Name: "memory.max", Number: 512 << 20}
+			if err := a.Do(ctx, OpHeal, HealRequest{Finding: "runaway-process-1", Value: value, DryRun: true}, &h, nil); err != nil || h.Plan.Value == nil || *h.Plan.Value != *value {
+				t.Errorf("dry run with a value: %+v, %v", h.Plan, err)
+			}
+			more := &heal.Value{Name: "memory.max", Number: 513 << 20}
+			if err := a.Do(ctx, OpHeal, HealRequest{Finding: "runaway-process-1", Value: more, Plan: Agreed(*h.Plan)}, nil, nil); !errors.As(err, &e) || e.Code != "stale" {
+				t.Errorf("heal with another value than was agreed to: %v", err)
+			}
+			go func() { r.host.block <- struct{}{} }()
+			if err := a.Do(ctx, OpHeal, HealRequest{Finding: "runaway-process-1", Value: value, Plan: Agreed(*h.Plan)}, &h, nil); err != nil {
+				t.Errorf("heal with a value: %v", err)
+			} else if q := <-r.host.healed; q.Value == nil || *q.Value != *value {
+				t.Errorf("asked for with %v", q.Value)
+			}
+			for _, args := range []string{`{"finding": "runaway-process-1", "value": {"name": "memory.max", "number": "512M"}}`, `{"finding": "runaway-process-1", "value": "memory.max=1"}`, `{"finding": "runaway-process-1", "value": {"name": "x", "text": "/bin/sh"}}`} {
+				if err := a.Do(ctx, OpHeal, json.RawMessage(args), nil, nil); !errors.As(err, &e) || e.Code != "invalid" {
+					t.Errorf("%s: %v", args, err)
+				}
 			}
 			if err := a.Do(ctx, OpPower, PowerRequest{"cycle"}, nil, nil); err != nil {
 				t.Error(err)

@@ -101,6 +101,8 @@ type HealRequest struct {
 	Finding string `json:"finding"`
 	Action  string `json:"action,omitempty"` // empty is what policy proposes
 	DryRun  bool   `json:"dryRun,omitempty"` // plan only
+	// Value is what the action is given, if it takes a value; absent is what policy gives it.
+	Value *heal.Value `json:"value,omitempty"`
 	// Plan, if given, is the plan that somebody has agreed to: the repair is refused unless the fresh one does the same to the
 	// same target. What Agreed leaves of a plan is enough.
 	Plan *heal.Plan `json:"plan,omitempty"`
@@ -109,7 +111,7 @@ type HealRequest struct {
 // Agreed returns what of a plan counts when it is carried out, which is what its digest is of. It fits into a request, which is one
 // message.
 func Agreed(p heal.Plan) *heal.Plan {
-	a := &heal.Plan{ID: p.ID, Action: p.Action, Finding: p.Finding, Title: p.Title, Risk: p.Risk, Made: p.Made, Target: p.Target, Targets: p.Targets, More: p.More, Steps: []heal.Step{}}
+	a := &heal.Plan{ID: p.ID, Action: p.Action, Finding: p.Finding, Title: p.Title, Risk: p.Risk, Made: p.Made, Target: p.Target, Targets: p.Targets, More: p.More, Value: p.Value, TakesBack: p.TakesBack, Steps: []heal.Step{}}
 	for _, s := range p.Steps {
 		a.Steps = append(a.Steps, heal.Step{Op: s.Op, Object: s.Object, Power: s.Power, Network: s.Network})
 	}

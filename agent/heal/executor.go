@@ -328,6 +328,12 @@ func (r *run) permitted() error {
 	} else if err := x.o.Grant.Permit(r.p.Action); err != nil {
 		return err
 	}
+	// To take back is to restore what the owner had, whatever values may be given.
+	if v := r.p.Value; v != nil && r.p.TakesBack == "" {
+		if err := x.o.Grant.PermitValue(r.p.Action, v.Name, v.Number); err != nil {
+			return err
+		}
+	}
 	memory := false
 	for _, s := range r.p.Steps {
 		switch s.Op {

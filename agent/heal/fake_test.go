@@ -30,6 +30,8 @@ type fakeHost struct {
 	enums   map[string]int64
 	tasks   []kernel.Task
 	ram     []hostmem.Range
+	sysctls []kernel.Sysctl
+	cgroups []kernel.Cgroup
 
 	mu    sync.Mutex
 	beats int
@@ -256,6 +258,20 @@ func (h *fakeHost) kills() []int {
 func (h *fakeHost) Info() kernel.Info           { return h.info }
 func (h *fakeHost) Prove(context.Context) error { return h.proof }
 func (h *fakeHost) RAM() []hostmem.Range        { return h.ram }
+func (h *fakeHost) PageSize() uint64            { return 4096 }
+
+func (h *fakeHost) Sysctls() iter.Seq2[kernel.Sysctl, error] { return each(h.sysctls) }
+func (h *fakeHost) Cgroups() iter.Seq2[kernel.Cgroup, error] { return each(h.cgroups) }
+
+func each[T any](all []T) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		for _, x := range all {
+			if !yield(x, nil) {
+				return
+			}
+		}
+	}
+}
 
 func (h *fakeHost) Symbol(name string) (kernel.VirtAddr, error) {
 	if va, ok := h.symbols[name]; ok {

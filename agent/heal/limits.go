@@ -43,7 +43,7 @@ var limits = []limit{
 func raiseLimit() Action {
 	return Action{
 		ID: RaiseLimit, Title: "Double the limit of threads, process numbers, open files or tracked connections that is about to be reached", Risk: RiskKernel,
-		For: []detect.Kind{detect.KindExhaustion},
+		For: []detect.Kind{detect.KindExhaustion}, Undo: RaiseLimit,
 		Plan: func(_ context.Context, v *kernel.View, f detect.Finding) (Plan, error) {
 			if v == nil {
 				return Plan{}, fmt.Errorf("plan to raise a limit: no kernel is attached: %w", kernel.ErrNotFound)
@@ -146,7 +146,7 @@ func (r rlimits) of(m model, t kernel.Task, n uint64) (kernel.VirtAddr, uint64, 
 func limitMemory() Action {
 	return Action{
 		ID: LimitMemory, Title: "Give the process no more memory than it has mapped", Risk: RiskTask,
-		For: []detect.Kind{detect.KindMemoryHog},
+		For: []detect.Kind{detect.KindMemoryHog}, Undo: LimitMemory,
 		Plan: func(_ context.Context, v *kernel.View, f detect.Finding) (Plan, error) {
 			if v == nil {
 				return Plan{}, fmt.Errorf("plan to limit PID %d: no kernel is attached: %w", f.Culprit.TGID, kernel.ErrNotFound)
@@ -208,7 +208,7 @@ var panics = []struct {
 func armPanic() Action {
 	return Action{
 		ID: ArmPanic, Title: "Have the kernel panic, and restart, at its next trouble", Risk: RiskKernel,
-		For: []detect.Kind{detect.KindOops, detect.KindSoftLockup, detect.KindRCUStall, detect.KindHungTask, detect.KindKernelWarning, detect.KindHardware, detect.KindStuckWork, detect.KindStuckIO, detect.KindTampering},
+		For: []detect.Kind{detect.KindOops, detect.KindSoftLockup, detect.KindRCUStall, detect.KindHungTask, detect.KindKernelWarning, detect.KindHardware, detect.KindStuckWork, detect.KindStuckIO, detect.KindTampering}, Undo: ArmPanic,
 		Plan: func(_ context.Context, v *kernel.View, f detect.Finding) (Plan, error) {
 			if v == nil {
 				return Plan{}, fmt.Errorf("plan to arm the kernel's panic: no kernel is attached: %w", kernel.ErrNotFound)

@@ -19,7 +19,10 @@ type model interface {
 	Sizeof(typ string) (uint64, error)
 	Enum(typ, name string) (int64, error)
 	RAM() []hostmem.Range
+	PageSize() uint64
 	Tasks() iter.Seq2[kernel.Task, error]
+	Sysctls() iter.Seq2[kernel.Sysctl, error]
+	Cgroups() iter.Seq2[kernel.Cgroup, error]
 	Heartbeat() (kernel.Heartbeat, error)
 	Phys(kernel.VirtAddr) (hostmem.PhysAddr, error)
 	ReadVirt(kernel.VirtAddr, []byte) error

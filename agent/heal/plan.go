@@ -169,6 +169,8 @@ type Step struct {
 	Cleanup bool `json:"cleanup,omitempty"`
 	// MayFail marks a step that is one of many alike: it is left out if memory does not hold what it expects.
 	MayFail bool `json:"mayFail,omitempty"`
+	// Once marks an OpExpect that counts for the plan, and no longer for what takes it back: the group lives on without the task. See TakeBack.
+	Once bool `json:"once,omitempty"`
 	// Later marks a Cleanup step that is left to Executor.Sweep: there is no need to wait for it now.
 	Later bool `json:"later,omitempty"`
 	// IfFailed has the step run only if the one before it has failed.
@@ -264,10 +266,14 @@ type Plan struct {
 	Second string `json:"second,omitempty"`
 	// Lifts are the plans whose held steps this one takes back.
 	Lifts []string `json:"lifts,omitempty"`
+	// Value is what the action was asked for with.
+	Value *Value `json:"value,omitempty"`
+	// TakesBack is the plan whose stores this one takes back.
+	TakesBack string `json:"takesBack,omitempty"`
 }
 
 // Digest names what a plan does and to whom, in hexadecimal digits: its action, finding and targets, and what each step does to which
-// object. Addresses, bytes and counts do not count, for they are others from one moment to the next; nor do, in one of several plans of
+// object, with the value that it was asked for with, or that it is a taking back. Addresses, bytes and counts do not count, for they are others from one moment to the next; nor do, in one of several plans of
 // a repair (More), the steps and those of its targets that are found anew each time: a fork bomb grows while somebody reads.
 func (p Plan) Digest() string {
 	type step struct {
@@ -280,6 +286,12 @@ func (p Plan) Digest() string {
 		for _, s := range p.Steps {
 			what = append(what, step{string(s.Op), s.Object, s.Power, s.Network})
 		}
+	}
+	if p.Value != nil {
+		what = append(what, *p.Value)
+	}
+	if p.TakesBack != "" {
+		what = append(what, p.TakesBack)
 	}
 	b, err := json.Marshal(what)
 	if err != nil {
@@ -324,7 +336,8 @@ const StoreAction = "store-memory"
 // Actions returns all actions.
 func Actions() []Action {
 	return []Action{
-		killProcess(), stopProcess(), continueProcess(), stopForkBomb(), restoreKernel(), relinkHidden(), unhookProbe(), stripCredentials(), wakeTask(), releaseLock(), raiseLimit(), limitMemory(), armPanic(), restartHost(), powerCycle(),
+		killProcess(), stopProcess(), continueProcess(), stopForkBomb(), restoreKernel(), relinkHidden(), unhookProbe(), stripCredentials(), wakeTask(), releaseLock(), raiseLimit(), limitMemory(), armPanic(),
+		setSysctl(), setControl(memoryMax), setControl(cpuWeight), restartHost(), powerCycle(),
 		quarantine(), rateLimit(), release(),
 		called(SyncDisks, "Write to disks what is dirty", RiskKernel, emergencySync, everyKind()...),
 		called(RemountDisks, "Remount all file systems read-only", RiskKernel, emergencyRemount, everyKind()...),
@@ -361,9 +374,13 @@ type Action struct {
 	Risk  Risk
 	// For lists the kinds of findings that the action can be a repair of.
 	For []detect.Kind
-	// Undo is the ID of the action that takes this one back once it has worked; empty if nothing does.
+	// Undo is the ID of the action that takes this one back once it has worked; empty if nothing does. It is the action's own where TakeBack
+	// does.
 	Undo string
-	Plan func(context.Context, *kernel.View, detect.Finding) (Plan, error)
+	// Plan plans an action that takes no value, Set one that takes a value of its Settings, which Check has passed. See Prepare.
+	Plan     func(context.Context, *kernel.View, detect.Finding) (Plan, error)
+	Settings []Setting
+	Set      func(context.Context, *kernel.View, detect.Finding, Value) (Plan, error)
 	// Next is not nil for a repair in several plans. It makes the next one from a fresh view after one was carried out; more is
 	// false when there is nothing left to do. ErrNotYet means that it should be asked again in a moment.
 	Next func(context.Context, *kernel.View, detect.Finding) (p Plan, more bool, err error)

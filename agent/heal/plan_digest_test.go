@@ -36,6 +36,8 @@ func TestDigest(t *testing.T) {
 		"object":          {func(p *Plan) { p.Steps[0].Object = "task_struct.cred" }, false},
 		"power":           {func(p *Plan) { p.Steps[1].Power = "off" }, false},
 		"network":         {func(p *Plan) { p.Steps[2].Network.Rate = 1 }, false},
+		"value":           {func(p *Plan) { p.Value = &Value{Name: "memory.max", Number: 1} }, false},
+		"taking back":     {func(p *Plan) { p.TakesBack = "plan-0" }, false},
 		"fewer steps":     {func(p *Plan) { p.Steps = p.Steps[:2] }, false},
 	} {
 		p := base()
@@ -56,6 +58,13 @@ func TestDigest(t *testing.T) {
 	}
 	if grown.Finding = "fork-bomb-2"; bomb.Digest() == grown.Digest() {
 		t.Error("another bomb is the same plan")
+	}
+	set := base()
+	set.Value = &Value{Name: "kernel.panic", Number: 10}
+	other := base()
+	other.Value = &Value{Name: "kernel.panic", Number: 11}
+	if set.Digest() == other.Digest() {
+		t.Error("another number is the same plan")
 	}
 	var again Plan
 	b, err := json.Marshal(base())

@@ -59,6 +59,9 @@ type Image struct {
 // Info returns what is known of the kernel. The caller must not change the slices in it.
 func (img *Image) Info() Info { return img.info }
 
+// PageSize returns the size of the kernel's pages, in bytes.
+func (img *Image) PageSize() uint64 { return img.pageSize }
+
 // Memory returns the memory that the kernel was found in.
 func (img *Image) Memory() hostmem.Memory { return img.whole }
 

@@ -17,6 +17,11 @@ type Sysctl struct {
 	Value   string `json:"value"`
 	Known   bool   `json:"known"`
 	Handler string `json:"handler"`
+	// Size is of the value, in bytes, as the table has it. Low and High are where the bounds are that the handler may hold a new value
+	// against (extra1, extra2); zero if there are none.
+	Size int      `json:"-"`
+	Low  VirtAddr `json:"-"`
+	High VirtAddr `json:"-"`
 }
 
 const (
@@ -53,7 +58,7 @@ func (v *View) Sysctls() iter.Seq2[Sysctl, error] {
 	return settled(v, "walk sysctls", func() ([]Sysctl, error) {
 		w := sysctlWalk{v: v, handlers: make(map[VirtAddr]string)}
 		r := resolver{img: v.img}
-		w.table = r.shape("ctl_table", "procname", "data", "maxlen", "mode", "proc_handler")
+		w.table = r.shape("ctl_table", "procname", "data", "maxlen", "mode", "proc_handler", "extra1", "extra2")
 		w.tableSize = r.size("ctl_table")
 		w.head = r.shape("ctl_table_header", "ctl_table", "node")
 		w.dir = r.shape("ctl_dir", "root.rb_node")
@@ -125,7 +130,7 @@ func (w *sysctlWalk) value(name string, t *thing) error {
 	if len(w.all) == maxSysctls {
 		return t.corrupt("more than %d settings", maxSysctls)
 	}
-	s := Sysctl{Name: name, Addr: t.ptr("data"), Mode: fmt.Sprintf("%04o", t.num("mode")&0o7777)}
+	s := Sysctl{Name: name, Addr: t.ptr("data"), Mode: fmt.Sprintf("%04o", t.num("mode")&0o7777), Low: t.ptr("extra1"), High: t.ptr("extra2")}
 	handler := t.ptr("proc_handler")
 	known, ok := w.handlers[handler]
 	if !ok {
@@ -142,6 +147,7 @@ func (w *sysctlWalk) value(name string, t *thing) error {
 	if n < 0 || n > 1<<20 {
 		return t.corrupt("value of %d bytes", n)
 	}
+	s.Size = n
 	if s.Addr == 0 || n == 0 || !w.v.img.space.valid(s.Addr, 1) {
 		s.Addr, s.Known = 0, false
 		w.all = append(w.all, s)

@@ -100,6 +100,19 @@ func (p Policy) repeated(f detect.Finding, r Rule, now time.Time, past []Past) i
 	return n
 }
 
+// Set returns the value that the policy gives an action against a finding; nil if it gives none.
+func (p Policy) Set(f detect.Finding, action string) *Value {
+	i := p.ruleFor(f)
+	switch {
+	case i < 0 || action == "":
+	case p.Rules[i].Action == action:
+		return p.Rules[i].Set
+	case p.Rules[i].Then == action:
+		return p.Rules[i].ThenSet
+	}
+	return nil
+}
+
 // Next returns the action that follows by itself when one has not helped against a finding, or "".
 func (p Policy) Next(f detect.Finding, action string) string {
 	if i := p.ruleFor(f); i >= 0 && p.Rules[i].Mode == Automatic && p.Rules[i].Action == action {

@@ -94,6 +94,8 @@ func (p Policy) Check(actions []string) error {
 			return bad(where+".maxPerHour", "an automatic rule must say how often it may act")
 		case r.Then == r.Action:
 			return bad(where+".then", "is the same action again")
+		case r.ThenSet != nil && r.Then == "":
+			return bad(where+".thenSet", "there is no then that it could be for")
 		}
 	}
 	return nil

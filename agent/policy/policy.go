@@ -65,7 +65,8 @@
 //
 // Only version is required. Watches are detectors of the operators' own; see Watch. Blast and flap bound what is done by itself. The detectors above have their defaults but for runawayExempt, which is empty; detect.Config says
 // what they mean. A rule's fields are those of Rule; kill-process is a remedy for a runaway-process, a memory-hog and what a watch
-// finds among tasks, stop-fork-bomb for a fork-bomb, restore-kernel for tampering, power-cycle for every kind of finding. backdoord -check says whether a document is right.
+// finds among tasks, stop-fork-bomb for a fork-bomb, restore-kernel for tampering, power-cycle for every kind of finding. An action that takes a value has it in the rule:
+// {"finding": "memory-hog", "action": "set-memory-max", "set": {"name": "memory.max", "number": 536870912}, "mode": "wait"}. backdoord -check says whether a document is right.
 package policy
 
 import (
@@ -121,6 +122,15 @@ type Rule struct {
 	// Then is the action that follows by itself when this one was carried out, or could not be, and the fault is seen again.
 	// Empty means that an operator is asked. What the agreement or the agent refuses is never followed by anything.
 	Then string `json:"then,omitempty"`
+	// Set is the value that Action is given, and ThenSet that of Then, for actions that take one.
+	Set     *Value `json:"set,omitempty"`
+	ThenSet *Value `json:"thenSet,omitempty"`
+}
+
+// Value is a number that an action is given, and what it is the number of. Whether it fits the action is checked by who knows that.
+type Value struct {
+	Name   string `json:"name"` // as kernel.pid_max
+	Number int64  `json:"number"`
 }
 
 // Users is a range of user IDs, both ends included.

@@ -50,6 +50,36 @@ func TestLoad(t *testing.T) {
 	}
 }
 
+// An action's value is the rule's, for the action that it stands with, and an older document has none.
+func TestSet(t *testing.T) {
+	p, err := Load(strings.NewReader(`{"version": 1, "rules": [
+		{"finding": "memory-hog", "action": "set-memory-max", "set": {"name": "memory.max", "number": 536870912}, "mode": "automatic", "maxPerHour": 1, "then": "set-sysctl", "thenSet": {"name": "kernel.panic", "number": -1}},
+		{"finding": "panic", "action": "power-cycle", "mode": "wait"}]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	hog := detect.Finding{Kind: detect.KindMemoryHog}
+	for action, want := range map[string]*Value{"set-memory-max": {"memory.max", 512 << 20}, "set-sysctl": {"kernel.panic", -1}, "kill-process": nil, "": nil} {
+		if got := p.Set(hog, action); !cmp.Equal(got, want) {
+			t.Errorf("Set(%q) = %v; want %v", action, got, want)
+		}
+	}
+	if got := p.Set(detect.Finding{Kind: detect.KindPanic}, "power-cycle"); got != nil {
+		t.Errorf("what has none is given %v", got)
+	}
+	if got := p.Set(detect.Finding{Kind: detect.KindOops}, "power-cycle"); got != nil {
+		t.Errorf("what has no rule is given %v", got)
+	}
+	for _, set := range []string{`{"name": "memory.max", "number": "512M"}`, `{"name": "memory.max", "number": 1.5}`, `{"name": "memory.max", "number": 1e30}`, `"memory.max=1"`, `{"name": "memory.max", "value": 1}`} {
+		if _, err := Load(strings.NewReader(`{"version": 1, "rules": [{"finding": "memory-hog", "action": "set-memory-max", "set": ` + set + `, "mode": "wait"}]}`)); !errors.Is(err, ErrInvalid) {
+			t.Errorf("set %s: %v", set, err)
+		}
+	}
+	if _, err := Load(strings.NewReader(`{"version": 1, "rules": [{"finding": "memory-hog", "action": "kill-process", "thenSet": {"name": "x", "number": 1}, "mode": "wait"}]}`)); err == nil || !strings.Contains(err.Error(), "rules[0].thenSet") {
+		t.Errorf("a value for nothing: %v", err)
+	}
+}
+
 func TestLoadRefuses(t *testing.T) {
 	for _, tt := range []struct{ old, new, want string }{
 		{`"version": 1`, `"version": 2`, "reads version 1"},

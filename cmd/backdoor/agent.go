@@ -302,10 +302,13 @@ type healed struct {
 }
 
 // Heal plans, or plans and carries out, a repair.
-func (a *agent) Heal(ctx context.Context, finding, action string, dryRun bool, agreed *heal.Plan, progress func(string)) (healed, error) {
+func (a *agent) Heal(ctx context.Context, finding, action string, value *heal.Value, dryRun bool, agreed *heal.Plan, progress func(string)) (healed, error) {
 	r := client.HealRequest{Finding: finding, Action: action, DryRun: dryRun}
 	if agreed != nil {
-		r.Action, r.Plan = agreed.Action, agreed.Digest()
+		r.Action, r.Plan, value = agreed.Action, agreed.Digest(), agreed.Value
+	}
+	if value != nil {
+		r.Setting, r.Value = value.Name, &value.Number
 	}
 	task, err := a.c.Heal(ctx, r, telling(progress))
 	return a.healed(task, err)

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/agent/query"
 	"github.com/backdoor-rhs/backdoor/internal/durable"
 )
@@ -27,7 +28,7 @@ import (
 // agreementFlags are the flags of the verb agreement.
 type agreementFlags struct {
 	id, uuid, hostName, owner, key, allow, protect, succeeds, reason string
-	monitors, emergencyKeys, memory, rates                           list
+	monitors, emergencyKeys, memory, rates, values                   list
 	detectors                                                        string
 	from                                                             string
 	read, write, power, twoPersons                                   bool
@@ -91,6 +92,7 @@ that its owner and enough of its monitors have signed takes its place. The host 
 		fs.StringVar(&f.allow, "allow", "", "healing `actions` permitted, separated by commas")
 		fs.StringVar(&f.protect, "protect", "", "`users` whose tasks nothing may touch, as 0-99,1000; with a name, as 0/sshd, only those of that name")
 		fs.Var(&f.rates, "rate", "how often an action may be begun, as `ACTION=TIMES/TIME`: power-cycle=3/24h; may be given several times (default as often as policy says)")
+		fs.Var(&f.values, "value", "what an action may be given that takes a value, as `NAME=MIN..MAX`: kernel.pid_max=32768..4194304; may be given several times (default all that it takes; with one, nothing else)")
 		fs.StringVar(&f.detectors, "detectors", "", "`detectors` that may judge the host, separated by commas, as \"backdoor status\" names an agent's (default all)")
 		fs.Var(&f.memory, "memory", "memory that operators may reach by themselves, as `WHAT=RIGHTS`; may be given several times")
 		fs.BoolVar(&f.read, "permit-read", false, "permit to read the host's memory")
@@ -213,6 +215,13 @@ func newAgreement(f agreementFlags, now time.Time) (*access.Agreement, error) {
 		}
 		a.Rights.Rates = append(a.Rights.Rates, r)
 	}
+	for _, s := range f.values {
+		v, err := valueRange(s)
+		if err != nil {
+			return nil, err
+		}
+		a.Rights.Values = append(a.Rights.Values, v)
+	}
 	for users := range strings.SplitSeq(f.protect, ",") {
 		if users = strings.TrimSpace(users); users == "" {
 			continue
@@ -263,6 +272,24 @@ func rate(s string) (access.Rate, error) {
 		return access.Rate{}, &usageError{verb: "agreement", msg: fmt.Sprintf("-rate %q: want ACTION=TIMES/TIME in whole seconds, as power-cycle=3/24h", s)}
 	}
 	return access.Rate{Action: action, Most: n, Within: int(d / time.Second)}, nil
+}
+
+// valueRange reads NAME=MIN..MAX.
+func valueRange(s string) (access.ValueRange, error) {
+	name, bounds, _ := strings.Cut(s, "=")
+	lo, hi, ok := strings.Cut(bounds, "..")
+	least, err1 := heal.ParseValue(name + "=" + lo)
+	most, err2 := heal.ParseValue(name + "=" + hi)
+	setting, action, known := heal.SettingOf(name)
+	switch {
+	case !ok || err1 != nil || err2 != nil:
+		return access.ValueRange{}, &usageError{verb: "agreement", msg: fmt.Sprintf("-value %q: want NAME=MIN..MAX, as kernel.pid_max=32768..4194304", s)}
+	case !known:
+		return access.ValueRange{}, &usageError{verb: "agreement", msg: fmt.Sprintf("-value %q: no action sets %q; \"backdoor help heal\" lists what can be set", s, name)}
+	case least.Number > setting.Max || most.Number < setting.Min:
+		return access.ValueRange{}, &usageError{verb: "agreement", msg: fmt.Sprintf("-value %q: %s takes %s in any case", s, action, setting)}
+	}
+	return access.ValueRange{Action: action, Name: name, Min: least.Number, Max: most.Number}, nil
 }
 
 // memoryRight reads WHAT=RIGHTS. A process may have = in its name, no right has.

@@ -59,7 +59,7 @@ type options struct {
 	all, threads, follow, previous, dryRun, yes, verify, savePassword, names, explain, twoPersons bool
 	rows                                                                                          int
 	interval                                                                                      time.Duration
-	level, action, file, filter, after, output                                                    string
+	level, action, set, file, filter, after, output                                               string
 	agreement                                                                                     agreementFlags
 	attest                                                                                        attestFlags
 	attested                                                                                      string

@@ -129,7 +129,7 @@ func (a *fakeAgent) Heal(_ context.Context, r engine.HealRequest) (heal.Plan, *h
 		return heal.Plan{}, nil, a.healErr
 	}
 	p := heal.Plan{
-		ID: "plan-1", Action: "kill-process", Finding: r.Finding, Title: "kill burn (412)", Risk: heal.RiskTask, Made: boot,
+		ID: "plan-1", Action: "kill-process", Finding: r.Finding, Title: "kill burn (412)", Risk: heal.RiskTask, Made: boot, Value: r.Value,
 		Target: &heal.Target{PID: 412, TGID: 412, Comm: "burn", UID: 1000},
 		Calls:  []heal.Call{{Function: "do_send_sig_info", Addr: 0xffffffff81000000, Context: "timer tick of CPU 1", Purpose: "sends SIGKILL"}},
 		Steps: []heal.Step{
@@ -144,7 +144,7 @@ func (a *fakeAgent) Heal(_ context.Context, r engine.HealRequest) (heal.Plan, *h
 	if err := p.Agreed(r.Agreed); err != nil || r.DryRun {
 		return p, nil, err
 	}
-	verified := r.Action != "nudge"
+	verified := r.Action != "sync-disks"
 	o := &heal.Outcome{
 		Plan: p, Caller: r.Caller, Started: boot, Finished: boot.Add(17 * time.Millisecond), Verified: verified, BytesWritten: 8, Stores: 1, Atomic: true,
 		HostFunctions: []heal.FunctionRun{{Call: p.Calls[0], Runs: 1, Confirmed: true, Within: 4 * time.Millisecond}},

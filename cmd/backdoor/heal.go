@@ -21,13 +21,19 @@ carried out is planned anew at that moment, for addresses and CPUs may have chan
 The agent refuses it if it does anything else, or to anybody else, than the plan that was shown.
 Nothing is written to the host unless its access agreement permits it, and each write is in the agent's journal before it happens.
 
+An action that takes a value is told by -set what to set, and to what; the name says which action it is. These are all, with what can be given
+(of bytes also with K, M, G or T behind the number), of which the agreement and the host's kernel may allow less:
+
+` + settingsText() + `
 Exit status: 0 repaired and verified (or planned, with -dry-run), 3 carried out but not verified, 5 denied.
 
   backdoor heal runaway-process-1 -dry-run
-  backdoor heal runaway-process-1 -action kill-process -y`,
+  backdoor heal runaway-process-1 -action kill-process -y
+  backdoor heal memory-hog-3 -set memory.max=512M`,
 	flags: func(fs *flag.FlagSet, o *options) {
 		fs.BoolVar(&o.dryRun, "dry-run", false, "show the plan and change nothing")
 		fs.StringVar(&o.action, "action", "", "`action` to use instead of the one that policy proposes")
+		fs.StringVar(&o.set, "set", "", "what to set, and to what, as `NAME=NUMBER` (default what policy says)")
 		fs.BoolVar(&o.yes, "y", false, "do not ask")
 	},
 	run: runHeal,
@@ -37,7 +43,8 @@ var undoVerb = verb{
 	name:  "undo",
 	args:  "FINDING",
 	short: "take back the repair of a finding",
-	long: `Takes back the latest repair of a finding, which may be resolved, if it is one that can be: a process that was stopped goes on. What
+	long: `Takes back the latest repair of a finding, which may be resolved, if it is one that can be: a process that was stopped goes on, a
+limit or a setting of the kernel has its old number again, if nobody else has set another since. What
 the repair has cured may come back with it. Plan, question and rules are those of heal, with -rdma as without.
 
 Exit status: as heal.
@@ -67,14 +74,33 @@ func runHeal(ctx context.Context, e *env, args []string) (int, error) {
 	if len(args) != 1 {
 		return 0, &usageError{verb: "heal", msg: "heal takes the ID of one finding; see: backdoor findings"}
 	}
+	var value *heal.Value
+	if e.o.set != "" {
+		v, err := heal.ParseValue(e.o.set)
+		if err != nil {
+			return 0, &usageError{verb: "heal", msg: "-set: " + err.Error()}
+		}
+		value = &v
+	}
 	a, err := e.openOperator(ctx)
 	if err != nil {
 		return 0, err
 	}
 	defer a.Close()
 	return e.carryOut("heal "+args[0], func(dryRun bool, agreed *heal.Plan, progress func(string)) (healed, error) {
-		return a.Heal(ctx, args[0], e.o.action, dryRun, agreed, progress)
+		return a.Heal(ctx, args[0], e.o.action, value, dryRun, agreed, progress)
 	})
+}
+
+// settingsText lists what can be set, for people.
+func settingsText() string {
+	var b strings.Builder
+	for _, a := range heal.Actions() {
+		for _, s := range a.Settings {
+			fmt.Fprintf(&b, "  %-18s %s\n", a.ID, s)
+		}
+	}
+	return b.String()
 }
 
 // carryOut has a change of the host planned, shows that, asks, and has it done. do is told which plan was agreed to.
@@ -154,6 +180,9 @@ func planText(w io.Writer, p heal.Plan) error {
 	l.printf("Plan %s: %s\n", query.Clean(p.ID), query.Clean(p.Title))
 	l.printf("  for finding  %s\n", query.Clean(p.Finding))
 	l.printf("  action       %s, risk %s\n", query.Clean(p.Action), p.Risk)
+	if v := p.Value; v != nil {
+		l.printf("  value        %s\n", query.Clean(v.String()))
+	}
 	if p.Foreseen != "" {
 		l.printf("  foreseen     %s\n", query.Clean(p.Foreseen))
 	}

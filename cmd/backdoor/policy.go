@@ -50,10 +50,14 @@ detectors' settings of the policy, and for each fault that is found it is said w
 					continue
 				}
 				do := "waits for an operator"
+				what := v.Decision.Action
+				if v.Set != nil {
+					what += fmt.Sprintf(" (%s=%d)", v.Set.Name, v.Set.Number)
+				}
 				if v.Decision.Automatic {
-					do = v.Decision.Action + " at once"
+					do = what + " at once"
 				} else if v.Decision.Action != "" {
-					do = v.Decision.Action + " waits for an operator"
+					do = what + " waits for an operator"
 				}
 				l.printf("%s: after %v: %s: %s (%s)\n", query.Clean(v.Recording), v.After.Round(time.Millisecond), query.Clean(v.Finding.Title), do, query.Clean(v.Decision.Reason))
 			}
@@ -68,6 +72,7 @@ type verdict struct {
 	After     time.Duration   `json:"after"` // from the recording's beginning
 	Finding   *detect.Finding `json:"finding,omitempty"`
 	Decision  policy.Decision `json:"decision"`
+	Set       *policy.Value   `json:"set,omitempty"` // what the action would be given
 }
 
 func tryPolicy(ctx context.Context, p policy.Policy, path string) ([]verdict, error) {
@@ -107,7 +112,7 @@ func tryPolicy(ctx context.Context, p policy.Policy, path string) ([]verdict, er
 			if dec.Automatic {
 				past = append(past, policy.Past{Kind: f.Kind, Rule: f.Rule, At: at})
 			}
-			out = append(out, verdict{path, at.Sub(whole.Beats[0].At), &f, dec})
+			out = append(out, verdict{path, at.Sub(whole.Beats[0].At), &f, dec, p.Set(f, dec.Action)})
 		}
 		return ctx.Err() == nil
 	})

@@ -44,8 +44,8 @@ func (o *options) rdmaFlags(fs *flag.FlagSet) {
 type operator interface {
 	Findings(context.Context) (query.Findings, error)
 	Finding(ctx context.Context, id string) (detect.Finding, error)
-	// Heal plans a repair or, without dryRun, carries one out; plan is what somebody has agreed to, if anybody was asked.
-	Heal(ctx context.Context, finding, action string, dryRun bool, plan *heal.Plan, progress func(string)) (healed, error)
+	// Heal plans a repair, with a value if the action takes one that policy is not to give, or, without dryRun, carries one out; plan is what somebody has agreed to, if anybody was asked.
+	Heal(ctx context.Context, finding, action string, value *heal.Value, dryRun bool, plan *heal.Plan, progress func(string)) (healed, error)
 	// Undo has the latest repair of a finding taken back; the rest is as of Heal.
 	Undo(ctx context.Context, finding string, dryRun bool, plan *heal.Plan, progress func(string)) (healed, error)
 	Journal(ctx context.Context, from uint64) ([]journal.Record, error)
@@ -250,12 +250,12 @@ func (r *rdma) Finding(ctx context.Context, id string) (detect.Finding, error) {
 }
 
 // Heal implements operator.
-func (r *rdma) Heal(ctx context.Context, finding, action string, dryRun bool, plan *heal.Plan, progress func(string)) (healed, error) {
+func (r *rdma) Heal(ctx context.Context, finding, action string, value *heal.Value, dryRun bool, plan *heal.Plan, progress func(string)) (healed, error) {
 	return r.carryOut(dryRun, plan, func(dryRun bool, agreed *heal.Plan, h *export.HealReply) error {
 		if agreed != nil {
-			action = agreed.Action
+			action, value = agreed.Action, agreed.Value
 		}
-		return r.do(ctx, export.OpHeal, export.HealRequest{Finding: finding, Action: action, DryRun: dryRun, Plan: agreed}, h, progress)
+		return r.do(ctx, export.OpHeal, export.HealRequest{Finding: finding, Action: action, Value: value, DryRun: dryRun, Plan: agreed}, h, progress)
 	})
 }
 

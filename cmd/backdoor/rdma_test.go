@@ -193,6 +193,22 @@ func TestRDMA(t *testing.T) {
 			t.Errorf("heal asked for %+v", h.asked)
 		}
 	})
+	// A value goes with the request, and with what was agreed to.
+	h.do(func() { h.asked = nil })
+	if out := ask(exitOK, "heal", h.findings[0].ID, "-set", "memory.max=512M", "-y"); !strings.Contains(out, "Repaired and verified") {
+		t.Errorf("heal -set: %s", out)
+	}
+	h.do(func() {
+		for _, r := range h.asked {
+			if r.Value == nil || *r.Value != (heal.Value{Name: "memory.max", Number: 512 << 20}) {
+				t.Errorf("heal asked for %v", r.Value)
+			}
+		}
+		if len(h.asked) != 2 {
+			t.Errorf("heal asked for %+v", h.asked)
+		}
+	})
+	ask(exitUsage, "heal", h.findings[0].ID, "-set", "kernel.core_pattern=|/bin/sh", "-y")
 	// So is one that takes a repair back.
 	if out := ask(exitOK, "undo", "runaway-process-2", "-dry-run"); !strings.Contains(out, "continue-process") {
 		t.Errorf("undo -dry-run: %s", out)

@@ -97,6 +97,15 @@ func TestCollectAndMemory(t *testing.T) {
 		t.Errorf("heal of a host that moves on = %d: %s", code, errs)
 	}
 	b.agent.do(func() { b.agent.moved = false })
+	// A value is shown with the plan; what cannot be is refused with what can.
+	if code, out, errs := do("heal runaway-process-2 -set kernel.panic=-1 -dry-run"); code != 0 || !strings.Contains(out, "value        kernel.panic=-1\n") {
+		t.Errorf("heal -set = %d: %s%s", code, out, errs)
+	}
+	for set, want := range map[string]string{"kernel.panic=-7": "kernel.panic=-1..86400", "kernel.panic=x": "NAME=NUMBER", "kernel.modprobe=1": "kernel.modprobe"} {
+		if code, _, errs := do("heal runaway-process-2 -dry-run -set " + set); code == 0 || !strings.Contains(errs, want) {
+			t.Errorf("heal -set %s = %d: %s", set, code, errs)
+		}
+	}
 
 	// Raw memory takes a privilege that the administrator has to give away first.
 	if code, _, _ := do("memory read 0x100000 16"); code != exitDenied {

@@ -438,6 +438,18 @@ func TestAgreementMemory(t *testing.T) {
 			t.Errorf("-rate %q: exit %d: %s", wrong, code, stderr)
 		}
 	}
+	code, doc, stderr = newOne("-allow", "set-sysctl", "-value", "kernel.panic=-1..60", "-value", "kernel.pid_max=32K..max")
+	if a, err = access.Parse(strings.NewReader(doc)); code != exitOK || err != nil {
+		t.Fatalf("new: exit %d: %s; %v", code, stderr, err)
+	}
+	if diff := cmp.Diff([]access.ValueRange{{Action: "set-sysctl", Name: "kernel.panic", Min: -1, Max: 60}, {Action: "set-sysctl", Name: "kernel.pid_max", Min: 32 << 10, Max: 4 << 20}}, a.Rights.Values); diff != "" {
+		t.Errorf("rights.values (-want +got):\n%s", diff)
+	}
+	for _, wrong := range []string{"", "kernel.panic", "kernel.panic=5", "kernel.panic=5..", "kernel.panic=7..5", "kernel.panic=90000..90001", "kernel.core_pattern=1..2", "kernel.panic=a..b"} {
+		if code, _, stderr := newOne("-allow", "set-sysctl", "-value", wrong); code != exitUsage || stderr == "" {
+			t.Errorf("-value %q: exit %d: %s", wrong, code, stderr)
+		}
+	}
 	for _, wrong := range []string{"*", "panic,panic", "two words"} {
 		if code, _, stderr := newOne("-detectors", wrong); code != exitUsage || stderr == "" {
 			t.Errorf("-detectors %q: exit %d: %s", wrong, code, stderr)

@@ -45,6 +45,9 @@ type HealRequest struct {
 	Action  string `json:"Action,omitempty"` // the repair; empty means the one that policy proposes
 	DryRun  bool   `json:"DryRun,omitempty"` // plan only
 	Plan    string `json:"Plan,omitempty"`   // digest of the plan that was agreed to; another one is refused
+	// Setting is what an action that takes a value is to set to Value; empty and nil mean what policy says.
+	Setting string `json:"Setting,omitempty"`
+	Value   *int64 `json:"Value,omitempty"`
 }
 
 // ObeyOrder has the agent carry out a signed order about its access agreement.

@@ -292,6 +292,8 @@ func refusal(err error) error {
 		return service.Because(403, "InsufficientPrivilege", sentence(err))
 	case errors.Is(err, heal.ErrStale), errors.Is(err, heal.ErrMismatch), errors.Is(err, heal.ErrGone):
 		return service.Because(409, "ResourceInUse", sentence(err)+" The host has moved on; look at the finding again.")
+	case errors.Is(err, heal.ErrValue):
+		return service.Because(400, "ActionParameterValueError", sentence(err), "Value", "BackdoorComputerSystem.Heal")
 	case errors.Is(err, engine.ErrNotAttached):
 		return service.Because(503, "ServiceTemporarilyUnavailable", sentence(err)+" Retry in 5 seconds.", "5")
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):

@@ -129,7 +129,7 @@ func (a *fakeAgent) Heal(ctx context.Context, r engine.HealRequest) (heal.Plan, 
 		return heal.Plan{}, nil, a.healErr
 	}
 	p := heal.Plan{
-		ID: "plan-1", Action: "kill-process", Finding: r.Finding, Title: "Kill stress (412)", Risk: heal.RiskTask, Made: bootTime,
+		ID: "plan-1", Action: "kill-process", Finding: r.Finding, Title: "Kill stress (412)", Risk: heal.RiskTask, Made: bootTime, Value: r.Value,
 		Calls: []heal.Call{{Function: "do_send_sig_info", Addr: 0xffffffff81000000, Context: "timer tick of CPU 1", Purpose: "sends SIGKILL"}},
 		Steps: []heal.Step{{Op: heal.OpArm, Why: "arm", Addr: 0x1000, Expect: heal.Bytes{1, 2}, Put: heal.Bytes{3, 4}}},
 	}

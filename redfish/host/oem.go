@@ -33,6 +33,8 @@ var (
 				{Name: "Finding", Type: "Edm.String", Required: true, Description: "The Id of the finding's log entry."},
 				{Name: "Action", Type: "Edm.String", Description: "The repair. If absent, the one that policy proposes."},
 				{Name: "DryRun", Type: "Edm.Boolean", Description: "Plan only; nothing is written to the host."},
+				{Name: "Setting", Type: "Edm.String", Description: "What an action that takes a value is to set. It goes with Value; without both the policy's value is taken."},
+				{Name: "Value", Type: "Edm.Int64", Description: "The number that Setting is to have, in its own unit. What is allowed depends on the setting, the access agreement and the host's kernel."},
 			},
 		}, {
 			Name: "UndoHeal", Bound: "ComputerSystem.v1_0_0.OemActions",
@@ -214,9 +216,13 @@ func (h *host) healActions() []service.Action {
 	return []service.Action{
 		{
 			Name: "BackdoorComputerSystem.Heal", OEM: true, Title: "Heal a finding", Privileges: privileges,
-			Parameters: []service.Property{finding, {Name: "Action", Kind: service.String, Max: 128}, dry, agreed},
+			Parameters: []service.Property{finding, {Name: "Action", Kind: service.String, Values: heal.IDs()}, dry, agreed, {Name: "Setting", Kind: service.String, Values: settings()}, {Name: "Value", Kind: service.Number}},
 			Do: func(r *service.Request, v service.Values) (*service.Reply, error) {
-				req := engine.HealRequest{Finding: v.String("Finding"), Action: v.String("Action"), DryRun: v.Bool("DryRun"), Agreed: v.String("Plan"), Caller: r.Caller.User}
+				value, err := valueOf(v)
+				if err != nil {
+					return nil, err
+				}
+				req := engine.HealRequest{Finding: v.String("Finding"), Action: v.String("Action"), DryRun: v.Bool("DryRun"), Agreed: v.String("Plan"), Value: value, Caller: r.Caller.User}
 				return start(r, v, "heal", "Heal", func(ctx context.Context) (heal.Plan, *heal.Outcome, error) { return h.o.Agent.Heal(ctx, req) })
 			},
 		},
@@ -231,6 +237,41 @@ func (h *host) healActions() []service.Action {
 			},
 		},
 	}
+}
+
+// settings are the names of all that actions can be given a value of.
+func settings() (names []string) {
+	for _, a := range heal.Actions() {
+		for _, s := range a.Settings {
+			names = append(names, s.Name)
+		}
+	}
+	return names
+}
+
+// valueOf returns what an action is to be given; nil if nothing. That a value fits its setting, and both the action, is judged at once, for
+// a task could only say so later.
+func valueOf(v service.Values) (*heal.Value, error) {
+	const action = "BackdoorComputerSystem.Heal"
+	switch {
+	case !v.Has("Setting") && !v.Has("Value"):
+		return nil, nil
+	case !v.Has("Setting"):
+		return nil, service.Because(400, "ActionParameterMissing", "Value is the number that Setting is to have; give both.", action, "Setting")
+	case !v.Has("Value"):
+		return nil, service.Because(400, "ActionParameterMissing", "Setting needs a Value; give both.", action, "Value")
+	}
+	value := &heal.Value{Name: v.String("Setting"), Number: v.Int("Value")}
+	id := v.String("Action")
+	if id == "" {
+		_, id, _ = heal.SettingOf(value.Name)
+	}
+	if a, ok := heal.Find(id); ok {
+		if err := a.Check(value); err != nil {
+			return nil, refusal(err)
+		}
+	}
+	return value, nil
 }
 
 // healing is the work of a task that changes the host by a plan.

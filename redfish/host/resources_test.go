@@ -388,8 +388,38 @@ func TestHeal(t *testing.T) {
 		t.Errorf("heal that does not work = %+v, %v", failed, err)
 	}
 
-	_, _, err = run(client.HealRequest{Finding: "nonsense"})
+	// A value goes with the request, is part of what is agreed to, and is refused at once if it is none.
+	number := func(n int64) *int64 { return &n }
+	a.verified = true
+	_, dry, err = run(client.HealRequest{Finding: "runaway-process-2", Setting: "kernel.panic", Value: number(0), DryRun: true})
+	if err != nil || dry.Plan.Value == nil || *dry.Plan.Value != (heal.Value{Name: "kernel.panic"}) {
+		t.Errorf("dry run with a value: %+v, %v", dry.Plan.Value, err)
+	}
+	if _, _, err := run(client.HealRequest{Finding: "runaway-process-2", Setting: "kernel.panic", Value: number(1), Plan: dry.Digest}); err == nil || !strings.Contains(err.Error(), "moved on") {
+		t.Errorf("another value than was agreed to: %v", err)
+	}
+	if _, done, err := run(client.HealRequest{Finding: "runaway-process-2", Setting: "kernel.panic", Value: number(0), Plan: dry.Digest}); err != nil || done.Outcome == nil {
+		t.Errorf("with a value: %+v, %v", done, err)
+	}
 	var e *client.Error
+	for _, tt := range []struct {
+		r    client.HealRequest
+		want string
+	}{
+		{client.HealRequest{Setting: "kernel.panic"}, "Value"},
+		{client.HealRequest{Value: number(3)}, "Setting"},
+		{client.HealRequest{Setting: "kernel.core_pattern", Value: number(3)}, "kernel.core_pattern"},
+		{client.HealRequest{Setting: "kernel.panic", Value: number(-2)}, "give kernel.panic=-1..86400 s"},
+		{client.HealRequest{Action: "kill-process", Setting: "kernel.panic", Value: number(1)}, "kernel.panic is what set-sysctl sets"},
+		{client.HealRequest{Action: "format-disk"}, "format-disk"},
+	} {
+		tt.r.Finding = "runaway-process-2"
+		if _, _, err := run(tt.r); !errors.As(err, &e) || e.Status != 400 || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%+v: %v; want 400 and %q", tt.r, err, tt.want)
+		}
+	}
+
+	_, _, err = run(client.HealRequest{Finding: "nonsense"})
 	if !errors.As(err, &e) || e.Status != 404 || !strings.Contains(err.Error(), "nonsense") {
 		t.Errorf("heal of nothing = %v; want 404", err)
 	}

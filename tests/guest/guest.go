@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -368,18 +369,28 @@ func (g *Guest) Ask(command, member string, into any) {
 	g.answer(command, member, into)
 }
 
+// Try is Ask for a command that the guest may refuse, which is the error.
+func (g *Guest) Try(command, member string, into any) error {
+	fmt.Fprintln(g.ctl, command)
+	return g.take(member, into)
+}
+
 func (g *Guest) answer(command, member string, into any) {
 	g.t.Helper()
+	if err := g.take(member, into); err != nil {
+		g.t.Fatalf("%s: %v", command, err)
+	}
+}
+
+func (g *Guest) take(member string, into any) error {
 	select {
 	case m := <-g.answers:
 		if m[member] == nil {
-			g.t.Fatalf("%s: %s", command, m["error"])
+			return fmt.Errorf("%s", m["error"])
 		}
-		if err := json.Unmarshal(m[member], into); err != nil {
-			g.t.Fatalf("%s: %v", command, err)
-		}
+		return json.Unmarshal(m[member], into)
 	case <-time.After(time.Minute):
-		g.t.Fatalf("%s: no answer", command)
+		return errors.New("no answer")
 	}
 }
 
