@@ -864,6 +864,33 @@ func TestCheckPolicyValues(t *testing.T) {
 	}
 }
 
+// The value of a policy's rule goes the same way as an operator's: the agreement bounds it.
+func TestPolicyValue(t *testing.T) {
+	inBubble(t, func(m *made, o *Options) {
+		o.Agreement = agreementWith(t, guestUUID, access.Rights{Read: true, Write: true, Actions: []string{heal.SetSysctl},
+			Values: []access.ValueRange{{Action: heal.SetSysctl, Name: "kernel.panic", Min: 1, Max: 3}}})
+		o.Policy = policy.Policy{Version: policy.Version, Rules: []policy.Rule{
+			{Finding: "panic", Action: heal.SetSysctl, Set: &policy.Value{Name: "kernel.panic", Number: 5}, Mode: policy.Automatic, MaxPerHour: 1},
+		}}
+	}, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+		ev := w.wait(time.Minute, "refusal", ofKind(EventFailed, detect.KindPanic))
+		if !strings.Contains(ev.Text, `gives "set-sysctl" for kernel.panic 1 to 3, not 5`) {
+			t.Errorf("%s", ev.Text)
+		}
+		w.wait(time.Minute, "the end of it", ofKind(EventWaiting, detect.KindPanic))
+		time.Sleep(time.Second) // of the bubble: it is over
+		// An operator who names the action only is given the policy's number, too.
+		if _, _, err := w.e.Heal(t.Context(), HealRequest{Finding: "panic-1", Action: heal.SetSysctl}); !errors.Is(err, access.ErrDenied) || !strings.Contains(err.Error(), "not 5") {
+			t.Errorf("by an operator: %v", err)
+		}
+		if _, _, err := w.e.Heal(t.Context(), HealRequest{Finding: "panic-1", Action: heal.SetSysctl, Value: &heal.Value{Name: "kernel.panic", Number: 2}}); errors.Is(err, access.ErrDenied) || err == nil {
+			t.Errorf("with a number that is given: %v", err) // there is no kernel to plan for
+		}
+	})
+}
+
 func TestHealByOperator(t *testing.T) {
 	var pw *fakePower
 	inBubble(t, func(m *made, o *Options) {
