@@ -144,7 +144,10 @@ func (b *bench) fault(ctx context.Context, what lab.Fault, kind detect.Kind) (la
 	return truth, f, at.Sub(truth.Start), err
 }
 
-const listed = "harness: from the fault until Redfish lists the finding"
+const (
+	listed    = "harness: from the fault until Redfish lists the finding"
+	announced = "harness: from the fault until the agent says it on the DPU's console; the start is the earliest it can have been"
+)
 
 func (b *bench) runaway(ctx context.Context) error {
 	var found, killed, applied []time.Duration
@@ -214,14 +217,16 @@ func (b *bench) silent(ctx context.Context) error {
 }
 
 func (b *bench) stall(ctx context.Context) error {
-	found, err := b.deadly(ctx, lab.FaultIRQsOff, detect.KindCPUStall)
+	said, found, err := b.deadly(ctx, lab.FaultIRQsOff, detect.KindCPUStall)
 	b.add("fault to finding: cpu-stall", "ms", listed+"; interrupts off on one CPU; the verdict needs 1000 ms", ms(found...)...)
+	b.add("fault to finding: cpu-stall, said", "ms", announced, ms(said...)...)
 	return err
 }
 
 func (b *bench) panic(ctx context.Context) error {
-	found, err := b.deadly(ctx, lab.FaultPanic, detect.KindPanic)
+	said, found, err := b.deadly(ctx, lab.FaultPanic, detect.KindPanic)
 	b.add("fault to finding: panic", "ms", listed+"; sysrq-c, the kernel's own way into the panic included", ms(found...)...)
+	b.add("fault to finding: panic, said", "ms", announced, ms(said...)...)
 	return err
 }
 
@@ -247,35 +252,39 @@ func (b *bench) settled(ctx context.Context) error {
 	}
 }
 
-// deadly makes a fault that only a power cycle ends, again and again.
-func (b *bench) deadly(ctx context.Context, what lab.Fault, kind detect.Kind) ([]time.Duration, error) {
-	var found []time.Duration
+// deadly makes a fault that only a power cycle ends, again and again. It returns when the finding was said on the console, and when it was listed.
+func (b *bench) deadly(ctx context.Context, what lab.Fault, kind detect.Kind) (said, listed []time.Duration, err error) {
 	for range b.n {
 		if err := b.settled(ctx); err != nil {
-			return found, err
+			return said, listed, err
 		}
 		st, err := b.agent.State(ctx)
 		if err != nil {
-			return found, err
+			return said, listed, err
 		}
-		_, _, took, err := b.fault(ctx, what, kind)
+		mark := b.lab.DPU.Console().Mark()
+		truth, f, took, err := b.fault(ctx, what, kind)
 		if err != nil {
-			return found, err
+			return said, listed, err
 		}
-		found = append(found, took)
+		at, err := b.lab.DPU.Announced(ctx, mark, f.Title)
+		if err != nil {
+			return said, listed, err
+		}
+		said, listed = append(said, at.Sub(truth.Start)), append(listed, took)
 		boots := b.host.Boots()
 		if err := b.host.PowerCycle(ctx); err != nil {
-			return found, err
+			return said, listed, err
 		}
 		if _, err := b.host.WaitBoot(ctx, boots); err != nil {
-			return found, err
+			return said, listed, err
 		}
 		if _, err := b.agent.WaitAttached(ctx, st.Attaches+1); err != nil {
-			return found, err
+			return said, listed, err
 		}
 		if _, err := b.agent.WaitState(ctx, "health", func(st engine.State) bool { return st.Health == engine.Healthy }); err != nil {
-			return found, err
+			return said, listed, err
 		}
 	}
-	return found, nil
+	return said, listed, nil
 }

@@ -13,9 +13,7 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -293,7 +291,7 @@ func (s *story) runaway(ctx context.Context) error {
 	if f.Culprit.Comm != truth.Comm {
 		return fmt.Errorf("the agent calls process %d %q; it is %q", truth.PID, f.Culprit.Comm, truth.Comm)
 	}
-	found, err := s.found(deadline, console, f)
+	found, err := s.lab.DPU.Announced(deadline, console, f.Title)
 	if err != nil {
 		return err
 	}
@@ -352,13 +350,6 @@ func (s *story) runaway(ctx context.Context) error {
 	return nil
 }
 
-// found returns when the agent announced a finding on the DPU's console, by the harness's clock: the DPU's own is another one.
-func (s *story) found(ctx context.Context, mark int, f detect.Finding) (time.Time, error) {
-	announced := regexp.MustCompile(`type=finding .*` + regexp.QuoteMeta(strings.Trim(strconv.Quote(f.Title), `"`)))
-	line, err := s.lab.DPU.Console().Wait(ctx, mark, announced)
-	return line.At, err
-}
-
 func (s *story) tellRepair(o *heal.Outcome) {
 	how := "read, compare, write, verify"
 	if o.Atomic {
@@ -385,7 +376,7 @@ func (s *story) panic(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	found, err := s.found(deadline, console, f)
+	found, err := s.lab.DPU.Announced(deadline, console, f.Title)
 	if err != nil {
 		return err
 	}
