@@ -105,6 +105,11 @@ func rows() []row {
 			run:        named, plant: calm,
 		},
 		{
+			principle: "6 access control", mechanism: "access.Grant: detectors, rates",
+			experiment: "an agreement that withholds a detector and bounds how often a quarantine may be begun",
+			run:        bounded, plant: calm,
+		},
+		{
 			principle: "1 remote I/O", mechanism: "MMIO of the host", experiment: "the host's device registers, read and written", missing: "no path of the laboratory reaches them, and the agent refuses them by all (above)",
 		},
 		{

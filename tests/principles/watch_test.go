@@ -196,6 +196,31 @@ func undead(ctx context.Context, b *bench) (string, error) {
 	return fmt.Sprintf("found after %.1f s: %s", found.Seconds(), f.Title), nil
 }
 
+// scans has the host begin 40 conversations a second until stop is called, each with another value of the two bytes at vary in its frames, or
+// all with the same.
+func (b *bench) scans(ctx context.Context, vary int, same bool) (stop func() error) {
+	args := control.FramesArgs{
+		Frames: [][]byte{eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 6, 0, nil, syn(uint16(2000+vary), 1)))}, Vary: vary, For: time.Second, Gap: 25 * time.Millisecond,
+	}
+	if same {
+		args.Vary = 0
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	// Each second of it goes on where the one before has ended.
+	ended := again(ctx, 0, func() error {
+		_, err := b.host.Frames(context.WithoutCancel(ctx), args)
+		if !same {
+			f := args.Frames[0][vary:]
+			binary.BigEndian.PutUint16(f, binary.BigEndian.Uint16(f)+40)
+		}
+		return err
+	})
+	return func() error {
+		cancel()
+		return ended()
+	}
+}
+
 // scan has the host look for ports of one machine, then for machines, slower than a flood. What is planted is that it asks one port of one machine as often.
 func scan(ctx context.Context, b *bench) (string, error) {
 	var said []string
@@ -212,26 +237,10 @@ func scan(ctx context.Context, b *bench) (string, error) {
 			}
 			open = slices.ContainsFunc(before, func(f detect.Finding) bool { return f.Kind == detect.KindNetworkScan && f.Resolved == nil })
 		}
-		args := control.FramesArgs{
-			Frames: [][]byte{eth(peerMAC, hostMAC, 0x0800, ip4(hostIP, peerIP, 6, 0, nil, syn(uint16(2000+kind.vary), 1)))}, Vary: kind.vary, For: time.Second, Gap: 25 * time.Millisecond,
-		}
-		if b.calm {
-			args.Vary = 0
-		}
 		began := time.Now()
-		sctx, cancel := context.WithCancel(ctx)
-		// Each second of it goes on where the one before has ended.
-		stop := again(sctx, 0, func() error {
-			_, err := b.host.Frames(context.WithoutCancel(sctx), args)
-			if !b.calm {
-				f := args.Frames[0][kind.vary:]
-				binary.BigEndian.PutUint16(f, binary.BigEndian.Uint16(f)+40)
-			}
-			return err
-		})
+		stop := b.scans(ctx, kind.vary, b.calm)
 		f, err := b.newFinding(ctx, 40*time.Second, before, func(f detect.Finding) bool { return f.Kind == detect.KindNetworkScan && f.Resolved == nil })
 		found := time.Since(began)
-		cancel()
 		if err := errors.Join(err, stop()); err != nil {
 			return "", fmt.Errorf("a scan of %s: %w", kind.name, err)
 		}
