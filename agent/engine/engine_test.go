@@ -612,6 +612,60 @@ func TestAgreementRates(t *testing.T) {
 	})
 }
 
+// cable is a packet path that does what it is told.
+type cable struct{ c heal.Containment }
+
+func (p *cable) Sample(now time.Time) (detect.NetworkSample, error) {
+	return detect.NetworkSample{At: now}, nil
+}
+func (p *cable) Containment() (heal.Containment, error)              { return p.c, nil }
+func (p *cable) Restore(_ context.Context, c heal.Containment) error { p.c = c; return nil }
+func (p *cable) Contain(_ context.Context, o heal.NetworkOrder) (err error) {
+	p.c = heal.Containment{}
+	if o.Do == heal.Quarantine {
+		p.c.Quarantine = time.Now().Add(o.For)
+	}
+	return nil
+}
+
+// An operator's orders to the packet path count for the agreement's rates, each by itself, and over a restart.
+func TestAgreementRatesOfOrders(t *testing.T) {
+	inBubble(t, func(m *made, o *Options) {
+		o.Network = &cable{}
+		o.Agreement = agreementWith(t, guestUUID, access.Rights{
+			Read: true, Write: true, Actions: []string{heal.Quarantine, heal.Release}, Rates: []access.Rate{{Action: heal.Quarantine, Most: 3, Within: 3600}}})
+		for range 2 { // by an earlier start, one right behind the other
+			data, err := json.Marshal(map[string]any{"plan": map[string]any{"action": heal.Quarantine}, "caller": "alice"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := o.Journal.Append(journal.Record{Time: time.Now().Add(-time.Minute), Kind: "intent", Data: data}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		order := func(do string) error {
+			o := heal.NetworkOrder{Do: do}
+			if do == heal.Quarantine {
+				o.For = time.Minute
+			}
+			_, err := w.e.Contain(t.Context(), o, "alice")
+			return err
+		}
+		if err := errors.Join(order(heal.Quarantine), order(heal.Release)); err != nil {
+			t.Fatal(err)
+		}
+		if err := order(heal.Quarantine); !errors.Is(err, access.ErrDenied) || w.e.contained() != nil {
+			t.Errorf("the fourth quarantine within an hour: %v; %+v", err, w.e.contained())
+		}
+		time.Sleep(time.Hour)
+		if err := order(heal.Quarantine); err != nil {
+			t.Errorf("an hour later: %v", err)
+		}
+	})
+}
+
 // A detector that the agreement does not give does not judge, and the host's health is told without it.
 func TestAgreementDetectors(t *testing.T) {
 	for given, want := range map[string]bool{"panic": true, "oops": false} {

@@ -91,7 +91,7 @@ func (e *Engine) remember() {
 		if at.After(now) {
 			at = now
 		}
-		if last.finding != in.Plan.Finding || last.action != in.Plan.Action || at.Sub(lastAt) > healTimeout {
+		if in.Plan.Finding == "" || last.finding != in.Plan.Finding || last.action != in.Plan.Action || at.Sub(lastAt) > healTimeout {
 			begun[in.Plan.Action] = append(begun[in.Plan.Action], at)
 		}
 		last.finding, last.action, lastAt = in.Plan.Finding, in.Plan.Action, at
@@ -109,6 +109,18 @@ func (e *Engine) remember() {
 	for action, times := range begun {
 		e.begun[action] = times[max(0, len(times)-keepPast):]
 	}
+}
+
+// begin counts that an action is begun, whoever asks for it, if the agreement's rate lets it. e.mu is held.
+func (e *Engine) begin(grant access.Grant, action string, at time.Time) error {
+	if err := grant.PermitRate(action, at, e.begun[action]); err != nil {
+		return err
+	}
+	e.begun[action] = append(e.begun[action], at)
+	if n := len(e.begun[action]); n > keepPast {
+		e.begun[action] = e.begun[action][n-keepPast:]
+	}
+	return nil
 }
 
 // decide lets policy say what becomes of the open findings, and begins what it allows, one thing at a time.
@@ -456,13 +468,9 @@ func (e *Engine) repair(ctx context.Context, f detect.Finding, action string, va
 	}
 
 	e.mu.Lock()
-	if err := grant.PermitRate(action, p.Made, e.begun[action]); err != nil {
+	if err := e.begin(grant, action, p.Made); err != nil {
 		e.mu.Unlock()
 		return p, nil, err
-	}
-	e.begun[action] = append(e.begun[action], p.Made)
-	if n := len(e.begun[action]); n > keepPast {
-		e.begun[action] = e.begun[action][n-keepPast:]
 	}
 	e.current = p.ID
 	var budget *heal.Budget

@@ -58,7 +58,7 @@ func (e *Engine) contained() *heal.Containment {
 }
 
 // Contain keeps the host's traffic back, or lets it go again, for an operator. It needs what every repair needs but a finding: writes
-// switched on, the action in the agreement, the intent in the journal. It does not wait for a repair that is under way, and returns when
+// switched on, the action in the agreement and not beyond its rate, the intent in the journal. It does not wait for a repair that is under way, and returns when
 // the order is in force.
 func (e *Engine) Contain(ctx context.Context, o heal.NetworkOrder, caller string) (heal.Outcome, error) {
 	if err := o.Check(); err != nil {
@@ -80,7 +80,11 @@ func (e *Engine) Contain(ctx context.Context, o heal.NetworkOrder, caller string
 	e.plans++
 	p.ID, p.Made = fmt.Sprintf("plan-%d", e.plans), time.Now()
 	grant := e.grant()
+	err := e.begin(grant, p.Action, p.Made)
 	e.mu.Unlock()
+	if err != nil {
+		return heal.Outcome{}, fmt.Errorf("%s: %w", o.Do, err)
+	}
 	x := heal.NewExecutor(heal.Options{Grant: grant, Journal: e.journalOrNil(), Network: e.o.Network, Logger: e.log})
 	out, err := x.ApplyNext(ctx, p, caller) // there is no finding that could be seen again
 	e.mu.Lock()

@@ -126,12 +126,12 @@ func TestPrinciples(t *testing.T) {
 				if err != nil {
 					t.Fatalf("plant a violation: %v", err)
 				}
-				_, violated := b.try(ctx, r)
+				green, violated := b.try(ctx, r)
 				if err := undo(); err != nil {
 					t.Errorf("take the violation away: %v", err)
 				}
 				if violated == nil {
-					t.Errorf("the row stays green under a violation")
+					t.Errorf("the row stays green under a violation: %s", green)
 					result = "**FAIL**: stays green under a violation"
 				} else {
 					t.Logf("under a violation: %v", violated)
