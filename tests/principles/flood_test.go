@@ -76,7 +76,7 @@ func (b *bench) floods(ctx context.Context) (stop func() (float64, error)) {
 // have a CPU of this machine each, as they have processors of their own: without that the host takes the time of the DPU's emulation, as no
 // host can.
 func answersUnderFlood(ctx context.Context, b *bench) (string, error) {
-	unpin, err := b.apart(ctx)
+	unpin, err := b.apart()
 	if err != nil {
 		return "", err
 	}

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"runtime"
 	"slices"
 	"time"
@@ -191,7 +190,7 @@ func (b *bench) order(ctx context.Context, o client.NetworkOrder) (time.Duration
 // cable that never comes out. Host and DPU have a CPU of this machine each, as they have processors of their own.
 func contain(ctx context.Context, b *bench) (string, error) {
 	const text = "contain me"
-	unpin, err := b.apart(ctx)
+	unpin, err := b.apart()
 	if err != nil {
 		return "", err
 	}
@@ -287,12 +286,12 @@ func contain(ctx context.Context, b *bench) (string, error) {
 }
 
 // apart gives host and DPU a CPU of this machine each, until undo is called.
-func (b *bench) apart(ctx context.Context) (undo func(), err error) {
+func (b *bench) apart() (undo func(), err error) {
 	if runtime.NumCPU() < 2 {
 		return func() {}, nil
 	}
 	undo = func() { _ = errors.Join(b.host.Pin(), b.lab.DPU.Pin()) }
-	if err := errors.Join(b.host.Pin(0), b.split(ctx)); err != nil {
+	if err := errors.Join(b.host.Pin(0), b.lab.DPU.Pin(1)); err != nil {
 		undo()
 		return nil, err
 	}
@@ -563,11 +562,4 @@ func functions(ctx context.Context, b *bench) (string, error) {
 		return "", fmt.Errorf("the function has sent %d frames, and the cable has carried %d", m.TXFrames, sent)
 	}
 	return fmt.Sprintf("%d frames of the host, %d on its cable", m.TXFrames, sent), nil
-}
-
-func (b *bench) split(ctx context.Context) error {
-	if os.Getenv("SPLIT") != "" {
-		return b.lab.DPU.Split(ctx, 1, 0)
-	}
-	return b.lab.DPU.Pin(1)
 }
