@@ -34,6 +34,10 @@ type arch struct {
 	userPage func(e uint64) (reads, writes bool)
 	// userTables says that processes have tables for themselves alone; else they have the lower half of their tables.
 	userTables bool
+	// blank makes zeros of what the kernel may rightly have put at a place of its code that it patches itself, at an offset of a piece of code, whatever
+	// that is; anything else stays. disarm puts back what a kprobe's breakpoint stands for, at the beginning of b.
+	blank  func(kind uint64, b []byte, off uint64)
+	disarm func(b, was []byte)
 }
 
 // stackWalk is an unwinding under way.

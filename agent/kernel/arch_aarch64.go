@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
@@ -30,6 +31,8 @@ func archAArch64() *arch {
 		// PTE_USER and PTE_RDONLY. A page that is clean and whose dirty bit the hardware sets (PTE_DBM) is not taken for writable yet.
 		userPage:   func(e uint64) (reads, writes bool) { return e&(1<<6) != 0, e&(1<<7) == 0 },
 		userTables: true,
+		blank:      aarch64Blank,
+		disarm:     aarch64Disarm,
 	}
 }
 
@@ -38,6 +41,8 @@ const (
 	aarch64HeadSize = 64 << 10
 	// aarch64ImageMax bounds the image. With its modules it must be within reach of a relative branch.
 	aarch64ImageMax = 256 << 20
+
+	aarch64NOP = 0xd503201f
 )
 
 func aarch64Space(v *vmcoreinfo) (*addressSpace, imageMap, error) {
@@ -187,4 +192,50 @@ func aarch64Located(img *Image, src source, function VirtAddr, size uint64) []Vi
 		}
 	}
 	return found
+}
+
+// aarch64Blank blanks what the kernel may have put at a place that it patches itself (arch/arm64/kernel: jump_label.c, ftrace.c). What begins a function
+// that ftrace knows is MOV X9, LR and then NOP or BL, behind a BTI if there is one; ftrace_init_nop puts the first there for good.
+func aarch64Blank(kind uint64, b []byte, off uint64) {
+	op := func(at uint64) uint32 {
+		if at%4 != 0 || at+4 > uint64(len(b)) {
+			return 0
+		}
+		return le32(b[at:])
+	}
+	const movX9LR = 0xaa1e03e9
+	is := func(at uint64, branches ...uint32) bool {
+		i := op(at)
+		return i == aarch64NOP || slices.Contains(branches, i>>26)
+	}
+	const branch, link = 0x05, 0x25 // B, BL
+	switch kind {
+	case siteJump:
+		if is(off, branch) {
+			clear(b[off : off+4])
+		}
+	case siteCalls:
+		if is(off, branch, link) {
+			clear(b[off : off+4])
+		}
+	case siteEntry, siteOps:
+		at := off
+		if op(at)&^0xc0 == 0xd503241f { // BTI
+			at += 4
+		}
+		if op(at) != movX9LR || !is(at+4, link) {
+			return
+		}
+		clear(b[at+4 : at+8])
+		if kind == siteOps && off >= 8 {
+			clear(b[off-8 : off])
+		}
+	}
+}
+
+// aarch64Disarm puts an instruction back that a kprobe has replaced by BRK #4 (KPROBES_BRK_IMM, arch/arm64/include/asm/brk-imm.h).
+func aarch64Disarm(b, was []byte) {
+	if len(b) >= 4 && len(was) == 4 && le32(b) == 0xd4200080 {
+		copy(b, was)
+	}
 }

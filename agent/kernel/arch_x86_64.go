@@ -10,7 +10,9 @@ import (
 // image within 1 GiB from __START_KERNEL_map on, all physical memory mapped from page_offset_base on.
 func archX8664() *arch {
 	return &arch{
-		name: "x86_64",
+		name:   "x86_64",
+		blank:  x8664Blank,
+		disarm: x8664Disarm,
 		matches: func(v *vmcoreinfo) bool {
 			// arch_crash_save_vmcoreinfo in arch/x86/kernel/{machine_kexec_64,vmcore_info_64}.c; init_top_pgt since v4.13.
 			_, base := v.number("phys_base")
@@ -121,4 +123,54 @@ func x8664Absent(_ tableLevel, e, swaps uint64) (hostmem.PhysAddr, PageState) {
 		return 0, PageSwapped
 	}
 	return 0, PageOther
+}
+
+// x8664Blank blanks what the kernel may have put at a place that it patches itself (arch/x86/kernel: jump_label.c, static_call.c, ftrace.c).
+func x8664Blank(kind uint64, b []byte, off uint64) {
+	at := b[off:]
+	switch kind {
+	case siteJump:
+		switch {
+		case at[0] == 0xe9, patchable(at): // jmp rel32
+			clear(at[:5])
+		case at[0] == 0xeb, at[0] == 0x66 && at[1] == 0x90: // jmp rel8, the nop of two bytes
+			clear(at[:2])
+		}
+	case siteCall:
+		if at[0] == 0x0f && at[1]&0xf0 == 0x80 { // jcc rel32
+			clear(at[:6])
+		} else {
+			clear(at[:5])
+		}
+	case siteTramp:
+		clear(pastEndbr(at)[:5])
+	case siteEntry, siteCalls:
+		if at = pastEndbr(at); patchable(at) {
+			clear(at[:5])
+		}
+	}
+}
+
+// x8664Disarm puts the first byte of an instruction back that a kprobe has replaced by a breakpoint, or the first five that it has by a jump (arch/x86/kernel/kprobes).
+func x8664Disarm(b, was []byte) {
+	switch {
+	case b[0] == 0xcc:
+		b[0] = was[0]
+	case b[0] == 0xe9 && len(was) == 5:
+		copy(b, was)
+	}
+}
+
+// pastEndbr skips endbr64, or what is left of it where nobody needs it, until 6.13 and since.
+func pastEndbr(b []byte) []byte {
+	switch string(b[:4]) {
+	case "\xf3\x0f\x1e\xfa", "\x66\x0f\x1f\x00", "\x0f\x1f\x40\xd6":
+		return b[4:]
+	}
+	return b
+}
+
+// patchable reports whether there is a call, or the nop of five bytes that waits to be one.
+func patchable(b []byte) bool {
+	return b[0] == 0xe8 || string(b[:5]) == "\x0f\x1f\x44\x00\x00"
 }

@@ -323,6 +323,7 @@ var decoded = []struct {
 	{"psi_system", []string{"psi_memory_show"}, isPressure},
 	{"vmstat_text", []string{"vmstat_show"}, isCounterNames},
 	{"vmcoreinfo_note", []string{"paddr_vmcoreinfo_note"}, isNotePointer},
+	{"kprobe_table", []string{"get_kprobe"}, isProbeTable},
 }
 
 // findDecoded finds variables in code. What is not found is missed where it is needed.
@@ -366,6 +367,25 @@ func isPanicCPU(img *Image, src source, at VirtAddr) (VirtAddr, bool) {
 	start, _ := img.syms.symbol("__per_cpu_start")
 	end, _ := img.syms.symbol("__per_cpu_end")
 	return at, err == nil && at%4 == 0 && (at < start || at >= end) && (le32(b[:]) == 0xffffffff || le32(b[:]) < maxCPUs)
+}
+
+// isProbeTable: the first element of each chain points back to it.
+func isProbeTable(img *Image, src source, at VirtAddr) (VirtAddr, bool) {
+	var heads [8 * kprobeChains]byte
+	if at%8 != 0 || img.space.object(src, "kprobe_table", at, heads[:]) != nil {
+		return at, false
+	}
+	for i := 0; i < len(heads); i += 8 {
+		first := VirtAddr(le64(heads[i:]))
+		if first == 0 {
+			continue
+		}
+		var node [16]byte // next, pprev
+		if !img.space.valid(first, 8) || img.space.object(src, "kprobe", first, node[:]) != nil || VirtAddr(le64(node[8:])) != at+VirtAddr(i) {
+			return at, false
+		}
+	}
+	return at, true
 }
 
 // isListHead: the neighbours of a list's head point back to it.

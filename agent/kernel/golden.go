@@ -13,36 +13,56 @@ import (
 	"time"
 )
 
-// Golden remembers the kernel's code, its constants and its table of interrupts as they were, and finds where they have changed.
-// It trusts the host at the time when it is taken, and what had been changed before then is taken for good, unless the kernel as it
-// was built is known (Known).
+// Golden remembers the code and the constants of a kernel and of its modules, and its table of interrupts, as they were, and finds where they
+// have changed. It trusts the host at the time when it is taken, and each module at the time when that is first seen: what had been changed before
+// then is taken for good, unless the kernel as it was built is known (Known), which says nothing of modules.
 //
-// A kernel patches its own code while it runs: static keys turn jumps into nops, static calls change their targets, ftrace
+// A kernel patches its own code and that of modules while it runs: static keys turn jumps into nops, static calls change their targets, ftrace
 // and what stands on it (kprobes at the beginning of functions, BPF, live patches) turn the nops there into calls. Such places
 // are known from the kernel's own tables, and what may legally be there is as good as anything else that may: a hook by way of
-// ftrace is not seen here (Probes lists them). Breakpoints elsewhere, of kprobes in the middle of functions, are changes
-// like any other, and so is what a second CPU that is plugged into a host with one has the kernel patch. Modules' own code is not
-// looked at.
+// ftrace is not seen here (Probes lists them), and neither is a breakpoint of a kprobe that the kernel has listed with the code that was there.
+// What a second CPU that is plugged into a host with one has the kernel patch are changes like any other.
 //
-// It holds 4 bytes for each 128 bytes of the kernel, keyed so that nobody can make a change that looks like none (lineKey). The bytes
+// A module that comes is taken once it is live, over some passes; one that goes is forgotten. Whether it is still the one that was taken is told by
+// the number that sysfs gave its directory, which no other gets. Who can write the kernel's memory can forge that, and have a module trusted anew.
+//
+// It holds 4 bytes for each 128 bytes of code and constants, keyed so that nobody can make a change that looks like none (lineKey). The bytes
 // themselves, some 23 MB, are kept elsewhere. It is not safe for concurrent use.
 type Golden struct {
+	goldenPart // the kernel's own
+	hot        []stretch
+	hotAt      int
+	mods       *goldenModules
+	left       []string
+
+	at     uint64 // where the round is in the kernel's own
+	done   uint64 // bytes of the round that are compared
+	rounds int
+}
+
+// goldenPart is what is kept of the kernel's own image, or of a module.
+type goldenPart struct {
+	*goldenShared
 	img     *Image
+	module  string   // empty for the kernel's own
+	owner   VirtAddr // its struct module
 	regions []region
 	sites   []uint64 // places that the kernel patches: offset from base, and in the lowest byte which kind; sorted
 	base    VirtAddr
 	late    [2]VirtAddr // from where to where constants are that the kernel fills in while it starts
-	hot     []stretch
 	keep    GoldenStore // nil: only hashes
 
-	key      *lineKey
 	sums     []uint32
 	buf      []byte // of the piece that is compared
 	total    uint64
-	at       uint64 // where the round is
-	rounds   int
-	hotAt    int
 	suspects map[uint64]*suspect // by line
+}
+
+// goldenShared is what all parts have together.
+type goldenShared struct {
+	key       *lineKey
+	suspected int // lines of all parts
+	traps     *traps
 }
 
 // GoldenStore keeps the golden bytes: a file.
@@ -63,12 +83,14 @@ type stretch struct{ from, to uint64 }
 type suspect struct {
 	since time.Time
 	raw   []byte
+	traps []trap // of kprobes, within
 	sure  bool
 }
 
 // Change is a stretch of code or of constants that is not as it was: whole words of 8 bytes.
 type Change struct {
-	Region string   `json:"region"` // "text", "rodata" or "idt"
+	Region string   `json:"region"`           // "text", "rodata" or "idt"
+	Module string   `json:"module,omitempty"` // whose that is; empty if it is the kernel's own
 	Addr   VirtAddr `json:"addr"`
 	Symbol string   `json:"symbol,omitempty"` // in which it begins
 	Offset uint64   `json:"offset,omitempty"`
@@ -106,6 +128,8 @@ const (
 	siteCall  = 2 // a static call's
 	siteEntry = 3 // the beginning of a function, where ftrace's nop may be
 	siteTramp = 4 // the trampoline of a static call, or the jump of a BPF dispatcher
+	siteOps   = 5 // as siteEntry, with a pointer before the function that ftrace changes (CONFIG_DYNAMIC_FTRACE_WITH_CALL_OPS of arm64)
+	siteCalls = 6 // where ftrace's own code calls what it is to call
 )
 
 // hotNames are the endings of names of tables through which the kernel calls functions.
@@ -117,40 +141,72 @@ var hotNames = []string{"_ops", "_fops", "_operations", "sys_call_table", "_hook
 // With the kernel as it was built (nil: without) what is kept is that, where it is not what a host's kernel rightly makes of itself:
 // what had been changed before is a change.
 func TakeGolden(ctx context.Context, img *Image, keep GoldenStore, known *Known) (*Golden, error) {
-	if img.info.Arch != "x86_64" {
-		return nil, fmt.Errorf("golden copy of %s code: %w", img.info.Arch, ErrNotSupported)
+	fail := func(err error) (*Golden, error) { return nil, fmt.Errorf("golden copy: %w", err) }
+	if img.arch.blank == nil {
+		return fail(fmt.Errorf("%s code: %w", img.info.Arch, ErrNotSupported))
 	}
-	g := &Golden{img: img, keep: keep, key: newLineKey(), suspects: make(map[uint64]*suspect)}
 	v := img.View(ctx)
+	g := &Golden{goldenPart: goldenPart{img: img, keep: keep, suspects: make(map[uint64]*suspect), goldenShared: &goldenShared{key: newLineKey(), traps: &traps{}}}}
 	if err := g.running(v); err != nil {
-		return nil, fmt.Errorf("golden copy: %w", err)
+		return fail(err)
 	}
 	var built *started
 	if known != nil {
 		var err error
 		if built, err = known.start(v); err != nil {
-			return nil, fmt.Errorf("golden copy: %w", err)
+			return fail(err)
 		}
 	}
 	if err := g.survey(v, built); err != nil {
-		return nil, fmt.Errorf("golden copy: %w", err)
+		return fail(err)
 	}
-	for at := uint64(0); at < g.total; {
-		raw, plain, err := g.take(v, at, goldenChunk, built)
+	// A breakpoint that comes or goes meanwhile may be in what was read.
+	for try := 0; ; try++ {
+		before, err := g.traps.list(v)
 		if err != nil {
-			return nil, fmt.Errorf("golden copy: %w", err)
+			return fail(err)
 		}
-		if keep != nil {
-			if _, err := keep.WriteAt(raw, int64(at)); err != nil {
-				return nil, fmt.Errorf("keep golden copy: %w", err)
+		for at := uint64(0); at < g.total; {
+			n, err := g.keepPiece(v, at, built)
+			if err != nil {
+				return fail(err)
 			}
+			at += n
 		}
-		for i := 0; i < len(plain); i += goldenLine {
-			g.sums[(at+uint64(i))/goldenLine] = g.key.sum(plain[i : i+goldenLine])
+		v.forget()
+		g.traps.forget()
+		after, err := g.traps.list(v)
+		if err != nil {
+			return fail(err)
 		}
-		at += uint64(len(raw))
+		if slices.EqualFunc(before, after, trap.equal) {
+			break
+		}
+		if try == 2 {
+			return fail(fmt.Errorf("kprobes come and go: %w", ErrNotYet))
+		}
+	}
+	if err := g.modules(v); err != nil {
+		return fail(err)
 	}
 	return g, nil
+}
+
+// keepPiece takes a piece and returns how many bytes it has.
+func (g *goldenPart) keepPiece(v *View, at uint64, built *started) (uint64, error) {
+	raw, plain, err := g.take(v, at, goldenChunk, built)
+	if err != nil {
+		return 0, err
+	}
+	if g.keep != nil {
+		if _, err := g.keep.WriteAt(raw, int64(at)); err != nil {
+			return 0, fmt.Errorf("keep golden copy: %w", err)
+		}
+	}
+	for i := 0; i < len(plain); i += goldenLine {
+		g.sums[(at+uint64(i))/goldenLine] = g.key.sum(plain[i : i+goldenLine])
+	}
+	return uint64(len(raw)), nil
 }
 
 // running returns nil once the kernel has made its constants read-only, which is right before it starts init (kernel_init of
@@ -180,19 +236,30 @@ func (g *Golden) survey(v *View, built *started) error {
 	r := resolver{img: g.img}
 	page := VirtAddr(g.img.pageSize)
 	text, etext := r.symbol("_stext"), r.symbol("_etext")
-	rodata, erodata := r.symbol("__start_rodata"), r.symbol("__end_rodata")
-	idt := r.symbol("idt_table")
-	g.late = [2]VirtAddr{r.symbol("__start_ro_after_init"), r.symbol("__end_ro_after_init")}
-	jumps, ejumps := r.symbol("__start___jump_table"), r.symbol("__stop___jump_table")
-	calls, ecalls := r.symbol("__start_static_call_sites"), r.symbol("__stop_static_call_sites")
+	g.base = text &^ (page - 1)
+	type named struct {
+		name     string
+		from, to VirtAddr
+	}
+	all := []named{{"text", g.base, etext}}
+	var rodata, erodata, idt VirtAddr
+	if g.img.lacking {
+		g.left = append(g.left, "the kernel's constants: its kallsyms does not name where they are")
+	} else {
+		rodata, erodata = r.symbol("__start_rodata"), r.symbol("__end_rodata")
+		g.late = [2]VirtAddr{r.symbol("__start_ro_after_init"), r.symbol("__end_ro_after_init")}
+		all = append(all, named{"rodata", rodata, erodata})
+	}
+	x86 := g.img.arch.name == "x86_64"
+	if x86 {
+		idt = r.symbol("idt_table")
+		all = append(all, named{"idt", idt, idt + 256*16})
+	}
 	if r.err != nil {
 		return r.err
 	}
-	g.base = text &^ (page - 1)
-	for _, x := range []region{
-		{name: "text", from: g.base, to: etext}, {name: "rodata", from: rodata, to: erodata}, {name: "idt", from: idt, to: idt + 256*16},
-	} {
-		x.from, x.to, x.at = alignUp(x.from, page), x.to&^(page-1), g.total
+	for _, x := range all {
+		x := region{name: x.name, from: alignUp(x.from, page), to: x.to &^ (page - 1), at: g.total}
 		if x.from >= x.to || uint64(x.to-x.from) > goldenMost {
 			return &CorruptError{x.name, x.from, fmt.Sprintf("ends at %v", x.to)}
 		}
@@ -200,12 +267,11 @@ func (g *Golden) survey(v *View, built *started) error {
 		g.total += uint64(x.to - x.from)
 	}
 	g.sums = make([]uint32, g.total/goldenLine)
-	site := func(va VirtAddr, kind uint64) {
-		if va >= g.base && va < etext {
-			g.sites = append(g.sites, uint64(va-g.base)<<8|kind)
+	table := func(name string, size, kind uint64) error {
+		from, to := r.symbol("__start_"+name), r.symbol("__stop_"+name)
+		if r.err != nil {
+			return r.err
 		}
-	}
-	table := func(name string, from, to VirtAddr, size uint64, kind uint64) error {
 		if to < from || uint64(to-from) > 16<<20 || uint64(to-from)%size != 0 {
 			return &CorruptError{name, from, fmt.Sprintf("has %d bytes", to-from)}
 		}
@@ -217,19 +283,24 @@ func (g *Golden) survey(v *View, built *started) error {
 		} else if err := g.img.space.read(fresh{v}, from, b); err != nil {
 			return fmt.Errorf("read %s: %w", name, err)
 		}
-		for i := uint64(0); i < uint64(len(b)); i += size {
-			site(from+VirtAddr(i)+VirtAddr(int64(int32(le32(b[i:])))), kind) // they hold distances from themselves
-		}
+		g.relative(from, b, size, kind)
 		return nil
 	}
-	// struct jump_entry { s32 code; s32 target; long key; }, include/linux/jump_label.h; struct static_call_site { s32 addr;
-	// s32 key; }, include/linux/static_call_types.h.
-	if err := table("jump table", jumps, ejumps, 16, siteJump); err != nil {
+	if g.img.lacking {
+		from, b, err := g.img.jumpTable(v, text, etext)
+		if err != nil {
+			return err
+		}
+		g.relative(from, b, jumpEntry, siteJump)
+	} else if err := table("__jump_table", jumpEntry, siteJump); err != nil {
 		return err
 	}
-	if err := table("static call sites", calls, ecalls, 8, siteCall); err != nil {
-		return err
+	if x86 {
+		if err := table("static_call_sites", staticCallSite, siteCall); err != nil {
+			return err
+		}
 	}
+	entry := g.img.entryKind()
 	k := g.img.syms
 	from := sort.Search(len(k.offsets), func(i int) bool { return k.address(k.offsets[i], i) >= g.base })
 	for i := from; i < len(k.offsets); i++ {
@@ -243,9 +314,11 @@ func (g *Golden) survey(v *View, built *started) error {
 		_, name := k.name(i)
 		switch {
 		case va < etext && strings.HasPrefix(name, "__SCT__") || strings.HasPrefix(name, "bpf_dispatcher_"):
-			site(va, siteTramp)
+			g.site(va, siteTramp)
+		case va < etext && (name == "ftrace_call" || name == "ftrace_graph_call"):
+			g.site(va, siteCalls)
 		case va < etext:
-			site(va, siteEntry)
+			g.site(va, entry)
 		case va >= rodata && slices.ContainsFunc(hotNames, func(end string) bool { return strings.HasSuffix(name, end) }):
 			if size := k.sizeAt(va); size <= 64<<10 {
 				g.heat(va, size)
@@ -263,9 +336,42 @@ func (g *Golden) survey(v *View, built *started) error {
 		joined = append(joined, s)
 	}
 	g.hot = joined
+	g.sortSites()
+	return nil
+}
+
+const (
+	// struct jump_entry { s32 code; s32 target; long key; }, include/linux/jump_label.h; struct static_call_site { s32 addr;
+	// s32 key; }, include/linux/static_call_types.h. Code and addr are distances from themselves.
+	jumpEntry      = 16
+	staticCallSite = 8
+)
+
+// entryKind is how ftrace patches the beginning of functions.
+func (img *Image) entryKind() uint64 {
+	if _, err := img.syms.symbol("ftrace_nop_ops"); err == nil && img.arch.name == "aarch64" {
+		return siteOps // kernel/trace/ftrace.c has it for CONFIG_DYNAMIC_FTRACE_WITH_CALL_OPS alone
+	}
+	return siteEntry
+}
+
+// site notes a place that the kernel patches, if it is in the code.
+func (g *goldenPart) site(va VirtAddr, kind uint64) {
+	if t := g.regions[0]; va >= g.base && va < t.to {
+		g.sites = append(g.sites, uint64(va-g.base)<<8|kind)
+	}
+}
+
+// relative notes the places that a table at an address tells of by their distance, in the first word of each of its entries.
+func (g *goldenPart) relative(at VirtAddr, table []byte, size, kind uint64) {
+	for i := uint64(0); i+size <= uint64(len(table)); i += size {
+		g.site(at+VirtAddr(i)+VirtAddr(int64(int32(le32(table[i:])))), kind)
+	}
+}
+
+func (g *goldenPart) sortSites() {
 	slices.Sort(g.sites)
 	g.sites = slices.Compact(g.sites)
-	return nil
 }
 
 // heat has the lines of a table looked at often.
@@ -283,22 +389,33 @@ func (g *Golden) Bytes() (total, hot uint64) {
 	for _, s := range g.hot {
 		hot += s.to - s.from
 	}
-	return g.total, hot
+	return g.total + g.mods.bytes(), hot
 }
 
 // Rounds is how often everything has been compared.
 func (g *Golden) Rounds() int { return g.rounds }
 
 // Compared is how many bytes of the present round have been compared.
-func (g *Golden) Compared() uint64 { return g.at }
+func (g *Golden) Compared() uint64 { return g.done }
 
 // Differing is how many lines of 128 bytes are not as they were, be it for a moment.
-func (g *Golden) Differing() int { return len(g.suspects) }
+func (g *Golden) Differing() int { return g.suspected }
+
+// Modules is how many modules are compared.
+func (g *Golden) Modules() int { return g.mods.count() }
+
+// Left says what is not compared, and why.
+func (g *Golden) Left() []string { return slices.Concat(g.left, g.mods.left()) }
 
 // Sweep compares the next n bytes of all, and the next hot bytes of the tables of functions, both rounded up to whole reads. What
-// differs is read again at each call; what goes on differing in the same way is among the Changes.
+// differs is read again at each call; what goes on differing in the same way is among the Changes. Modules that have come are taken, some of
+// them at each call.
 func (g *Golden) Sweep(v *View, n, hot uint64) error {
+	g.traps.forget()
 	if err := g.again(v); err != nil {
+		return err
+	}
+	if err := g.mods.again(v); err != nil {
 		return err
 	}
 	for done := uint64(0); done < hot && len(g.hot) > 0; {
@@ -316,41 +433,81 @@ func (g *Golden) Sweep(v *View, n, hot uint64) error {
 		done += s.to - s.from
 	}
 	for done := uint64(0); done < n; {
-		size, err := g.compare(v, g.at, min(goldenChunk, max(n-done, goldenLine)))
+		want := min(goldenChunk, max(n-done, goldenLine))
+		var size uint64
+		var err error
+		ended := false
+		if g.at < g.total {
+			size, err = g.compare(v, g.at, want)
+			g.at += size
+			ended = g.at >= g.total && !g.mods.begin()
+		} else {
+			size, ended, err = g.mods.compare(v, want)
+		}
 		if err != nil {
 			return err
 		}
 		done += size
-		if g.at += size; g.at >= g.total {
-			g.at = 0
+		if g.done += size; ended {
+			g.at, g.done = 0, 0
 			g.rounds++
 			break
 		}
 	}
-	return nil
+	return g.mods.follow(v, n)
 }
 
 // again looks at the suspects.
-func (g *Golden) again(v *View) error {
+func (g *goldenPart) again(v *View) error {
 	for at, s := range g.suspects {
-		raw, plain, err := g.read(v, at, goldenLine)
+		raw, near, differs, err := g.differs(v, at)
 		if err != nil {
 			return fmt.Errorf("compare with golden copy: %w", err)
 		}
 		switch {
-		case g.sums[at/goldenLine] == g.key.sum(plain):
-			delete(g.suspects, at)
+		case !differs:
+			g.acquit(at)
 		case !slices.Equal(raw, s.raw):
-			*s = suspect{since: time.Now(), raw: slices.Clone(raw)}
+			*s = suspect{since: time.Now(), raw: slices.Clone(raw), traps: near}
 		case time.Since(s.since) >= goldenStands:
-			s.sure = true
+			s.sure, s.traps = true, near
 		}
 	}
 	return nil
 }
 
+func (g *goldenPart) acquit(at uint64) {
+	delete(g.suspects, at)
+	g.suspected--
+}
+
+// differs reads a line and says whether it is not as it was, breakpoints of kprobes aside, which it returns.
+func (g *goldenPart) differs(v *View, at uint64) (raw []byte, near []trap, differs bool, err error) {
+	r := g.where(at)
+	b, lo, err := g.fetch(v, r, at, goldenLine)
+	if err != nil {
+		return nil, nil, false, err
+	}
+	raw = b[lo : lo+goldenLine]
+	same := func(near []trap) bool {
+		return g.sums[at/goldenLine] == g.key.sum(g.plain(r, at-r.at-lo, b, near)[lo:])
+	}
+	if same(nil) {
+		return raw, nil, false, nil
+	}
+	if r.name == "text" {
+		all, err := g.traps.list(v)
+		if err != nil {
+			return nil, nil, false, err
+		}
+		from := r.from + VirtAddr(at-r.at)
+		near = slices.Clone(within(all, from-goldenMargin, from+goldenLine+goldenMargin))
+	}
+	return raw, near, len(near) == 0 || !same(near), nil
+}
+
 // compare looks at what is next, at most n bytes, and returns how much that was.
-func (g *Golden) compare(v *View, at, n uint64) (uint64, error) {
+func (g *goldenPart) compare(v *View, at, n uint64) (uint64, error) {
 	r := g.where(at)
 	off, size := at-r.at, uint64(r.to-r.from)
 	n = min((n+goldenLine-1)&^(goldenLine-1), size-off)
@@ -364,16 +521,17 @@ func (g *Golden) compare(v *View, at, n uint64) (uint64, error) {
 	}
 	for i := uint64(0); i < n; i += goldenLine {
 		line := at + i
-		if g.sums[line/goldenLine] == g.key.sum(g.buf[lo+i:]) || g.suspects[line] != nil || len(g.suspects) == maxSuspects {
+		if g.sums[line/goldenLine] == g.key.sum(g.buf[lo+i:]) || g.suspects[line] != nil || g.suspected >= maxSuspects {
 			continue
 		}
 		// Its bytes as they are are wanted now.
-		raw, plain, err := g.read(v, line, goldenLine)
+		raw, near, differs, err := g.differs(v, line)
 		if err != nil {
 			return 0, fmt.Errorf("compare with golden copy: %w", err)
 		}
-		if g.sums[line/goldenLine] != g.key.sum(plain) {
-			g.suspects[line] = &suspect{since: time.Now(), raw: slices.Clone(raw)}
+		if differs {
+			g.suspects[line] = &suspect{since: time.Now(), raw: slices.Clone(raw), traps: near}
+			g.suspected++
 		}
 	}
 	return n, nil
@@ -406,7 +564,7 @@ func (k *lineKey) sum(line []byte) uint32 {
 }
 
 // where returns the region of a place in the row of all regions.
-func (g *Golden) where(at uint64) region {
+func (g *goldenPart) where(at uint64) region {
 	for _, r := range g.regions {
 		if at < r.at+uint64(r.to-r.from) {
 			return r
@@ -415,30 +573,49 @@ func (g *Golden) where(at uint64) region {
 	panic("kernel: beyond the golden copy")
 }
 
-// read returns up to n bytes, whole lines of one region, as they are and without what the kernel may have patched.
-func (g *Golden) read(v *View, at, n uint64) (raw, plain []byte, err error) {
-	r := g.where(at)
+// fetch reads up to n bytes, whole lines of one region, and some margin, of which there are lo bytes before.
+func (g *goldenPart) fetch(v *View, r region, at, n uint64) (b []byte, lo uint64, err error) {
 	off, size := at-r.at, uint64(r.to-r.from)
 	n = min((n+goldenLine-1)&^(goldenLine-1), size-off)
-	lo, hi := min(off, goldenMargin), min(size-off-n, goldenMargin)
-	b := make([]byte, lo+n+hi)
-	if err := g.img.space.read(fresh{v}, r.from+VirtAddr(off-lo), b); err != nil {
+	lo = min(off, goldenMargin)
+	b = make([]byte, lo+n+min(size-off-n, goldenMargin))
+	return b, lo, g.img.space.read(fresh{v}, r.from+VirtAddr(off-lo), b)
+}
+
+// plain returns a copy of a piece of a region, which begins at an offset, without what the kernel may have patched.
+func (g *goldenPart) plain(r region, off uint64, b []byte, near []trap) []byte {
+	c := slices.Clone(b)
+	if r.name == "text" {
+		g.img.disarm(near, r.from+VirtAddr(off), c)
+		g.normalize(off, c)
+	}
+	return c
+}
+
+// read returns up to n bytes, whole lines of one region, with what was where there are breakpoints of kprobes now, and the same without what the
+// kernel may have patched.
+func (g *goldenPart) read(v *View, at, n uint64, near []trap) (raw, plain []byte, err error) {
+	r := g.where(at)
+	b, lo, err := g.fetch(v, r, at, n)
+	if err != nil {
 		return nil, nil, err
 	}
-	raw = b[lo : lo+n]
-	if r.name != "text" {
-		return raw, raw, nil
+	n = min((n+goldenLine-1)&^(goldenLine-1), uint64(r.to-r.from)-(at-r.at))
+	if r.name == "text" {
+		g.img.disarm(near, r.from+VirtAddr(at-r.at-lo), b)
 	}
-	c := slices.Clone(b)
-	g.normalize(off-lo, c)
-	return raw, c[lo : lo+n], nil
+	return b[lo : lo+n], g.plain(r, at-r.at-lo, b, nil)[lo : lo+n], nil
 }
 
 // take returns what is to be kept of up to n bytes, whole lines of one region, and that without what the kernel may patch.
-func (g *Golden) take(v *View, at, n uint64, built *started) (raw, plain []byte, err error) {
+func (g *goldenPart) take(v *View, at, n uint64, built *started) (raw, plain []byte, err error) {
 	r := g.where(at)
+	near, err := g.traps.list(v)
+	if err != nil {
+		return nil, nil, err
+	}
 	if built == nil || r.name == "idt" {
-		return g.read(v, at, n)
+		return g.read(v, at, n, near)
 	}
 	off, size := at-r.at, uint64(r.to-r.from)
 	n = min((n+goldenLine-1)&^(goldenLine-1), size-off)
@@ -449,6 +626,9 @@ func (g *Golden) take(v *View, at, n uint64, built *started) (raw, plain []byte,
 	}
 	want := make([]byte, len(host))
 	from := r.from + VirtAddr(off-lo)
+	if r.name == "text" {
+		g.img.disarm(near, from, host)
+	}
 	have, err := built.read(from, want)
 	if err != nil {
 		return nil, nil, err
@@ -479,7 +659,7 @@ func (g *Golden) take(v *View, at, n uint64, built *started) (raw, plain []byte,
 
 // kept returns a line of the golden copy as it was, and without what the kernel may patch. ErrNotFound means that the store does
 // not have it, or has lost it.
-func (g *Golden) kept(at uint64) (raw, plain []byte, err error) {
+func (g *goldenPart) kept(at uint64) (raw, plain []byte, err error) {
 	if g.keep == nil {
 		return nil, nil, ErrNotFound
 	}
@@ -502,8 +682,14 @@ func (g *Golden) kept(at uint64) (raw, plain []byte, err error) {
 	return raw, plain, nil
 }
 
-// Changes returns what is not as it was, by address. Nothing but the modules that it leads into is read from the host.
+// Changes returns what is not as it was, the kernel's own by address, then each module's. Nothing is read from the host but where pointers lead,
+// and the names of modules' functions.
 func (g *Golden) Changes(v *View) []Change {
+	return g.mods.changes(v, g.changes(v, nil))
+}
+
+// changes adds those of a part.
+func (g *goldenPart) changes(v *View, out []Change) []Change {
 	var lines []uint64
 	for at, s := range g.suspects {
 		if s.sure {
@@ -511,23 +697,27 @@ func (g *Golden) Changes(v *View) []Change {
 		}
 	}
 	slices.Sort(lines)
-	var out []Change
 	for _, at := range lines {
 		r := g.where(at)
-		now := g.suspects[at].raw
+		s := g.suspects[at]
+		now := s.raw
 		was, plainWas, err := g.kept(at)
 		add := func(from, to int) {
 			if len(out) == maxChanges {
 				return
 			}
-			c := Change{Region: r.name, Addr: r.from + VirtAddr(at-r.at) + VirtAddr(from), Now: slices.Clone(now[from:to])}
-			c.Symbol, c.Offset, _ = g.img.syms.at(c.Addr)
+			c := Change{Region: r.name, Module: g.module, Addr: r.from + VirtAddr(at-r.at) + VirtAddr(from), Now: slices.Clone(now[from:to])}
+			if g.module == "" {
+				c.Symbol, c.Offset, _ = g.img.syms.at(c.Addr)
+			} else if name, at, err := v.moduleSymbol(Module{Addr: g.owner}, c.Addr); err == nil {
+				c.Symbol, c.Offset = name, uint64(c.Addr-at)
+			}
 			if err == nil {
 				c.Was = slices.Clone(was[from:to])
 			}
 			for i := 0; i < len(c.Now) && r.name == "rodata" && len(c.Now) <= 64 && c.Owner == ""; i += 8 {
 				if to := VirtAddr(le64(c.Now[i:])); g.img.space.valid(to, 1) {
-					if m, err := v.moduleAt(to); err == nil {
+					if m, err := v.moduleAt(to); err == nil && m.Name != g.module {
 						c.Owner = m.Name
 					}
 				}
@@ -549,8 +739,7 @@ func (g *Golden) Changes(v *View) []Change {
 				continue
 			}
 			copy(b[lo:], now)
-			g.normalize(off-lo, b)
-			plain = b[lo : lo+goldenLine]
+			plain = g.plain(r, off-lo, b, s.traps)[lo : lo+goldenLine]
 		}
 		was = slices.Clone(was)
 		from := -1
@@ -575,49 +764,14 @@ func (g *Golden) Changes(v *View) []Change {
 	return out
 }
 
-// normalize blanks what the kernel may have patched itself, in a piece of its code that begins at an offset.
-func (g *Golden) normalize(start uint64, b []byte) {
+// normalize blanks what the kernel may have patched itself, in a piece of code that begins at an offset.
+func (g *goldenPart) normalize(start uint64, b []byte) {
 	i := sort.Search(len(g.sites), func(i int) bool { return g.sites[i]>>8 >= start })
 	for ; i < len(g.sites); i++ {
 		off, kind := g.sites[i]>>8-start, g.sites[i]&0xff
 		if off+goldenMargin/2+2 > uint64(len(b)) {
 			return
 		}
-		at := b[off:]
-		switch kind {
-		case siteJump:
-			switch {
-			case at[0] == 0xe9, patchable(at): // jmp rel32
-				clear(at[:5])
-			case at[0] == 0xeb, at[0] == 0x66 && at[1] == 0x90: // jmp rel8, the nop of two bytes
-				clear(at[:2])
-			}
-		case siteCall:
-			if at[0] == 0x0f && at[1]&0xf0 == 0x80 { // jcc rel32
-				clear(at[:6])
-			} else {
-				clear(at[:5])
-			}
-		case siteTramp:
-			clear(pastEndbr(at)[:5])
-		case siteEntry:
-			if at = pastEndbr(at); patchable(at) {
-				clear(at[:5])
-			}
-		}
+		g.img.arch.blank(kind, b, off)
 	}
-}
-
-// pastEndbr skips endbr64, or what is left of it where nobody needs it, until 6.13 and since.
-func pastEndbr(b []byte) []byte {
-	switch string(b[:4]) {
-	case "\xf3\x0f\x1e\xfa", "\x66\x0f\x1f\x00", "\x0f\x1f\x40\xd6":
-		return b[4:]
-	}
-	return b
-}
-
-// patchable reports whether there is a call, or the nop of five bytes that waits to be one.
-func patchable(b []byte) bool {
-	return b[0] == 0xe8 || string(b[:5]) == "\x0f\x1f\x44\x00\x00"
 }

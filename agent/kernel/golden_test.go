@@ -24,10 +24,11 @@ func madeGolden(t *testing.T) (*Golden, flat, *View) {
 	for i := range mem {
 		mem[i] = byte(rand.IntN(256))
 	}
-	img := &Image{mem: mem, space: &addressSpace{kernel: goldenBase, linear: []linearRange{{start: goldenBase, end: goldenBase + VirtAddr(len(mem)), pa: 0}}}, syms: &kallsyms{}}
-	g := &Golden{img: img, keep: make(store, len(mem)), key: newLineKey(), base: goldenBase, total: uint64(len(mem)), suspects: make(map[uint64]*suspect),
+	img := &Image{mem: mem, arch: archX8664(), space: &addressSpace{kernel: goldenBase, linear: []linearRange{{start: goldenBase, end: goldenBase + VirtAddr(len(mem)), pa: 0}}}, syms: &kallsyms{}}
+	g := &Golden{goldenPart: goldenPart{goldenShared: &goldenShared{key: newLineKey(), traps: &traps{listed: true}},
+		img: img, keep: make(store, len(mem)), base: goldenBase, total: uint64(len(mem)), suspects: make(map[uint64]*suspect),
 		regions: []region{{"text", goldenBase, goldenBase + 8<<10, 0}, {"rodata", goldenBase + 8<<10, goldenBase + 12<<10, 8 << 10}},
-		sums:    make([]uint32, len(mem)/goldenLine)}
+		sums:    make([]uint32, len(mem)/goldenLine)}}
 	for _, x := range []struct {
 		off  uint64
 		kind uint64
@@ -42,7 +43,7 @@ func madeGolden(t *testing.T) (*Golden, flat, *View) {
 	}
 	v := img.View(t.Context())
 	for at := uint64(0); at < g.total; {
-		raw, plain, err := g.read(v, at, 1000)
+		raw, plain, err := g.read(v, at, 1000, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -166,7 +167,7 @@ func TestGoldenPieces(t *testing.T) {
 }
 
 func TestGoldenRefuses(t *testing.T) {
-	if _, err := TakeGolden(context.Background(), &Image{info: Info{Arch: "aarch64"}}, nil, nil); err == nil {
+	if _, err := TakeGolden(context.Background(), &Image{arch: &arch{}}, nil, nil); err == nil {
 		t.Error("a golden copy of code that is not understood")
 	}
 }

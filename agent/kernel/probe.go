@@ -18,6 +18,7 @@ type Probe struct {
 
 const (
 	maxLSMs        = 64
+	kprobeChains   = 64 // KPROBE_TABLE_SIZE
 	maxProbes      = 1 << 16
 	maxTracepoints = 1 << 16
 
@@ -79,7 +80,7 @@ func (v *View) eachKprobe(f func(t *thing) error) error {
 		return r.err
 	}
 	aggregate, _ := v.img.syms.symbol("aggr_pre_handler")
-	heads, err := v.pointers("kprobe_table", table, 64) // KPROBE_TABLE_SIZE
+	heads, err := v.pointers("kprobe_table", table, kprobeChains)
 	if err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // Stack is the kernel stack of a task that does not run.
@@ -155,17 +156,23 @@ func (v *View) moduleSymbol(m Module, va VirtAddr) (string, VirtAddr, error) {
 	if err := v.img.space.object(v, "symtab", k.ptr("symtab"), b); err != nil {
 		return "", 0, err
 	}
-	var best VirtAddr
-	var name uint32
-	for ; len(b) > 0; b = b[size:] {
-		at := VirtAddr(le64(b[8:]))
-		if undefined := le16(b[6:]) == 0; !undefined && le32(b) != 0 && at <= va && at > best {
-			best, name = at, le32(b)
+	const marks = 64 // that an assembler has put before it, at most
+	for skip := make(map[int]bool); len(skip) < marks; {
+		found, best, name := -1, VirtAddr(0), uint32(0)
+		for i := 0; i < len(b); i += size {
+			at := VirtAddr(le64(b[i+8:]))
+			if undefined := le16(b[i+6:]) == 0; !undefined && le32(b[i:]) != 0 && at <= va && at > best && !skip[i] {
+				found, best, name = i, at, le32(b[i:])
+			}
 		}
+		if found < 0 || name > 1<<26 {
+			break
+		}
+		text, err := v.cstring("strtab", k.ptr("strtab")+VirtAddr(name), 512)
+		if err != nil || !strings.HasPrefix(text, "$") && !strings.HasPrefix(text, ".L") { // is_mapping_symbol, include/linux/module_symbol.h
+			return text, best, err
+		}
+		skip[found] = true
 	}
-	if best == 0 || name > 1<<26 {
-		return "", 0, fmt.Errorf("symbol at %v: %w", va, ErrNotFound)
-	}
-	text, err := v.cstring("strtab", k.ptr("strtab")+VirtAddr(name), 512)
-	return text, best, err
+	return "", 0, fmt.Errorf("symbol at %v: %w", va, ErrNotFound)
 }
