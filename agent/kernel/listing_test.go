@@ -220,6 +220,9 @@ func TestListings(t *testing.T) {
 		} else if img.Info().Arch == "aarch64" {
 			tests = append(tests, guestTest{"user memory", testUserMemory})
 		}
+		if slices.Contains(objectKernels, kernel) || img.Info().Arch == "aarch64" || *guestsFlag != "" {
+			tests = append(tests, guestTest{"golden", testGolden})
+		}
 		if kernel == "6.1" || kernel == "6.12" || *guestsFlag != "" {
 			tests = append(tests, guestTest{"torture", testTorture}) // behind all others, which need quiet
 		}

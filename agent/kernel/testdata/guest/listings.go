@@ -44,6 +44,8 @@ func listing(command, arg string) any {
 			return "error: " + err.Error()
 		}
 		return string(b)
+	case "reload": // takes a module of the initramfs out, and loads it again
+		return said(reload(arg))
 	case "links":
 		names, _ := filepath.Glob(arg)
 		links := make(map[string]string)
@@ -74,6 +76,15 @@ func listing(command, arg string) any {
 		return memory(arg)
 	}
 	return "unknown command"
+}
+
+func reload(module string) error {
+	names, _ := filepath.Glob("/modules/*-" + module + ".ko")
+	if len(names) != 1 {
+		return fmt.Errorf("%d modules %s", len(names), module)
+	}
+	b, err := os.ReadFile(names[0])
+	return first(err, unix.DeleteModule(module, 0), unix.InitModule(b, ""))
 }
 
 // kept are the files and sockets of world, which stay open.

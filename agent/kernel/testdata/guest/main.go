@@ -10,6 +10,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"io"
@@ -210,7 +211,30 @@ func answer(cmd []string) any {
 	case "sysrq":
 		return fmt.Sprint(os.WriteFile("/proc/sysrq-trigger", []byte(arg), 0))
 	}
+	if cmd[0] == "write" { // write FILE TEXT, which adds to what is there; without TEXT it is emptied
+		if len(cmd) < 3 {
+			return said(write(arg, ""))
+		}
+		return said(add(arg, strings.Join(cmd[2:], " ")+"\n"))
+	}
 	return listing(cmd[0], arg)
+}
+
+func add(file, text string) error {
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	return errors.Join(err, f.Close())
+}
+
+// said is "ok", or what went wrong.
+func said(err error) string {
+	if err != nil {
+		return err.Error()
+	}
+	return "ok"
 }
 
 // loadKernel loads /kexec/vmlinuz and /kexec/initrd as this kernel's successor; "now" starts it, "crash" leaves it for a panic.
