@@ -376,6 +376,11 @@ func changed(all []kernel.Change) []Finding {
 		if where == "" {
 			where = c.Addr.String()
 		}
+		whose := "the kernel"
+		if c.Module != "" {
+			whose = fmt.Sprintf("module %q", c.Module)
+			where += " [" + c.Module + "]"
+		}
 		if i, ok := at[where]; ok {
 			out[i].Changes = append(out[i].Changes, c)
 			continue
@@ -384,10 +389,10 @@ func changed(all []kernel.Change) []Finding {
 			break
 		}
 		at[where] = len(out)
-		what := "a constant of the kernel"
+		what := "a constant of " + whose
 		switch c.Region {
 		case "text":
-			what = "code of the kernel"
+			what = "code of " + whose
 		case "idt":
 			what = "the table of interrupts"
 		}
@@ -398,6 +403,7 @@ func changed(all []kernel.Change) []Finding {
 			Detail:   fmt.Sprintf("%d bytes at %v are not as they were built, or when the agent first looked, and not as the kernel itself patches them", len(c.Now), c.Addr),
 			Evidence: []Evidence{{place, fmt.Sprintf("%x", []byte(c.Now[:min(len(c.Now), 32)]))}},
 		})
+		out[len(out)-1].Culprit.Module = c.Module
 		if f := &out[len(out)-1]; c.Owner != "" {
 			f.Confidence, f.Culprit.Module = 0.99, c.Owner
 			f.Title = fmt.Sprintf("%s leads into module %q", place, c.Owner)

@@ -207,6 +207,7 @@ func TestChanges(t *testing.T) {
 	change := func(region, symbol string, at kernel.VirtAddr) kernel.Change {
 		return kernel.Change{Region: region, Symbol: symbol, Addr: at, Now: make(kernel.HexBytes, 8), Was: kernel.HexBytes("12345678")}
 	}
+	ofModule := func(module string, c kernel.Change) kernel.Change { c.Module = module; return c }
 	for _, tt := range []struct {
 		name    string
 		stray   bool
@@ -218,6 +219,7 @@ func TestChanges(t *testing.T) {
 		{"a stray entry, and what was there", true, []kernel.Change{change("rodata", "sys_call_table", 0x1000)}, []int{1}},
 		{"two in one table, one elsewhere", false, []kernel.Change{change("rodata", "x_fops", 0x2000), change("rodata", "x_fops", 0x2010), change("text", "f", 0x3000)}, []int{2, 1}},
 		{"without a name", false, []kernel.Change{change("idt", "", 0x4000)}, []int{1}},
+		{"of modules that have a function of one name", false, []kernel.Change{ofModule("a", change("text", "init", 0x5000)), ofModule("b", change("text", "init", 0x6000))}, []int{1, 1}},
 	} {
 		fs := detect(t, d, &Pass{Changes: tt.changes, Signs: signs(5, func(_ int, s *kernel.Signs) {
 			if tt.stray {
@@ -228,6 +230,9 @@ func TestChanges(t *testing.T) {
 		keys := make(map[string]bool)
 		for _, f := range fs {
 			got = append(got, len(f.Changes))
+			if m := f.Changes; len(m) > 0 && f.Culprit.Module != m[0].Module {
+				t.Errorf("%s: %+v is accused of a change in module %q", tt.name, f.Culprit, m[0].Module)
+			}
 			keys[f.Key] = true
 		}
 		if !slices.Equal(got, tt.want) || len(keys) != len(fs) {

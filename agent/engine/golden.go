@@ -150,7 +150,7 @@ func (w *watcher) compare(v *kernel.View, now time.Time) ([]kernel.Change, strin
 	}
 	s := &GoldenState{
 		Taken: k.taken, Bytes: total, Hot: hot, Rounds: k.g.Rounds(), Kept: k.file != nil, Built: k.built,
-		Round: k.round, Compared: k.g.Compared(), Differing: k.g.Differing(),
+		Round: k.round, Compared: k.g.Compared(), Differing: k.g.Differing(), Modules: k.g.Modules(), Left: k.g.Left(),
 	}
 	why := k.tell(err, now)
 	if !k.failed.IsZero() {

@@ -103,12 +103,15 @@ type PassCost struct {
 
 // GoldenState says how the kernel's code and constants are compared with what they were when the agent first looked.
 type GoldenState struct {
-	Taken  time.Time `json:"taken"`  // what was changed before is not seen, but by Built
-	Built  bool      `json:"built"`  // the copy is the kernel as it was built: what was changed before is seen, too
-	Bytes  uint64    `json:"bytes"`  // that one round compares
-	Hot    uint64    `json:"hot"`    // of these, tables of functions, which are compared every half second
-	Rounds int       `json:"rounds"` // that are complete
-	Kept   bool      `json:"kept"`   // the bytes are kept, so that they can be restored; else only whether they have changed is known
+	Taken   time.Time `json:"taken"`   // what was changed before is not seen, but by Built
+	Built   bool      `json:"built"`   // the copy is the kernel as it was built: what was changed before is seen, too
+	Bytes   uint64    `json:"bytes"`   // that one round compares
+	Hot     uint64    `json:"hot"`     // of these, tables of functions, which are compared every half second
+	Rounds  int       `json:"rounds"`  // that are complete
+	Modules int       `json:"modules"` // whose code and constants are compared; each is trusted as it was when it was first seen
+	// Left says what is not compared, and why.
+	Left []string `json:"left,omitempty"`
+	Kept bool     `json:"kept"` // the bytes are kept, so that they can be restored; else only whether they have changed is known
 	// Round is when the latest round was complete, Compared how many bytes of the present one are done.
 	Round    time.Time `json:"round,omitzero"`
 	Compared uint64    `json:"compared"`

@@ -2,7 +2,9 @@ package heal
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
@@ -18,7 +20,7 @@ const (
 // maxRestored is how many words of 8 bytes one plan restores.
 const maxRestored = 512
 
-// restoreKernel puts the golden bytes back where the kernel's code, its constants, or its tables of functions were changed.
+// restoreKernel puts the golden bytes back where the code or the constants of the kernel or of a module, or tables of functions, were changed.
 //
 // A table of functions is put right with one store each entry. Code is put right word by word, each with one store, while CPUs
 // may run it: what is between two of these words may for a moment be neither. An emulator that has translated the code
@@ -44,10 +46,22 @@ func planRestore(m model, f detect.Finding) (Plan, error) {
 	id := Identify(m.Info())
 	p := Plan{Action: RestoreKernel, Finding: f.ID, Risk: RiskKernel, Kernel: &id, Undo: true}
 	var places []string
+	modules := make(map[kernel.VirtAddr]bool)
 	for _, c := range f.Changes {
 		where := c.Addr.String()
 		if c.Symbol != "" {
 			where = fmt.Sprintf("%s+%#x", c.Symbol, c.Offset)
+		}
+		if c.Module != "" {
+			where += " [" + c.Module + "]"
+			if !modules[c.Of] {
+				modules[c.Of] = true
+				loaded, err := stillLoaded(m, c)
+				if err != nil {
+					return fail(err)
+				}
+				p.Steps = append(p.Steps, loaded...)
+			}
 		}
 		if len(c.Was) == 0 || len(c.Was) != len(c.Now) || c.Addr%8 != 0 || len(c.Now)%8 != 0 {
 			return fail(fmt.Errorf("what was at %s is not known: %w", where, kernel.ErrNotFound))
@@ -69,7 +83,7 @@ func planRestore(m model, f detect.Finding) (Plan, error) {
 			p.Steps = append(p.Steps, Step{Op: OpArm, Why: "put back what was there", Object: where, Addr: pa, Virt: va, Expect: Bytes(now), Put: Bytes(was), Undo: true})
 		}
 	}
-	if len(p.Steps) == 0 {
+	if !slices.ContainsFunc(p.Steps, func(s Step) bool { return s.Op == OpArm }) {
 		return fail(fmt.Errorf("nothing differs: %w", kernel.ErrNotFound))
 	}
 	if n := len(places); n > 3 {
@@ -77,6 +91,32 @@ func planRestore(m model, f detect.Finding) (Plan, error) {
 	}
 	p.Title = "restore " + strings.Join(places, ", ")
 	return p, nil
+}
+
+// stillLoaded expects that the module of a change is live, and has its name: another may be where it was.
+func stillLoaded(m model, c kernel.Change) ([]Step, error) {
+	y := layout{m: m}
+	state, name := c.Of+kernel.VirtAddr(y.field("module", "state", 4)), c.Of
+	f, err := m.Field("module", "name")
+	if y.err != nil || err != nil {
+		return nil, errors.Join(y.err, err)
+	}
+	name += kernel.VirtAddr(f.Offset)
+	want := append([]byte(c.Module), 0)
+	if uint64(len(want)) > f.Size {
+		return nil, fmt.Errorf("module name %q has more than %d bytes: %w", c.Module, f.Size, ErrInvalidPlan)
+	}
+	var steps []Step
+	for _, s := range []Step{
+		{Op: OpExpect, Why: "the module is live", Object: "module.state", Virt: state, Expect: make(Bytes, 4)}, // MODULE_STATE_LIVE
+		{Op: OpExpect, Why: "it is still the same module", Object: "module.name", Virt: name, Expect: want},
+	} {
+		if s.Addr, err = m.Phys(s.Virt); err != nil {
+			return nil, fmt.Errorf("module %s: %w", c.Module, err)
+		}
+		steps = append(steps, s)
+	}
+	return steps, nil
 }
 
 // relinkHidden puts a process or a module that was taken out of the kernel's list back into it.

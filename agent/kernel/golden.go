@@ -91,6 +91,7 @@ type suspect struct {
 type Change struct {
 	Region string   `json:"region"`           // "text", "rodata" or "idt"
 	Module string   `json:"module,omitempty"` // whose that is; empty if it is the kernel's own
+	Of     VirtAddr `json:"of,omitempty"`     // that module's struct module
 	Addr   VirtAddr `json:"addr"`
 	Symbol string   `json:"symbol,omitempty"` // in which it begins
 	Offset uint64   `json:"offset,omitempty"`
@@ -706,7 +707,7 @@ func (g *goldenPart) changes(v *View, out []Change) []Change {
 			if len(out) == maxChanges {
 				return
 			}
-			c := Change{Region: r.name, Module: g.module, Addr: r.from + VirtAddr(at-r.at) + VirtAddr(from), Now: slices.Clone(now[from:to])}
+			c := Change{Region: r.name, Module: g.module, Of: g.owner, Addr: r.from + VirtAddr(at-r.at) + VirtAddr(from), Now: slices.Clone(now[from:to])}
 			if g.module == "" {
 				c.Symbol, c.Offset, _ = g.img.syms.at(c.Addr)
 			} else if name, at, err := v.moduleSymbol(Module{Addr: g.owner}, c.Addr); err == nil {

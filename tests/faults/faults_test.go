@@ -20,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"text/tabwriter"
@@ -72,6 +73,8 @@ type fault struct {
 	machine string
 	// lock is what the culprit waits for.
 	lock string
+	// accused is the module that is to be accused.
+	accused string
 	// innocent says that nobody in particular is to blame.
 	innocent bool
 	// shares says that it takes another CPU than that for the guest's own use, and a kernel that keeps nothing back for those who wait: since 6.8 there
@@ -92,9 +95,36 @@ func calls(provoke func(b *bed)) func(b *bed) bool {
 }
 
 // halt is a function that no guest runs before its end; the bytes behind its beginning are no place that the kernel patches.
-const halt, haltAt, haltLen = "kernel_halt", 16, 12
+const halt, codeAt, codeLen = "kernel_halt", 16, 12
 
-var haltWas = make([]byte, haltLen)
+var codeWas = make([]byte, codeLen)
+
+// overwrite changes code from outside.
+func (b *bed) overwrite(pa int64) {
+	b.t.Helper()
+	copy(codeWas, b.read(pa, codeLen))
+	if _, err := b.g.Memory(true).WriteAt(bytes.Repeat([]byte{0xcc}, codeLen), pa); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// leaving returns where the code by which a module leaves lies in that file, by what the guest says.
+func (b *bed) leaving(module string) int64 {
+	b.t.Helper()
+	v, err := b.e.View(b.t.Context())
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	va, err := strconv.ParseUint(strings.TrimSpace(b.cat("/sys/module/"+module+"/sections/.exit.text")), 0, 64)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	pa, err := v.Phys(kernel.VirtAddr(va) + codeAt)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return int64(pa)
+}
 
 // at returns where a symbol lies in the file that is the guest's memory.
 func (b *bed) at(symbol string, offset uint64) (kernel.VirtAddr, int64) {
@@ -124,8 +154,6 @@ func (b *bed) cannot(f fault) string {
 		return "it needs a " + f.machine + " kernel"
 	case f.shares && (*cpusFlag < 2 || !strings.HasPrefix(b.kernel, "6.1-") && b.kernel != "6.1"):
 		return "it needs two CPUs, and a kernel before 6.8"
-	case b.g.Arch != "amd64" && (f.quiet || f.heal == heal.RestoreKernel):
-		return "code is compared on amd64 only"
 	case b.g.Arch != "amd64" && f.heal == heal.StopForkBomb:
 		return "arm64 has room for the signals to a few processes only, and they lie there until the parents of these have taken note"
 	case b.g.Arch != "amd64" && (slices.Contains(f.want, detect.KindMemoryHog) || slices.Contains(f.want, detect.KindExhaustion)):
@@ -261,12 +289,17 @@ var rows = []fault{
 	{name: "probe", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "probe_off",
 		truth: func(b *bed) bool { return !slices.Contains(strings.Split(b.cat("/proc"), "\n"), "bdfault") }},
 	{name: "code", want: []detect.Kind{detect.KindTampering}, by: 40 * time.Second, heal: heal.RestoreKernel, do: func(b *bed) {
-		_, pa := b.at(halt, haltAt)
-		copy(haltWas, b.read(pa, haltLen))
-		if _, err := b.g.Memory(true).WriteAt(bytes.Repeat([]byte{0xcc}, haltLen), pa); err != nil {
-			b.t.Fatal(err)
+		_, pa := b.at(halt, codeAt)
+		b.overwrite(pa)
+	}, truth: func(b *bed) bool { _, pa := b.at(halt, codeAt); return !bytes.Equal(b.read(pa, codeLen), codeWas) }},
+	{name: "module-code", want: []detect.Kind{detect.KindTampering}, key: "text ", accused: "virtio_net", by: 40 * time.Second, heal: heal.RestoreKernel, do: func(b *bed) {
+		for end := time.Now().Add(time.Minute); b.e.State().Golden.Modules < strings.Count(b.cat("/proc/modules"), " Live "); time.Sleep(100 * time.Millisecond) {
+			if time.Now().After(end) {
+				b.t.Fatal("no golden copies of the modules are taken")
+			}
 		}
-	}, truth: func(b *bed) bool { _, pa := b.at(halt, haltAt); return !bytes.Equal(b.read(pa, haltLen), haltWas) }},
+		b.overwrite(b.leaving("virtio_net"))
+	}, truth: func(b *bed) bool { return !bytes.Equal(b.read(b.leaving("virtio_net"), codeLen), codeWas) }},
 	{name: "d-state", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
 	{name: "mutex-deadlock", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second},
 	{name: "leaked-lock", want: []detect.Kind{detect.KindHungTask}, by: 20 * time.Second, lock: "rtnl_mutex", heal: heal.ReleaseLock, after: "leaked-rtnl_off", do: func(b *bed) {
@@ -512,8 +545,7 @@ func (b *bed) wait(d time.Duration, fits func(engine.Event) bool) (engine.Event,
 // settle waits until a host is old enough to be judged, and gives it the module.
 func (b *bed) settle() {
 	b.t.Helper()
-	// There are no golden copies of code for other architectures yet.
-	for end := time.Now().Add(time.Minute); b.g.Arch == "amd64" && b.e.State().Golden == nil; time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); b.e.State().Golden == nil; time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(end) {
 			b.t.Fatal("no golden copy is taken")
 		}
@@ -652,6 +684,8 @@ func (b *bed) run(f fault) (r result) {
 		r.Culprit = true
 	case f.shares:
 		r.Culprit = found.Culprit.TGID == b.pid
+	case f.accused != "":
+		r.Culprit = found.Culprit.Module == f.accused
 	case f.lock != "":
 		r.Culprit = found.Culprit.Lock == f.lock && found.Culprit.PID != 0
 	case f.start != "" && !f.dead && f.start != "bomb" && f.start != "rootbomb" && f.want[0] != detect.KindExhaustion, f.name == "root-cred", f.name == "hide-task", f.name == "d-state":
