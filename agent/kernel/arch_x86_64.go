@@ -172,5 +172,5 @@ func pastEndbr(b []byte) []byte {
 
 // patchable reports whether there is a call, or the nop of five bytes that waits to be one.
 func patchable(b []byte) bool {
-	return b[0] == 0xe8 || string(b[:5]) == "\x0f\x1f\x44\x00\x00"
+	return b[0] == 0xe8 || string(b[:5]) == "\x0f\x1f\x44\x00\x00" || string(b[:5]) == "\x66\x66\x66\x66\x90" // that of K8, until 5.12
 }

@@ -9,8 +9,9 @@ import (
 )
 
 const (
-	goldenModuleMost  = 64 << 20  // bytes of one module
-	goldenModulesMost = 128 << 20 // of all
+	goldenModuleMost  = 64 << 20 // bytes of one module
+	goldenModulesMost = 64 << 20 // of all
+	goldenSiteLeast   = 16       // bytes of a module for each place that is patched, on average
 	// Modules that have come or gone are looked for so often.
 	goldenModulesEvery = time.Second
 	// A module that has come is taken so much faster than what is known is compared.
@@ -323,7 +324,7 @@ func (m *goldenModules) survey(v *View, mod Module) (*goldenModule, error) {
 		if from == 0 || n == 0 || x.regions[0].name != "text" {
 			continue
 		}
-		if n > x.total/4 || !img.space.valid(from, 1) {
+		if n > x.total/goldenSiteLeast || n*table.size > 16<<20 || !img.space.valid(from, 1) {
 			return nil, t.corrupt("%d %s at %v", n, table.name, from)
 		}
 		b := make([]byte, n*table.size)

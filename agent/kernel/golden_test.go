@@ -235,3 +235,147 @@ func TestLineKey(t *testing.T) {
 		t.Error("the same line has two sums")
 	}
 }
+
+// compareModules takes all modules, compares them once, and tells of what differs.
+func compareModules(v *View) error {
+	g := &Golden{goldenPart: goldenPart{goldenShared: &goldenShared{key: newLineKey(), traps: &traps{}}, img: v.img}}
+	if err := g.modules(v); err != nil {
+		return err
+	}
+	g.mods.begin()
+	for range g.mods.queue {
+		if err := g.Sweep(v, goldenModulesMost, 0); err != nil {
+			return err
+		}
+	}
+	g.Changes(v)
+	return nil
+}
+
+// What aarch64 patches is made zeros where it is what it patches there, and nothing else is.
+func TestAArch64Blank(t *testing.T) {
+	const bti, mov, nop, bl, b, ret, pointer = 0xd503245f, 0xaa1e03e9, 0xd503201f, 0x97ffabcd, 0x14000123, 0xd65f03c0, 0x12345678
+	for _, tt := range []struct {
+		name string
+		kind uint64
+		code []uint32 // two words before the place
+		want []uint32
+	}{
+		{"a key that is off", siteJump, []uint32{ret, ret, nop, ret}, []uint32{ret, ret, 0, ret}},
+		{"a key that is on", siteJump, []uint32{ret, ret, b, ret}, []uint32{ret, ret, 0, ret}},
+		{"a call where a key is", siteJump, []uint32{ret, ret, bl, ret}, nil},
+		{"not traced", siteEntry, []uint32{ret, ret, mov, nop, ret}, []uint32{ret, ret, mov, 0, ret}},
+		{"traced", siteEntry, []uint32{ret, ret, mov, bl, ret}, []uint32{ret, ret, mov, 0, ret}},
+		{"traced behind a BTI", siteEntry, []uint32{ret, ret, bti, mov, bl}, []uint32{ret, ret, bti, mov, 0}},
+		{"a jump where calls are", siteEntry, []uint32{ret, ret, mov, b, ret}, nil},
+		{"what is no beginning", siteEntry, []uint32{ret, ret, nop, bl, ret}, nil},
+		{"with a pointer before", siteOps, []uint32{pointer, pointer, mov, bl, ret}, []uint32{0, 0, mov, 0, ret}},
+		{"with a pointer before, and a BTI", siteOps, []uint32{pointer, pointer, bti, mov, nop}, []uint32{0, 0, bti, mov, 0}},
+		{"a pointer before what is not traced", siteOps, []uint32{pointer, pointer, ret, ret, ret}, nil},
+		{"ftrace's own call", siteCalls, []uint32{ret, ret, bl, ret}, []uint32{ret, ret, 0, ret}},
+		{"at the end", siteEntry, []uint32{ret, ret, mov}, nil},
+		{"at the very end", siteJump, []uint32{ret, ret}, nil},
+	} {
+		code := make([]byte, 4*len(tt.code))
+		for i, w := range tt.code {
+			putLE32(code[4*i:], w)
+		}
+		aarch64Blank(tt.kind, code, 8)
+		if tt.want == nil {
+			tt.want = tt.code
+		}
+		for i, w := range tt.want {
+			if got := le32(code[4*i:]); got != w {
+				t.Errorf("%s: word %d is %#x, not %#x", tt.name, i, got, w)
+			}
+		}
+	}
+}
+
+// A breakpoint is taken for what the kernel says was there, in the middle and at the edges of a piece; other code stays.
+func TestDisarm(t *testing.T) {
+	x86, arm := &Image{arch: archX8664()}, &Image{arch: archAArch64()}
+	for _, tt := range []struct {
+		name      string
+		img       *Image
+		at        VirtAddr // the piece begins at 100
+		was       string
+		now, want string
+	}{
+		{"int3", x86, 102, "\x55\x01\x02\x03\x04", "\x90\x90\xcc\x90", "\x90\x90\x55\x90"},
+		{"int3 at the end", x86, 103, "\x55", "\x90\x90\x90\xcc", "\x90\x90\x90\x55"},
+		{"a jump", x86, 101, "\x55\x01\x02\x03\x04", "\x90\xe9aaaa\x90", "\x90\x55\x01\x02\x03\x04\x90"},
+		{"a jump across the end", x86, 101, "\x55\x01\x02\x03\x04", "\x90\xe9aa", "\x90\x55\x01\x02"},
+		{"a jump of one that cannot be one", x86, 101, "\x55", "\x90\xe9aaaa", "\x90\xe9aaaa"},
+		{"none is there", x86, 101, "\x55", "\x90\x66\x90", "\x90\x66\x90"},
+		{"elsewhere", x86, 99, "\x55", "\xcc\x90", "\xcc\x90"},
+		{"BRK #4", arm, 100, "abcd", "\x80\x00\x20\xd4", "abcd"},
+		{"BRK #5", arm, 100, "abcd", "\xa0\x00\x20\xd4", "\xa0\x00\x20\xd4"},
+		{"cut off", arm, 102, "abcd", "xx\x80\x00", "xx\x80\x00"},
+	} {
+		b := []byte(tt.now)
+		tt.img.disarm([]trap{{50, []byte("x")}, {tt.at, []byte(tt.was)}, {5000, []byte("x")}}, 100, b)
+		if string(b) != tt.want {
+			t.Errorf("%s: %x; want %x", tt.name, b, tt.want)
+		}
+	}
+}
+
+// The table of static keys is found in what is around it, wherever it begins.
+func TestJumpRows(t *testing.T) {
+	const text, etext = VirtAddr(0xffff800008010000), VirtAddr(0xffff800008020000)
+	for _, at := range []int{0, 8, 1 << 12, 3<<12 + 24} {
+		data := make([]byte, 64<<10)
+		for i := range data {
+			data[i] = byte(rand.IntN(256))
+		}
+		const n = 300
+		end := etext + VirtAddr(len(data))
+		for i := range n {
+			va := etext + VirtAddr(at+i*jumpEntry)
+			b := data[at+i*jumpEntry:]
+			site := text + VirtAddr(4*i)
+			key := uint64(end - 8 - va - 8)
+			if i%10 == 0 { // of code that was given back
+				site, key = etext+VirtAddr(4*i), key|2
+			}
+			putLE32(b, uint32(site-va))
+			putLE32(b[4:], uint32(text+VirtAddr(8*i)-va-4))
+			putLE64(b[8:], key)
+		}
+		rows := jumpRows{text: text, etext: etext, end: end, began: [2]VirtAddr{etext, etext + 8}}
+		rows.look(etext, data)
+		if rows.at != etext+VirtAddr(at) || rows.bytes != n*jumpEntry {
+			t.Errorf("at %d: %d bytes at %d; want %d", at, rows.bytes, rows.at-etext, n*jumpEntry)
+		}
+	}
+}
+
+// FuzzPatched gives anything to what looks at code and at tables of places in it.
+func FuzzPatched(f *testing.F) {
+	f.Add([]byte("\x5f\x24\x03\xd5\xe9\x03\x1e\xaa\x1f\x20\x03\xd5"), uint16(0), []byte("\x90"))
+	f.Add([]byte("\xf3\x0f\x1e\xfa\x0f\x1f\x44\x00\x00\xcc\xe9"), uint16(9), []byte("\x55\x01\x02\x03\x04"))
+	f.Fuzz(func(t *testing.T, code []byte, at uint16, was []byte) {
+		for _, a := range arches() {
+			img := &Image{arch: a}
+			g := &goldenPart{img: img, regions: []region{{name: "text", to: VirtAddr(len(code))}}}
+			g.relative(0, code, jumpEntry, siteJump)
+			for kind := uint64(siteJump); kind <= siteCalls; kind++ {
+				g.site(VirtAddr(at), kind)
+			}
+			g.sortSites()
+			b := slices.Clone(code)
+			img.disarm([]trap{{VirtAddr(at), was}}, 0, b)
+			g.normalize(0, b)
+			once := slices.Clone(b)
+			if g.normalize(0, b); len(b) != len(code) || a.name == "aarch64" && !bytes.Equal(b, once) {
+				t.Errorf("%s: %x once, %x twice", a.name, once, b)
+			}
+		}
+		rows := jumpRows{etext: 64 << 10, end: 1 << 20}
+		rows.look(64<<10, code)
+		if rows.bytes > len(code) {
+			t.Errorf("a row of %d bytes in %d", rows.bytes, len(code))
+		}
+	})
+}

@@ -253,6 +253,7 @@ func ask(t *testing.T, ctx context.Context, img *Image) string {
 		_, err := l.ask(v)
 		note(l.name, err)
 	}
+	note("golden copies of modules", compareModules(v))
 	note("proof", img.Prove(ctx))
 	return outcome
 }

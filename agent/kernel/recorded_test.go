@@ -446,6 +446,7 @@ func FuzzRecorded(f *testing.F) {
 		for _, l := range slices.Concat(listings, objectListings) {
 			_, _ = l.ask(v)
 		}
+		_ = compareModules(v)
 		_ = img.Prove(t.Context())
 	})
 }
