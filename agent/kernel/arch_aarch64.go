@@ -42,8 +42,12 @@ const (
 	// aarch64ImageMax bounds the image. With its modules it must be within reach of a relative branch.
 	aarch64ImageMax = 256 << 20
 
-	aarch64NOP = 0xd503201f
+	aarch64NOP     = 0xd503201f
+	aarch64MovX9LR = 0xaa1e03e9 // MOV X9, LR
 )
+
+// aarch64BTI reports whether an instruction is BTI, of any kind.
+func aarch64BTI(op uint32) bool { return op&^0xc0 == 0xd503241f }
 
 func aarch64Space(v *vmcoreinfo) (*addressSpace, imageMap, error) {
 	img := imageMap{size: aarch64ImageMax}
@@ -203,7 +207,6 @@ func aarch64Blank(kind uint64, b []byte, off uint64) {
 		}
 		return le32(b[at:])
 	}
-	const movX9LR = 0xaa1e03e9
 	is := func(at uint64, branches ...uint32) bool {
 		i := op(at)
 		return i == aarch64NOP || slices.Contains(branches, i>>26)
@@ -220,10 +223,10 @@ func aarch64Blank(kind uint64, b []byte, off uint64) {
 		}
 	case siteEntry, siteOps:
 		at := off
-		if op(at)&^0xc0 == 0xd503241f { // BTI
+		if aarch64BTI(op(at)) {
 			at += 4
 		}
-		if op(at) != movX9LR || !is(at+4, link) {
+		if op(at) != aarch64MovX9LR || !is(at+4, link) {
 			return
 		}
 		clear(b[at+4 : at+8])

@@ -301,7 +301,11 @@ func (g *Golden) survey(v *View, built *started) error {
 			return err
 		}
 	}
-	entry := g.img.entryKind()
+	if !x86 {
+		if err := g.entries(v, text, etext, g.img.entryKind()); err != nil {
+			return err
+		}
+	}
 	k := g.img.syms
 	from := sort.Search(len(k.offsets), func(i int) bool { return k.address(k.offsets[i], i) >= g.base })
 	for i := from; i < len(k.offsets); i++ {
@@ -318,8 +322,8 @@ func (g *Golden) survey(v *View, built *started) error {
 			g.site(va, siteTramp)
 		case va < etext && (name == "ftrace_call" || name == "ftrace_graph_call"):
 			g.site(va, siteCalls)
-		case va < etext:
-			g.site(va, entry)
+		case va < etext && x86:
+			g.site(va, siteEntry)
 		case va >= rodata && slices.ContainsFunc(hotNames, func(end string) bool { return strings.HasSuffix(name, end) }):
 			if size := k.sizeAt(va); size <= 64<<10 {
 				g.heat(va, size)
@@ -354,6 +358,34 @@ func (img *Image) entryKind() uint64 {
 		return siteOps // kernel/trace/ftrace.c has it for CONFIG_DYNAMIC_FTRACE_WITH_CALL_OPS alone
 	}
 	return siteEntry
+}
+
+// entries notes the functions of an aarch64 kernel that ftrace knows, by how they begin: some of them, which others have taken the place of, have no
+// symbol. The table of them is given back after start-up.
+func (g *goldenPart) entries(v *View, from, to VirtAddr, kind uint64) error {
+	b := make([]byte, goldenChunk+4)
+	before := uint32(0)
+	for at := from; at < to; at += goldenChunk {
+		b := b[:min(uint64(len(b)), uint64(to-at))]
+		if err := v.ctx.Err(); err != nil {
+			return err
+		}
+		if err := g.img.space.read(fresh{v}, at, b); err != nil {
+			return fmt.Errorf("read code: %w", err)
+		}
+		for i := 0; i+8 <= len(b); i += 4 {
+			op, next := le32(b[i:]), le32(b[i+4:])
+			if op == aarch64MovX9LR && (next == aarch64NOP || next>>26 == 0x25) {
+				va := at + VirtAddr(i)
+				if aarch64BTI(before) {
+					va -= 4
+				}
+				g.site(va, kind)
+			}
+			before = op
+		}
+	}
+	return nil
 }
 
 // site notes a place that the kernel patches, if it is in the code.
