@@ -316,7 +316,7 @@ var decoded = []struct {
 	{"tk_core", []string{"ktime_get_real_seconds", "ktime_get_seconds"}, (*Image).isKeeper},
 	{"tainted_mask", []string{"get_taint", "test_taint"}, smallWord},
 	{"panic_cpu", []string{"nmi_panic"}, isPanicCPU},
-	{"modules", []string{"m_start", "module_get_kallsym"}, isListHead},
+	{"modules", []string{"m_start", "module_get_kallsym"}, isModuleList},
 	{"module_kset", []string{"module_add_driver", "lookup_or_create_module_kobject", "locate_module_kobject"}, isModuleKset},
 	{"mod_tree", []string{"__module_address"}, isModTree},
 	{"slab_caches", []string{"slab_start", "slab_next"}, isListHead},
@@ -386,6 +386,15 @@ func isProbeTable(img *Image, src source, at VirtAddr) (VirtAddr, bool) {
 		}
 	}
 	return at, true
+}
+
+// isModuleList: a list's head, which may be that of none: these functions use no other list.
+func isModuleList(img *Image, src source, at VirtAddr) (VirtAddr, bool) {
+	var head [16]byte
+	if at%8 == 0 && img.space.object(src, "list_head", at, head[:]) == nil && VirtAddr(le64(head[:])) == at && VirtAddr(le64(head[8:])) == at {
+		return at, true
+	}
+	return isListHead(img, src, at)
 }
 
 // isListHead: the neighbours of a list's head point back to it.

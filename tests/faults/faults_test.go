@@ -295,7 +295,7 @@ var rows = []fault{
 	{name: "module-code", want: []detect.Kind{detect.KindTampering}, key: "text ", accused: "virtio_net", by: 40 * time.Second, heal: heal.RestoreKernel, do: func(b *bed) {
 		for end := time.Now().Add(time.Minute); b.e.State().Golden.Modules < strings.Count(b.cat("/proc/modules"), " Live "); time.Sleep(100 * time.Millisecond) {
 			if time.Now().After(end) {
-				b.t.Fatal("no golden copies of the modules are taken")
+				b.t.Fatalf("no golden copies of the modules are taken: %+v", b.e.State().Golden)
 			}
 		}
 		b.overwrite(b.leaving("virtio_net"))
