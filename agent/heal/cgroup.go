@@ -65,7 +65,8 @@ var cpuWeight = control{
 	text:   func(shares, _ uint64) string { return fmt.Sprint(((shares>>10)*100 + 512) / 1024) },
 }
 
-// setControl sets a number of the nearest control group of the culprit's, from its own upwards, that has the controller.
+// setControl sets a number of the nearest control group of the culprit's, from its own upwards, that has the controller: of one above only if
+// nobody else's processes are in it.
 func setControl(c control) Action {
 	return Action{
 		ID: c.action, Title: c.title, Risk: RiskTask, Undo: c.action,
@@ -231,6 +232,10 @@ func planControl(m model, f detect.Finding, c control, val Value) (Plan, error) 
 			return fail(err)
 		}
 		if in, known := paths[kernel.VirtAddr(of)]; known && (in == at || strings.HasPrefix(in, at+"/")) {
+			// Else who names a process as a rule has it would have others limited, who share nothing with it but a group far above.
+			if at != path && t.UID != vic.leader.UID {
+				return fail(fmt.Errorf("%q, the nearest group above %q that has %s, holds processes of other users, as PID %d: enable the controller for the group itself: %w", at, path, val.Name, t.TGID, kernel.ErrNotSupported))
+			}
 			p.Targets = append(p.Targets, Target{TGID: t.TGID, PID: t.PID, Comm: t.Comm, UID: t.UID, Start: t.Start, KThread: t.KThread})
 		}
 	}

@@ -125,6 +125,10 @@ func TestSetMemoryMaxElsewhere(t *testing.T) {
 		value  int64
 		want   error
 	}{
+		"others' processes": {func(h *fakeHost, _ *detect.Finding) {
+			h.tasks = append(h.tasks, kernel.Task{Addr: direct + 0x187000, PID: 500, TGID: 500, Comm: "another", UID: 1001})
+			h.put64(0x187000+0x140, direct+paSet)
+		}, 1 << 30, kernel.ErrNotSupported},
 		"the root":          {func(h *fakeHost, _ *detect.Finding) { h.put64(paSet+0x20, direct+paRoot) }, 1 << 30, kernel.ErrNotSupported},
 		"nothing accounts":  {func(h *fakeHost, _ *detect.Finding) { h.cgroups[1].Memory = nil }, 1 << 30, kernel.ErrNotSupported},
 		"the old hierarchy": {func(h *fakeHost, _ *detect.Finding) { h.put64(paSet+0x20, direct+0x1ff000) }, 1 << 30, kernel.ErrNotSupported},
@@ -146,10 +150,10 @@ func TestSetMemoryMaxProtected(t *testing.T) {
 		task  kernel.Task
 		agree func(*access.Agreement)
 	}{
-		"init": {kernel.Task{PID: 1, TGID: 1, Comm: "init"}, permit(SetMemoryMax)},
-		"an agreement's": {kernel.Task{PID: 500, TGID: 500, Comm: "postgres", UID: 990}, func(a *access.Agreement) {
+		"init": {kernel.Task{PID: 1, TGID: 1, Comm: "init", UID: 1000}, permit(SetMemoryMax)},
+		"an agreement's": {kernel.Task{PID: 500, TGID: 500, Comm: "postgres", UID: 1000}, func(a *access.Agreement) {
 			permit(SetMemoryMax)(a)
-			a.Protected = []access.Protected{{FirstUID: 990, LastUID: 990}}
+			a.Protected = []access.Protected{{FirstUID: 1000, LastUID: 1000, Comm: "postgres"}}
 		}},
 	} {
 		h := grouped(t)

@@ -35,6 +35,29 @@ func TestParseValue(t *testing.T) {
 	}
 }
 
+func FuzzParseValue(f *testing.F) {
+	for _, text := range []string{"kernel.pid_max=65536", "memory.max=512M", "memory.max=max", "a=0x10", "a=-1", "=", "a=9223372036854775807T"} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		v, err := ParseValue(text)
+		if err != nil {
+			if !errors.Is(err, ErrValue) || v != (Value{}) {
+				t.Errorf("%q: %+v, %v", text, v, err)
+			}
+			return
+		}
+		if again, err := ParseValue(v.String()); err != nil || again != v {
+			t.Errorf("%q comes back as %+v, %v", text, again, err)
+		}
+		for _, a := range Actions() {
+			if err := a.Check(&v); err == nil && (v.Number < a.Settings[0].Min && len(a.Settings) == 1 || len(a.Settings) == 0) {
+				t.Errorf("%s takes %s", a.ID, v)
+			}
+		}
+	})
+}
+
 // What no program may be named by, and what every setting must be.
 func TestSettings(t *testing.T) {
 	seen := map[string]bool{}
