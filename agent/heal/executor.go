@@ -328,8 +328,13 @@ func (r *run) permitted() error {
 	} else if err := x.o.Grant.Permit(r.p.Action); err != nil {
 		return err
 	}
-	// To take back is to restore what the owner had, whatever values may be given.
-	if v := r.p.Value; v != nil && r.p.TakesBack == "" {
+	// What takes back has no value: it restores what the owner had, whatever may be given.
+	if a, ok := Find(r.p.Action); ok && r.p.TakesBack == "" {
+		if err := a.Check(r.p.Value); err != nil {
+			return err
+		}
+	}
+	if v := r.p.Value; v != nil {
 		if err := x.o.Grant.PermitValue(r.p.Action, v.Name, v.Number); err != nil {
 			return err
 		}

@@ -250,6 +250,16 @@ func TestValueAgreed(t *testing.T) {
 			t.Errorf("%s: %v; changed %v", v, err, h.diff(before))
 		}
 	}
+	for _, v := range []*Value{nil, {"kernel.pid_max", 3}, {"kernel.modprobe", 50000}} { // a plan that says something else of itself, or nothing
+		p, err := planSysctl(h, detect.Finding{ID: "x-1"}, Value{"kernel.pid_max", 50000})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.ID, p.Value = "plan-1", v
+		if _, err := NewExecutor(o).Apply(t.Context(), p, "test"); !errors.Is(err, ErrValue) || h.diff(before) != nil {
+			t.Errorf("with %v: %v; changed %v", v, err, h.diff(before))
+		}
+	}
 	p, err := planSysctl(h, detect.Finding{ID: "x-1"}, Value{"kernel.pid_max", 50000})
 	if err != nil {
 		t.Fatal(err)
