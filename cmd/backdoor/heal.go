@@ -25,7 +25,8 @@ An action that takes a value is told by -set what to set, and to what; the name 
 (of bytes also with K, M, G or T behind the number), of which the agreement and the host's kernel may allow less:
 
 ` + settingsText() + `
-Exit status: 0 repaired and verified (or planned, with -dry-run), 3 carried out but not verified, 5 denied.
+Exit status: 0 repaired and verified (or planned, with -dry-run; or done, by an action that is not to end its finding, as those of -set),
+3 carried out but not verified, 5 denied.
 
   backdoor heal runaway-process-1 -dry-run
   backdoor heal runaway-process-1 -action kill-process -y
@@ -151,7 +152,7 @@ func (e *env) carryOut(what string, do func(dryRun bool, agreed *heal.Plan, prog
 		return 0, fmt.Errorf("%s: %w", what, err)
 	case h.Outcome == nil:
 		return 0, fmt.Errorf("%s: the agent sent no outcome", what)
-	case !h.Outcome.Verified:
+	case !h.Outcome.Verified && !stands(*h.Outcome):
 		return exitIll, nil
 	}
 	return exitOK, nil
@@ -235,6 +236,9 @@ func hexText(b heal.Bytes) string {
 	return fmt.Sprintf("%x… (%d bytes)", []byte(b[:most]), len(b))
 }
 
+// stands reports whether all of a plan was done that was not to end its finding by itself.
+func stands(o heal.Outcome) bool { return o.Plan.More && o.Error == "" && !o.Undone }
+
 // outcomeText prints what became of a plan.
 func outcomeText(w io.Writer, o heal.Outcome) error {
 	l := &lines{w: w}
@@ -243,6 +247,8 @@ func outcomeText(w io.Writer, o heal.Outcome) error {
 		l.printf("Repaired and verified: %s\n", query.Clean(o.Plan.Title))
 	case o.Undone:
 		l.printf("NOT repaired, and every write was taken back: %s\n", query.Clean(o.Plan.Title))
+	case stands(o):
+		l.printf("Done, and the finding stands: %s\n", query.Clean(o.Plan.Title))
 	default:
 		l.printf("NOT verified: %s\n", query.Clean(o.Plan.Title))
 	}

@@ -22,6 +22,7 @@ import (
 
 	"github.com/backdoor-rhs/backdoor/agent/access"
 	"github.com/backdoor-rhs/backdoor/agent/engine"
+	"github.com/backdoor-rhs/backdoor/agent/heal"
 	"github.com/backdoor-rhs/backdoor/agent/journal"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 )
@@ -687,4 +688,20 @@ func serveTLS(t *testing.T, h http.Handler) (url, pin string) {
 	s := httptest.NewTLSServer(h)
 	t.Cleanup(s.Close)
 	return s.URL, fingerprint(s.Certificate())
+}
+
+// What became of a plan that is not to end its finding is no failure; what was taken back, or has failed, is.
+func TestOutcomeText(t *testing.T) {
+	for want, o := range map[string]heal.Outcome{
+		"Repaired and verified: set x\n":                        {Plan: heal.Plan{Title: "set x"}, Verified: true},
+		"Done, and the finding stands: set x\n":                 {Plan: heal.Plan{Title: "set x", More: true}},
+		"NOT verified: set x\n":                                 {Plan: heal.Plan{Title: "set x"}},
+		"NOT verified: set x\n  error        why\n":             {Plan: heal.Plan{Title: "set x", More: true}, Error: "why"},
+		"NOT repaired, and every write was taken back: set x\n": {Plan: heal.Plan{Title: "set x", More: true}, Undone: true},
+	} {
+		var b strings.Builder
+		if err := outcomeText(&b, o); err != nil || !strings.HasPrefix(b.String(), want) {
+			t.Errorf("%+v: %q, %v; want %q", o, b.String(), err, want)
+		}
+	}
 }
