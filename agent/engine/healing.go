@@ -536,7 +536,7 @@ func (e *Engine) carryOn(ctx context.Context, a heal.Action, f detect.Finding, i
 		}
 		e.current = p.ID
 	}
-	again := 0
+	again, missed := 0, 0 // since the latest plan that was carried out
 	for err == nil && a.Next != nil {
 		e.sweep(ctx, x, boot)
 		var p heal.Plan
@@ -558,8 +558,10 @@ func (e *Engine) carryOn(ctx context.Context, a heal.Action, f detect.Finding, i
 		o, err = x.ApplyNext(ctx, p, caller)
 		e.keep(o, boot)
 		done = append(done, o)
-		if errors.Is(err, heal.ErrMismatch) || errors.Is(err, heal.ErrStale) {
-			if again++; again < 50 { // somebody has died meanwhile, or the CPU's list was taken
+		if err == nil {
+			again, missed = 0, 0
+		} else if errors.Is(err, heal.ErrMismatch) || errors.Is(err, heal.ErrStale) {
+			if missed++; missed < 50 { // somebody has died meanwhile, or the CPU's list was taken
 				err = nil
 			}
 		}

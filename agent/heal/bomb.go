@@ -25,10 +25,11 @@ const (
 	batchRunTimeout = 6 * time.Second
 )
 
-// stopForkBomb bars new tasks, kills the tree, the youngest first, in batches of which each is run within one timer tick, and
-// lifts the bar. The tree of a user is barred by its own limit of processes, which its children inherit and which goes with
+// stopForkBomb bars new tasks, kills the tree, the youngest first but where there is no room for that (see heads), in batches of which each is run within
+// one timer tick, and lifts the bar. The tree of a user is barred by its own limit of processes, which its children inherit and which goes with
 // them. No such limit holds root: for a tree of his, nobody on the host can start a task or a thread as long as the repair
-// lasts, and programs that cannot bear that (Go's runtime ends a program that gets no thread) may end.
+// lasts, and programs that cannot bear that (Go's runtime ends a program that gets no thread) may end. So it is for all where signals are scarce: there
+// what runs is left no time by cpuLimit, and only what sleeps is sent signals.
 func stopForkBomb() Action {
 	return Action{
 		ID: StopForkBomb, Title: "Bar new tasks, and end the tree with SIGKILL, the youngest first", Risk: RiskTask,
@@ -37,15 +38,22 @@ func stopForkBomb() Action {
 			if v == nil {
 				return Plan{}, fmt.Errorf("plan to bar new tasks: no kernel is attached: %w", kernel.ErrNotFound)
 			}
-			if f.Culprit.UID != nil && *f.Culprit.UID != 0 {
-				return planLimit(newModel(v), f)
+			m := newModel(v)
+			if f.Culprit.UID != nil && *f.Culprit.UID != 0 && !scarce(m) {
+				return planLimit(m, f)
 			}
-			return planBar(newModel(v), f)
+			return planBar(m, f)
 		},
 		Next: func(_ context.Context, v *kernel.View, f detect.Finding) (Plan, bool, error) {
 			return planBatch(newModel(v), f)
 		},
 	}
+}
+
+// scarce reports whether a tree cannot be ended by signals alone: there is one page for them, or no way to send them.
+func scarce(m model) bool {
+	_, err := newSignaller(m)
+	return m.Info().Arch == archAArch64 || errors.Is(err, kernel.ErrNotSupported)
 }
 
 // planBar plans to set max_threads, above which copy_process of kernel/fork.c refuses, to nothing.
@@ -151,9 +159,19 @@ func planBatch(m model, f detect.Finding) (p Plan, more bool, err error) {
 	if len(tree) == 0 {
 		return Plan{}, false, nil
 	}
-	sig, err := newSignaller(m)
-	if err != nil {
-		return fail(err)
+	sig, unproven := newSignaller(m)
+	if scarce(m) {
+		if p, tree, err = planExpire(m, f, tree); err != nil {
+			err = fmt.Errorf("plan to end the tree of PID %d: %w", f.Culprit.TGID, err)
+			return Plan{}, errors.Is(err, ErrNotYet), err
+		}
+		if len(p.Steps) > 0 || len(tree) == 0 {
+			return p, len(p.Steps) > 0, nil
+		}
+		tree = heads(tree)
+	}
+	if unproven != nil {
+		return fail(unproven)
 	}
 	ids, err := newProcessIDs(m)
 	if err != nil {
@@ -273,6 +291,21 @@ func planBatch(m model, f detect.Finding) (p Plan, more bool, err error) {
 		})
 	}
 	return p, true, nil
+}
+
+// heads are the processes of a tree whose parents are not in it. Where there is one page for signals, only they are ended at a time: a signal lies there
+// until its process's parent has taken note of the death, and one that is to be ended itself never does; init, whose children the next ones are then, does
+// at once. As nothing new is started meanwhile, this order ends the tree as well as the other.
+func heads(tree []kernel.Task) []kernel.Task {
+	in := make(map[int]bool, len(tree))
+	for _, t := range tree {
+		in[t.TGID] = true
+	}
+	out := slices.DeleteFunc(slices.Clone(tree), func(t kernel.Task) bool { return in[t.PPID] && t.PPID != t.TGID })
+	if len(out) == 0 {
+		return tree // who is a parent of whom is not to be believed
+	}
+	return out
 }
 
 // grow returns b with zeros up to a length.

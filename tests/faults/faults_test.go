@@ -154,9 +154,7 @@ func (b *bed) cannot(f fault) string {
 		return "it needs a " + f.machine + " kernel"
 	case f.shares && (*cpusFlag < 2 || !strings.HasPrefix(b.kernel, "6.1-") && b.kernel != "6.1"):
 		return "it needs two CPUs, and a kernel before 6.8"
-	case b.g.Arch != "amd64" && f.heal == heal.StopForkBomb:
-		return "arm64 has room for the signals to a few processes only, and they lie there until the parents of these have taken note"
-	case b.g.Arch != "amd64" && (slices.Contains(f.want, detect.KindMemoryHog) || slices.Contains(f.want, detect.KindExhaustion)):
+	case b.g.Arch != "amd64" && (slices.Contains(f.want, detect.KindForkBomb) || slices.Contains(f.want, detect.KindMemoryHog) || slices.Contains(f.want, detect.KindExhaustion)):
 		// Debian's 6.1 for arm64 names no variables in its kallsyms (CONFIG_KALLSYMS_ALL), and not all are found otherwise.
 		v, err := b.e.View(b.t.Context())
 		if err == nil {
