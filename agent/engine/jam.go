@@ -138,6 +138,8 @@ func (w *watcher) strain(v *kernel.View, s *detect.JamSample) {
 type rootProcess struct {
 	detect.Injected
 	mm    kernel.VirtAddr
+	since time.Time // of the first look at it as that program
+	known bool      // it has had its time since, and was looked at then
 	clean bool
 	at    time.Time // of the last look
 }
@@ -182,7 +184,10 @@ func (w *watcher) lookIntoRoot(v *kernel.View) {
 		return
 	}
 	if mm != x.mm { // at the first look, and when it has become another program since
-		x.mm, x.clean = mm, len(parts) == 0
+		x.mm, x.since, x.known, x.clean = mm, x.at, false, false
+	}
+	if !x.known && x.at.Sub(x.since) >= grown {
+		x.known, x.clean = true, len(parts) == 0
 	}
 	x.Parts = parts
 }

@@ -327,7 +327,7 @@ var rows = []fault{
 		b.pid = b.g.Spawn("rootsyn")
 	}, undo: ended},
 	{name: "tmpfs", want: []detect.Kind{detect.KindExhaustion}, key: "tmpfs", by: 20 * time.Second, do: func(b *bed) { b.g.Spawn("roottmpfs") }},
-	{name: "code-put-in", start: "rootcode", want: []detect.Kind{detect.KindTampering}, key: "code ", by: 90 * time.Second, undo: ended},
+	{name: "code-put-in", start: "rootcode", want: []detect.Kind{detect.KindTampering}, key: "code ", by: 120 * time.Second, undo: ended},
 	{name: "link-flaps", want: []detect.Kind{detect.KindHardware}, key: "link", by: 20 * time.Second, do: func(b *bed) {
 		b.upFor(62 * time.Second) // before, a host sets its interfaces up
 		var done string

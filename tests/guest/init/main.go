@@ -6,7 +6,7 @@
 //	             hog, roothog (of which the OOM killer keeps off), rootforkN (N processes, one after the
 //	             other), rootfiles (open files, until there are no more), rootio (reads /dev/vda), roottmpfs (fills a
 //	             file system in memory), rootsyn (begins connections from addresses that there are not), rootfifo (has real-time priority without an end, on the last CPU), rootpinned (wants to run there, too), rootstall (asks for more memory than its control group is to have), rootload (what building
-//	             a program asks of a machine), rootnet (talks to itself by TCP), rootcode (gets itself memory that may be executed, after 35 s), rootexec (becomes a program that may execute its memory, after 15 s), rootbase (what a database does that takes its memory at its start)
+//	             a program asks of a machine), rootnet (talks to itself by TCP), rootcode (gets itself memory that may be executed, after a minute), rootexec (becomes a program that may execute its memory, after 15 s), rootbase (what a database does that takes its memory at its start)
 //	spawn fault=NAME  start a child that has the fault module do something, and stays
 //	load NAME P  load the module of the file /NAME with parameters
 //	unload NAME  take a module out
@@ -405,7 +405,7 @@ func child(kind string) {
 	case "rootsyn":
 		flood()
 	case "rootcode": // after a while puts code into itself
-		unix.Nanosleep(&unix.Timespec{Sec: 35}, nil)
+		unix.Nanosleep(&unix.Timespec{Sec: 60}, nil)
 		unix.Mmap(-1, 0, 8192, unix.PROT_READ|unix.PROT_WRITE|unix.PROT_EXEC, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	case "rootexec": // as what starts a program when its database answers
 		unix.Nanosleep(&unix.Timespec{Sec: 15}, nil)
