@@ -301,6 +301,12 @@ func (d *DPU) setPassword(ctx context.Context) error {
 // Pin keeps the DPU on these CPUs of this machine until it is switched off; none frees it again.
 func (d *DPU) Pin(cpus ...int) error { return d.machine.pin(cpus) }
 
+// Split keeps the DPU's processor on one of this machine's CPUs, and its devices, which a real one has beside it, on another, where they go
+// before other work if this program may give them that. Pin ends that.
+func (d *DPU) Split(ctx context.Context, processor, devices int) error {
+	return d.machine.split(ctx, processor, devices)
+}
+
 // Scheduled tells how long the DPU's emulator has run so far, and how long it was ready and waited for a CPU of this machine.
 func (d *DPU) Scheduled() (ran, waited time.Duration, err error) { return d.machine.scheduled() }
 

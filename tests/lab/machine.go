@@ -160,20 +160,18 @@ func (m *machine) current() *run {
 	return m.run
 }
 
-// pin keeps the machine's threads on these of our CPUs; none frees them again.
+// pin keeps the machine's threads on these of our CPUs; none frees them again. What split has done ends.
 func (m *machine) pin(cpus []int) error {
+	return m.eachThread(func(tid int) error {
+		return errors.Join(affine(tid, cpus), unix.Setpriority(unix.PRIO_PROCESS, tid, 0))
+	})
+}
+
+// eachThread does something to each thread of the machine; one that has ended meanwhile is passed over.
+func (m *machine) eachThread(do func(tid int) error) error {
 	r := m.current()
 	if r == nil {
 		return errOff
-	}
-	var set unix.CPUSet
-	for _, c := range cpus {
-		set.Set(c)
-	}
-	if len(cpus) == 0 { // as this program may
-		if err := unix.SchedGetaffinity(0, &set); err != nil {
-			return &InfraError{Op: "ask for this program's CPUs", Err: err}
-		}
 	}
 	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", r.proc.pid))
 	if err != nil {
@@ -184,11 +182,48 @@ func (m *machine) pin(cpus []int) error {
 		if err != nil {
 			continue
 		}
-		if err := unix.SchedSetaffinity(tid, &set); err != nil && !errors.Is(err, unix.ESRCH) {
-			return &InfraError{Op: "pin the " + m.name, Err: err}
+		if err := do(tid); err != nil && !errors.Is(err, unix.ESRCH) {
+			return &InfraError{Op: "schedule the " + m.name, Err: err}
 		}
 	}
 	return nil
+}
+
+// affine keeps a thread on these of our CPUs; none means those that this program may use.
+func affine(tid int, cpus []int) error {
+	var set unix.CPUSet
+	for _, c := range cpus {
+		set.Set(c)
+	}
+	if len(cpus) == 0 {
+		if err := unix.SchedGetaffinity(0, &set); err != nil {
+			return err
+		}
+	}
+	return unix.SchedSetaffinity(tid, &set)
+}
+
+// split keeps the machine's processors on one of our CPUs and its devices on another, where they go before other work if we may have them do so.
+func (m *machine) split(ctx context.Context, processors, devices int) error {
+	var list []struct {
+		Thread int `json:"thread-id"`
+	}
+	if err := m.execute(ctx, "query-cpus-fast", nil, &list); err != nil {
+		return err
+	}
+	of := make(map[int]bool)
+	for _, c := range list {
+		of[c.Thread] = true
+	}
+	return m.eachThread(func(tid int) error {
+		if of[tid] {
+			return affine(tid, []int{processors})
+		}
+		if err := unix.Setpriority(unix.PRIO_PROCESS, tid, -10); err != nil && !errors.Is(err, unix.EACCES) {
+			return err
+		}
+		return affine(tid, []int{devices})
+	})
 }
 
 // scheduled tells how long the machine's threads have run so far, and how long they were ready and waited for a CPU of this machine

@@ -190,7 +190,7 @@ func (b *bench) order(ctx context.Context, o client.NetworkOrder) (time.Duration
 // cable that never comes out. Host and DPU have a CPU of this machine each, as they have processors of their own.
 func contain(ctx context.Context, b *bench) (string, error) {
 	const text = "contain me"
-	unpin, err := b.apart()
+	unpin, err := b.apart(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -285,13 +285,14 @@ func contain(ctx context.Context, b *bench) (string, error) {
 		ms(ran/time.Duration(rounds)), ms(waited/time.Duration(rounds))), nil
 }
 
-// apart gives host and DPU a CPU of this machine each, until undo is called.
-func (b *bench) apart() (undo func(), err error) {
+// apart gives the host's and the DPU's processors a CPU of this machine each, until undo is called. The DPU's devices, its end of the cables above
+// all, take of the host's: a real DPU has them beside its processor.
+func (b *bench) apart(ctx context.Context) (undo func(), err error) {
 	if runtime.NumCPU() < 2 {
 		return func() {}, nil
 	}
 	undo = func() { _ = errors.Join(b.host.Pin(), b.lab.DPU.Pin()) }
-	if err := errors.Join(b.host.Pin(0), b.lab.DPU.Pin(1)); err != nil {
+	if err := errors.Join(b.host.Pin(0), b.lab.DPU.Split(ctx, 1, 0)); err != nil {
 		undo()
 		return nil, err
 	}
