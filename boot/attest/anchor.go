@@ -28,8 +28,11 @@ type Anchor struct {
 }
 
 // Anchor returns the TPM's anchor for who has that secret, of 32 bytes, and for that owner's public key.
+//
+// The authorisation has a one in place of each zero byte of the secret: a TPM drops zeros at an authorisation's end (TPM 2.0 Library, part 1,
+// 19.6.5), and go-tpm, to v0.9.8, drops all from the first zero byte on, wherever that is, so that the two would not agree.
 func (t *TPM) Anchor(secret, owner []byte) *Anchor {
-	return &Anchor{t: t, secret: bytes.Clone(secret), whose: sha256.Sum256(append([]byte("backdoor anchor of the owner\n"), owner...))}
+	return &Anchor{t: t, secret: bytes.ReplaceAll(secret, []byte{0}, []byte{1}), whose: sha256.Sum256(append([]byte("backdoor anchor of the owner\n"), owner...))}
 }
 
 // Anchored reports whether the TPM has an anchor, be it whose it may.

@@ -12,6 +12,25 @@ import (
 	"github.com/backdoor-rhs/backdoor/boot/attest/attesttest"
 )
 
+// TestAnchorZeros wants that any secret will do: a random one of 32 bytes has a zero in it one time in eight.
+func TestAnchorZeros(t *testing.T) {
+	for name, zero := range map[string]int{"first": 0, "in the middle": 16, "last": 31} {
+		t.Run(name, func(t *testing.T) {
+			tpm, _ := attesttest.Start(t, t.TempDir())
+			secret := bytes.Repeat([]byte{7}, 32)
+			secret[zero] = 0
+			one := sha256.Sum256([]byte("1"))
+			a := tpm.Anchor(secret, []byte("the owner's key"))
+			if err := a.Write(one, one); err != nil {
+				t.Fatal(err)
+			}
+			if is, _, ok, err := a.Read(); is != one || !ok || err != nil {
+				t.Errorf("Read() = %x, %v, %v", is, ok, err)
+			}
+		})
+	}
+}
+
 // TestAnchor wants that an anchor keeps what was written over a reset, that nobody without the secret reads it as his own or writes it, and
 // that one which somebody else has made in its place is told.
 func TestAnchor(t *testing.T) {
