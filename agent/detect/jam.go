@@ -412,14 +412,19 @@ func clockWentBack(beats []kernel.Heartbeat) []Finding {
 		if back < least || behind < least || last.At.Sub(b.At) < since || !sameStart(time.Duration(b.Mono), b.At, a.At) {
 			continue
 		}
-		// By the length of a tick, as it was until then.
+		// By the length of a tick, as it was until then; where no more is left of that than the one beat, as it can be.
 		first := &beats[0]
 		ticks, lost := a.Jiffies-first.Jiffies, a.Jiffies-b.Jiffies
-		if ticks == 0 || ticks > 1<<32 || lost == 0 || lost > 1<<32 {
-			continue // garbage, or nothing to hold it against
+		if ticks > 1<<32 || lost == 0 || lost > 1<<32 {
+			continue // garbage
 		}
-		by := time.Duration(float64(a.Mono-first.Mono) / float64(ticks) * float64(lost))
-		if (by - back).Abs() > back/4+least/2 {
+		lengths := []float64{1e9 / 100, 1e9 / 250, 1e9 / 300, 1e9 / 1000} // ns, by CONFIG_HZ (kernel/Kconfig.hz)
+		if ticks > 0 {
+			lengths = []float64{float64(a.Mono-first.Mono) / float64(ticks)}
+		}
+		if !slices.ContainsFunc(lengths, func(tick float64) bool {
+			return (time.Duration(tick*float64(lost)) - back).Abs() <= back/4+least/2
+		}) {
 			continue
 		}
 		return wentBack("clock-back", "the host's memory shows an earlier time",

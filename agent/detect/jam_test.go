@@ -212,6 +212,10 @@ func TestClockBack(t *testing.T) {
 		if fs := detect(t, clockBack(c), p); verdicts(fs) != tt.want {
 			t.Errorf("%s: %+v; want %d verdicts", tt.name, fs, tt.want)
 		}
+		p.Beats = p.Beats[99:] // it took so long that one beat is left of before
+		if fs := detect(t, clockBack(c), p); verdicts(fs) != tt.want {
+			t.Errorf("%s, of which little is left: %+v; want %d verdicts", tt.name, fs, tt.want)
+		}
 	}
 }
 
