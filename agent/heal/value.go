@@ -13,7 +13,7 @@ import (
 )
 
 // ErrValue means that an action cannot be given the value that it was asked for with, or that it needs one.
-var ErrValue = errors.New("no value for this action")
+var ErrValue = errors.New("wrong value")
 
 // Value is a number that an action is given, and what it is the number of. It is all that reaches a host from a request: a name outside
 // of the action's own Settings is refused, and no text is ever stored.

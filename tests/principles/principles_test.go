@@ -119,6 +119,11 @@ func TestPrinciples(t *testing.T) {
 					t.Error(err)
 				}
 				t.Logf("%s: %s", r.experiment, figure)
+				if err != nil { // what it may have left keeps back what the rows behind it are about
+					if _, rerr := b.order(ctx, client.NetworkOrder{Do: client.NetworkRelease}); rerr != nil {
+						t.Logf("release the host: %v", rerr)
+					}
+				}
 				if r.plant == nil || !*whole || err != nil {
 					return
 				}
