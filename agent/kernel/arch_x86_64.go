@@ -154,7 +154,7 @@ func x8664Blank(kind uint64, b []byte, off uint64) {
 // x8664Disarm puts the first byte of an instruction back that a kprobe has replaced by a breakpoint, or the first five that it has by a jump (arch/x86/kernel/kprobes).
 func x8664Disarm(b, was []byte) {
 	switch {
-	case b[0] == 0xcc:
+	case b[0] == 0xcc && len(was) > 0:
 		b[0] = was[0]
 	case b[0] == 0xe9 && len(was) == 5:
 		copy(b, was)

@@ -355,6 +355,7 @@ func TestJumpRows(t *testing.T) {
 func FuzzPatched(f *testing.F) {
 	f.Add([]byte("\x5f\x24\x03\xd5\xe9\x03\x1e\xaa\x1f\x20\x03\xd5"), uint16(0), []byte("\x90"))
 	f.Add([]byte("\xf3\x0f\x1e\xfa\x0f\x1f\x44\x00\x00\xcc\xe9"), uint16(9), []byte("\x55\x01\x02\x03\x04"))
+	f.Add([]byte("\x0f\x1f\x44\x00\x00\xcc"), uint16(5), []byte{}) // of which nothing is kept
 	f.Fuzz(func(t *testing.T, code []byte, at uint16, was []byte) {
 		for _, a := range arches() {
 			img := &Image{arch: a}
