@@ -91,7 +91,7 @@ func (q *QP) Close() error {
 	d := q.d
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if q.q.state == qpClosed {
+	if q.q.state >= qpLingering {
 		return nil
 	}
 	now := d.now()

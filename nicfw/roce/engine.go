@@ -21,6 +21,7 @@ type engine struct {
 	cm       manager
 	run      runQueue
 	timers   timerHeap
+	lingers  int // queue pairs in qpLingering
 	counters Counters
 }
 
@@ -29,6 +30,7 @@ type peer struct {
 	addr     netip.Addr
 	qps      int
 	halfOpen int
+	lingers  int
 	answers  bucket // READ responses
 	replays  bucket // those that are repeated
 }
@@ -307,11 +309,31 @@ func (e *engine) ready(now time.Duration, q *qp) {
 }
 
 // closeQP flushes and forgets a queue pair. It may be called again.
+//
+// One that has refused its peer's request stays a while to repeat that, unless too many do: the peer whose refusal got lost knows
+// no other way to learn of it, and some (rxe, with 7 retries) would ask for ever.
 func (e *engine) closeQP(now time.Duration, q *qp, cause error) {
-	if q.state == qpClosed {
+	if q.state >= qpLingering {
 		return
 	}
 	q.fail(now, cause)
+	q.resp.forsake()
+	if q.resp.refused == 0 || q.resp.renaks == 0 || e.lingers >= e.limits.HalfOpen || q.account.lingers >= e.limits.HalfOpenPerPeer {
+		e.forget(q)
+		return
+	}
+	e.lingers++
+	q.account.lingers++
+	q.state, q.until = qpLingering, now+q.linger()
+	e.schedule(now, q)
+}
+
+// forget ends all knowledge of a queue pair.
+func (e *engine) forget(q *qp) {
+	if q.state == qpLingering {
+		e.lingers--
+		q.account.lingers--
+	}
 	q.state = qpClosed
 	e.run.remove(q)
 	e.timers.remove(&q.timer)

@@ -12,8 +12,9 @@ const (
 	qpInit           qpState = iota // receives may be posted; packets are dropped
 	qpReadyToReceive                // answers its peer; sends nothing of its own
 	qpReadyToSend
-	qpError  // everything is flushed; what was still to be answered, and the refusal, goes out
-	qpClosed // unknown to the engine
+	qpError     // everything is flushed; what was still to be answered, and the refusal, goes out
+	qpLingering // closed by its owner, and known yet to repeat the refusal that ended it
+	qpClosed    // unknown to the engine
 )
 
 // completer is told what happens to a queue pair; the Device implements it.
@@ -37,6 +38,7 @@ type qp struct {
 	account *peer
 	owner   completer
 	heard   time.Duration // when the last packet came
+	until   time.Duration // how long it lingers
 	conn    *conn         // that connection management keeps for it, if any
 
 	req  requester
@@ -96,6 +98,9 @@ func (q *qp) wantsToSend(now time.Duration) bool {
 
 // deadline returns when expire is to be called, or 0.
 func (q *qp) deadline() time.Duration {
+	if q.state == qpLingering {
+		return q.until
+	}
 	at := q.resp.deadline()
 	if q.state == qpReadyToSend {
 		at = earlier(at, q.req.deadline())
@@ -116,7 +121,11 @@ func earlier(a, b time.Duration) time.Duration {
 
 // expire does what is due.
 func (q *qp) expire(now time.Duration) {
-	if q.state == qpClosed {
+	switch {
+	case q.state == qpClosed:
+		return
+	case q.state == qpLingering && now >= q.until:
+		q.e.forget(q)
 		return
 	}
 	if q.cfg.IdleTimeout > 0 && now >= q.heard+q.cfg.IdleTimeout && (q.state == qpReadyToSend || q.state == qpReadyToReceive) {
@@ -128,9 +137,25 @@ func (q *qp) expire(now time.Duration) {
 	q.e.schedule(now, q)
 }
 
+// How long a queue pair lingers at the least and at the most.
+const (
+	minLinger = timeWait
+	maxLinger = 20 * time.Second
+)
+
+// linger returns how long the peer may go on asking before it has heard a refusal: some of its timeouts, for each repetition can
+// get lost, too.
+func (q *qp) linger() time.Duration {
+	timeout := q.cfg.AckTimeout
+	if q.conn != nil && q.conn.passive {
+		timeout = ackTimeout(q.conn.req.Primary.AckTimeout)
+	}
+	return min(max(8*timeout, minLinger), maxLinger)
+}
+
 // fail moves q into the error state and flushes its queues. Only the first cause counts.
 func (q *qp) fail(now time.Duration, cause error) {
-	if q.state == qpError || q.state == qpClosed {
+	if q.state >= qpError {
 		return
 	}
 	q.state = qpError

@@ -123,14 +123,20 @@ func (r *responder) abandon(w *waiter) {
 func (r *responder) flush() {
 	r.inMessage = false
 	if r.refused == 0 { // a refusal, and what comes before it, still goes out
-		r.pending, r.ackPending, r.nak = 0, false, 0
-		for i := range r.resources.n {
-			r.resources.at(i).pending = false
-		}
+		r.ackPending, r.nak = false, 0
+		r.forsake()
 	}
 	for r.recvs.n > 0 {
 		w := r.recvs.pop()
 		r.q.owner.complete(r.q, Completion{ID: w.id, Verb: VerbRecv, Err: ErrFlushed}, w.w, 0)
+	}
+}
+
+// forsake leaves unanswered what was still to be answered before the refusal: the memory is its owner's again.
+func (r *responder) forsake() {
+	r.pending = 0
+	for i := range r.resources.n {
+		r.resources.at(i).pending = false
 	}
 }
 
@@ -164,14 +170,15 @@ func (r *responder) refuse(now time.Duration, s Syndrome, psn PSN, why error) {
 // receive takes a request packet.
 func (r *responder) receive(now time.Duration, in *inbound) {
 	psn := in.bth.PSN()
-	if r.q.state == qpError {
-		// A peer that lost answers from before the refusal goes back to there, and must learn of it all the same.
-		if r.refused != 0 && r.renaks > 0 {
+	if r.q.state >= qpError {
+		// A peer that lost answers from before the refusal goes back to there, and must learn of it all the same. What follows the
+		// request that was refused only left before the peer knew.
+		if r.refused != 0 && r.renaks > 0 && psn.Sub(r.epsn) <= 0 {
 			r.renaks--
 			r.nak = r.refused
 			// One that has got on since, by answers which it had given up for lost, is told of what it waits for: a refusal of
 			// what lies behind it would mean nothing to it. All before epsn was done.
-			if psn.Sub(r.nakPSN) > 0 && psn.Sub(r.epsn) <= 0 {
+			if psn.Sub(r.nakPSN) > 0 {
 				r.nakPSN = psn
 			}
 		} else {

@@ -3,6 +3,7 @@ package afxdp
 import (
 	"fmt"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -93,8 +94,8 @@ const (
 )
 
 // open makes a socket on one queue of an interface.
-func open(ifindex, queue int, flags uint16) (s *socket, err error) {
-	s = &socket{fd: -1}
+func open(ifindex, queue int, flags uint16) (_ *socket, err error) {
+	s := &socket{fd: -1}
 	defer func() {
 		if err != nil {
 			s.close()
@@ -140,10 +141,21 @@ func open(ifindex, queue int, flags uint16) (s *socket, err error) {
 		*s.fill.entry(i) = uint64(i) * chunkSize
 	}
 	s.fill.produce(n)
-	if err = unix.Bind(s.fd, &unix.SockaddrXDP{Flags: flags, Ifindex: uint32(ifindex), QueueID: uint32(queue)}); err != nil {
+	if err = s.bind(ifindex, queue, flags); err != nil {
 		return nil, fmt.Errorf("bind to queue %d: %w", queue, err)
 	}
 	return s, nil
+}
+
+// bind ties the socket to a queue. One that was there before keeps the queue until the kernel has come to free it, which a work queue
+// does some time after the socket was closed: an agent that starts again meets that.
+func (s *socket) bind(ifindex, queue int, flags uint16) error {
+	for end := time.Now().Add(2 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		err := unix.Bind(s.fd, &unix.SockaddrXDP{Flags: flags, Ifindex: uint32(ifindex), QueueID: uint32(queue)})
+		if err != unix.EBUSY || time.Now().After(end) {
+			return err
+		}
+	}
 }
 
 func (s *socket) set(opt int, p unsafe.Pointer, n uintptr) error {
