@@ -45,46 +45,26 @@ func (t *traps) list(v *View) ([]trap, error) {
 // traps walks the table of kprobes (struct kprobe, include/linux/kprobes.h): each keeps the instruction that its breakpoint has taken the place of. One that
 // others share may have become a jump of five bytes on x86-64 (struct optimized_kprobe), and keeps the last four of them, too.
 func (v *View) traps() ([]trap, error) {
-	table, ok, err := v.feature("kprobe_table")
-	if !ok {
-		return nil, err
-	}
-	r := resolver{img: v.img}
-	s := r.shape("kprobe", "hlist[]", "addr", "pre_handler", "opcode")
-	if r.err != nil {
-		return nil, r.err
-	}
-	aggregate, _ := v.img.syms.symbol("aggr_pre_handler")
 	try := resolver{img: v.img}
 	optimized := try.shape("optimized_kprobe", "kp[]", "optinsn.copied_insn[]")
 	if try.err != nil || optimized.offset("kp") != 0 || optimized.fields["optinsn.copied_insn"].Size > 16 {
 		optimized = nil // there are none
 	}
-	heads, err := v.pointers("kprobe_table", table, kprobeChains)
-	if err != nil {
-		return nil, err
-	}
 	var all []trap
-	for _, first := range heads {
-		err := v.hlist("kprobe", first, s.offset("hlist"), maxProbes-len(all), func(at VirtAddr) error {
-			t, err := v.thing(s, at)
+	err := v.eachKprobePlace(func(t *thing, shared bool) error {
+		one := trap{at: t.ptr("addr"), was: slices.Clone(t.bytes("opcode"))}
+		if optimized != nil && shared {
+			o, err := v.thing(optimized, t.addr())
 			if err != nil {
 				return err
 			}
-			one := trap{at: t.ptr("addr"), was: slices.Clone(t.bytes("opcode"))}
-			if optimized != nil && aggregate != 0 && t.ptr("pre_handler") == aggregate {
-				o, err := v.thing(optimized, at)
-				if err != nil {
-					return err
-				}
-				one.was = append(one.was, o.bytes("optinsn.copied_insn")...)
-			}
-			all = append(all, one)
-			return nil
-		})
-		if err != nil {
-			return nil, err
+			one.was = append(one.was, o.bytes("optinsn.copied_insn")...)
 		}
+		all = append(all, one)
+		return nil
+	}, "hlist[]", "addr", "pre_handler", "opcode")
+	if err != nil {
+		return nil, err
 	}
 	return all, nil
 }

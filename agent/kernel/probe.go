@@ -68,14 +68,15 @@ func (v *View) kprobes() ([]Probe, error) {
 	return all, err
 }
 
-// eachKprobe walks the kprobes (struct kprobe, include/linux/kprobes.h), those that share a place one by one.
-func (v *View) eachKprobe(f func(t *thing) error) error {
+// eachKprobePlace walks the table of kprobes (struct kprobe, include/linux/kprobes.h), of which shared ones stand behind one of their own. It
+// reads the fields, which must have "hlist[]" and "pre_handler" among them.
+func (v *View) eachKprobePlace(f func(t *thing, shared bool) error, fields ...string) error {
 	table, ok, err := v.feature("kprobe_table")
 	if !ok {
 		return err
 	}
 	r := resolver{img: v.img}
-	s := r.shape("kprobe", "hlist[]", "list[]", "addr", "pre_handler", "post_handler", "flags")
+	s := r.shape("kprobe", fields...)
 	if r.err != nil {
 		return r.err
 	}
@@ -85,32 +86,40 @@ func (v *View) eachKprobe(f func(t *thing) error) error {
 		return err
 	}
 	left := maxProbes
-	one := func(at VirtAddr) error {
-		if left--; left < 0 {
-			return &CorruptError{"kprobe", at, fmt.Sprintf("more than %d", maxProbes)}
-		}
-		t, err := v.thing(s, at)
-		if err != nil {
-			return err
-		}
-		return f(&t)
-	}
 	for _, first := range heads {
-		err := v.hlist("kprobe", first, s.offset("hlist"), maxProbes, func(at VirtAddr) error {
+		err := v.hlist("kprobe", first, s.offset("hlist"), left, func(at VirtAddr) error {
+			left--
 			t, err := v.thing(s, at)
 			if err != nil {
 				return err
 			}
-			if aggregate == 0 || t.ptr("pre_handler") != aggregate {
-				return one(at)
-			}
-			return v.list("kprobe", t.at("list"), s.offset("list"), maxProbes, one)
+			return f(&t, aggregate != 0 && t.ptr("pre_handler") == aggregate)
 		})
 		if err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// eachKprobe walks the kprobes, those that share a place one by one.
+func (v *View) eachKprobe(f func(t *thing) error) error {
+	left := maxProbes
+	return v.eachKprobePlace(func(t *thing, shared bool) error {
+		if !shared {
+			return f(t)
+		}
+		return v.list("kprobe", t.at("list"), t.offset("list"), maxProbes, func(at VirtAddr) error {
+			if left--; left < 0 {
+				return &CorruptError{"kprobe", at, fmt.Sprintf("more than %d", maxProbes)}
+			}
+			t, err := v.thing(t.shape, at)
+			if err != nil {
+				return err
+			}
+			return f(&t)
+		})
+	}, "hlist[]", "list[]", "addr", "pre_handler", "post_handler", "flags")
 }
 
 // ftraceUsers lists those who have themselves called at the entry of functions (struct ftrace_ops, include/linux/ftrace.h).
