@@ -23,7 +23,7 @@ type unfinished struct {
 	left  []heal.Plan    // what has left something in the host's memory
 }
 
-// unfinishedOn reads the journal for it. Numbers of plans begin anew at each start, which the journal marks.
+// unfinishedOn reads the journal for it. Numbers of plans may come again after a start, which the journal marks: it forgets its oldest records.
 func unfinishedOn(records func(func(journal.Record, error) bool), boot string) unfinished {
 	var out unfinished
 	type run struct {

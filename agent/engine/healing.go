@@ -2,7 +2,6 @@ package engine
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -59,56 +58,6 @@ func CheckPolicy(p policy.Policy) error {
 		}
 	}
 	return nil
-}
-
-// remember takes from the journal what was begun before this start, so that the policy's and the agreement's rates hold over restarts: an agent
-// that shares the host's power would else cycle it without end. A time ahead of the clock counts as now.
-func (e *Engine) remember() {
-	if e.o.Journal == nil {
-		return
-	}
-	now := time.Now()
-	reach := time.Hour
-	for _, r := range e.o.Policy.Rules {
-		reach = max(reach, time.Duration(r.CoolDown))
-	}
-	var past []policy.Past
-	begun := make(map[string][]time.Time)
-	var last struct{ finding, action string } // whose plan was begun last: a repair in several plans has begun once
-	var lastAt time.Time
-	for rec, err := range e.o.Journal.Records() {
-		if err != nil || rec.Kind != "intent" || now.Sub(rec.Time) > max(reach, access.LongestRate) {
-			continue // what is damaged is told by who reads the journal
-		}
-		var in struct {
-			Plan   struct{ Finding, Action string }
-			Caller string
-		}
-		if json.Unmarshal(rec.Data, &in) != nil {
-			continue
-		}
-		at := rec.Time
-		if at.After(now) {
-			at = now
-		}
-		if in.Plan.Finding == "" || last.finding != in.Plan.Finding || last.action != in.Plan.Action || at.Sub(lastAt) > healTimeout {
-			begun[in.Plan.Action] = append(begun[in.Plan.Action], at)
-		}
-		last.finding, last.action, lastAt = in.Plan.Finding, in.Plan.Action, at
-		if in.Caller != callerPolicy || now.Sub(rec.Time) > reach {
-			continue
-		}
-		// An ID is its kind and a number.
-		if i := strings.LastIndexByte(in.Plan.Finding, '-'); i > 0 {
-			past = append(past, policy.Past{Kind: detect.Kind(in.Plan.Finding[:i]), At: at})
-		}
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.past = past[max(0, len(past)-keepPast):]
-	for action, times := range begun {
-		e.begun[action] = times[max(0, len(times)-keepPast):]
-	}
 }
 
 // begin counts that an action is begun, whoever asks for it, if the agreement's rate lets it. e.mu is held.

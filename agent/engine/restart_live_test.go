@@ -98,6 +98,24 @@ func TestLiveRestart(t *testing.T) {
 		if _, out, err := w.e.Undo(t.Context(), UndoRequest{Finding: f.ID, Caller: "test"}); !errors.Is(err, ErrNoUndo) || out != nil {
 			t.Errorf("a second Undo of a value = %+v, %v", out, err)
 		}
+		// An agent that was started anew takes back what the one before has done, and gives no number twice.
+		set.Agreed = ""
+		if _, out, err := w.e.Heal(t.Context(), set); err != nil || out.Error != "" {
+			t.Errorf("with a value = %+v, %v", out, err)
+		}
+		w.end()
+		w = watch(t, o)
+		w.wait(time.Minute, "attach", ofType(EventAttached))
+		panics("7")
+		if _, out, err := w.e.Undo(t.Context(), UndoRequest{Finding: f.ID, Caller: "test"}); err != nil || !out.Verified {
+			t.Errorf("Undo by the next agent = %+v, %v", out, err)
+		}
+		panics("0")
+		before := f.ID
+		f = w.wait(20*time.Second, "the runaway by the next agent", ofKind(EventFinding, detect.KindRunawayProcess)).Finding
+		if old, ok := w.e.Finding(before); f.ID == before || !ok || old.Resolved == nil || old.Resolution != startedAnew {
+			t.Errorf("the same fault is %s, after %+v", f.ID, old)
+		}
 		ask(f, heal.StopProcess, EventHealed)
 		if s := state(pid); s != "T" {
 			t.Errorf("state %q of a stopped process", s)

@@ -31,6 +31,7 @@ type watched struct {
 	e      *Engine
 	events <-chan Event
 	seen   []Event
+	end    func() // ends the engine, as the test's end does
 }
 
 func watch(t *testing.T, o Options) *watched {
@@ -40,9 +41,9 @@ func watch(t *testing.T, o Options) *watched {
 	w := &watched{t: t, e: e, events: e.Subscribe(ctx)}
 	done := make(chan struct{})
 	go func() { e.Run(ctx); close(done) }()
+	w.end = func() { cancel(); <-done }
 	t.Cleanup(func() {
-		cancel()
-		<-done
+		w.end()
 		if t.Failed() {
 			t.Logf("state: %+v", e.State())
 			for _, ev := range w.seen {

@@ -92,8 +92,8 @@ type Moment struct {
 	New  string    `json:"new,omitempty"`
 }
 
-// Incidents makes them of the records of a journal, the oldest first. Names of findings and plans begin anew with each start of
-// the agent, which the journal marks.
+// Incidents makes them of the records of a journal, the oldest first. An ID means the latest finding or plan of that name: a journal that has
+// forgotten its oldest records may have it twice. A start of the agent, which the journal marks, ends the incidents that stand.
 func Incidents(records []journal.Record) []Incident {
 	var all []*Incident
 	open := make(map[string]*Incident)  // by the finding's ID
@@ -117,7 +117,12 @@ func Incidents(records []journal.Record) []Incident {
 		m := Moment{Seq: rec.Seq, At: rec.Time, Kind: rec.Kind}
 		switch rec.Kind {
 		case "start":
-			open, plans = make(map[string]*Incident), make(map[string]*Incident)
+			for _, i := range open {
+				if i.Ended.IsZero() {
+					i.Ended, i.Resolution, m.Text = rec.Time, "not followed any more: the agent was started anew", "the agent was started anew"
+					i.Timeline = append(i.Timeline, m)
+				}
+			}
 			continue
 		case "finding", "resolved":
 			var f detect.Finding

@@ -38,6 +38,7 @@ func TestIncidents(t *testing.T) {
 		`refused {"finding":"panic-1","action":"power-cycle","caller":"u","error":"not permitted"}`,
 		`store {"plan":"plan-9","step":0,"addr":1,"old":"00","new":"01"}`,
 		`start {}`,
+		`intent {"plan":{"id":"plan-2","action":"arm-panic","finding":"panic-1","title":"take back"},"caller":"u"}`, // of before the start
 		`finding {"id":"runaway-process-1","kind":"runaway-process","title":"another under the same name"}`,
 		`garbage "x"`,
 		`finding "x"`,
@@ -49,10 +50,10 @@ func TestIncidents(t *testing.T) {
 	if a.Number != 101 || a.Stores != 2 || a.Bytes != 88 || a.Resolution != "healed by plan-1 (kill-process)" || len(a.Timeline) != 6 || a.Ended.Sub(a.Began) != 5*time.Second {
 		t.Errorf("the first: %+v", a)
 	}
-	if b.Number != 107 || len(b.Timeline) != 2 || b.Timeline[1].Text != "not permitted" || !b.Ended.IsZero() {
+	if b.Number != 107 || len(b.Timeline) != 4 || b.Timeline[1].Text != "not permitted" || b.Timeline[3].Plan != "plan-2" || b.Ended.Sub(b.Began) != 3*time.Second {
 		t.Errorf("the second: %+v", b)
 	}
-	if c.Number != 111 || len(c.Timeline) != 1 {
+	if c.Number != 112 || len(c.Timeline) != 1 {
 		t.Errorf("the third: %+v", c)
 	}
 	var list, story, short bytes.Buffer
