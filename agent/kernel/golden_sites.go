@@ -45,20 +45,19 @@ func (t *traps) list(v *View) ([]trap, error) {
 // traps walks the table of kprobes (struct kprobe, include/linux/kprobes.h): each keeps the instruction that its breakpoint has taken the place of. One that
 // others share may have become a jump of five bytes on x86-64 (struct optimized_kprobe), and keeps the last four of them, too.
 func (v *View) traps() ([]trap, error) {
-	try := resolver{img: v.img}
-	optimized := try.shape("optimized_kprobe", "kp[]", "optinsn.copied_insn[]")
-	if try.err != nil || optimized.offset("kp") != 0 || optimized.fields["optinsn.copied_insn"].Size > 16 {
-		optimized = nil // there are none
-	}
 	var all []trap
 	err := v.eachKprobePlace(func(t *thing, shared bool) error {
 		one := trap{at: t.ptr("addr"), was: slices.Clone(t.bytes("opcode"))}
-		if optimized != nil && shared {
-			o, err := v.thing(optimized, t.addr())
-			if err != nil {
-				return err
+		if shared {
+			r := resolver{img: v.img}
+			optimized := r.shape("optimized_kprobe", "kp[]", "optinsn.copied_insn[]")
+			if r.err == nil && optimized.offset("kp") == 0 && optimized.fields["optinsn.copied_insn"].Size <= 16 { // else there are none
+				o, err := v.thing(optimized, t.addr())
+				if err != nil {
+					return err
+				}
+				one.was = append(one.was, o.bytes("optinsn.copied_insn")...)
 			}
-			one.was = append(one.was, o.bytes("optinsn.copied_insn")...)
 		}
 		all = append(all, one)
 		return nil
