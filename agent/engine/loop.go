@@ -508,10 +508,22 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	}
 	// At first what is cheapest and matters most.
 	panicState, perr := l.Panic()
-	first := false // the first pass that sees it: all else can wait for the next
 	if perr == nil {
 		p.Panic = &panicState
-		first, w.panicked = panicState.Panicked && !w.panicked, panicState.Panicked
+		if first := panicState.Panicked && !w.panicked; first {
+			// The kernel claims a panic some microseconds before it says why.
+			for range 3 {
+				if panicState.Message != "" {
+					break
+				}
+				sleep(ctx, 2*time.Millisecond)
+				if again, err := l.Panic(); err == nil && again.Panicked {
+					panicState = again
+				}
+			}
+			return l.Cost(), w.tellPanic(ctx, p)
+		}
+		w.panicked = panicState.Panicked
 	}
 	beat, berr := l.Heartbeat()
 	e.mean(&e.cost.MeanHeartbeat, time.Since(now))
@@ -528,7 +540,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	}
 	var terr error
 	var listed []kernel.Task // in this pass
-	if !first && (e.tasksDue(w.nextTasks, now) || e.config.Hurry(w.usage, w.tasks)) {
+	if e.tasksDue(w.nextTasks, now) || e.config.Hurry(w.usage, w.tasks) {
 		w.nextTasks = now.Add(e.config.Tasks)
 		var s detect.TaskSample
 		if s, terr = taskSample(l, w.tasks); terr == nil {
@@ -550,7 +562,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	var serr error
 	alarming := false
 	// They rest on a list of tasks, so they are looked for when there is one, if that is about their time.
-	if !first && !now.Before(w.nextSigns) || listed != nil && w.nextSigns.Sub(now) < signsEvery/2 {
+	if !now.Before(w.nextSigns) || listed != nil && w.nextSigns.Sub(now) < signsEvery/2 {
 		w.nextSigns = now.Add(signsEvery)
 		var s kernel.Signs
 		if s, serr = l.SignsAmong(listed); serr == nil {
@@ -748,6 +760,25 @@ func alive(a, b kernel.Heartbeat) bool {
 		}
 	}
 	return false
+}
+
+// tellPanic is all of the first pass that sees a panic: everything else can wait for the next one.
+func (w *watcher) tellPanic(ctx context.Context, p *detect.Pass) error {
+	p.Beats, p.Usage, p.Tasks, p.Signs = w.beats, w.usage, w.tasks, w.signs
+	p.Jams, p.Memory, p.Weakened = w.jams, w.memory, w.weakened
+	if err := w.t.Prove(ctx); err != nil && !errors.Is(err, kernel.ErrTorn) {
+		return err
+	}
+	if w.wasReset() {
+		w.ended = w.boot
+		return fmt.Errorf("its firmware has run: the host was reset: %w", kernel.ErrGone)
+	}
+	w.panicked = true
+	w.e.mu.Lock()
+	w.e.dead, w.e.moved = true, w.lived
+	w.e.mu.Unlock()
+	w.judge(ctx, p)
+	return nil
 }
 
 // wouldSpeak reports whether judging this pass may change what is said of the host: the panic detector, whose one look is its

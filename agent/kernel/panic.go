@@ -33,8 +33,11 @@ func (img *Image) Panicked(ctx context.Context) (bool, error) {
 }
 
 // panicRecords is how many of the log's newest records are looked at for a panic's words: the stacks and modules that come behind them are some
-// hundred at most.
-const panicRecords = 512
+// hundred at most. When the panic is fresh, they are among the last few.
+const (
+	panicRecords = 512
+	freshRecords = 16
+)
 
 func (v *View) panicState() (PanicState, error) {
 	img := v.img
@@ -74,13 +77,18 @@ func (v *View) panicState() (PanicState, error) {
 	// A view of its own: this one may have read the log before the panic.
 	log := img.View(v.ctx)
 	defer log.Close()
-	records, _, err := log.LogAfter(0, panicRecords)
-	if err != nil && !tolerable(err) {
-		return s, err
-	}
-	for _, rec := range records {
-		if strings.HasPrefix(rec.Text, "Kernel panic - not syncing") {
-			s.Message = rec.Text
+	for _, most := range []int{freshRecords, panicRecords} {
+		records, _, err := log.LogAfter(0, most)
+		if err != nil && !tolerable(err) {
+			return s, err
+		}
+		for _, rec := range records {
+			if strings.HasPrefix(rec.Text, "Kernel panic - not syncing") {
+				s.Message = rec.Text
+			}
+		}
+		if s.Message != "" {
+			break
 		}
 	}
 	c := log.Cost()

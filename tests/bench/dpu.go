@@ -146,7 +146,7 @@ func (b *bench) fault(ctx context.Context, what lab.Fault, kind detect.Kind) (la
 
 const (
 	listed    = "harness: from the fault until Redfish lists the finding"
-	announced = "harness: from the fault until the agent says it on the DPU's console; the start is the earliest it can have been"
+	announced = "harness: from the fault until the agent begins to say it on the DPU's console; the start is the earliest it can have been"
 )
 
 func (b *bench) runaway(ctx context.Context) error {

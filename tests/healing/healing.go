@@ -381,7 +381,7 @@ func (s *story) panic(ctx context.Context) error {
 		return err
 	}
 	s.say("agent", "finding %s: %s", f.ID, f.Title)
-	s.figure("panic: crash to finding", found.Sub(truth.Start), "harness, by the DPU's console; start known to "+truth.Margin.Round(time.Millisecond).String())
+	s.figure("panic: crash to finding", found.Sub(truth.Start), "harness, by the first byte on the DPU's console; start, from the host's memory, known to "+truth.Margin.Round(time.Millisecond).String())
 	if c := f.Culprit; c.Comm != "" {
 		s.say("agent", "died on CPU %s in %q, PID %d", cpuName(c.CPU), c.Comm, c.PID)
 	}

@@ -13,8 +13,9 @@ import (
 
 // Line is a line of a serial console.
 type Line struct {
-	At   time.Time // when its last byte arrived
-	Text string    // without line end and without carriage returns
+	Began time.Time // when its first byte arrived; a serial port takes some 20 ms for a line
+	At    time.Time // when its last byte arrived
+	Text  string    // without line end and without carriage returns
 }
 
 // Console is the captured serial console of a machine over all its boots. It keeps the last 20,000 lines; the file in
@@ -24,6 +25,7 @@ type Console struct {
 
 	mu      sync.Mutex
 	partial []byte            // guarded by mu; the line that is not yet whole
+	began   time.Time         // guarded by mu; when its first byte arrived
 	log     io.Writer         // guarded by mu; gets the raw bytes
 	input   io.Writer         // guarded by mu; nil while the machine is off
 	taps    map[int]io.Writer // guarded by mu; live viewers
@@ -111,6 +113,9 @@ func (c *Console) feed(p []byte) {
 			delete(c.taps, id)
 		}
 	}
+	if len(c.partial) == 0 {
+		c.began = now
+	}
 	c.partial = append(c.partial, p...)
 	var lines []Line
 	for {
@@ -118,11 +123,11 @@ func (c *Console) feed(p []byte) {
 		if i < 0 {
 			break
 		}
-		lines = append(lines, Line{now, strings.ReplaceAll(string(c.partial[:i]), "\r", "")})
-		c.partial = c.partial[i+1:]
+		lines = append(lines, Line{c.began, now, strings.ReplaceAll(string(c.partial[:i]), "\r", "")})
+		c.partial, c.began = c.partial[i+1:], now
 	}
 	if len(c.partial) > maxLine {
-		lines = append(lines, Line{now, string(c.partial)})
+		lines = append(lines, Line{c.began, now, string(c.partial)})
 		c.partial = nil
 	}
 	c.lines.add(lines...)

@@ -469,9 +469,9 @@ func (d *DPU) debugfs(args ...string) error {
 	return nil
 }
 
-// Announced returns when the agent said on the DPU's console that it has found what the title tells, by the harness's clock: the DPU's own is
+// Announced returns when the agent began to say on the DPU's console that it has found what the title tells, by the harness's clock: the DPU's own is
 // another one.
 func (d *DPU) Announced(ctx context.Context, mark int, title string) (time.Time, error) {
 	line, err := d.Console().Wait(ctx, mark, regexp.MustCompile(`type=finding .*`+regexp.QuoteMeta(strings.Trim(strconv.Quote(title), `"`))))
-	return line.At, err
+	return line.Began, err
 }

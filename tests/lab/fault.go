@@ -2,11 +2,19 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"regexp"
 	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
 	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/backdoor-rhs/backdoor/tests/lab/control"
 )
@@ -66,10 +74,7 @@ func (h *Host) Fault(ctx context.Context, f Fault) (Truth, error) {
 	case FaultRunaway:
 		err = h.runaway(ctx, &t)
 	case FaultPanic:
-		mark := h.Console().Mark()
-		if err = h.sysrq(ctx, "c", &t); err == nil {
-			_, err = h.Console().Wait(ctx, mark, panicked)
-		}
+		err = h.panic(ctx, &t)
 	case FaultReboot:
 		mark := h.EventMark()
 		if err = h.sysrq(ctx, "b", &t); err == nil {
@@ -100,6 +105,81 @@ func faultNames() []Fault {
 		list = append(list, f.Fault)
 	}
 	return list
+}
+
+// panic crashes the kernel. When it claimed the panic is seen in HOST's memory, for until then sysrq has a slow console to write to.
+func (h *Host) panic(ctx context.Context, t *Truth) error {
+	word, done, err := h.word(ctx, "panic_cpu")
+	if err != nil {
+		return err
+	}
+	defer done()
+	const none = ^uint32(0) // PANIC_CPU_INVALID
+	if v := atomic.LoadUint32(word); v != none {
+		return fmt.Errorf("panic_cpu of a kernel that lives is %d", v)
+	}
+	mark := h.Console().Mark()
+	watching, stop := context.WithCancel(ctx)
+	defer stop()
+	type span struct{ before, after time.Time }
+	claimed := make(chan span, 1)
+	go func() {
+		defer close(claimed)
+		for before := time.Now(); watching.Err() == nil; time.Sleep(100 * time.Microsecond) {
+			now := time.Now()
+			if atomic.LoadUint32(word) != none {
+				claimed <- span{before, time.Now()}
+				return
+			}
+			before = now
+		}
+	}()
+	if err = h.sysrq(ctx, "c", t); err == nil {
+		_, err = h.Console().Wait(ctx, mark, panicked)
+	}
+	stop()
+	if s, ok := <-claimed; ok {
+		t.Start, t.Margin = s.before, s.after.Sub(s.before)
+	} else if err == nil {
+		err = errors.New("the kernel said that it panicked, and its panic_cpu does not")
+	}
+	return err
+}
+
+// word maps a variable of HOST's kernel, which its own /proc/kallsyms and /proc/iomem place in the memory. done unmaps it.
+func (h *Host) word(ctx context.Context, name string) (word *uint32, done func(), err error) {
+	r, err := h.Exec(ctx, "grep -w -e "+name+" -e _text /proc/kallsyms; grep 'Kernel code' /proc/iomem")
+	if err != nil {
+		return nil, nil, err
+	}
+	var text, at, code uint64
+	for line := range strings.Lines(r.Stdout) {
+		switch f := strings.Fields(line); {
+		case len(f) == 3 && f[2] == "_text":
+			text, _ = strconv.ParseUint(f[0], 16, 64)
+		case len(f) == 3 && f[2] == name:
+			at, _ = strconv.ParseUint(f[0], 16, 64)
+		case strings.Contains(line, "Kernel code"):
+			begin, _, _ := strings.Cut(strings.TrimSpace(line), "-")
+			code, _ = strconv.ParseUint(begin, 16, 64)
+		}
+	}
+	path, size := h.RAM()
+	off := int64(at - text + code)
+	if text == 0 || at < text || code == 0 || at%4 != 0 || off < 0 || off > min(size, 2<<30)-4 { // above, addresses are not offsets into the file
+		return nil, nil, fmt.Errorf("find %s in the host's memory: its kernel says\n%s", name, r.Stdout)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer f.Close()
+	page := int64(os.Getpagesize())
+	b, err := unix.Mmap(int(f.Fd()), off&^(page-1), int(page), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return nil, nil, fmt.Errorf("map the host's memory: %w", err)
+	}
+	return (*uint32)(unsafe.Pointer(&b[off&(page-1)])), func() { unix.Munmap(b) }, nil
 }
 
 // sysrq presses a key and works out when, by this machine's clock.
