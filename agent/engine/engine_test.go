@@ -1059,3 +1059,38 @@ func TestInvalidOptions(t *testing.T) {
 		}
 	}
 }
+
+// Beats are kept for a while, and longer where they show that the clock went back before the kernel was given up and sought anew.
+func TestBeatsAreKept(t *testing.T) {
+	w := watcher{e: New(Options{Memory: func(context.Context) (hostmem.Memory, error) { return nil, errors.ErrUnsupported }})}
+	keep, _ := w.e.config.Keep()
+	now := time.Unix(1_800_000_000, 0)
+	add := func(d time.Duration, mono int64) {
+		now = now.Add(d)
+		w.addBeat(kernel.Heartbeat{At: now, Mono: mono, CPUs: make([]kernel.CPU, 1)})
+	}
+	for i := range int64(1000) {
+		add(100*time.Millisecond, 600e9+i*100e6)
+	}
+	if n := len(w.beats); n < int(keep/(100*time.Millisecond)) || n > int(keep/(100*time.Millisecond))+3 {
+		t.Errorf("%d beats of %v are kept", n, keep)
+	}
+	before := w.beats[len(w.beats)-1].Mono
+	add(500*time.Millisecond, before-6e9)
+	for i := range int64(40) {
+		d := 100 * time.Millisecond
+		if i == 0 {
+			d = 10 * keep // the attach
+		}
+		add(d, before-6e9)
+		if w.beats[0].Mono != before || len(w.beats) != int(i)+3 {
+			t.Fatalf("%d beats, the first at %d; want %d at %d", len(w.beats), w.beats[0].Mono, i+3, before)
+		}
+	}
+	for range 2 * backKept / (100 * time.Millisecond) {
+		add(100*time.Millisecond, before-6e9)
+	}
+	if w.beats[0].Mono == before {
+		t.Error("what shows that the clock went back is kept for ever")
+	}
+}

@@ -698,10 +698,19 @@ func (w *watcher) addBeat(b kernel.Heartbeat) {
 	}
 	w.beats = append(w.beats, b)
 	keep, _ := w.e.config.Keep()
-	for len(w.beats) > 2 && (b.At.Sub(w.beats[1].At) > keep || len(w.beats)*len(b.CPUs) > keptCPUs) {
+	for len(w.beats) > 2 {
+		many := len(w.beats)*len(b.CPUs) > keptCPUs
+		// The kernel is given up and sought anew where its clock goes back, which may take longer than beats are kept.
+		shows := w.beats[0].Mono > w.beats[1].Mono && b.At.Sub(w.beats[2].At) < backKept
+		if !many && (shows || b.At.Sub(w.beats[1].At) <= keep) {
+			break
+		}
 		w.beats = slices.Delete(w.beats, 0, 1)
 	}
 }
+
+// backKept is how long two beats that show a clock going back are kept beside those behind them, however old they are.
+const backKept = 10 * time.Second
 
 const (
 	usageDense  = 15 * time.Second // in which every sample is kept

@@ -75,3 +75,23 @@ func TestHistoryIsBounded(t *testing.T) {
 		t.Errorf("%d findings, %d outcomes kept, %d panics; want %d, %d, 111111111", len(f), len(o), h.counts["panic"], keepResolved, keepOutcomes)
 	}
 }
+
+// What is damaged, or was never written by an agent, is left out.
+func FuzzHistory(f *testing.F) {
+	f.Add("finding", []byte(`{"id":"panic-3","kind":"panic"}`), "outcome", []byte(`{"plan":{"id":"plan-1","finding":"panic-3"}}`))
+	f.Add("intent", []byte(`{"plan":{"id":"plan-2","finding":"panic-3","action":"power-cycle"},"caller":"policy"}`), "resolved", []byte(`{"id":"-1","resolved":"2026-01-01T00:00:00Z"}`))
+	f.Fuzz(func(t *testing.T, k1 string, d1 []byte, k2 string, d2 []byte) {
+		h := newHistory(time.Unix(1_800_000_000, 0), policy.Policy{})
+		h.add(journal.Record{Kind: k1, Time: h.now, Data: d1})
+		h.add(journal.Record{Kind: k2, Time: h.now, Data: d2})
+		h.outcomes()
+		for _, f := range h.findings() {
+			if f.Resolved == nil || f.Suspicion {
+				t.Errorf("%q and %q: a finding of before is open: %+v", d1, d2, f)
+			}
+		}
+		if h.plans < 0 {
+			t.Errorf("%q and %q: the next plan is %d", d1, d2, h.plans+1)
+		}
+	})
+}

@@ -392,7 +392,7 @@ func flood(ctx context.Context, b *bench) (string, error) {
 	began := time.Now()
 	done := make(chan error, 1)
 	go func() {
-		gap := time.Millisecond
+		gap := 100 * time.Microsecond // so that far more is sent, on a slow machine, too, than the limit lets through
 		if b.calm {
 			gap = 50 * time.Millisecond
 		}
