@@ -390,12 +390,13 @@ func (d *dpu) unknownField(t *testing.T, ctx context.Context) {
 	if bytes.Equal(good, bad) {
 		t.Fatal("the configuration has no field to misspell")
 	}
+	begun := time.Now()
 	st := d.come(t, ctx, bad)
 	if st.Phase != engine.NoMemory || !strings.Contains(st.Why, "wirtes") || st.Writes || st.Health != engine.CouldNotTell {
 		t.Errorf("with an unknown field the agent's state is %+v; want no memory, no writes, and the name of the field", st)
 	}
 	t.Logf("the agent says: %s", st.Why)
-	none(t, ctx, d.agent)
+	noneSince(t, ctx, d.agent, begun)
 }
 
 // smallWindow tells the agent of more memory than the window has; and then, as the control, of as much.
@@ -410,6 +411,7 @@ func (d *dpu) smallWindow(t *testing.T, ctx context.Context) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	begun := time.Now()
 	st := d.come(t, ctx, bad)
 	if st.Phase != engine.NoMemory || st.Kernel != nil || st.Health != engine.CouldNotTell {
 		t.Errorf("with a window that is too small the agent's phase is %q, its health %q", st.Phase, st.Health)
@@ -418,7 +420,7 @@ func (d *dpu) smallWindow(t *testing.T, ctx context.Context) {
 		t.Errorf("the agent does not say that the window is too small: %s", st.Why)
 	}
 	t.Logf("the agent says: %s", st.Why)
-	none(t, ctx, d.agent)
+	noneSince(t, ctx, d.agent, begun)
 	d.come(t, ctx, good)
 	if _, err := d.agent.WaitAttached(ctx, 1); err != nil {
 		t.Fatal(err)

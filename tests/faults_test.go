@@ -314,15 +314,27 @@ func blank(t *testing.T, from, to string, patterns ...[]byte) {
 }
 
 // none fails if the agent has, or has had, any finding.
-func none(t *testing.T, ctx context.Context, a interface {
+func none(t *testing.T, ctx context.Context, a finder) {
+	t.Helper()
+	noneSince(t, ctx, a, time.Time{})
+}
+
+// finder is an agent, which knows the findings of its earlier starts, too.
+type finder interface {
 	Findings(context.Context) ([]detect.Finding, error)
-}) {
+}
+
+// noneSince fails if the agent has found anything after a time.
+func noneSince(t *testing.T, ctx context.Context, a finder, since time.Time) {
 	t.Helper()
 	fs, err := a.Findings(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, f := range fs {
+		if f.FirstSeen.Before(since) {
+			continue
+		}
 		t.Errorf("finding %s at %v: %s: %s; %+v", f.ID, f.FirstSeen.Format(time.TimeOnly), f.Title, f.Detail, f.Evidence)
 	}
 }
