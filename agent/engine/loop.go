@@ -699,18 +699,20 @@ func (w *watcher) addBeat(b kernel.Heartbeat) {
 	w.beats = append(w.beats, b)
 	keep, _ := w.e.config.Keep()
 	for len(w.beats) > 2 {
-		many := len(w.beats)*len(b.CPUs) > keptCPUs
+		many, at := len(w.beats)*len(b.CPUs) > keptCPUs, 0
 		// The kernel is given up and sought anew where its clock goes back, which may take longer than beats are kept.
-		shows := w.beats[0].Mono > w.beats[1].Mono && b.At.Sub(w.beats[2].At) < backKept
-		if !many && (shows || b.At.Sub(w.beats[1].At) <= keep) {
+		if !many && w.beats[0].Mono > w.beats[1].Mono && b.At.Sub(w.beats[1].At) < backKept {
+			at = 2
+		}
+		if !many && b.At.Sub(w.beats[max(at, 1)].At) <= keep {
 			break
 		}
-		w.beats = slices.Delete(w.beats, 0, 1)
+		w.beats = slices.Delete(w.beats, at, at+1)
 	}
 }
 
-// backKept is how long two beats that show a clock going back are kept beside those behind them, however old they are.
-const backKept = 10 * time.Second
+// backKept is how long two beats that show a clock going back are kept.
+const backKept = 2 * time.Minute
 
 const (
 	usageDense  = 15 * time.Second // in which every sample is kept

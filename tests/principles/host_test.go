@@ -224,7 +224,7 @@ var spy = []struct {
 	{"sockets", "cat /proc/net/packet /proc/net/raw", false},
 	{"kernel log", "dmesg", true},
 	{"taint", "cat /proc/sys/kernel/tainted; cat /proc/sys/kernel/kptr_restrict", true},
-	{"processes", "ps -o comm | grep -v -e kworker -e sleep -e '^ps' -e '^grep' -e '^sh' -e '^cat' -e '^sort' | sort", true},
+	{"processes", "ps -o comm | grep -v -e '^$' -e kworker -e sleep -e '^ps' -e '^grep' -e '^sh' -e '^cat' -e '^sort' | sort", true},
 	{"scan", "for i in 1 2 3 4; do nc -w 1 10.0.2.$i 443 </dev/null >/dev/null 2>&1 && echo 10.0.2.$i 443; done; nc -w 2 192.168.190.2 443 </dev/null 2>&1 || echo nothing", true},
 }
 
