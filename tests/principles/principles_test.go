@@ -60,7 +60,6 @@ type bench struct {
 	memory     *client.Client // of who may reach memory
 	poller     *export.Poller // of the agent's health page
 	monitor    *roce.Device   // a monitor's
-	inItsName  uint64         // frames that were put on the host's cable while it stood still
 }
 
 // policy bounds a flood without asking, as a fleet's would: one of more than the limit lets through.

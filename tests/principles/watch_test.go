@@ -169,10 +169,7 @@ func undead(ctx context.Context, b *bench) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer func() {
-		b.inItsName += end.Port.Counters().In
-		end.Close()
-	}()
+	defer end.Close()
 	if err := b.host.Freeze(ctx); err != nil {
 		return "", err
 	}
