@@ -47,7 +47,7 @@ type gateway struct {
 
 	mu   sync.Mutex
 	open *datapath.Gateway // guarded by mu; nil until it runs
-	own  []netip.Addr      // guarded by mu
+	own  []netip.Addr      // of run alone
 	why  error             // guarded by mu: why it does not run
 }
 
@@ -119,7 +119,7 @@ func (g *gateway) let() {
 	g.open, g.why = nil, errNoGateway
 }
 
-// follow opens the packet path, and again when the agent's addresses on the uplink have changed.
+// follow opens the packet path, and tells it when the agent's addresses on the uplink have changed.
 func (g *gateway) follow() error {
 	inner, err := findInterface(g.cfg.Host)
 	if err != nil {
@@ -143,9 +143,17 @@ func (g *gateway) follow() error {
 	}
 	slices.SortFunc(own, netip.Addr.Compare)
 	g.mu.Lock()
-	same := g.open != nil && slices.Equal(own, g.own)
+	open := g.open
 	g.mu.Unlock()
-	if same {
+	if open != nil {
+		if slices.Equal(own, g.own) {
+			return nil
+		}
+		if err := open.SetOwn(own); err != nil {
+			return err
+		}
+		g.own = own
+		g.log.Info("the agent's addresses on the uplink have changed", "own", own)
 		return nil
 	}
 	now, err := datapath.Open(datapath.Config{Host: inner.Name, Uplink: uplink.Name, Own: own, Services: g.services, Generic: g.cfg.Generic})
@@ -159,9 +167,6 @@ func (g *gateway) follow() error {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.open != nil {
-		g.open.Close()
-	}
 	g.open, g.own, g.why = now, own, nil
 	if now.Yields != nil {
 		g.log.Warn("a host that floods will slow the agent down", "err", now.Yields)

@@ -246,7 +246,7 @@ func hide(host netlink.Link) error {
 	return nil
 }
 
-// configure writes what the programs know of the agent. What they knew before and is no longer so is removed last.
+// configure writes what the programs know of the agent.
 func (g *Gateway) configure(c Config, host, uplink netlink.Link) error {
 	var mac gatewaySettings
 	if copy(mac.Mac[:], uplink.Attrs().HardwareAddr) != len(mac.Mac) {
@@ -255,15 +255,8 @@ func (g *Gateway) configure(c Config, host, uplink netlink.Link) error {
 	if err := g.objs.Agent.Put(uint32(0), &mac); err != nil {
 		return err
 	}
-	own := map[gatewayAddr]uint8{}
-	for _, a := range c.Own {
-		if !a.IsValid() || a.IsUnspecified() || a.IsMulticast() {
-			return fmt.Errorf("%v is no address of an agent", a)
-		}
-		own[toAddr(a)] = 1
-	}
-	if err := replace(g.objs.Own, own); err != nil {
-		return fmt.Errorf("set the agent's %d addresses: %w", len(own), err)
+	if err := g.SetOwn(c.Own); err != nil {
+		return err
 	}
 	services := map[gatewayServiceKey]uint8{}
 	for _, s := range c.Services {
@@ -276,6 +269,21 @@ func (g *Gateway) configure(c Config, host, uplink netlink.Link) error {
 		if err := g.objs.Ports.Put(uint32(p), uint32(l.Attrs().Index)); err != nil {
 			return fmt.Errorf("set the interface %s: %w", l.Attrs().Name, err)
 		}
+	}
+	return nil
+}
+
+// SetOwn says what the agent's addresses on the uplink are, at most 16; routers give machines new ones.
+func (g *Gateway) SetOwn(addrs []netip.Addr) error {
+	own := map[gatewayAddr]uint8{}
+	for _, a := range addrs {
+		if !a.IsValid() || a.IsUnspecified() || a.IsMulticast() {
+			return fmt.Errorf("%v is no address of an agent", a)
+		}
+		own[toAddr(a)] = 1
+	}
+	if err := replace(g.objs.Own, own); err != nil {
+		return fmt.Errorf("set the agent's %d addresses: %w", len(own), err)
 	}
 	return nil
 }

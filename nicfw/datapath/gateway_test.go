@@ -266,6 +266,35 @@ func TestVerdicts(t *testing.T) {
 	}
 }
 
+// TestSetOwn gives the agent other addresses while what it had holds goes on.
+func TestSetOwn(t *testing.T) {
+	b := newBench(t)
+	other := netip.MustParseAddr("fd00::7")
+	to := func(a netip.Addr) []byte {
+		return eth(peerMAC, hostMAC, 0x86dd, ip6(host6, a, TCP), tcp(5, 443, 2))
+	}
+	if err := b.g.Block(Rule{Remote: peer6}, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.run(Host, to(other)); got != Forwarded {
+		t.Errorf("to an address that is not the agent's yet: %v", got)
+	}
+	if err := b.g.SetOwn([]netip.Addr{agentAddr, other}); err != nil {
+		t.Fatal(err)
+	}
+	for a, want := range map[netip.Addr]Verdict{other: Guarded, agent6: Forwarded, peer6: Blocked} {
+		if got := b.run(Host, to(a)); got != want {
+			t.Errorf("to %v afterwards: %v; want %v", a, got, want)
+		}
+	}
+	if err := b.g.SetOwn([]netip.Addr{agentAddr, {}}); err == nil {
+		t.Error("no address is taken for one")
+	}
+	if got := b.run(Host, to(other)); got != Guarded {
+		t.Errorf("after an attempt that failed: %v", got)
+	}
+}
+
 // No frame, however short, is passed on unless its headers are whole, and none crashes the parser.
 func TestTruncated(t *testing.T) {
 	b := newBench(t)
