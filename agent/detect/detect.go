@@ -172,6 +172,8 @@ type Pass struct {
 	// Tickless says that CPUs of this host may run a task without timer ticks (nohz_full): the scheduler then looks after
 	// them from another CPU once a second.
 	Tickless bool `json:"tickless,omitempty"`
+
+	made []madeSeries // of Beats
 }
 
 // Detector is one kind of judgement.

@@ -298,7 +298,7 @@ func clock(c Config) Detector {
 		ID: "clock", Title: "The host's clock is wrong", Kind: KindClock, Severity: Critical,
 		Every: time.Second, Clear: 5 * time.Second, DependsOn: []Kind{KindPanic, KindHostSilent, KindCPUStall, KindSoftLockup}, Needs: []Need{NeedHeartbeats},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
-			s := newSeries(c, p.Beats, c.lenient())
+			s := p.series(c, c.lenient())
 			n := len(s.beats)
 			if n < 2 {
 				return nil, ErrTooEarly

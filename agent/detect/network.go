@@ -168,7 +168,7 @@ func networkAlive(c Config) Detector {
 		ID: "network-alive", Title: "Traffic of a dead host", Kind: KindTampering, Severity: Critical, Every: time.Second,
 		Needs: []Need{NeedNetwork, NeedHeartbeats},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
-			s := newSeries(c, p.Beats, c.lenient())
+			s := p.series(c, c.lenient())
 			if s.watched() < deadFor {
 				return nil, ErrTooEarly
 			}

@@ -31,6 +31,24 @@ func newSeries(c Config, beats []kernel.Heartbeat, longest time.Duration) series
 	return series{beats[from:], credit[from:]}
 }
 
+// series returns the series of the pass's beats with a longest gap, made once for all detectors.
+func (p *Pass) series(c Config, longest time.Duration) series {
+	for _, s := range p.made {
+		if s.longest == longest && len(s.of) == len(p.Beats) && len(s.of) > 0 && &s.of[0] == &p.Beats[0] {
+			return s.series
+		}
+	}
+	s := newSeries(c, p.Beats, longest)
+	p.made = append(p.made, madeSeries{s, p.Beats, longest})
+	return s
+}
+
+type madeSeries struct {
+	series
+	of      []kernel.Heartbeat
+	longest time.Duration
+}
+
 // A verdict within a second needs an unbroken watch; one over many seconds bears a lapse.
 func (c Config) strict() time.Duration  { return max(4*c.Heartbeat, 100*time.Millisecond) }
 func (c Config) lenient() time.Duration { return max(20*c.Heartbeat, time.Second) }

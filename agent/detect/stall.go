@@ -40,7 +40,7 @@ func cpuStall(c Config) Detector {
 		DependsOn: []Kind{KindPanic, KindHostSilent},
 		Needs:     []Need{NeedHeartbeats},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
-			s, long := newSeries(c, p.Beats, c.strict()), newSeries(c, p.Beats, c.lenient())
+			s, long := p.series(c, c.strict()), p.series(c, c.lenient())
 			if s.watched() < c.StallSuspect {
 				return nil, ErrTooEarly
 			}
@@ -171,7 +171,7 @@ func hostSilent(c Config) Detector {
 			if p.Path != "" {
 				return nil, fmt.Errorf("no kernel can be read: %s", p.Path)
 			}
-			s := newSeries(c, p.Beats, c.lenient())
+			s := p.series(c, c.lenient())
 			n := len(s.beats)
 			if n < 2 {
 				return nil, ErrTooEarly

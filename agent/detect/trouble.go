@@ -427,7 +427,7 @@ func softLockup(c Config) Detector {
 		ID: "soft-lockup", Title: "CPU stuck in the kernel", Kind: KindSoftLockup, Severity: Critical,
 		DependsOn: []Kind{KindPanic, KindHostSilent, KindCPUStall}, Needs: []Need{NeedHeartbeats},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
-			s := newSeries(c, p.Beats, c.strict())
+			s := p.series(c, c.strict())
 			n := len(s.beats)
 			if n < 2 {
 				return nil, ErrTooEarly

@@ -710,6 +710,7 @@ func (img *Image) findLayout(src source) (string, error) {
 	if err := errors.Join(img.lay.task.err, img.lay.keeper.err); err != nil {
 		return "", err
 	}
+	img.panic = img.panicPlan(src)
 	img.usage = img.usagePlan(src)
 	img.beat = img.beatPlan(src)
 	if img.beat.err != nil {

@@ -28,6 +28,7 @@ type Image struct {
 	perCPU                 []VirtAddr // __per_cpu_offset of each possible CPU
 	perCPUStart, perCPUEnd VirtAddr   // where the addresses of per-CPU symbols are
 	identity               identity
+	panic                  panicPlan
 	beat                   *beatPlan
 	usage                  *usagePlan
 	guards                 guards

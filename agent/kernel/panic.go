@@ -20,16 +20,32 @@ func (v *View) Panic() (PanicState, error) {
 
 // Panicked tells no more than whether the kernel has panicked: one small read, which may be asked often.
 func (img *Image) Panicked(ctx context.Context) (bool, error) {
-	r := resolver{img: img}
-	at := r.symbol("panic_cpu")
-	if r.err != nil {
-		return false, fmt.Errorf("read panic state: %w", r.err)
+	p := &img.panic
+	if p.err != nil {
+		return false, fmt.Errorf("read panic state: %w", p.err)
 	}
-	cpu, err := img.space.word32(direct{ctx, img.mem}, "panic_cpu", at)
-	if err != nil {
+	var b [4]byte
+	if err := (direct{ctx, img.mem}).readPhys(p.at[0], b[:]); err != nil {
 		return false, fmt.Errorf("read panic state: %w", err)
 	}
-	return int32(cpu) != -1, nil // PANIC_CPU_INVALID
+	return int32(le32(b[:])) != -1, nil // PANIC_CPU_INVALID
+}
+
+// panicPlan is where the kernel's variables of a panic are: the kernel's own image lies still.
+type panicPlan struct {
+	err error
+	va  VirtAddr            // of panic_cpu
+	at  [3]hostmem.PhysAddr // of panic_cpu, oops_in_progress, tainted_mask
+}
+
+func (img *Image) panicPlan(src source) panicPlan {
+	r := resolver{img: img}
+	vars := [...]VirtAddr{r.symbol("panic_cpu"), r.symbol("oops_in_progress"), r.symbol("tainted_mask")}
+	p := panicPlan{err: r.err, va: vars[0]}
+	for i := 0; i < len(vars) && p.err == nil; i++ {
+		p.at[i], _, p.err = img.space.translate(src, vars[i])
+	}
+	return p
 }
 
 // panicRecords is how many of the log's newest records are looked at for a panic's words: the stacks and modules that come behind them are some
@@ -41,20 +57,12 @@ const (
 
 func (v *View) panicState() (PanicState, error) {
 	img := v.img
-	r := resolver{img: img}
-	vars := [...]VirtAddr{r.symbol("panic_cpu"), r.symbol("oops_in_progress"), r.symbol("tainted_mask")}
-	if r.err != nil {
-		return PanicState{}, r.err
+	p := &img.panic
+	if p.err != nil {
+		return PanicState{}, p.err
 	}
 	var b [16]byte
-	segs := []hostmem.Segment{{Buf: b[0:4]}, {Buf: b[4:8]}, {Buf: b[8:16]}}
-	for i, va := range vars {
-		pa, _, err := img.space.translate(fresh{v}, va)
-		if err != nil {
-			return PanicState{}, err
-		}
-		segs[i].Addr = pa
-	}
+	segs := []hostmem.Segment{{Addr: p.at[0], Buf: b[0:4]}, {Addr: p.at[1], Buf: b[4:8]}, {Addr: p.at[2], Buf: b[8:16]}}
 	if err := v.readScattered(segs); err != nil {
 		return PanicState{}, err
 	}
@@ -63,7 +71,7 @@ func (v *View) panicState() (PanicState, error) {
 		return s, nil
 	}
 	if s.CPU < 0 || s.CPU >= len(img.perCPU) {
-		return s, &CorruptError{"panic_cpu", vars[0], fmt.Sprintf("is %d of %d CPUs", s.CPU, len(img.perCPU))}
+		return s, &CorruptError{"panic_cpu", p.va, fmt.Sprintf("is %d of %d CPUs", s.CPU, len(img.perCPU))}
 	}
 	s.Panicked = true
 

@@ -455,5 +455,5 @@ func FuzzRecorded(f *testing.F) {
 func (img *Image) with(mem hostmem.Memory) *Image {
 	return &Image{whole: mem, mem: mem, arch: img.arch, space: img.space, note: img.note, syms: img.syms, types: img.types, lay: img.lay,
 		ram: img.ram, info: img.info, pageSize: img.pageSize, perCPU: img.perCPU, perCPUStart: img.perCPUStart,
-		perCPUEnd: img.perCPUEnd, identity: img.identity, beat: img.beat, usage: img.usage}
+		perCPUEnd: img.perCPUEnd, identity: img.identity, panic: img.panic, beat: img.beat, usage: img.usage}
 }
