@@ -121,6 +121,7 @@ type watcher struct {
 	load        ewma
 	peeked      time.Duration // spent on looks for a panic between the passes
 	panicked    bool          // as the latest pass saw it
+	rehearsed   bool          // the news of a panic, since t was attached
 	bytes       ewma
 	began       time.Time
 }
@@ -334,7 +335,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	w.golden.end()
 	w.golden.next = now.Add(goldenAfter)
 	w.jams, w.memory, w.nextJams, w.noKernel, w.said, w.roots = nil, nil, now, time.Time{}, 0, nil
-	w.guards, w.weakened, w.panicked = nil, nil, false
+	w.guards, w.weakened, w.panicked, w.rehearsed = nil, nil, false, false
 	// A kernel that goes on after what looked like a reset shows that this host's firmware writes there while it runs.
 	lies := info.BootID == w.ended
 	w.firmware, w.ended = nil, ""
@@ -633,6 +634,9 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	w.judge(ctx, p)
 	if dead {
 		w.searchAgain(ctx)
+	} else if p.View != nil && failed == nil && !w.rehearsed {
+		w.rehearsed = true
+		w.rehearse(ctx, p.View)
 	}
 	return l.Cost(), failed
 }
@@ -775,7 +779,7 @@ func alive(a, b kernel.Heartbeat) bool {
 
 // tellPanic is all of the first pass that sees a panic: everything else can wait for the next one.
 func (w *watcher) tellPanic(ctx context.Context, p *detect.Pass) error {
-	p.Beats, p.Usage, p.Tasks, p.Signs = w.beats, w.usage, w.tasks, w.signs
+	p.Beats, p.Usage, p.Tasks, p.Signs, p.Network = w.beats, w.usage, w.tasks, w.signs, w.network
 	p.Jams, p.Memory, p.Weakened = w.jams, w.memory, w.weakened
 	if err := w.t.Prove(ctx); err != nil && !errors.Is(err, kernel.ErrTorn) {
 		return err
@@ -790,6 +794,33 @@ func (w *watcher) tellPanic(ctx context.Context, p *detect.Pass) error {
 	w.e.mu.Unlock()
 	w.judge(ctx, p)
 	return nil
+}
+
+// rehearse goes the way of the news of a panic once, up to where it would be told: on a machine whose caches are cold of it, it takes several
+// times as long as later.
+func (w *watcher) rehearse(ctx context.Context, v *kernel.View) {
+	s, err := v.RehearsePanic()
+	if err != nil {
+		w.e.log.Debug("what a panic leaves cannot be read", "err", err)
+		return
+	}
+	now := time.Now()
+	p := &detect.Pass{Now: now, Panic: &s}
+	for _, d := range w.e.detectors {
+		if !slices.Equal(d.Needs, []detect.Need{detect.NeedPanic}) {
+			continue
+		}
+		found, err := d.Detect(ctx, p)
+		if err != nil {
+			continue
+		}
+		w.e.mu.Lock()
+		for _, f := range found {
+			_ = w.e.o.Policy.Decide(f, now, w.e.past)
+			_ = findingEvent(EventFinding, f, f.Title)
+		}
+		w.e.mu.Unlock()
+	}
 }
 
 // wouldSpeak reports whether judging this pass may change what is said of the host: the panic detector, whose one look is its
@@ -810,7 +841,9 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 	if w.nextRun == nil {
 		w.nextRun = make([]time.Time, len(e.detectors))
 	}
-	p.Network = w.sampleNetwork(p.Now)
+	if p.Network == nil {
+		p.Network = w.sampleNetwork(p.Now)
+	}
 	rests := w.resting(p.Now)
 	var force map[string]bool
 	e.mu.Lock()

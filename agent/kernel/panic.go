@@ -74,21 +74,24 @@ func (v *View) panicState() (PanicState, error) {
 		return s, &CorruptError{"panic_cpu", p.va, fmt.Sprintf("is %d of %d CPUs", s.CPU, len(img.perCPU))}
 	}
 	s.Panicked = true
+	return s, v.lastWords(&s)
+}
 
-	// The rest is worth having, but its absence must not hide the panic.
+// lastWords adds what s.CPU runs, and with what words the kernel has panicked. That is worth having, but its absence must not hide the panic.
+func (v *View) lastWords(s *PanicState) error {
 	task, err := v.running(s.CPU)
 	if err == nil {
 		s.Task = &task
 	} else if !tolerable(err) {
-		return s, err
+		return err
 	}
 	// A view of its own: this one may have read the log before the panic.
-	log := img.View(v.ctx)
+	log := v.img.View(v.ctx)
 	defer log.Close()
 	for _, most := range []int{freshRecords, panicRecords} {
 		records, _, err := log.LogAfter(0, most)
 		if err != nil && !tolerable(err) {
-			return s, err
+			return err
 		}
 		for _, rec := range records {
 			if strings.HasPrefix(rec.Text, "Kernel panic - not syncing") {
@@ -104,6 +107,20 @@ func (v *View) panicState() (PanicState, error) {
 	defer v.mu.Unlock()
 	v.cost.Reads += c.Reads
 	v.cost.Bytes += c.Bytes
+	return nil
+}
+
+// RehearsePanic reads all that Panic reads of a kernel that has panicked, as if it were the first CPU's panic, and returns what Panic would.
+// What is found once is found then, and caches have been this way before it counts.
+func (v *View) RehearsePanic() (PanicState, error) {
+	s, err := v.panicState()
+	if err == nil && !s.Panicked {
+		s.Panicked, s.CPU = true, 0
+		err = v.lastWords(&s)
+	}
+	if err != nil {
+		return PanicState{CPU: -1}, fmt.Errorf("rehearse a panic: %w", err)
+	}
 	return s, nil
 }
 

@@ -81,6 +81,9 @@ func TestProveAtTheSameTime(t *testing.T) {
 			if now, err := img.Panicked(t.Context()); err != nil || now {
 				t.Errorf("Panicked = %v, %v", now, err)
 			}
+			if r, err := img.View(t.Context()).RehearsePanic(); err != nil || !r.Panicked || r.CPU != 0 || r.Task == nil {
+				t.Errorf("RehearsePanic = %+v, %v", r, err)
+			}
 			mem.show(frameLater)
 			defer mem.show(frameAlive)
 			if err := img.Prove(t.Context()); err != nil {

@@ -49,6 +49,9 @@ func onDPU(ctx context.Context, r *report, o options, name string) error {
 	}
 	defer l.Close()
 	b := &bench{report: r, lab: l, host: l.Host, n: o.n}
+	if _, err := l.Apart(ctx); err != nil {
+		return err
+	}
 	if b.agent, err = operator.DialDPU(ctx, l.DPU); err != nil {
 		return err
 	}
@@ -274,6 +277,9 @@ func (b *bench) deadly(ctx context.Context, what lab.Fault, kind detect.Kind) (s
 		said, listed = append(said, at.Sub(truth.Start)), append(listed, took)
 		boots := b.host.Boots()
 		if err := b.host.PowerCycle(ctx); err != nil {
+			return said, listed, err
+		}
+		if _, err := b.lab.Apart(ctx); err != nil {
 			return said, listed, err
 		}
 		if _, err := b.host.WaitBoot(ctx, boots); err != nil {

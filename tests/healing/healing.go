@@ -70,6 +70,8 @@ type story struct {
 	lab   *lab.Lab
 	agent *operator.Agent
 	rep   *Report
+
+	together func() // ends what apart does
 }
 
 // Policy is what the story's agent may do unasked: kill a runaway process. The panic waits for the operator.
@@ -121,6 +123,7 @@ func (s *story) play(ctx context.Context) (err error) {
 	}{
 		{"proof", s.prove},
 		{"attach", s.attach},
+		{"apart", s.apart},
 		{"observe", s.observe},
 		{"runaway process", s.runaway},
 		{"panic", s.panic},
@@ -196,6 +199,12 @@ func (s *story) attach(ctx context.Context) error {
 	}
 	s.say("agent", "lists %d processes; the host's own /proc agrees", len(ours.Processes))
 	return nil
+}
+
+// apart keeps the host off the DPU's processor until the host has died: what its CPUs do is not to be waited for there.
+func (s *story) apart(ctx context.Context) (err error) {
+	s.together, err = s.lab.Apart(ctx)
+	return err
 }
 
 // observe shows by the host's own counters that being watched costs it nothing.
@@ -380,6 +389,7 @@ func (s *story) panic(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.together()
 	s.say("agent", "finding %s: %s", f.ID, f.Title)
 	s.figure("panic: crash to finding", found.Sub(truth.Start), "harness, by the first byte on the DPU's console; start, from the host's memory, known to "+truth.Margin.Round(time.Millisecond).String())
 	if c := f.Culprit; c.Comm != "" {

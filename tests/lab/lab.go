@@ -19,6 +19,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"time"
 
@@ -150,6 +151,21 @@ type Lab struct {
 	temporary bool
 	lock      *os.File
 	closers   []func() error // in the order of their making
+}
+
+// Apart gives HOST's and the DPU's processors a CPU of this machine each, as they have processors of their own, until undo is called or the
+// machine is switched off. The DPU's devices, its end of the cables above all, take of HOST's: a real DPU has them beside its processor. Where
+// this machine has one CPU, nothing is done.
+func (l *Lab) Apart(ctx context.Context) (undo func(), err error) {
+	if runtime.NumCPU() < 2 {
+		return func() {}, nil
+	}
+	undo = func() { _ = errors.Join(l.Host.Pin(), l.DPU.Pin()) }
+	if err := errors.Join(l.Host.Pin(0), l.DPU.Split(ctx, 1, 0)); err != nil {
+		undo()
+		return nil, err
+	}
+	return undo, nil
 }
 
 // Up builds a lab and returns once HOST's userland stands and the DPU's Redfish service answers.

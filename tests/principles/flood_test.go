@@ -76,7 +76,7 @@ func (b *bench) floods(ctx context.Context) (stop func() (float64, error)) {
 // DPU's processors have a CPU of this machine each (see apart): without that the host takes the time of the DPU's emulation, as no host can.
 // A host that computes shows what that leaves.
 func answersUnderFlood(ctx context.Context, b *bench) (string, error) {
-	unpin, err := b.apart(ctx)
+	unpin, err := b.lab.Apart(ctx)
 	if err != nil {
 		return "", err
 	}

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"runtime"
 	"slices"
 	"time"
 
@@ -190,7 +189,7 @@ func (b *bench) order(ctx context.Context, o client.NetworkOrder) (time.Duration
 // cable that never comes out. Host and DPU have a CPU of this machine each, as they have processors of their own.
 func contain(ctx context.Context, b *bench) (string, error) {
 	const text = "contain me"
-	unpin, err := b.apart(ctx)
+	unpin, err := b.lab.Apart(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -283,20 +282,6 @@ func contain(ctx context.Context, b *bench) (string, error) {
 	return fmt.Sprintf("in force %v after the order had been sent (median of %d; worst %v, %d above 100ms), of which the intent in the journal %v (worst %v); the answer after %v (worst %v); frames 1 ms apart; to answer, the DPU's emulator ran for %v and waited %v for a CPU (mean)",
 		ms(median), rounds, ms(worst), late, ms(percentile(intents, 50)), ms(percentile(intents, 100)), ms(percentile(answered, 50)), ms(percentile(answered, 100)),
 		ms(ran/time.Duration(rounds)), ms(waited/time.Duration(rounds))), nil
-}
-
-// apart gives the host's and the DPU's processors a CPU of this machine each, until undo is called. The DPU's devices, its end of the cables above
-// all, take of the host's: a real DPU has them beside its processor.
-func (b *bench) apart(ctx context.Context) (undo func(), err error) {
-	if runtime.NumCPU() < 2 {
-		return func() {}, nil
-	}
-	undo = func() { _ = errors.Join(b.host.Pin(), b.lab.DPU.Pin()) }
-	if err := errors.Join(b.host.Pin(0), b.lab.DPU.Split(ctx, 1, 0)); err != nil {
-		undo()
-		return nil, err
-	}
-	return undo, nil
 }
 
 // intents returns how long the agreement and the journal took, before anything was done, in the latest n quarantines of the agent's journal.
