@@ -43,6 +43,9 @@ func (p *Pass) series(c Config, longest time.Duration) series {
 	return s
 }
 
+// slowly is how often heartbeats are judged by what needs seconds of them.
+const slowly = 250 * time.Millisecond
+
 type madeSeries struct {
 	series
 	of      []kernel.Heartbeat

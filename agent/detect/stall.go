@@ -154,7 +154,7 @@ func identify(c *Culprit, samples []TaskSample) {
 func hostSilent(c Config) Detector {
 	return Detector{
 		ID: "host-silent", Title: "Host without any progress", Kind: KindHostSilent, Severity: Critical,
-		Every: c.StallSuspect, DependsOn: []Kind{KindPanic},
+		Every: slowly, DependsOn: []Kind{KindPanic},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
 			if !p.PathDown.IsZero() {
 				down := p.Now.Sub(p.PathDown)

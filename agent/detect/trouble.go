@@ -425,7 +425,7 @@ const preemptDepth = 0xff
 func softLockup(c Config) Detector {
 	return Detector{
 		ID: "soft-lockup", Title: "CPU stuck in the kernel", Kind: KindSoftLockup, Severity: Critical,
-		Every: c.StallSuspect, DependsOn: []Kind{KindPanic, KindHostSilent, KindCPUStall}, Needs: []Need{NeedHeartbeats},
+		Every: slowly, DependsOn: []Kind{KindPanic, KindHostSilent, KindCPUStall}, Needs: []Need{NeedHeartbeats},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
 			s := p.series(c, c.strict())
 			n := len(s.beats)

@@ -148,26 +148,26 @@ func (h *Host) panic(ctx context.Context, t *Truth) error {
 
 // word maps a variable of HOST's kernel, which its own /proc/kallsyms and /proc/iomem place in the memory. done unmaps it.
 func (h *Host) word(ctx context.Context, name string) (word *uint32, done func(), err error) {
-	r, err := h.Exec(ctx, "grep -w -e "+name+" -e _text /proc/kallsyms; grep 'Kernel code' /proc/iomem")
+	var at control.Symbols
+	if err := h.Do(ctx, control.OpSymbol, control.SymbolArgs{Names: []string{"_text", name}}, &at); err != nil {
+		return nil, nil, err
+	}
+	iomem, err := h.ReadFile(ctx, "/proc/iomem")
 	if err != nil {
 		return nil, nil, err
 	}
-	var text, at, code uint64
-	for line := range strings.Lines(r.Stdout) {
-		switch f := strings.Fields(line); {
-		case len(f) == 3 && f[2] == "_text":
-			text, _ = strconv.ParseUint(f[0], 16, 64)
-		case len(f) == 3 && f[2] == name:
-			at, _ = strconv.ParseUint(f[0], 16, 64)
-		case strings.Contains(line, "Kernel code"):
+	var code uint64
+	for line := range strings.Lines(iomem) {
+		if strings.Contains(line, "Kernel code") {
 			begin, _, _ := strings.Cut(strings.TrimSpace(line), "-")
 			code, _ = strconv.ParseUint(begin, 16, 64)
 		}
 	}
+	text, va := at["_text"], at[name]
 	path, size := h.RAM()
-	off := int64(at - text + code)
-	if text == 0 || at < text || code == 0 || at%4 != 0 || off < 0 || off > min(size, 2<<30)-4 { // above, addresses are not offsets into the file
-		return nil, nil, fmt.Errorf("find %s in the host's memory: its kernel says\n%s", name, r.Stdout)
+	off := int64(va - text + code)
+	if text == 0 || va < text || code == 0 || va%4 != 0 || off < 0 || off > min(size, 2<<30)-4 { // above, addresses are not offsets into the file
+		return nil, nil, fmt.Errorf("find %s in the host's memory: its kernel says %#x, and code from %#x on", name, at, code)
 	}
 	f, err := os.Open(path)
 	if err != nil {

@@ -19,7 +19,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"sync"
 	"time"
 
@@ -155,13 +154,23 @@ type Lab struct {
 
 // Apart gives HOST's and the DPU's processors a CPU of this machine each, as they have processors of their own, until undo is called or the
 // machine is switched off. The DPU's devices, its end of the cables above all, take of HOST's: a real DPU has them beside its processor. Where
-// this machine has one CPU, nothing is done.
+// this program may use one CPU only, nothing is done.
 func (l *Lab) Apart(ctx context.Context) (undo func(), err error) {
-	if runtime.NumCPU() < 2 {
+	var ours unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &ours); err != nil {
+		return nil, &InfraError{Op: "ask which CPUs are ours", Err: err}
+	}
+	var cpus []int
+	for i := 0; len(cpus) < min(ours.Count(), 2); i++ {
+		if ours.IsSet(i) {
+			cpus = append(cpus, i)
+		}
+	}
+	if len(cpus) < 2 {
 		return func() {}, nil
 	}
 	undo = func() { _ = errors.Join(l.Host.Pin(), l.DPU.Pin()) }
-	if err := errors.Join(l.Host.Pin(0), l.DPU.Split(ctx, 1, 0)); err != nil {
+	if err := errors.Join(l.Host.Pin(cpus[0]), l.DPU.Split(ctx, cpus[1], cpus[0])); err != nil {
 		undo()
 		return nil, err
 	}

@@ -46,6 +46,7 @@ const (
 	OpSpawn  = "spawn"  // SpawnArgs → Process
 	OpPS     = "ps"     // → []Process
 	OpRead   = "read"   // ReadArgs → ReadResult
+	OpSymbol = "symbol" // SymbolArgs → Symbols: what /proc/kallsyms says
 	OpExec   = "exec"   // ExecArgs → ExecResult
 	OpSysrq  = "sysrq"  // SysrqArgs → Fired; the key is pressed at Fired.At
 	OpKill   = "kill"   // KillArgs
@@ -166,6 +167,14 @@ type FramesArgs struct {
 	Gap    time.Duration `json:"gap,omitempty"`  // between two; zero means as fast as it goes
 	Vary   int           `json:"vary,omitempty"` // where in each a 16-bit number is raised from frame to frame; zero means nowhere
 }
+
+// SymbolArgs name kernel symbols.
+type SymbolArgs struct {
+	Names []string `json:"names"`
+}
+
+// Symbols are the addresses of the kernel symbols that were found.
+type Symbols map[string]uint64
 
 // FramesResult says how many went out, and how many the device had no room for.
 type FramesResult struct {

@@ -127,6 +127,12 @@ func (s *server) do(req control.Request) (any, error) {
 			r.Files = append(r.Files, f)
 		}
 		return r, nil
+	case control.OpSymbol:
+		var a control.SymbolArgs
+		if err := args(req, &a); err != nil {
+			return nil, err
+		}
+		return symbols(a.Names)
 	case control.OpExec:
 		var a control.ExecArgs
 		if err := args(req, &a); err != nil {
