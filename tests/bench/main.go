@@ -106,7 +106,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	r := &report{log: stderr}
 	var errs []error
-	for _, part := range []struct {
+	parts := []struct {
 		name string
 		run  func(context.Context, *report, options) error
 	}{
@@ -116,7 +116,16 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		{"upload", upload},
 		{"update", update},
 		{"dpu", dpu},
-	} {
+	}
+	known := *only == ""
+	for _, part := range parts {
+		known = known || *only == part.name
+	}
+	if !known {
+		fmt.Fprintf(stderr, "bench: there is no part %q; the parts are images, files, start, upload, update and dpu\n", *only)
+		return 2
+	}
+	for _, part := range parts {
 		if *only != "" && *only != part.name {
 			continue
 		}

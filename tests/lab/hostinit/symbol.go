@@ -6,13 +6,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/backdoor-rhs/backdoor/tests/lab/control"
 )
 
-// symbols finds names in /proc/kallsyms. It rests between two pieces: on a slow machine the kernel takes seconds to write all of it, and who
-// eats a CPU for seconds is killed by the agent that watches.
+// symbols finds names in /proc/kallsyms. On a slow machine the kernel takes seconds to write all of it: a program of its own that did this
+// would be killed as a runaway by the agent that watches, init is not.
 func symbols(names []string) (control.Symbols, error) {
 	f, err := os.Open("/proc/kallsyms")
 	if err != nil {
@@ -21,10 +20,7 @@ func symbols(names []string) (control.Symbols, error) {
 	defer f.Close()
 	found := make(control.Symbols)
 	lines := bufio.NewScanner(f)
-	for n := 0; len(found) < len(names) && lines.Scan(); n++ {
-		if n%1000 == 999 {
-			time.Sleep(5 * time.Millisecond)
-		}
+	for len(found) < len(names) && lines.Scan() {
 		at, rest, _ := strings.Cut(lines.Text(), " ")
 		_, name, _ := strings.Cut(rest, " ")
 		if !slices.Contains(names, name) {
