@@ -26,10 +26,10 @@ const (
 )
 
 // stopForkBomb bars new tasks, kills the tree, the youngest first but where there is no room for that (see heads), in batches of which each is run within
-// one timer tick, and lifts the bar. The tree of a user is barred by its own limit of processes, which its children inherit and which goes with
-// them. No such limit holds root: for a tree of his, nobody on the host can start a task or a thread as long as the repair
-// lasts, and programs that cannot bear that (Go's runtime ends a program that gets no thread) may end. So it is for all where signals are scarce: there
-// what runs is left no time by cpuLimit, and only what sleeps is sent signals.
+// one timer tick, and lifts the bar. For the tree of a user it is he who starts nothing new meanwhile. No limit of processes holds root: for a tree
+// of his, and of who has none, nobody on the host can start a task or a thread as long as the repair lasts, and programs that cannot bear that
+// (Go's runtime ends a program that gets no thread) may end. Where signals are scarce, what runs is left no time by cpuLimit, and only what sleeps
+// is sent signals.
 func stopForkBomb() Action {
 	return Action{
 		ID: StopForkBomb, Title: "Bar new tasks, and end the tree with SIGKILL, the youngest first", Risk: RiskTask,
@@ -39,8 +39,11 @@ func stopForkBomb() Action {
 				return Plan{}, fmt.Errorf("plan to bar new tasks: no kernel is attached: %w", kernel.ErrNotFound)
 			}
 			m := newModel(v)
-			if f.Culprit.UID != nil && *f.Culprit.UID != 0 && !scarce(m) {
-				return planLimit(m, f)
+			if f.Culprit.UID != nil && *f.Culprit.UID != 0 {
+				p, err := planAccount(m, f)
+				if err == nil || !errors.Is(err, errLimitless) && !errors.Is(err, kernel.ErrNotFound) && !errors.Is(err, kernel.ErrNotSupported) {
+					return p, err
+				}
 			}
 			return planBar(m, f)
 		},
@@ -88,16 +91,44 @@ func planBar(m model, f detect.Finding) (Plan, error) {
 	}, nil
 }
 
-// rlimitNproc is RLIMIT_NPROC of include/uapi/asm-generic/resource.h.
-const rlimitNproc = 6
+const (
+	rlimitNproc = 6 // RLIMIT_NPROC, include/uapi/asm-generic/resource.h
+	// A user's account says that he has so many processes more, in its upper half: no limit that is one is as high, and it stays positive, which the
+	// kernel warns of else (dec_rlimit_ucounts). The lower half goes on counting.
+	accountBarred = 0x3fffffff
+	limitless     = accountBarred << 32
+	mostLimits    = 64 // processes whose limits are looked at
+)
 
-// planLimit plans to set the soft limit of processes of each process of the tree to nothing. copy_signal of kernel/fork.c
-// gives it on to children; copy_process refuses users that are above it.
-func planLimit(m model, f detect.Finding) (Plan, error) {
-	fail := func(err error) (Plan, error) { return Plan{}, fmt.Errorf("plan to limit the tree: %w", err) }
-	if f.Culprit.Tree == 0 {
+// errLimitless means that no count of processes holds a user.
+var errLimitless = errors.New("no limit of processes")
+
+// planAccount plans to have the user's account of processes, ucounts.rlimit[UCOUNT_RLIMIT_NPROC] (Linux 6.0 and later; one for each user
+// namespace that he is in), say that he has too many: copy_process of kernel/fork.c refuses him then, whoever of his tries, and nobody else. What
+// his limit is does not matter, as long as there is one.
+func planAccount(m model, f detect.Finding) (Plan, error) {
+	fail := func(err error) (Plan, error) { return Plan{}, fmt.Errorf("plan to bar new tasks of a user: %w", err) }
+	if f.Culprit.Tree == 0 || f.Culprit.UID == nil {
 		return fail(fmt.Errorf("the finding names no tree of tasks: %w", kernel.ErrNotFound))
 	}
+	uid := *f.Culprit.UID
+	l := layout{m: m}
+	credAt, accountAt, ownerAt := l.field("task_struct", "real_cred", 8), l.field("cred", "ucounts", 8), l.field("ucounts", "uid.val", 4)
+	if l.err != nil {
+		return fail(l.err)
+	}
+	counts, err := m.Field("ucounts", "rlimit")
+	if err != nil {
+		return fail(err)
+	}
+	which, err := m.Enum("rlimit_type", "UCOUNT_RLIMIT_NPROC")
+	if err != nil {
+		return fail(err)
+	}
+	if which < 0 || uint64(which+1)*8 > counts.Size {
+		return fail(fmt.Errorf("ucounts.rlimit has %d bytes, and UCOUNT_RLIMIT_NPROC is %d: %w", counts.Size, which, kernel.ErrNotSupported))
+	}
+	upper := counts.Offset + uint64(which)*8 + 4
 	limits, err := newRlimits(m)
 	if err != nil {
 		return fail(err)
@@ -112,32 +143,59 @@ func planLimit(m model, f detect.Finding) (Plan, error) {
 	id := Identify(m.Info())
 	p := Plan{
 		Action: StopForkBomb, Finding: f.ID, Risk: RiskTask, Kernel: &id, More: true,
-		Title: fmt.Sprintf("limit, then end the tree of %q (PID %d), %d tasks by now", f.Culprit.Comm, f.Culprit.PID, f.Culprit.Tree),
+		Title: fmt.Sprintf("bar new tasks of user %d, then end the tree of %q (PID %d), %d tasks by now", uid, f.Culprit.Comm, f.Culprit.PID, f.Culprit.Tree),
 	}
-	for _, t := range detect.Offspring(tasks, f.Culprit.Since, *f.Culprit.UID) {
-		if t.PID != t.TGID || t.State == "Z" || t.State == "X" || t.TGID <= 1 || t.KThread || len(p.Steps) == maxLimited {
+	seen := make(map[uint64]bool)
+	looked := 0
+	for _, t := range detect.Offspring(tasks, f.Culprit.Since, uid) { // the youngest first
+		if t.PID != t.TGID || t.State == "Z" || t.State == "X" || t.TGID <= 1 || t.KThread {
 			continue
 		}
-		va, now, err := limits.of(m, t, rlimitNproc)
+		if looked++; looked > mostLimits {
+			break
+		}
+		_, now, err := limits.of(m, t, rlimitNproc)
 		if err != nil {
 			continue // gone meanwhile
 		}
-		pa, err := m.Phys(va)
-		if err != nil || now == 0 {
+		if now >= limitless {
+			return fail(errLimitless)
+		}
+		cred, err := read64(m, t.Addr+kernel.VirtAddr(credAt))
+		if err != nil {
 			continue
 		}
-		p.Targets = append(p.Targets, Target{TGID: t.TGID, PID: t.PID, Comm: t.Comm, UID: t.UID, Start: t.Start})
-		p.Steps = append(p.Steps, Step{Op: OpWrite, Why: "it starts nothing new", Object: "signal_struct.rlim[RLIMIT_NPROC].rlim_cur", MayFail: true,
-			Addr: pa, Virt: va, Expect: le(now, 8), Put: le(0, 8), Undo: true})
+		account, err := read64(m, kernel.VirtAddr(cred+accountAt))
+		if err != nil || seen[account] {
+			continue
+		}
+		owner, err := read32(m, kernel.VirtAddr(account+ownerAt))
+		if err != nil || owner != uid {
+			continue // by which it is another's, or none any more
+		}
+		seen[account] = true
+		for _, c := range []struct {
+			va kernel.VirtAddr
+			to Step
+		}{
+			{kernel.VirtAddr(account + ownerAt), Step{Op: OpExpect, Why: "it is this user's", Object: "ucounts.uid", Expect: le(uint64(uid), 4)}},
+			{kernel.VirtAddr(account + upper), Step{
+				Op: OpWrite, Why: "this user starts nothing new while the tree is ended", Object: "ucounts.rlimit[UCOUNT_RLIMIT_NPROC]",
+				Expect: le(0, 4), Put: le(accountBarred, 4), Undo: true, Hold: true, MayVanish: true,
+			}},
+		} {
+			if c.to.Addr, err = m.Phys(c.va); err != nil {
+				return fail(err)
+			}
+			c.to.Virt = c.va
+			p.Steps = append(p.Steps, c.to)
+		}
 	}
 	if len(p.Steps) == 0 {
 		return fail(ErrGone)
 	}
 	return p, nil
 }
-
-// maxLimited is how many processes one plan limits: what one record of the journal holds.
-const maxLimited = 300
 
 // planBatch plans the end of the next processes of the tree. more is false when none is left.
 func planBatch(m model, f detect.Finding) (p Plan, more bool, err error) {
@@ -436,7 +494,9 @@ func Lift(outs []Outcome) (Plan, bool) {
 				p = Plan{Action: o.Plan.Action, Finding: o.Plan.Finding, Risk: o.Plan.Risk, Kernel: o.Plan.Kernel, Title: "lift what was held for the repair"}
 			}
 			p.Lifts = append(p.Lifts, o.Plan.ID)
-			p.Steps = append(p.Steps, Step{Op: OpWrite, Why: "as it was before the repair", Object: st.Object, Addr: st.Addr, Virt: st.Virt, Expect: st.Put, Put: st.Expect})
+			p.Steps = append(p.Steps, Step{
+				Op: OpWrite, Why: "as it was before the repair", Object: st.Object, Addr: st.Addr, Virt: st.Virt, Expect: st.Put, Put: st.Expect, MayFail: st.MayVanish,
+			})
 		}
 	}
 	return p, len(p.Steps) > 0

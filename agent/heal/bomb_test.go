@@ -1,10 +1,14 @@
 package heal
 
 import (
+	"errors"
 	"slices"
 	"testing"
+	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
+	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
 func TestHeads(t *testing.T) {
@@ -25,5 +29,103 @@ func TestHeads(t *testing.T) {
 		if !slices.Equal(got, tt.want) {
 			t.Errorf("%s: heads() = %v; want %v", tt.name, got, tt.want)
 		}
+	}
+}
+
+const (
+	paAccount = 0x184000                           // of the user in ucounts
+	paNproc   = hostmem.PhysAddr(paAccount + 0x60) // ucounts.rlimit[UCOUNT_RLIMIT_NPROC]
+	paLimit   = hostmem.PhysAddr(paSignal + 0x200 + rlimitNproc*16)
+)
+
+// account gives the fake host's process a user's account and a limit of processes.
+func account(h *fakeHost) detect.Finding {
+	for name, f := range map[string]kernel.Field{
+		"task_struct.real_cred": {Offset: 0x130, Size: 8}, "cred.ucounts": {Offset: 0x88, Size: 8}, "ucounts.uid.val": {Offset: 0x18, Size: 4}, "ucounts.rlimit": {Offset: 0x60, Size: 32},
+		"signal_struct.rlim": {Offset: 0x200, Size: 256}, "rlimit.rlim_cur": {Offset: 0, Size: 8},
+	} {
+		h.fields[name] = f
+	}
+	h.sizes["rlimit"] = 16
+	h.enums["rlimit_type/UCOUNT_RLIMIT_NPROC"] = 0
+	h.put64(paTask+0x130, direct+paCred)
+	h.put64(paCred+0x88, direct+paAccount)
+	h.put32(paAccount+0x18, 1000)
+	h.put64(paNproc, 37)
+	h.put64(paLimit, 8000)
+	uid := uint32(1000)
+	return detect.Finding{ID: "fork-bomb-1", Kind: detect.KindForkBomb, Culprit: detect.Culprit{
+		PID: fakePID, TGID: fakePID, Comm: "spin", UID: &uid, Tree: 40, Since: fakeStart - time.Second, Start: fakeStart,
+	}}
+}
+
+// TestBarUser has a user's account say that he has too many processes, while it goes on counting, and takes that back.
+func TestBarUser(t *testing.T) {
+	for name, tc := range map[string]struct {
+		meanwhile func(h *fakeHost)
+		want      uint64
+	}{
+		"counted on":            {func(h *fakeHost) { h.put32(paNproc, 35) }, 35},
+		"gone with its last":    {func(h *fakeHost) { h.put64(paNproc, 0xdead<<32|0xbeef) }, 0xdead<<32 | 0xbeef},
+		"given to another user": {func(h *fakeHost) { h.put64(paNproc, 3) }, 3},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newFakeHost(t)
+			p, err := planAccount(h, account(h))
+			if err != nil {
+				t.Fatal(err)
+			}
+			p.ID = "plan-1"
+			o := options(t, h, &memJournal{})
+			o.Grant = grant(t, permit(StopForkBomb))
+			x := NewExecutor(o)
+			old := h.snapshot()
+			out, err := x.ApplyNext(t.Context(), p, "test")
+			if err != nil {
+				t.Fatalf("%v; %+v", err, out)
+			}
+			if got := h.get(paNproc, 8); got != accountBarred<<32|37 {
+				t.Errorf("the account says %#x", got)
+			}
+			for _, at := range h.diff(old) {
+				if at < paNproc+4 || at >= paNproc+8 {
+					t.Errorf("a store at %v", at)
+				}
+			}
+			tc.meanwhile(h)
+			lift, held := Lift([]Outcome{out})
+			if !held {
+				t.Fatal("nothing is held")
+			}
+			lift.ID, lift.More = "plan-2", true
+			if out, err := x.ApplyNext(t.Context(), lift, "test"); err != nil {
+				t.Errorf("%v; %+v", err, out)
+			}
+			if got := h.get(paNproc, 8); got != tc.want {
+				t.Errorf("afterwards the account says %#x, not %#x", got, tc.want)
+			}
+		})
+	}
+}
+
+func TestBarUserRefuses(t *testing.T) {
+	for name, tc := range map[string]struct {
+		change func(h *fakeHost)
+		want   error
+	}{
+		"no limit":              {func(h *fakeHost) { h.put64(paLimit, 1<<64-1) }, errLimitless},
+		"another's account":     {func(h *fakeHost) { h.put32(paAccount+0x18, 1001) }, ErrGone},
+		"a kernel without them": {func(h *fakeHost) { delete(h.fields, "ucounts.rlimit") }, kernel.ErrNotFound},
+		"they count otherwise":  {func(h *fakeHost) { h.enums["rlimit_type/UCOUNT_RLIMIT_NPROC"] = 4 }, kernel.ErrNotSupported},
+		"a process that ends":   {func(h *fakeHost) { h.put64(paTask+0x118, 0) }, ErrGone},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newFakeHost(t)
+			f := account(h)
+			tc.change(h)
+			if p, err := planAccount(h, f); !errors.Is(err, tc.want) {
+				t.Errorf("%v: %+v", err, p)
+			}
+		})
 	}
 }

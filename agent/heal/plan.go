@@ -156,6 +156,8 @@ type Step struct {
 	// Hold says that what is put stays in force until the end of the whole repair, of which this plan is a part, and is taken
 	// back then, however that ends. See Lift.
 	Hold bool `json:"hold,omitempty"`
+	// MayVanish marks a held step whose object may end with what the repair ends: then there is nothing to be taken back.
+	MayVanish bool `json:"mayVanish,omitempty"`
 	// Each has an await go on until all of these hold at once.
 	Each []Cond `json:"each,omitempty"`
 	// Until ends an await as soon as one of the conditions holds. If Unless is given, an await is broken off as failed as soon
