@@ -40,6 +40,9 @@ func cpuStall(c Config) Detector {
 		DependsOn: []Kind{KindPanic, KindHostSilent},
 		Needs:     []Need{NeedHeartbeats},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
+			if calm(c, p.Beats) {
+				return nil, nil // as nearly always: what follows walks through all beats
+			}
 			s, long := p.series(c, c.strict()), p.series(c, c.lenient())
 			if s.watched() < c.StallSuspect {
 				return nil, ErrTooEarly
@@ -68,13 +71,43 @@ func cpuStall(c Config) Detector {
 	}
 }
 
+// untouched reports whether nothing has happened on a CPU between two beats that leaves a trace.
+func untouched(o, n *kernel.CPU) bool {
+	return o.ID == n.ID && o.TimerIRQs == n.TimerIRQs && o.IRQs == n.IRQs && o.Switches == n.Switches
+}
+
+// calm reports whether each CPU has moved so lately that no rule can hold of it.
+func calm(c Config, beats []kernel.Heartbeat) bool {
+	if len(beats) < 2 {
+		return false
+	}
+	now := &beats[len(beats)-1]
+	for i := range now.CPUs {
+		n := &now.CPUs[i]
+		stands := c.StallSuspect
+		if n.Idle && n.Preempt&hardirqMask == 0 {
+			stands = c.IdleVerdict
+		}
+		for at := len(beats) - 2; ; at-- {
+			if at < 0 {
+				return false // it has not been watched for long enough to tell
+			}
+			old := &beats[at]
+			if len(old.CPUs) != len(now.CPUs) || now.At.Sub(old.At) >= stands {
+				return false
+			}
+			if !untouched(&old.CPUs[i], n) {
+				break
+			}
+		}
+	}
+	return true
+}
+
 func stalled(c Config, s, long series, i int, tickless bool) (Finding, bool) {
 	last := &s.beats[len(s.beats)-1].CPUs[i]
 	if !last.Online || last.TimerIRQs < bootTicks || time.Duration(s.beats[len(s.beats)-1].Mono) < bootGrace {
 		return Finding{}, false
-	}
-	untouched := func(o, n *kernel.CPU) bool {
-		return o.ID == n.ID && o.TimerIRQs == n.TimerIRQs && o.IRQs == n.IRQs && o.Switches == n.Switches
 	}
 	busy, _ := s.still(func(old, now *kernel.Heartbeat) bool {
 		o, n := &old.CPUs[i], &now.CPUs[i]

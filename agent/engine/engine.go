@@ -231,9 +231,8 @@ func (e *Engine) grant() access.Grant {
 		ids = []string{e.o.HostUUID + e.uuid}
 	}
 	var g access.Grant
-	for _, id := range ids {
-		g = e.o.Agreement.Grant(id)
-		if g.Denied() != nil {
+	for i, id := range ids {
+		if g = e.o.Agreement.Grant(id); i+1 < len(ids) && g.Denied() != nil {
 			break
 		}
 	}

@@ -37,7 +37,7 @@ const (
 	signsEvery  = 500 * time.Millisecond
 	probeEvery  = time.Second // detectors' passes while there is no kernel
 	// panicEvery is how often it is looked between two passes whether the kernel has panicked.
-	panicEvery = 10 * time.Millisecond
+	panicEvery = 12 * time.Millisecond
 	// keptTasks and keptCPUs bound what all samples together hold, about 200 bytes for each.
 	keptTasks = 1 << 17
 	keptCPUs  = 1 << 17
@@ -47,7 +47,11 @@ const (
 
 // loop attaches and watches until ctx ends.
 func (e *Engine) loop(ctx context.Context) {
-	w := watcher{e: e, root: ctx}
+	w := watcher{e: e, root: ctx, stopPass: func() {}}
+	defer func() { w.stopPass() }()
+	if e.o.OwnThread {
+		w.thread.begin(e.log)
+	}
 	defer w.closeMemory()
 	defer e.settle()
 	for ctx.Err() == nil {
@@ -74,13 +78,14 @@ func (e *Engine) settle() {
 
 // watcher is the loop's own state; only the loop touches it.
 type watcher struct {
-	e    *Engine
-	root context.Context // ends with the loop; a pass has a shorter one
-	mem  hostmem.Memory
-	hint kernel.Hint   // where the kernel was last
-	down time.Time     // since when the path has been dead; zero while it works
-	was  bool          // a kernel was attached before
-	wait time.Duration // back-off
+	e      *Engine
+	root   context.Context // ends with the loop; a pass has a shorter one
+	thread thread
+	mem    hostmem.Memory
+	hint   kernel.Hint   // where the kernel was last
+	down   time.Time     // since when the path has been dead; zero while it works
+	was    bool          // a kernel was attached before
+	wait   time.Duration // back-off
 
 	t         target
 	boot      string
@@ -105,6 +110,7 @@ type watcher struct {
 	noKernel    time.Time // since when there is none though memory can be read, after one was there; zero while there is one
 	golden      golden
 	nextTasks   time.Time
+	nextThin    time.Time // of usage
 	nextProve   time.Time
 	nextHint    time.Time // when the hint is kept anew
 	moved       time.Time // when the host last showed life, or was attached
@@ -118,12 +124,15 @@ type watcher struct {
 	nextRun     []time.Time // of each detector
 	lastProbe   time.Time
 	due         time.Time // when the next pass should begin
+	passes      context.Context
+	stopPass    context.CancelFunc // ends passes
+	renew       time.Time          // when passes is made anew
 	load        ewma
-	peeked      time.Duration // spent on looks for a panic between the passes
-	panicked    bool          // as the latest pass saw it
-	rehearsed   bool          // the news of a panic, since t was attached
+	panicked    bool // as the latest pass saw it
+	rehearsed   bool // the news of a panic, since t was attached
 	bytes       ewma
-	began       time.Time
+	began       time.Time     // the latest pass, when the thread had
+	used        time.Duration // had so much processor time
 }
 
 // ewma is a mean that forgets.
@@ -160,6 +169,7 @@ func sleep(ctx context.Context, d time.Duration) {
 
 // turn does whatever is next.
 func (w *watcher) turn(ctx context.Context) error {
+	w.thread.prefer(w.t != nil)
 	switch {
 	case w.mem == nil:
 		return w.openMemory(ctx)
@@ -331,7 +341,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	w.wait, w.down, w.was = 0, time.Time{}, true
 	w.tasks, w.signs, w.nextRun = nil, nil, make([]time.Time, len(e.detectors))
 	w.nextTasks, w.nextSigns, w.nextProve, w.badSince, w.moved, w.nextSearch, w.due = now, now.Add(signsEvery), now, time.Time{}, now, now.Add(searchEvery), now
-	w.nextUUID, w.lived = time.Time{}, time.Time{}
+	w.nextUUID, w.lived, w.began = time.Time{}, time.Time{}, time.Time{}
 	w.golden.end()
 	w.golden.next = now.Add(goldenAfter)
 	w.jams, w.memory, w.nextJams, w.noKernel, w.said, w.roots = nil, nil, now, time.Time{}, 0, nil
@@ -398,20 +408,15 @@ func (w *watcher) watch(ctx context.Context) error {
 	if !w.idle(ctx) {
 		return nil
 	}
-	began := time.Now()
+	began, used := time.Now(), w.thread.used()
 	late := began.Sub(w.due) > e.config.Heartbeat
 	var cost kernel.Cost
 	var err error
-	used := w.peeked + processorTime(func() {
-		pctx, cancel := context.WithTimeout(ctx, passTimeout)
-		defer cancel()
-		if cost, err = w.pass(pctx); err == nil {
-			w.e.decide(ctx, began) // what it begins outlives the pass
-			w.e.tidy(ctx, began)
-		}
-	})
+	if cost, err = w.pass(w.limited(ctx, began)); err == nil {
+		w.e.decide(ctx, began) // what it begins outlives the pass
+		w.e.tidy(ctx, began)
+	}
 	took := time.Since(began)
-	w.peeked = 0
 	interval := began.Add(e.config.Heartbeat)
 	if after := time.Now().Add(e.config.Heartbeat / 5); interval.Before(after) {
 		interval = after // leave the machine some air when a pass takes longer than the interval
@@ -419,11 +424,11 @@ func (w *watcher) watch(ctx context.Context) error {
 	w.due = interval
 	if !w.began.IsZero() {
 		if period := began.Sub(w.began).Seconds(); period > 0 {
-			w.load.add(used.Seconds() / period)
+			w.load.add((used - w.used).Seconds() / period)
 			w.bytes.add(float64(cost.Bytes) / period)
 		}
 	}
-	w.began = began
+	w.began, w.used = began, used
 
 	e.mu.Lock()
 	e.passes++
@@ -460,13 +465,21 @@ func (w *watcher) watch(ctx context.Context) error {
 	return nil
 }
 
+// limited returns a context for a pass that ends after passTimeout, or a little earlier: it serves for many passes.
+func (w *watcher) limited(ctx context.Context, now time.Time) context.Context {
+	if now.After(w.renew) {
+		w.stopPass()
+		w.passes, w.stopPass = context.WithTimeout(ctx, passTimeout)
+		w.renew = now.Add(passTimeout / 4)
+	}
+	return w.passes
+}
+
 // idle waits until the next pass is due, or there is a reason to begin it now. It returns false if there is none to begin any more. A panic is
 // looked for meanwhile: nothing else is as urgent, and so cheap to see.
 func (w *watcher) idle(ctx context.Context) bool {
-	t := time.NewTimer(0)
-	defer t.Stop()
 	for d := time.Until(w.due); d > 0; d = time.Until(w.due) {
-		t.Reset(min(d, panicEvery))
+		w.thread.sleep(ctx, min(d, panicEvery))
 		select {
 		case <-ctx.Done():
 			return false
@@ -475,15 +488,13 @@ func (w *watcher) idle(ctx context.Context) bool {
 		case s := <-w.found:
 			w.consider(ctx, s)
 			return w.t != nil
-		case <-t.C:
+		default:
 		}
 		img := w.t.image()
 		if img == nil || w.panicked || d <= panicEvery {
 			continue
 		}
-		began := time.Now()
 		panicked, err := img.Panicked(ctx)
-		w.peeked += time.Since(began)
 		if err == nil && panicked {
 			return true
 		}
@@ -541,7 +552,9 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	}
 	var terr error
 	var listed []kernel.Task // in this pass
-	if e.tasksDue(w.nextTasks, now) || e.config.Hurry(w.usage, w.tasks) {
+	signsDue := !now.Before(w.nextSigns)
+	// Signs rest on a list of tasks: where one is due soon, it is taken now for both.
+	if e.tasksDue(w.nextTasks, now) || e.config.Hurry(w.usage, w.tasks) || signsDue && w.nextTasks.Sub(now) < signsEvery {
 		w.nextTasks = now.Add(e.config.Tasks)
 		var s detect.TaskSample
 		if s, terr = taskSample(l, w.tasks); terr == nil {
@@ -562,8 +575,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	// On a host without any life a look at what stands is as good as many.
 	var serr error
 	alarming := false
-	// They rest on a list of tasks, so they are looked for when there is one, if that is about their time.
-	if !now.Before(w.nextSigns) || listed != nil && w.nextSigns.Sub(now) < signsEvery/2 {
+	if signsDue || listed != nil && w.nextSigns.Sub(now) < signsEvery/2 {
 		w.nextSigns = now.Add(signsEvery)
 		var s kernel.Signs
 		if s, serr = l.SignsAmong(listed); serr == nil {
@@ -711,6 +723,10 @@ func (w *watcher) addBeat(b kernel.Heartbeat) {
 		if !many && b.At.Sub(w.beats[max(at, 1)].At) <= keep {
 			break
 		}
+		if at == 0 {
+			w.beats = w.beats[1:] // nothing is moved; append begins a new array in the end
+			continue
+		}
 		w.beats = slices.Delete(w.beats, at, at+1)
 	}
 }
@@ -727,7 +743,11 @@ const (
 // addUsage keeps what is needed of the samples: all lately, few of before.
 func (w *watcher) addUsage(u kernel.Usage) {
 	w.usage = append(w.usage, u)
-	// The oldest of the dense ones becomes a sparse one, or goes.
+	if u.At.Before(w.nextThin) {
+		return
+	}
+	w.nextThin = u.At.Add(time.Second)
+	// The oldest of the dense ones become sparse ones, or go.
 	for i := 1; i < len(w.usage)-1; i++ {
 		if u.At.Sub(w.usage[i].At) <= usageDense {
 			break
@@ -852,6 +872,7 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 	}
 	grant := e.grant()
 	e.mu.Unlock()
+	at := time.Now()
 	for i := range e.detectors {
 		d := &e.detectors[i]
 		if p.Now.Before(w.nextRun[i]) && !force[d.ID] {
@@ -868,7 +889,6 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 		e.mu.Unlock()
 		// A tenth of a heartbeat early is in time: else a detector would run every second beat instead of each.
 		w.nextRun[i] = p.Now.Add(d.Every - e.config.Heartbeat/10)
-		began := time.Now()
 		var found []detect.Finding
 		var err error
 		switch lack := lacking(d, p); {
@@ -887,7 +907,9 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 				return err
 			})
 		}
-		took := time.Since(began)
+		began := at
+		at = time.Now()
+		took := at.Sub(began)
 
 		e.mu.Lock()
 		s := &e.status[i]

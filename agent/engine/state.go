@@ -45,6 +45,9 @@ type Options struct {
 	Network Network
 	// Interval overrides the policy's time between two heartbeats; zero leaves it.
 	Interval time.Duration
+	// OwnThread has the watch run on a thread of its own and, for root, before all others of this process: who looks whether the host has panicked
+	// waits for those who are served meanwhile else. Without it State does not tell Load.
+	OwnThread bool
 	// CacheDir keeps hints between starts, such as where the kernel's note was found last. Empty means none are kept.
 	CacheDir string
 	// Types has types for hosts whose kernels carry none: kernel.Options.Types.
@@ -97,7 +100,7 @@ type PassCost struct {
 	MeanHeartbeat time.Duration `json:"meanHeartbeat"`
 	MeanTasks     time.Duration `json:"meanTasks"`
 	BytesPerSec   float64       `json:"bytesPerSec"`
-	Load          float64       `json:"load"` // processor time of the passes, as a share of one CPU, 0 to 1
+	Load          float64       `json:"load"` // processor time of the watch, as a share of one CPU, 0 to 1
 	Late          uint64        `json:"late"` // passes that began more than one interval late
 }
 

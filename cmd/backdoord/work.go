@@ -33,18 +33,18 @@ import (
 // journalSize is the space that the journal has; some tens of thousands of records.
 const journalSize = 16 << 20
 
-// twoThreads has Go run on two threads where there is one CPU. By itself it would run on one, where a request waits until whoever looks through the
-// host's memory has had its 10 ms (runtime.forcePreemptNS), again after each wait for the disk; of two threads Linux runs the one that has slept.
-// GOMAXPROCS wins.
-func twoThreads() {
+// threads has Go run on three threads where there is one CPU. By itself it would run on one, where a request waits until whoever looks through the
+// host's memory has had its 10 ms (runtime.forcePreemptNS), again after each wait for the disk; of two threads Linux runs the one that has slept. The
+// third is for the watch, which has one of its own with precedence. GOMAXPROCS wins.
+func threads() {
 	if os.Getenv("GOMAXPROCS") == "" && runtime.GOMAXPROCS(0) == 1 {
-		runtime.GOMAXPROCS(2)
+		runtime.GOMAXPROCS(3)
 	}
 }
 
 // work is the second process: everything that the agent does for its host.
 func work(ctx context.Context, f flags, level *slog.LevelVar, log *slog.Logger, console io.Writer) int {
-	twoThreads()
+	threads()
 	var si unix.Sysinfo_t
 	if err := unix.Sysinfo(&si); err == nil {
 		go limitMemory(ctx, uint64(si.Totalram)*uint64(si.Unit), log)
@@ -162,6 +162,7 @@ func (w *worker) openEngine(p *parts, why error) {
 		Journal:   w.journal,
 		Power:     p.power,
 		Interval:  w.cfg.Intervals.Pass.Std(),
+		OwnThread: true,
 		CacheDir:  cache,
 		Types:     kernel.TypesDir(filepath.Join(w.cfg.StateDir, "types")),
 		Known:     kernel.KnownDir(filepath.Join(w.cfg.StateDir, "golden")),

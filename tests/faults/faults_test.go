@@ -483,6 +483,7 @@ func (b *bed) watch() {
 		t.Fatal(err)
 	}
 	o := engine.Options{
+		OwnThread: true,
 		Memory: func(context.Context) (hostmem.Memory, error) {
 			mem, err := hostmem.OpenRAMFile(b.g.RAM, b.g.Layout(), true)
 			if err != nil {
