@@ -97,11 +97,12 @@ const (
 	// kernel warns of else (dec_rlimit_ucounts). The lower half goes on counting.
 	accountBarred = 0x3fffffff
 	limitless     = accountBarred << 32
-	mostLimits    = 64 // processes whose limits are looked at
+	mostLimits    = 64      // processes whose limits are looked at
+	mostTasks     = 4 << 20 // PID_MAX_LIMIT, include/linux/threads.h
 )
 
-// errLimitless means that no count of processes holds a user.
-var errLimitless = errors.New("no limit of processes")
+// errLimitless means that no count of processes holds those who are to be barred.
+var errLimitless = errors.New("no limit of processes holds them")
 
 // planAccount plans to have the user's account of processes, ucounts.rlimit[UCOUNT_RLIMIT_NPROC] (Linux 6.0 and later; one for each user
 // namespace that he is in), say that he has too many: copy_process of kernel/fork.c refuses him then, whoever of his tries, and nobody else. What
@@ -113,7 +114,8 @@ func planAccount(m model, f detect.Finding) (Plan, error) {
 	}
 	uid := *f.Culprit.UID
 	l := layout{m: m}
-	credAt, accountAt, ownerAt := l.field("task_struct", "real_cred", 8), l.field("cred", "ucounts", 8), l.field("ucounts", "uid.val", 4)
+	credAt, realAt := l.field("task_struct", "real_cred", 8), l.field("cred", "uid.val", 4)
+	accountAt, ownerAt := l.field("cred", "ucounts", 8), l.field("ucounts", "uid.val", 4)
 	if l.err != nil {
 		return fail(l.err)
 	}
@@ -169,16 +171,28 @@ func planAccount(m model, f detect.Finding) (Plan, error) {
 		if err != nil || seen[account] {
 			continue
 		}
+		// Whose it is, and how many he has, must make sense: a process that ends has what is another's by now.
+		real, err := read32(m, kernel.VirtAddr(cred+realAt))
+		if err != nil {
+			continue
+		}
 		owner, err := read32(m, kernel.VirtAddr(account+ownerAt))
-		if err != nil || owner != uid {
-			continue // by which it is another's, or none any more
+		if err != nil || owner != real && owner != uid {
+			continue
+		}
+		if owner == 0 {
+			return fail(errLimitless) // root's, with another's rights for now
+		}
+		has, err := read64(m, kernel.VirtAddr(account+upper-4))
+		if err != nil || has == 0 || has > mostTasks {
+			continue
 		}
 		seen[account] = true
 		for _, c := range []struct {
 			va kernel.VirtAddr
 			to Step
 		}{
-			{kernel.VirtAddr(account + ownerAt), Step{Op: OpExpect, Why: "it is this user's", Object: "ucounts.uid", Expect: le(uint64(uid), 4)}},
+			{kernel.VirtAddr(account + ownerAt), Step{Op: OpExpect, Why: "it is this user's", Object: "ucounts.uid", Expect: le(uint64(owner), 4)}},
 			{kernel.VirtAddr(account + upper), Step{
 				Op: OpWrite, Why: "this user starts nothing new while the tree is ended", Object: "ucounts.rlimit[UCOUNT_RLIMIT_NPROC]",
 				Expect: le(0, 4), Put: le(accountBarred, 4), Undo: true, Hold: true, MayVanish: true,
@@ -191,8 +205,11 @@ func planAccount(m model, f detect.Finding) (Plan, error) {
 			p.Steps = append(p.Steps, c.to)
 		}
 	}
-	if len(p.Steps) == 0 {
+	switch {
+	case looked == 0:
 		return fail(ErrGone)
+	case len(p.Steps) == 0:
+		return fail(errLimitless)
 	}
 	return p, nil
 }

@@ -41,7 +41,7 @@ const (
 // account gives the fake host's process a user's account and a limit of processes.
 func account(h *fakeHost) detect.Finding {
 	for name, f := range map[string]kernel.Field{
-		"task_struct.real_cred": {Offset: 0x130, Size: 8}, "cred.ucounts": {Offset: 0x88, Size: 8}, "ucounts.uid.val": {Offset: 0x18, Size: 4}, "ucounts.rlimit": {Offset: 0x60, Size: 32},
+		"task_struct.real_cred": {Offset: 0x130, Size: 8}, "cred.uid.val": {Offset: 8, Size: 4}, "cred.ucounts": {Offset: 0x88, Size: 8}, "ucounts.uid.val": {Offset: 0x18, Size: 4}, "ucounts.rlimit": {Offset: 0x60, Size: 32},
 		"signal_struct.rlim": {Offset: 0x200, Size: 256}, "rlimit.rlim_cur": {Offset: 0, Size: 8},
 	} {
 		h.fields[name] = f
@@ -50,6 +50,7 @@ func account(h *fakeHost) detect.Finding {
 	h.enums["rlimit_type/UCOUNT_RLIMIT_NPROC"] = 0
 	h.put64(paTask+0x130, direct+paCred)
 	h.put64(paCred+0x88, direct+paAccount)
+	h.put32(paCred+8, 1000)
 	h.put32(paAccount+0x18, 1000)
 	h.put64(paNproc, 37)
 	h.put64(paLimit, 8000)
@@ -57,6 +58,18 @@ func account(h *fakeHost) detect.Finding {
 	return detect.Finding{ID: "fork-bomb-1", Kind: detect.KindForkBomb, Culprit: detect.Culprit{
 		PID: fakePID, TGID: fakePID, Comm: "spin", UID: &uid, Tree: 40, Since: fakeStart - time.Second, Start: fakeStart,
 	}}
+}
+
+// TestBarRealUser bars who a set-user-ID program is accounted to.
+func TestBarRealUser(t *testing.T) {
+	h := newFakeHost(t)
+	f := account(h)
+	h.put32(paCred+8, 1001)
+	h.put32(paAccount+0x18, 1001)
+	p, err := planAccount(h, f)
+	if err != nil || len(p.Steps) != 2 || string(p.Steps[0].Expect) != string(le(1001, 4)) {
+		t.Errorf("%v: %+v", err, p.Steps)
+	}
 }
 
 // TestBarUser has a user's account say that he has too many processes, while it goes on counting, and takes that back.
@@ -114,10 +127,14 @@ func TestBarUserRefuses(t *testing.T) {
 		want   error
 	}{
 		"no limit":              {func(h *fakeHost) { h.put64(paLimit, 1<<64-1) }, errLimitless},
-		"another's account":     {func(h *fakeHost) { h.put32(paAccount+0x18, 1001) }, ErrGone},
+		"another's account":     {func(h *fakeHost) { h.put32(paAccount+0x18, 1001) }, errLimitless},
+		"root's account":        {func(h *fakeHost) { h.put32(paCred+8, 0); h.put32(paAccount+0x18, 0) }, errLimitless},
+		"barred by somebody":    {func(h *fakeHost) { h.put64(paNproc, accountBarred<<32|37) }, errLimitless},
+		"no count":              {func(h *fakeHost) { h.put64(paNproc, 0) }, errLimitless},
 		"a kernel without them": {func(h *fakeHost) { delete(h.fields, "ucounts.rlimit") }, kernel.ErrNotFound},
 		"they count otherwise":  {func(h *fakeHost) { h.enums["rlimit_type/UCOUNT_RLIMIT_NPROC"] = 4 }, kernel.ErrNotSupported},
-		"a process that ends":   {func(h *fakeHost) { h.put64(paTask+0x118, 0) }, ErrGone},
+		"nobody is left":        {func(h *fakeHost) { h.tasks = h.tasks[:1] }, ErrGone},
+		"a process that ends":   {func(h *fakeHost) { h.put64(paTask+0x118, 0) }, errLimitless},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newFakeHost(t)
