@@ -35,6 +35,7 @@ type made struct {
 	frozen   time.Time // since when nothing moves; zero: it moves
 	spin     bool      // PID 412 spins
 	firmware byte      // what firmware has left in memory
+	garbage  bool      // what the kernel counts has been overwritten
 	opens    int
 	closes   int
 	started  time.Time
@@ -124,6 +125,11 @@ func (k *madeKernel) SignsAmong([]kernel.Task) (kernel.Signs, error) {
 }
 
 func (k *madeKernel) Usage() (kernel.Usage, error) {
+	k.m.mu.Lock()
+	defer k.m.mu.Unlock()
+	if k.m.garbage {
+		return kernel.Usage{}, &kernel.CorruptError{Object: "nr_threads", Why: "-2145053557 of 24544271 threads"}
+	}
 	return kernel.Usage{At: time.Now(), Forks: 100, Threads: 60, MaxThreads: 4000, PIDs: 60, MaxPIDs: 32768, Total: 1 << 30, Free: 1 << 29, Available: 1 << 29}, nil
 }
 
@@ -152,6 +158,9 @@ func (k *madeKernel) Heartbeat() (kernel.Heartbeat, error) {
 		return kernel.Heartbeat{}, k.m.readErr
 	}
 	ticks := uint64(k.up() / (4 * time.Millisecond))
+	if k.m.garbage {
+		return kernel.Heartbeat{At: time.Now(), Jiffies: 1 << 40, Mono: 8943993129850496325, CPUs: make([]kernel.CPU, 1)}, nil
+	}
 	return kernel.Heartbeat{At: time.Now(), Jiffies: ticks, Mono: int64(k.up()), CPUs: []kernel.CPU{{
 		Online: true, TimerIRQs: ticks, IRQs: ticks, Clock: uint64(k.up()), Curr: 1, CurrPID: 412, CurrComm: "spin",
 	}}}, nil
@@ -367,6 +376,29 @@ func TestRestlessFirmware(t *testing.T) {
 			t.Errorf("phase %q, health %q, %d attaches; want a healthy host, attached twice", st.Phase, st.Health, st.Attaches)
 		}
 	})
+}
+
+// TestOverwritten has a kernel overwritten that can still be proven: nothing is found in what makes no sense, and it is given up.
+func TestOverwritten(t *testing.T) {
+	for _, tt := range []struct {
+		lasts time.Duration
+		lost  bool
+	}{{corruptPatience / 2, false}, {2 * corruptPatience, true}} {
+		inBubble(t, nil, func(t *testing.T, m *made, w *watched) {
+			time.Sleep(5 * time.Second)
+			m.set(func(m *made) { m.garbage = true })
+			time.Sleep(tt.lasts)
+			m.set(func(m *made) { m.garbage = false })
+			time.Sleep(5 * time.Second)
+			st := w.e.State()
+			if f := w.e.Findings(); len(f) > 0 {
+				t.Errorf("after %v: findings %v", tt.lasts, f)
+			}
+			if st.Phase != Attached || st.Attaches > 1 != tt.lost {
+				t.Errorf("after %v: phase %q, %d attaches", tt.lasts, st.Phase, st.Attaches)
+			}
+		})
+	}
 }
 
 func TestPathLost(t *testing.T) {

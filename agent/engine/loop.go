@@ -627,6 +627,15 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 			w.e.saveHint(w.t)
 		}
 	}
+	// A kernel that is overwritten piece by piece, as after a reset, may still be proven while what it counts makes no sense any more. Nothing is said
+	// of such a look, and nothing kept: corruptPatience ends the kernel if it stays so.
+	var corrupt *kernel.CorruptError
+	if errors.As(errors.Join(perr, berr, uerr), &corrupt) {
+		if berr == nil {
+			w.beats = w.beats[:len(w.beats)-1]
+		}
+		return l.Cost(), failed
+	}
 	var uuid string
 	if now.After(w.nextUUID) && w.nextUUID.After(time.Time{}) {
 		w.nextUUID = now.Add(uuidEvery)
