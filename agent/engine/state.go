@@ -45,7 +45,7 @@ type Options struct {
 	Network Network
 	// Interval overrides the policy's time between two heartbeats; zero leaves it.
 	Interval time.Duration
-	// OwnThread has the watch run on a thread of its own and, for root, before all others of this process: who looks whether the host has panicked
+	// OwnThread has the watch run on a thread of its own and, with CAP_SYS_NICE, before all others of this process: who looks whether the host has panicked
 	// waits for those who are served meanwhile else. Without it State does not tell Load.
 	OwnThread bool
 	// CacheDir keeps hints between starts, such as where the kernel's note was found last. Empty means none are kept.

@@ -19,12 +19,12 @@ type thread struct {
 	may, has bool // precedence
 }
 
-// begin gives the calling goroutine a thread of its own, which ends with it. Who may not have precedence (that is root's) watches as all others run.
+// begin gives the calling goroutine a thread of its own, which ends with it. Who may not have precedence (that takes CAP_SYS_NICE) watches as all others run.
 func (t *thread) begin(log *slog.Logger) {
 	runtime.LockOSThread()
 	t.own = true
 	if err := setNice(watchNice); err != nil {
-		log.Info("the watch has no precedence", "err", err)
+		log.Warn("the watch waits for what else this process does, and may see a panic late: run it as root, or with CAP_SYS_NICE", "err", err)
 		return
 	}
 	t.may = setNice(0) == nil

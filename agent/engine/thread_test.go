@@ -29,7 +29,7 @@ func TestThread(t *testing.T) {
 		w.begin(slog.New(slog.DiscardHandler))
 		all = nice()
 		if !w.may {
-			done <- errors.New("precedence takes root")
+			done <- errors.New("precedence takes CAP_SYS_NICE")
 			return
 		}
 		w.prefer(true)

@@ -806,17 +806,32 @@ func boot(t *testing.T, kernel string) result {
 var mainRows = []string{"fork-bomb", "memory-hog", "root-cred", "hide-task", "hook-fops", "d-state", "wq-hog", "oops", "irqs-off", "soft-lockup", "irqs-off-all", "oops-irq", "panic", "threads", "stuck-io", "link-flaps", "runaway", "live-restart", "locked", "memory-stall"}
 
 func wanted(row string) bool {
-	if *rowsFlag == "all" {
-		return true
-	}
 	all := strings.Split(*rowsFlag, ",")
-	return slices.Contains(all, row) || slices.Contains(all, "main") && slices.Contains(mainRows, row)
+	return slices.Contains(all, "all") || slices.Contains(all, row) || slices.Contains(all, "main") && slices.Contains(mainRows, row)
+}
+
+// checkFlags refuses names that there are not: a fault that is misspelt would be left out, and all be well.
+func checkFlags(t *testing.T) {
+	t.Helper()
+	names := []string{"main", "all", "boot"}
+	for _, f := range rows {
+		names = append(names, f.name)
+	}
+	for row := range strings.SplitSeq(*rowsFlag, ",") {
+		if !slices.Contains(names, row) {
+			t.Fatalf("-rows: there is no fault %q; there are %s", row, strings.Join(names, ", "))
+		}
+	}
+	if paths := []string{"window", "nocas", "dma"}; !slices.Contains(paths, *pathFlag) {
+		t.Fatalf("-path: there is no path %q; there are %s", *pathFlag, strings.Join(paths, ", "))
+	}
 }
 
 func TestFaults(t *testing.T) {
 	if testing.Short() {
 		t.Skip("boots kernels in QEMU and lets them fall ill: not with -short")
 	}
+	checkFlags(t)
 	var all []result
 	for _, kernel := range strings.Split(*kernelsFlag, ",") {
 		t.Run(kernel, func(t *testing.T) {

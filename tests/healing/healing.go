@@ -254,7 +254,7 @@ func (s *story) observe(ctx context.Context) error {
 	d := after.sub(before)
 	s.say("host", "watched for %v: %d passes of the agent, none of its programs, modules or interrupts here; forks %d, all by the harness's own questions",
 		d.took.Round(10*time.Millisecond), st.Passes-passes, d.forks)
-	s.figure("observation's share of a DPU core", fmt.Sprintf("%.1f %%", 100*st.LastPass.Load), "agent, processor time of its passes")
+	s.figure("observation's share of a DPU core", fmt.Sprintf("%.1f %%", 100*st.LastPass.Load), "agent, processor time of its watch")
 	s.figure("agent's share of a DPU core, with all that it serves", fmt.Sprintf("%.1f %%", 100*(busyThen-busy).Seconds()/took.Seconds()), "DPU's kernel")
 	s.figure("agent's reads", fmt.Sprintf("%.2f MB/s", st.LastPass.BytesPerSec/1e6), "agent")
 	return nil
