@@ -88,7 +88,14 @@ func ReadScatter(mem Memory, segs []Segment) error {
 	return readEach(mem, segs)
 }
 
+// batcher is memory that gains a little by reading segments together, but no latency: it is no ScatterReader, for reading ahead gains nothing.
+// readTogether returns false if anything was in its way; the segments are to be read one by one then, and have their errors from that.
+type batcher interface{ readTogether(segs []Segment) bool }
+
 func readEach(mem Memory, segs []Segment) error {
+	if b, ok := mem.(batcher); ok && len(segs) > 1 && b.readTogether(segs) {
+		return nil
+	}
 	var first error
 	for i := range segs {
 		s := &segs[i]

@@ -94,6 +94,17 @@ func (l layout) each(op string, off int64, n int, do func(lo, hi int, at int64) 
 	return can, nil
 }
 
+// whole returns where n bytes from pa on lie, if they do in one piece.
+func (l layout) whole(pa PhysAddr, n int) (at int64, ok bool) {
+	for i := range l.extents {
+		e := &l.extents[i]
+		if pa >= e.Start && uint64(pa-e.Start) < e.Size && uint64(n) <= e.Size-uint64(pa-e.Start) {
+			return e.Offset + int64(pa-e.Start), true
+		}
+	}
+	return 0, false
+}
+
 // at returns the extent that holds pa, which is mapped.
 func (l layout) at(pa PhysAddr) Extent {
 	i, ok := slices.BinarySearchFunc(l.extents, pa, func(e Extent, pa PhysAddr) int { return cmp.Compare(e.Start, pa) })

@@ -1,5 +1,7 @@
 package hostmem
 
+import "slices"
+
 // Narrow returns mem restricted to ranges: what an agent does as soon as it has read the true RAM map from the host's own
 // iomem_resource, so that no device register between the ranges is ever touched. Addresses outside fault with
 // ErrNotMapped. The abilities are those of mem; Close closes mem.
@@ -89,6 +91,13 @@ func lengthen(err error, n int) error {
 
 // scatterMapped reads from mem the parts of the segments that ram holds, and gives the rest its fault.
 func scatterMapped(mem Memory, ram []Range, segs []Segment) error {
+	outside := func(s Segment) bool {
+		can, fault := mapped(ram, opRead, int64(s.Addr), len(s.Buf))
+		return can < len(s.Buf) || fault != nil
+	}
+	if !slices.ContainsFunc(segs, outside) {
+		return ReadScatter(mem, segs)
+	}
 	cut := make([]Segment, len(segs))
 	faults := make([]*FaultError, len(segs))
 	for i, s := range segs {

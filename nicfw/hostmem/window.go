@@ -286,6 +286,42 @@ func (w *Window) ReadAt(p []byte, off int64) (int, error) {
 	})
 }
 
+// readTogether implements batcher: many small reads pay once for what guards each.
+func (w *Window) readTogether(segs []Segment) bool {
+	for i := range segs {
+		if _, ok := w.layout.whole(segs[i].Addr, len(segs[i].Buf)); !ok || len(segs[i].Buf) > PageSize {
+			return false
+		}
+	}
+	_, err := w.m.do(func(m words) {
+		for i := range segs {
+			at, _ := w.layout.whole(segs[i].Addr, len(segs[i].Buf))
+			m.load(segs[i].Buf, int(at))
+		}
+	})
+	if err != nil {
+		return false
+	}
+	// As in ReadAt: whatever is not all ones was read while the window answered, and so was what was read before it.
+	asked := false
+	for i := len(segs) - 1; i >= 0; i-- {
+		s := &segs[i]
+		s.Err = nil
+		switch {
+		case len(s.Buf) == 0 || asked:
+		case !allOnes(s.Buf[max(0, len(s.Buf)-8):]):
+			at, _ := w.layout.whole(s.Addr, len(s.Buf))
+			w.other.Store(at + int64(len(s.Buf)))
+			asked = true
+		case w.answers() != nil:
+			return false
+		default:
+			asked = true
+		}
+	}
+	return true
+}
+
 // answers tells whether the window still shows memory. If a word that an earlier read has seen is not all ones now either, it does; else
 // the device's own registers decide, which cost a call of the kernel.
 func (w *Window) answers() error {

@@ -131,6 +131,12 @@ func TestWindowLinkLoss(t *testing.T) {
 			k, err := w.ReadAt(make([]byte, n), at)
 			checkLinkDown("ReadAt", k, err)
 		}
+		segs := []hostmem.Segment{{Addr: at, Buf: make([]byte, 8)}, {Addr: at + page, Buf: make([]byte, 4)}}
+		err := hostmem.ReadScatter(w, segs)
+		checkLinkDown("ReadScatter", 0, err)
+		for _, s := range segs {
+			checkLinkDown("ReadScatter, a segment", 0, s.Err)
+		}
 		k, err := w.WriteAt(ones[:8], at)
 		checkLinkDown("WriteAt", k, err)
 		if hostmemtest.Atomic64 {
@@ -182,6 +188,27 @@ func TestWindowOnes(t *testing.T) {
 	d.setConfig(t, nil)
 	if _, err := w.ReadAt(make([]byte, 8), 0x9000); !errors.Is(err, hostmem.ErrLinkDown) {
 		t.Errorf("ReadAt of a window of ones = %v; want %v", err, hostmem.ErrLinkDown)
+	}
+}
+
+// Of segments that are read together, one that is not all ones vouches for those before it; else the window is asked, as by a single read.
+func TestWindowOnesTogether(t *testing.T) {
+	d := newDevice(t, "resource2")
+	w := d.open(t, true)
+	ones := bytes.Repeat([]byte{0xff}, 8)
+	if _, err := w.WriteAt(ones, 0x9000); err != nil {
+		t.Fatal(err)
+	}
+	d.setConfig(t, nil)
+	at := func(pa hostmem.PhysAddr) hostmem.Segment { return hostmem.Segment{Addr: pa, Buf: make([]byte, 4)} }
+	if err := hostmem.ReadScatter(w, []hostmem.Segment{at(0x9000), at(0x9004)}); !errors.Is(err, hostmem.ErrLinkDown) {
+		t.Errorf("ReadScatter(all-ones) before anything else was seen = %v; want %v", err, hostmem.ErrLinkDown)
+	}
+	if err := hostmem.ReadScatter(w, []hostmem.Segment{at(0x8000), at(0x9000), at(0x8008)}); err != nil {
+		t.Errorf("ReadScatter(all-ones before what is not) = %v", err)
+	}
+	if err := hostmem.ReadScatter(w, []hostmem.Segment{at(0x9000), at(0x9004)}); err != nil {
+		t.Errorf("ReadScatter(all-ones) while another word is not = %v", err)
 	}
 }
 

@@ -226,12 +226,17 @@ func testScatter(t *testing.T, mem hostmem.Memory, truth Truth) {
 	if err := hostmem.ReadScatter(mem, nil); err != nil {
 		t.Errorf("ReadScatter(nothing) = %v", err)
 	}
+	testScatterOf(t, mem, truth, 64)
+	testScatterOf(t, mem, truth, 3*hostmem.PageSize)
+}
+
+func testScatterOf(t *testing.T, mem hostmem.Memory, truth Truth, longest uint64) {
 	var segs []hostmem.Segment
 	rng := rand.New(rand.NewPCG(2, 2))
 	for range 40 {
 		r := truth.Map[rng.IntN(len(truth.Map))]
 		off := rng.Uint64N(r.Size)
-		n := rng.Uint64N(min(r.Size-off, 3*hostmem.PageSize) + 1)
+		n := rng.Uint64N(min(r.Size-off, longest) + 1)
 		segs = append(segs, hostmem.Segment{Addr: r.Start + hostmem.PhysAddr(off), Buf: make([]byte, n), Err: io.EOF})
 	}
 	check := func() {
