@@ -13,7 +13,7 @@ const (
 	goldenModulesMost = 64 << 20 // of all
 	goldenSiteLeast   = 16       // bytes of a module for each place that is patched, on average
 	// Modules that have come or gone are looked for so often.
-	goldenModulesEvery = time.Second
+	goldenModulesEvery = 2 * time.Second
 	// A module that has come is taken so much faster than what is known is compared.
 	goldenHaste  = 4
 	maxLeftNamed = 16

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
@@ -23,6 +24,7 @@ type beatPlan struct {
 	parts []hostmem.Segment // without buffers; where each part goes in one big buffer follows from the order
 	sizes []int
 	size  int
+	rooms sync.Pool // of *beatRoom
 
 	jiffies, online beatField
 	cpus            []beatCPU
@@ -36,7 +38,12 @@ type beatPlan struct {
 // beatField is where in the buffer a field of 8 or fewer bytes is.
 type beatField struct{ at, size int }
 
+// beatMore is how many bytes of each CPU the second round of a heartbeat reads: when its tick device fires next, and of its task the PID, the name
+// and the preempt count.
+const beatMore = 8 + 4 + commLen + 4
+
 type beatCPU struct {
+	idler                                                                 string // the name of its idle task
 	id                                                                    int
 	clock, switches, running, curr, idle, timer, nmi, irqs, preempt, tick beatField
 }
@@ -126,7 +133,7 @@ func (img *Image) beatPlan(src source) *beatPlan {
 		if offset == 0 {
 			continue
 		}
-		p.cpus = append(p.cpus, beatCPU{id: cpu})
+		p.cpus = append(p.cpus, beatCPU{id: cpu, idler: fmt.Sprintf("swapper/%d", cpu)})
 		c := &p.cpus[len(p.cpus)-1]
 		for _, f := range fields {
 			wants = append(wants, beatWant{f.va + offset, f.size, f.field(c)})
@@ -142,6 +149,28 @@ func (img *Image) beatPlan(src source) *beatPlan {
 	}
 	p.online = masks[0]
 	return p
+}
+
+// beatRoom is what a read of a plan's parts needs.
+type beatRoom struct {
+	b    []byte            // of the parts
+	segs []hostmem.Segment // each with its part of b
+	more []byte            // of a heartbeat's second round
+	then []hostmem.Segment
+}
+
+// room returns one, which the caller puts back when nothing refers to it any more.
+func (p *beatPlan) room() *beatRoom {
+	if r, ok := p.rooms.Get().(*beatRoom); ok {
+		return r
+	}
+	r := &beatRoom{b: make([]byte, p.size), segs: slices.Clone(p.parts), more: make([]byte, len(p.cpus)*beatMore), then: make([]hostmem.Segment, 0, 4*len(p.cpus))}
+	at := 0
+	for i, n := range p.sizes {
+		r.segs[i].Buf = r.b[at : at+n]
+		at += n
+	}
+	return r
 }
 
 // place joins fields that are near each other into parts.
@@ -189,15 +218,10 @@ func (v *View) Heartbeat() (Heartbeat, error) {
 }
 
 func (v *View) beat(p *beatPlan) (Heartbeat, error) {
-	b := make([]byte, p.size)
-	segs := slices.Clone(p.parts)
-	at := 0
-	for i, n := range p.sizes {
-		segs[i].Buf = b[at : at+n]
-		at += n
-	}
+	room := p.room() // not put back after an error: a read may still be under way
+	b := room.b
 	h := Heartbeat{At: time.Now()}
-	if err := v.readScattered(segs); err != nil {
+	if err := v.readScattered(room.segs); err != nil {
 		return h, err
 	}
 	clocks, err := v.img.times(fresh{v})
@@ -216,9 +240,8 @@ func (v *View) beat(p *beatPlan) (Heartbeat, error) {
 	}
 
 	// The second round: what each online CPU runs, and when its tick device fires next.
-	const each = 8 + 4 + commLen + 4
-	more := make([]byte, len(p.cpus)*each)
-	segs = segs[:0]
+	const each = beatMore
+	more, segs := room.more, room.then[:0]
 	space := v.img.space
 	follow := func(kind string, va VirtAddr, buf []byte) error {
 		if !space.valid(va, 1) {
@@ -259,7 +282,7 @@ func (v *View) beat(p *beatPlan) (Heartbeat, error) {
 			}
 		}
 		if c.Idle {
-			c.CurrComm = fmt.Sprintf("swapper/%d", c.ID)
+			c.CurrComm = f.idler
 			continue
 		}
 		if err := follow("task_struct", c.Curr+VirtAddr(p.pidIn), m[8:12]); err != nil {
@@ -293,6 +316,7 @@ func (v *View) beat(p *beatPlan) (Heartbeat, error) {
 			c.CurrComm, _ = cString(m[12 : 12+commLen])
 		}
 	}
+	p.rooms.Put(room)
 	return h, nil
 }
 

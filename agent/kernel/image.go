@@ -32,7 +32,7 @@ type Image struct {
 	beat                   *beatPlan
 	usage                  *usagePlan
 	guards                 guards
-	idle                   sync.Pool // of *pageCache: those of closed Views
+	idle                   idleCaches
 	conntrack              conntrackPlan
 	signs                  struct {
 		once sync.Once

@@ -18,14 +18,19 @@ func (v *View) Panic() (PanicState, error) {
 	return p, nil
 }
 
-// Panicked tells no more than whether the kernel has panicked: one small read, which may be asked often.
+// Panicked tells no more than whether the kernel has panicked: two small reads, which may be asked often.
 func (img *Image) Panicked(ctx context.Context) (bool, error) {
 	p := &img.panic
 	if p.err != nil {
 		return false, fmt.Errorf("read panic state: %w", p.err)
 	}
-	var b [4]byte
-	if err := (direct{ctx, img.mem}).readPhys(p.at[0], b[:]); err != nil {
+	if err := ctx.Err(); err != nil {
+		return false, err
+	}
+	// What is -1 as a rule could be a path that is lost; oops_in_progress, which is not, tells one from the other without another read.
+	var b [8]byte
+	segs := [2]hostmem.Segment{{Addr: p.at[0], Buf: b[:4]}, {Addr: p.at[1], Buf: b[4:]}}
+	if err := hostmem.ReadScatter(img.mem, segs[:]); err != nil {
 		return false, fmt.Errorf("read panic state: %w", err)
 	}
 	return int32(le32(b[:])) != -1, nil // PANIC_CPU_INVALID
@@ -153,7 +158,7 @@ func (v *View) running(cpu int) (Task, error) {
 	if err := img.related(src, &t); err != nil {
 		return Task{}, err
 	}
-	if t.RSS, err = img.rss(src, t.mm); err != nil {
+	if t.RSS, err = img.rss(src, t.mm, false); err != nil {
 		return Task{}, err
 	}
 	return t.Task, nil

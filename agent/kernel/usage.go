@@ -2,10 +2,7 @@ package kernel
 
 import (
 	"fmt"
-	"slices"
 	"time"
-
-	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
 // Usage is one cheap sample of what a host can run out of. Sizes are in bytes. A limit of zero means that this kernel does not
@@ -36,19 +33,40 @@ type Usage struct {
 type usagePlan struct {
 	err    error
 	parts  beatPlan // of which only the parts are used
-	fields map[string][]beatField
+	fields [usageFields][]beatField
 }
 
+// What a sample is made of: sums of one field or of several.
+const (
+	usageForks = iota
+	usageThreads
+	usageMaxThreads
+	usageTotal
+	usageReserve
+	usageFree
+	usageFilePages
+	usageReclaimable
+	usageSlab
+	usagePIDs
+	usageMaxPIDs
+	usageKills
+	usageStalls
+	usageFiles
+	usageMaxFiles
+	usageSwapFree
+	usageFields
+)
+
 func (img *Image) usagePlan(src source) *usagePlan {
-	p := &usagePlan{fields: make(map[string][]beatField)}
+	p := new(usagePlan)
 	r := resolver{img: img}
 	type want struct {
-		name string
+		what int
 		va   VirtAddr
 		size int
 	}
 	var all []want
-	add := func(name string, va VirtAddr, size int) { all = append(all, want{name, va, size}) }
+	add := func(what int, va VirtAddr, size int) { all = append(all, want{what, va, size}) }
 	item := func(typ, name string) VirtAddr {
 		n, err := img.types.enum(typ, name)
 		if err == nil && (n < 0 || n > 1024) {
@@ -59,19 +77,21 @@ func (img *Image) usagePlan(src source) *usagePlan {
 		}
 		return VirtAddr(8 * n)
 	}
-	add("forks", r.symbol("total_forks"), 8)
-	add("threads", r.symbol("nr_threads"), 4)
-	add("maxThreads", r.symbol("max_threads"), 4)
-	add("total", r.symbol("_totalram_pages"), 8)
-	add("reserve", r.symbol("totalreserve_pages"), 8)
-	add("free", r.symbol("vm_zone_stat")+item("zone_stat_item", "NR_FREE_PAGES"), 8)
+	add(usageForks, r.symbol("total_forks"), 8)
+	add(usageThreads, r.symbol("nr_threads"), 4)
+	add(usageMaxThreads, r.symbol("max_threads"), 4)
+	add(usageTotal, r.symbol("_totalram_pages"), 8)
+	add(usageReserve, r.symbol("totalreserve_pages"), 8)
+	add(usageFree, r.symbol("vm_zone_stat")+item("zone_stat_item", "NR_FREE_PAGES"), 8)
 	node := r.symbol("vm_node_stat")
-	for name, enum := range map[string]string{"files0": "NR_ACTIVE_FILE", "files1": "NR_INACTIVE_FILE",
-		"reclaimable": "NR_SLAB_RECLAIMABLE_B", "slab": "NR_SLAB_UNRECLAIMABLE_B"} {
-		add(name, node+item("node_stat_item", enum), 8)
+	for _, x := range []struct {
+		what int
+		enum string
+	}{{usageFilePages, "NR_ACTIVE_FILE"}, {usageFilePages, "NR_INACTIVE_FILE"}, {usageReclaimable, "NR_SLAB_RECLAIMABLE_B"}, {usageSlab, "NR_SLAB_UNRECLAIMABLE_B"}} {
+		add(x.what, node+item("node_stat_item", x.enum), 8)
 	}
 	ns := r.symbol("init_pid_ns")
-	add("pids", ns+VirtAddr(r.field("pid_namespace", 4, "pid_allocated")), 4)
+	add(usagePIDs, ns+VirtAddr(r.field("pid_namespace", 4, "pid_allocated")), 4)
 	events := r.symbol("vm_event_states")
 	kills := item("vm_event_item", "OOM_KILL")
 	var stalls []VirtAddr // which there are depends on the zones that the kernel was built with
@@ -84,9 +104,9 @@ func (img *Image) usagePlan(src source) *usagePlan {
 		if offset == 0 {
 			continue
 		}
-		add("kills", events+offset+kills, 8)
+		add(usageKills, events+offset+kills, 8)
 		for _, s := range stalls {
-			add("stalls", events+offset+s, 8)
+			add(usageStalls, events+offset+s, 8)
 		}
 	}
 	if r.err != nil {
@@ -95,24 +115,24 @@ func (img *Image) usagePlan(src source) *usagePlan {
 	}
 	// What not every kernel has. pid_max moved into the namespace with v6.14 (commit 7863dcc72d0f, "pid: allow pid_max to be
 	// set per pid namespace").
-	optional := func(name string, size int, va func(*resolver) VirtAddr) {
+	optional := func(what int, size int, va func(*resolver) VirtAddr) {
 		o := resolver{img: img}
 		if at := va(&o); o.err == nil {
-			add(name, at, size)
+			add(what, at, size)
 		}
 	}
 	pidMax := len(all)
-	optional("maxPIDs", 4, func(o *resolver) VirtAddr { return ns + VirtAddr(o.field("pid_namespace", 4, "pid_max")) })
+	optional(usageMaxPIDs, 4, func(o *resolver) VirtAddr { return ns + VirtAddr(o.field("pid_namespace", 4, "pid_max")) })
 	if len(all) == pidMax {
-		optional("maxPIDs", 4, func(o *resolver) VirtAddr { return o.symbol("pid_max") })
+		optional(usageMaxPIDs, 4, func(o *resolver) VirtAddr { return o.symbol("pid_max") })
 	}
-	optional("files", 8, func(o *resolver) VirtAddr {
+	optional(usageFiles, 8, func(o *resolver) VirtAddr {
 		return o.symbol("nr_files") + VirtAddr(o.field("percpu_counter", 8, "count"))
 	})
-	optional("maxFiles", 8, func(o *resolver) VirtAddr {
+	optional(usageMaxFiles, 8, func(o *resolver) VirtAddr {
 		return o.symbol("files_stat") + VirtAddr(o.field("files_stat_struct", 8, "max_files"))
 	})
-	optional("swapFree", 8, func(o *resolver) VirtAddr { return o.symbol("nr_swap_pages") })
+	optional(usageSwapFree, 8, func(o *resolver) VirtAddr { return o.symbol("nr_swap_pages") })
 
 	wants := make([]beatWant, len(all))
 	to := make([]beatField, len(all))
@@ -123,7 +143,7 @@ func (img *Image) usagePlan(src source) *usagePlan {
 		return p
 	}
 	for i, w := range all {
-		p.fields[w.name] = append(p.fields[w.name], to[i])
+		p.fields[w.what] = append(p.fields[w.what], to[i])
 	}
 	return p
 }
@@ -139,42 +159,37 @@ func (v *View) Usage() (Usage, error) {
 		}
 		return u, fmt.Errorf("read usage: %w", err)
 	}
-	b := make([]byte, p.parts.size)
-	segs := slices.Clone(p.parts.parts)
-	at := 0
-	for i, n := range p.parts.sizes {
-		segs[i] = hostmem.Segment{Addr: segs[i].Addr, Buf: b[at : at+n]}
-		at += n
-	}
-	if err := v.readScattered(segs); err != nil {
+	room := p.parts.room() // not put back after an error: a read may still be under way
+	if err := v.readScattered(room.segs); err != nil {
 		return u, fmt.Errorf("read usage: %w", err)
 	}
-	sum := func(name string) uint64 {
+	sum := func(what int) uint64 {
 		var n uint64
-		for _, f := range p.fields[name] {
-			n += f.in(b)
+		for _, f := range p.fields[what] {
+			n += f.in(room.b)
 		}
 		return n
 	}
 	var odd error
 	// Counters that are kept for each CPU may be below zero for a moment.
-	pages := func(name string) uint64 {
-		n := int64(sum(name))
+	pages := func(what int) uint64 {
+		n := int64(sum(what))
 		if n > 1<<44 && odd == nil {
-			odd = &CorruptError{name, 0, fmt.Sprintf("%d pages", n)}
+			odd = &CorruptError{"memory statistics", 0, fmt.Sprintf("%d pages", n)}
 		}
 		return uint64(max(0, n)) * v.img.pageSize
 	}
-	u.Forks, u.Threads, u.MaxThreads = sum("forks"), int(int32(sum("threads"))), int(int32(sum("maxThreads")))
-	u.PIDs, u.MaxPIDs = int(int32(sum("pids")&0x7fffffff)), int(int32(sum("maxPIDs"))) // the highest bit says that numbers are still given
-	u.Files, u.MaxFiles = uint64(max(0, int64(sum("files")))), uint64(max(0, int64(sum("maxFiles"))))
-	u.Total, u.Free, u.Slab, u.SwapFree = pages("total"), pages("free"), pages("slab"), pages("swapFree")
-	u.Available = u.Free + pages("files0") + pages("files1") + pages("reclaimable")
-	u.Available = min(u.Available-min(u.Available, pages("reserve")), u.Total)
-	u.Stalls, u.OOMKills = sum("stalls"), sum("kills")
+	u.Forks, u.Threads, u.MaxThreads = sum(usageForks), int(int32(sum(usageThreads))), int(int32(sum(usageMaxThreads)))
+	u.PIDs, u.MaxPIDs = int(int32(sum(usagePIDs)&0x7fffffff)), int(int32(sum(usageMaxPIDs))) // the highest bit says that numbers are still given
+	u.Files, u.MaxFiles = uint64(max(0, int64(sum(usageFiles)))), uint64(max(0, int64(sum(usageMaxFiles))))
+	u.Total, u.Free, u.Slab, u.SwapFree = pages(usageTotal), pages(usageFree), pages(usageSlab), pages(usageSwapFree)
+	u.Available = u.Free + pages(usageFilePages) + pages(usageReclaimable)
+	u.Available = min(u.Available-min(u.Available, pages(usageReserve)), u.Total)
+	u.Stalls, u.OOMKills = sum(usageStalls), sum(usageKills)
 	if u.Threads < 0 || u.Threads > maxPID || u.MaxThreads < 0 {
 		odd = &CorruptError{"nr_threads", 0, fmt.Sprintf("%d of %d threads", u.Threads, u.MaxThreads)}
 	}
+	p.parts.rooms.Put(room)
 	if odd != nil {
 		return u, fmt.Errorf("read usage: %w", odd)
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"unicode"
 	"unicode/utf8"
 
@@ -61,12 +62,48 @@ type pageCache struct {
 	pages map[hostmem.PhysAddr]*page // one that is in is not written again
 	order []hostmem.PhysAddr         // ring of the keys of pages, oldest at next
 	next  int
-	slabs [][]page // of which used pages were taken; what a View needs beyond maxIdleSlabs of them is in spill, and is not used again
+	near  [nearPages]nearPage // of pages: by their lowest bits, those that were asked for last
+	slabs [][]page            // of which used pages were taken; what a View needs beyond maxIdleSlabs of them is in spill, and is not used again
 	used  int
 	spill []page
 }
 
 type page [hostmem.PageSize]byte
+
+// nearPages is a power of two.
+const nearPages = 64
+
+type nearPage struct {
+	at hostmem.PhysAddr
+	p  *page // nil: none
+}
+
+// nearest returns where a page is in near, if it is.
+func (c *pageCache) nearest(pa hostmem.PhysAddr) *nearPage {
+	return &c.near[pa/hostmem.PageSize%nearPages]
+}
+
+// idleCaches are those of closed Views. One is kept in any case, for whoever passes all the time; what is more is left to the garbage collector.
+type idleCaches struct {
+	first atomic.Pointer[pageCache]
+	more  sync.Pool
+}
+
+func (i *idleCaches) get() *pageCache {
+	if c := i.first.Swap(nil); c != nil {
+		return c
+	}
+	if c, ok := i.more.Get().(*pageCache); ok {
+		return c
+	}
+	return &pageCache{pages: make(map[hostmem.PhysAddr]*page, 8*slabPages)}
+}
+
+func (i *idleCaches) put(c *pageCache) {
+	if !i.first.CompareAndSwap(nil, c) {
+		i.more.Put(c)
+	}
+}
 
 // slabPages is how many pages are allocated together, and maxIdleSlabs how many slabs a closed View leaves to the next one at most: 8 MiB,
 // a pass over some 2000 tasks.
@@ -77,11 +114,7 @@ const (
 
 // View begins a pass. When ctx ends, whatever the View is asked fails with the context's error. Who passes often closes his Views.
 func (img *Image) View(ctx context.Context) *View {
-	c, ok := img.idle.Get().(*pageCache)
-	if !ok {
-		c = &pageCache{pages: make(map[hostmem.PhysAddr]*page, 8*slabPages)}
-	}
-	return &View{img: img, ctx: ctx, cache: c}
+	return &View{img: img, ctx: ctx, cache: img.idle.get()}
 }
 
 // ErrClosed means that a View was asked after its Close.
@@ -98,7 +131,7 @@ func (v *View) Close() {
 	}
 	c.forget()
 	c.used, c.spill = 0, nil
-	v.img.idle.Put(c)
+	v.img.idle.put(c)
 }
 
 // Image returns the kernel that the View looks at.
@@ -194,7 +227,12 @@ func (v *View) page(pa hostmem.PhysAddr) (*page, error) {
 	if c == nil {
 		return nil, ErrClosed
 	}
+	near := c.nearest(pa)
+	if near.p != nil && near.at == pa {
+		return near.p, nil
+	}
 	if p, ok := c.pages[pa]; ok {
+		*near = nearPage{pa, p}
 		return p, nil
 	}
 	if err := v.ctx.Err(); err != nil {
@@ -245,7 +283,11 @@ func (v *View) keep(pa hostmem.PhysAddr, p *page) {
 	if len(c.order) < viewPages {
 		c.order = append(c.order, pa)
 	} else {
-		delete(c.pages, c.order[c.next])
+		old := c.order[c.next]
+		if near := c.nearest(old); near.at == old {
+			near.p = nil
+		}
+		delete(c.pages, old)
 		c.order[c.next] = pa
 		c.next = (c.next + 1) % viewPages
 	}
@@ -255,6 +297,7 @@ func (v *View) keep(pa hostmem.PhysAddr, p *page) {
 // forget empties the cache. The memory of its pages is not used again: somebody may be looking at it.
 func (c *pageCache) forget() {
 	clear(c.pages)
+	clear(c.near[:])
 	c.order, c.next = c.order[:0], 0
 }
 
