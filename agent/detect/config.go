@@ -52,7 +52,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		Heartbeat:    50 * time.Millisecond,
-		Tasks:        500 * time.Millisecond,
+		Tasks:        700 * time.Millisecond,
 		StallSuspect: 250 * time.Millisecond,
 		StallVerdict: time.Second,
 		IdleVerdict:  5 * time.Second,

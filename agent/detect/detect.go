@@ -128,6 +128,29 @@ const (
 	NeedNetwork    Need = "network"    // Pass.Network, one of them from lately
 )
 
+// Has reports whether the pass has what a detector needs.
+func (p *Pass) Has(n Need) bool {
+	switch n {
+	case NeedPanic:
+		return p.Panic != nil
+	case NeedHeartbeats:
+		return len(p.Beats) > 0
+	case NeedTasks:
+		return len(p.Tasks) > 0
+	case NeedUsage:
+		return len(p.Usage) > 0
+	case NeedSigns:
+		return len(p.Signs) > 0
+	case NeedJams:
+		return len(p.Jams) > 0
+	case NeedMemory:
+		return len(p.Memory) > 0
+	case NeedNetwork:
+		return len(p.Network) > 0
+	}
+	return false
+}
+
 // TaskSample is the whole task list as it was once.
 type TaskSample struct {
 	At    time.Time     `json:"at"`    // the reader's clock when the walk began

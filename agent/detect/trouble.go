@@ -15,9 +15,10 @@ import (
 )
 
 const (
-	signsEvery = 500 * time.Millisecond
-	signsGap   = 3 * time.Second // longer without a sample, and nothing is known of what was meanwhile
-	maxHung    = 16              // findings at once
+	signsEvery  = 500 * time.Millisecond
+	tamperEvery = 100 * time.Millisecond // a sample that confirms another one comes soon after it
+	signsGap    = 3 * time.Second        // longer without a sample, and nothing is known of what was meanwhile
+	maxHung     = 16                     // findings at once
 )
 
 // standing returns how far back a row of samples is unbroken and fits, the newest included.
@@ -267,7 +268,7 @@ func (s *lockState) explain(f *Finding) {
 func tampering(c Config) Detector {
 	return Detector{
 		ID: "tampering", Title: "Tampering", Kind: KindTampering, Severity: Critical,
-		Every: signsEvery, DependsOn: []Kind{KindPanic, KindHostSilent}, Needs: []Need{NeedSigns},
+		Every: tamperEvery, DependsOn: []Kind{KindPanic, KindHostSilent}, Needs: []Need{NeedSigns},
 		Detect: func(_ context.Context, p *Pass) ([]Finding, error) {
 			n := len(p.Signs)
 			now := &p.Signs[n-1]

@@ -28,6 +28,7 @@ type Engine struct {
 	config    detect.Config
 	detectors []detect.Detector
 	journal   chan entry
+	taken     chan taken
 	wake      chan struct{}   // has the loop begin a pass at once
 	healing   chan struct{}   // holds one token: one repair at a time
 	network   sync.Mutex      // held while containment changes
@@ -74,7 +75,9 @@ type Engine struct {
 	beat        kernel.Heartbeat // the latest of the attached kernel
 	leased      *heal.Lease      // of the boot leasedBoot
 	leasedBoot  string
-	compared    *GoldenState // of the attached kernel; not changed once it is here
+	compared    *GoldenState       // of the attached kernel; not changed once it is here
+	fresh       []string           // IDs of findings that this pass has told of
+	asked       []chan detect.Pass // who waits for the series
 	digestOf    *access.Agreement
 	digest      string // of digestOf
 }
@@ -83,7 +86,7 @@ type Engine struct {
 func New(o Options) *Engine {
 	e := &Engine{
 		o: o, log: o.Logger, src: memoryKernels{}, config: o.Policy.DetectConfig(),
-		journal: make(chan entry, 1024), wake: make(chan struct{}, 1), healing: make(chan struct{}, 1),
+		journal: make(chan entry, 1024), taken: make(chan taken, 4), wake: make(chan struct{}, 1), healing: make(chan struct{}, 1),
 		phase: NoMemory, since: time.Now(), started: time.Now(), why: "not started yet",
 		tracked: make(map[string]*tracked), counts: make(map[detect.Kind]int), force: make(map[string]bool), begun: make(map[string][]time.Time),
 		changed: make(chan struct{}), followed: make(map[string]bool),
@@ -129,6 +132,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	e.remember()
 	var wg sync.WaitGroup
 	wg.Go(func() { e.writeJournal(ctx) })
+	wg.Go(func() { e.writeRecordings(ctx) })
 	e.mu.Lock()
 	e.started = time.Now()
 	e.record("start", map[string]any{"writes": e.o.Writes, "agreement": e.agreementID()})

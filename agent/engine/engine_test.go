@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -166,7 +168,7 @@ func (k *madeKernel) Heartbeat() (kernel.Heartbeat, error) {
 	}}}, nil
 }
 
-func (k *madeKernel) Tasks() iter.Seq2[kernel.Task, error] {
+func (k *madeKernel) TasksRoughly() iter.Seq2[kernel.Task, error] {
 	return func(yield func(kernel.Task, error) bool) {
 		k.m.mu.Lock()
 		err, spin, up := k.m.readErr, k.m.spin, k.up()
@@ -250,6 +252,52 @@ func TestHealthyHost(t *testing.T) {
 		}
 		if s.Passes < 1000 || s.LastPass.Bytes != 640 || s.LastPass.BytesPerSec < 10_000 {
 			t.Errorf("cost %+v after %d passes", s.LastPass, s.Passes)
+		}
+	})
+}
+
+// The series by which a finding was judged is kept, and finds the same again; that of now is there too, and the oldest give way.
+func TestRecording(t *testing.T) {
+	dir := t.TempDir()
+	inBubble(t, func(_ *made, o *Options) { o.RecordDir = dir }, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		if _, err := w.e.Recording(t.Context(), "panic-1"); !errors.Is(err, ErrNoRecording) {
+			t.Errorf("of a finding that there is not: %v; want %v", err, ErrNoRecording)
+		}
+		for i := range recordingsMost {
+			old, at := filepath.Join(dir, fmt.Sprintf("old-%d.json.gz", i)), time.Unix(int64(i), 0)
+			if err := errors.Join(os.WriteFile(old, nil, 0o600), os.Chtimes(old, at, at)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(10 * time.Second)
+		m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+		w.wait(time.Second, "panic", ofKind(EventFinding, detect.KindPanic))
+		time.Sleep(time.Second)
+		for finding, want := range map[string]bool{"panic-1": true, "": false} {
+			b, err := w.e.Recording(t.Context(), finding)
+			if err != nil {
+				t.Fatalf("Recording(%q) = %v", finding, err)
+			}
+			series, err := detect.ReadRecording(bytes.NewReader(b))
+			if err != nil || len(series.Beats) < 100 {
+				t.Fatalf("Recording(%q) has %d heartbeats, %v", finding, len(series.Beats), err)
+			}
+			ids := map[string]time.Time{}
+			detect.Replay(t.Context(), detect.DefaultConfig(), series, nil, func(at time.Time, d *detect.Detector, found []detect.Finding) bool {
+				if len(found) > 0 && !found[0].Suspicion && ids[d.ID].IsZero() {
+					ids[d.ID] = at
+				}
+				return true
+			})
+			if at := ids["panic"]; want && (len(ids) != 1 || at.Before(series.Beats[len(series.Beats)-1].At)) {
+				t.Errorf("the replay finds %v; want the panic alone, at the end", ids)
+			}
+		}
+		for _, wrong := range []string{"panic-2", "../journal", "/etc/passwd", "old-0"} {
+			if _, err := w.e.Recording(t.Context(), wrong); !errors.Is(err, ErrNoRecording) || !strings.Contains(err.Error(), "panic-1") {
+				t.Errorf("Recording(%q) = %v; want %v, and which there are", wrong, err, ErrNoRecording)
+			}
 		}
 	})
 }

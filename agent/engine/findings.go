@@ -61,6 +61,7 @@ func (e *Engine) update(d *detect.Detector, found []detect.Finding, now time.Tim
 			t.ID = fmt.Sprintf("%s-%d", f.Kind, e.counts[f.Kind])
 			d := e.o.Policy.Decide(t.Finding, now, e.past)
 			t.Action, t.Automatic = d.Action, d.Automatic || !d.Again.IsZero()
+			e.fresh = append(e.fresh, t.ID)
 			e.record("finding", t.Finding)
 			e.publish(findingEvent(EventFinding, t.Finding, t.Title))
 		}

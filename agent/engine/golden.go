@@ -13,8 +13,8 @@ import (
 
 const (
 	// All of the kernel's code and constants are compared once in goldenRound, its tables of functions once in hotRound.
-	goldenRound = 20 * time.Second
-	hotRound    = 500 * time.Millisecond
+	goldenRound = 25 * time.Second
+	hotRound    = 700 * time.Millisecond
 	// It is taken a little after the attach: an agent that starts has more urgent things to do.
 	goldenAfter = 5 * time.Second
 	// A copy that could not be taken is tried again, for the kernel may have been starting.

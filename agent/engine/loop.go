@@ -34,8 +34,10 @@ const (
 	// again, at most every searchEvery.
 	quietAfter  = 5 * time.Second
 	searchEvery = 2 * time.Second
-	signsEvery  = 500 * time.Millisecond
-	probeEvery  = time.Second // detectors' passes while there is no kernel
+	signsEvery  = 700 * time.Millisecond
+	// What a look at signs has seen for the first time is looked at again soon: it is told of if it was not just in the making.
+	signsAgain = 150 * time.Millisecond
+	probeEvery = time.Second // detectors' passes while there is no kernel
 	// panicEvery is how often it is looked between two passes whether the kernel has panicked.
 	panicEvery = 12 * time.Millisecond
 	// keptTasks and keptCPUs bound what all samples together hold, about 200 bytes for each.
@@ -579,8 +581,15 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		w.nextSigns = now.Add(signsEvery)
 		var s kernel.Signs
 		if s, serr = l.SignsAmong(listed); serr == nil {
+			before := 0
+			if n := len(w.signs); n > 0 {
+				before = alarms(w.signs[n-1])
+			}
+			if alarms(s) > before {
+				w.nextSigns = now.Add(signsAgain)
+			}
 			w.signs = append(w.signs, s)
-			alarming = s.Oopses > 0 || len(s.Strays)+len(s.Hidden)+len(s.HiddenModules)+len(s.Forged)+len(s.Hooks) > 0
+			alarming = s.Oopses > 0 || alarms(s) > 0
 			for len(w.signs) > 2 && now.Sub(w.signs[1].At) > e.config.RCUFor+5*time.Second {
 				w.signs = slices.Delete(w.signs, 0, 1)
 			}
@@ -662,6 +671,11 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	return l.Cost(), failed
 }
 
+// alarms is how much in a sample speaks of hands that are not the kernel's own.
+func alarms(s kernel.Signs) int {
+	return len(s.Strays) + len(s.Hidden) + len(s.HiddenModules) + len(s.Forged) + len(s.Hooks)
+}
+
 func (e *Engine) tasksDue(next, now time.Time) bool {
 	if !now.Before(next) {
 		return true
@@ -687,7 +701,7 @@ func taskSample(l look, before []detect.TaskSample) (detect.TaskSample, error) {
 	if n := len(before); n > 0 {
 		s.Tasks = make([]kernel.Task, 0, len(before[n-1].Tasks)+8)
 	}
-	for t, err := range l.Tasks() {
+	for t, err := range l.TasksRoughly() {
 		if err != nil {
 			return s, fmt.Errorf("list tasks: %w", err)
 		}
@@ -879,7 +893,7 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 	if len(e.force) > 0 {
 		force, e.force = e.force, make(map[string]bool)
 	}
-	grant := e.grant()
+	grant := e.o.Agreement.Grant(e.uuid) // to look takes no more than the agreement, whichever host this is
 	e.mu.Unlock()
 	at := time.Now()
 	for i := range e.detectors {
@@ -944,31 +958,13 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 		}
 		e.mu.Unlock()
 	}
+	w.keepSeries(p)
 }
 
 // lacking returns what a detector needs and the pass does not have, or "".
 func lacking(d *detect.Detector, p *detect.Pass) detect.Need {
 	for _, n := range d.Needs {
-		var has bool
-		switch n {
-		case detect.NeedPanic:
-			has = p.Panic != nil
-		case detect.NeedHeartbeats:
-			has = len(p.Beats) > 0
-		case detect.NeedTasks:
-			has = len(p.Tasks) > 0
-		case detect.NeedUsage:
-			has = len(p.Usage) > 0
-		case detect.NeedSigns:
-			has = len(p.Signs) > 0
-		case detect.NeedJams:
-			has = len(p.Jams) > 0
-		case detect.NeedMemory:
-			has = len(p.Memory) > 0
-		case detect.NeedNetwork:
-			has = len(p.Network) > 0
-		}
-		if !has {
+		if !p.Has(n) {
 			return n
 		}
 	}

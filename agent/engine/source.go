@@ -30,7 +30,7 @@ type target interface {
 type look interface {
 	Heartbeat() (kernel.Heartbeat, error)
 	Panic() (kernel.PanicState, error)
-	Tasks() iter.Seq2[kernel.Task, error]
+	TasksRoughly() iter.Seq2[kernel.Task, error]
 	Usage() (kernel.Usage, error)
 	SignsAmong(tasks []kernel.Task) (kernel.Signs, error)
 	Cost() kernel.Cost

@@ -50,6 +50,8 @@ type Options struct {
 	OwnThread bool
 	// CacheDir keeps hints between starts, such as where the kernel's note was found last. Empty means none are kept.
 	CacheDir string
+	// RecordDir keeps the series by which the latest findings were judged (Recording). Empty means none are kept.
+	RecordDir string
 	// Types has types for hosts whose kernels carry none: kernel.Options.Types.
 	Types func(kernel.Build) ([]byte, error)
 	// Known has kernels as they were built, by build ID, with which the host's is compared; nil, or nil of it, trusts the host as it is
@@ -109,7 +111,7 @@ type GoldenState struct {
 	Taken   time.Time `json:"taken"`   // what was changed before is not seen, but by Built
 	Built   bool      `json:"built"`   // the copy is the kernel as it was built: what was changed before is seen, too
 	Bytes   uint64    `json:"bytes"`   // that one round compares
-	Hot     uint64    `json:"hot"`     // of these, tables of functions, which are compared every half second
+	Hot     uint64    `json:"hot"`     // of these, tables of functions, which are compared every 0.7 s
 	Rounds  int       `json:"rounds"`  // that are complete
 	Modules int       `json:"modules"` // whose code and constants are compared; each is trusted as it was when it was first seen
 	// Left says what is not compared, and why.

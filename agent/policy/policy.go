@@ -9,7 +9,7 @@
 //	  "version": 1,
 //	  "detectors": {
 //	    "heartbeat": "50ms",
-//	    "tasks": "500ms",
+//	    "tasks": "700ms",
 //	    "stallSuspect": "250ms",
 //	    "stallVerdict": "1s",
 //	    "idleVerdict": "5s",
