@@ -173,7 +173,16 @@ func (a *fakeAgent) Undo(_ context.Context, r engine.UndoRequest) (heal.Plan, *h
 
 func (a *fakeAgent) Power() heal.Power { return fakePower{a} }
 
-func (a *fakeAgent) Outcomes(string) []heal.Outcome            { return nil }
+func (a *fakeAgent) Outcomes(string) []heal.Outcome { return nil }
+
+// Recording knows that of "memory-hog-1", and that of now.
+func (a *fakeAgent) Recording(_ context.Context, finding string) ([]byte, error) {
+	if finding != "" && finding != "memory-hog-1" {
+		return nil, fmt.Errorf("recording of %q: %w", finding, engine.ErrNoRecording)
+	}
+	return []byte("series of " + finding), nil
+}
+
 func (a *fakeAgent) MayRead() error                            { return nil }
 func (a *fakeAgent) Obey(o *access.Order, _ string) error      { return a.lock.Obey(o) }
 func (a *fakeAgent) Offer(g *access.Agreement, _ string) error { return a.lock.Offer(g) }

@@ -17,10 +17,12 @@ var policyVerb = verb{
 	args:  "test POLICY RECORDING…",
 	words: []string{"test"},
 	short: "what a policy would have done about recorded hosts",
-	long: `Recordings are series of samples of a host, as detect's tests have them (agent/detect/testdata). Each is judged with the
-detectors' settings of the policy, and for each fault that is found it is said what the policy would have done, and why.
+	long: `Recordings are series of samples of a host: an agent keeps one for each of its latest findings (backdoor collect recording), and detect's tests have
+some (agent/detect/testdata). Each is judged with the detectors' settings of the policy, and for each fault that is found it is said what the policy would
+have done, and why.
 
-  backdoor policy test policy.json agent/detect/testdata/*.json.gz`,
+  backdoor collect recording runaway-process-3 -o runaway.json.gz
+  backdoor policy test policy.json runaway.json.gz agent/detect/testdata/*.json.gz`,
 	run: func(ctx context.Context, e *env, args []string) (int, error) {
 		if len(args) < 3 || args[0] != "test" {
 			return 0, &usageError{verb: "policy", msg: "policy test takes a policy and at least one recording"}

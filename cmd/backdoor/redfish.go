@@ -132,24 +132,27 @@ var metricsVerb = verb{
 
 var collectVerb = verb{
 	name:  "collect",
-	args:  "dmesg|memory ADDRESS LENGTH|vmcore|list|get ID",
-	words: []string{"dmesg", "memory", "vmcore", "list", "get"},
+	args:  "dmesg|memory ADDRESS LENGTH|vmcore|recording [FINDING]|list|get ID",
+	words: []string{"dmesg", "memory", "vmcore", "recording", "list", "get"},
 	short: "diagnostic data of the host, as files",
 	long: `The agent collects the data as a task and keeps it until it restarts; the file is then downloaded. A download that breaks off goes on where
 it was, also when it is called again with get: what has come so far is in FILE.ID-TIME.part.
 
-  dmesg   the kernel's log
-  memory  a range of the host's RAM, by its physical address
-  vmcore  all of the host's RAM as an ELF core, for crash, drgn, makedumpfile and backdoor itself; it takes the privilege BackdoorMemory
-  list    what the agent keeps
-  get     download it (again)
+  dmesg      the kernel's log
+  memory     a range of the host's RAM, by its physical address
+  vmcore     all of the host's RAM as an ELF core, for crash, drgn, makedumpfile and backdoor itself; it takes the privilege BackdoorMemory
+  recording  the samples by which a finding was judged when it was told of, or those of now, for backdoor policy test; the agent keeps those of the
+             latest 32 findings on its disk
+  list       what the agent keeps
+  get        download it (again)
 
 A vmcore is not kept by the agent but read from the host while it is downloaded, at most 128 MiB a second. That of a host that runs is not of one moment;
 stop the host before (backdoor power pause, where its service processor can) or take it of one that is dead.
 
   backdoor collect dmesg -o dmesg.txt
   backdoor collect memory 0x100000 1048576 -o ram.bin
-  backdoor collect vmcore -o vmcore && backdoor -image vmcore ps`,
+  backdoor collect vmcore -o vmcore && backdoor -image vmcore ps
+  backdoor collect recording memory-hog-3 -o hog.json.gz && backdoor policy test policy.json hog.json.gz`,
 	flags: func(fs *flag.FlagSet, o *options) {
 		fs.StringVar(&o.output, "o", "", "`file` to write to")
 	},
@@ -157,8 +160,8 @@ stop the host before (backdoor power pause, where its service processor can) or 
 }
 
 func runCollect(ctx context.Context, e *env, args []string) (int, error) {
-	want := map[string]int{"dmesg": 1, "memory": 3, "vmcore": 1, "list": 1, "get": 2}[args[0]]
-	if len(args) != want {
+	want := map[string]int{"dmesg": 1, "memory": 3, "vmcore": 1, "recording": 2, "list": 1, "get": 2}[args[0]]
+	if len(args) != want && !(args[0] == "recording" && len(args) == 1) {
 		return 0, &usageError{verb: "collect", msg: fmt.Sprintf("collect %s takes %d arguments", args[0], want-1)}
 	}
 	if (args[0] != "list") != (e.o.output != "") {
@@ -185,6 +188,12 @@ func runCollect(ctx context.Context, e *env, args []string) (int, error) {
 		entry, err = a.c.CollectMemory(ctx, start, length, e.progress)
 	case "vmcore":
 		entry, err = a.c.CollectCore(ctx, e.progress)
+	case "recording":
+		finding := ""
+		if len(args) == 2 {
+			finding = args[1]
+		}
+		entry, err = a.c.CollectRecording(ctx, finding, e.progress)
 	case "get":
 		entry = new(schema.LogEntry)
 		if strings.ContainsAny(args[1], "/?#%") {

@@ -85,7 +85,13 @@ func TestCollectAndMemory(t *testing.T) {
 	if code, out, _ := do("collect list"); code != 0 || !strings.Contains(out, "4096") {
 		t.Errorf("collect list: %q", out)
 	}
-	for _, line := range []string{"collect dmesg", "collect list -o x", "collect memory 0x1 -o x", "collect memory here 1 -o x", "collect memory 0x100000 0 -o x", "collect get ../1 -o x", "collect vmcore", "collect vmcore now -o x"} {
+	if code, out, errs := do("collect recording memory-hog-1 -o $DIR/hog.json.gz"); code != 0 || !strings.Contains(out, "22 bytes") {
+		t.Errorf("collect recording = %d: %s%s", code, out, errs)
+	}
+	if code, _, errs := do("collect recording memory-hog-2 -o $DIR/hog.json.gz"); code == 0 || !strings.Contains(errs, "no such recording is kept") {
+		t.Errorf("collect recording of a finding that there is not = %d: %s", code, errs)
+	}
+	for _, line := range []string{"collect recording", "collect recording a b -o x", "collect dmesg", "collect list -o x", "collect memory 0x1 -o x", "collect memory here 1 -o x", "collect memory 0x100000 0 -o x", "collect get ../1 -o x", "collect vmcore", "collect vmcore now -o x"} {
 		if code, _, _ := do(line); code != exitUsage {
 			t.Errorf("%s = %d; want a usage error", line, code)
 		}

@@ -164,6 +164,7 @@ func (w *worker) openEngine(p *parts, why error) {
 		Interval:  w.cfg.Intervals.Pass.Std(),
 		OwnThread: true,
 		CacheDir:  cache,
+		RecordDir: filepath.Join(w.cfg.StateDir, "recordings"),
 		Types:     kernel.TypesDir(filepath.Join(w.cfg.StateDir, "types")),
 		Known:     kernel.KnownDir(filepath.Join(w.cfg.StateDir, "golden")),
 	}

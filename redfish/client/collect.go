@@ -28,6 +28,14 @@ func (c *Client) CollectMemory(ctx context.Context, start uint64, length int64, 
 	return c.collect(ctx, "#BackdoorLogService.CollectMemoryRange", map[string]any{"Start": fmt.Sprintf("%#x", start), "Length": length}, progress)
 }
 
+// CollectRecording has the series of samples collected by which a finding was judged, and waits for it; of no finding, the series as it is.
+func (c *Client) CollectRecording(ctx context.Context, finding string, progress func(schema.Task)) (*schema.LogEntry, error) {
+	if finding == "" {
+		return c.collect(ctx, "#LogService.CollectDiagnosticData", map[string]any{"DiagnosticDataType": "OEM", "OEMDiagnosticDataType": "Recording"}, progress)
+	}
+	return c.collect(ctx, "#BackdoorLogService.CollectRecording", map[string]any{"Finding": finding}, progress)
+}
+
 func (c *Client) collect(ctx context.Context, name string, in any, progress func(schema.Task)) (*schema.LogEntry, error) {
 	var log schema.LogService
 	if err := c.Get(ctx, DumpURI, &log); err != nil {

@@ -2,6 +2,7 @@ package host
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -35,8 +36,9 @@ const (
 
 // The OEM types of diagnostic data.
 const (
-	dumpDmesg  = "Dmesg"
-	dumpMemory = "MemoryRange"
+	dumpDmesg     = "Dmesg"
+	dumpMemory    = "MemoryRange"
+	dumpRecording = "Recording"
 )
 
 // dumps is the diagnostic data that was collected: files in a directory, and what is known of them in memory.
@@ -80,7 +82,8 @@ func (h *host) collecting() []service.Route {
 	routes := h.log(dumpURI, h.dumpEntries, schema.LogService{
 		Resource:     schema.Resource{Name: "Diagnostic data", Description: "Data that was collected from the host's memory, the oldest first; it is gone when the agent restarts"},
 		LogEntryType: "OEM", LogPurposes: []string{"Diagnostic"}, OverWritePolicy: "WrapsWhenFull", MaxNumberOfRecords: maxDumps,
-		DiagnosticDataDetails: []schema.DiagnosticDataDetails{{DiagnosticDataType: "OS"}, {DiagnosticDataType: "OEM", OEMDiagnosticDataType: dumpDmesg}},
+		DiagnosticDataDetails: []schema.DiagnosticDataDetails{{DiagnosticDataType: "OS"}, {DiagnosticDataType: "OEM", OEMDiagnosticDataType: dumpDmesg},
+			{DiagnosticDataType: "OEM", OEMDiagnosticDataType: dumpRecording}},
 	})
 	// Who may read raw memory may look at parts of it all the more. What a core takes beyond that, collectCore checks.
 	reader := service.Privileges{{service.ConfigureComponents, PrivilegeReadMemory}, {service.ConfigureComponents, PrivilegeMemory}}
@@ -89,7 +92,7 @@ func (h *host) collecting() []service.Route {
 			Name: "LogService.CollectDiagnosticData", Privileges: reader,
 			Parameters: []service.Property{
 				{Name: "DiagnosticDataType", Kind: service.String, Required: true, Values: []string{"OS", "OEM"}},
-				{Name: "OEMDiagnosticDataType", Kind: service.String, Values: []string{dumpDmesg}},
+				{Name: "OEMDiagnosticDataType", Kind: service.String, Values: []string{dumpDmesg, dumpRecording}},
 			},
 			Do: func(r *service.Request, v service.Values) (*service.Reply, error) {
 				const action = "LogService.CollectDiagnosticData"
@@ -102,6 +105,9 @@ func (h *host) collecting() []service.Route {
 				if !v.Has("OEMDiagnosticDataType") {
 					return nil, service.Because(400, "ActionParameterMissing", "The DiagnosticDataType OEM takes an OEMDiagnosticDataType.", action, "OEMDiagnosticDataType")
 				}
+				if v.String("OEMDiagnosticDataType") == dumpRecording {
+					return h.collectRecording(r, "")
+				}
 				return h.collect(r, collected{oemType: dumpDmesg, what: "kernel log of the host", media: "text/plain; charset=utf-8", name: "dmesg.txt"}, h.writeDmesg)
 			},
 		},
@@ -112,6 +118,13 @@ func (h *host) collecting() []service.Route {
 				{Name: "Length", Kind: service.Number, Required: true, Min: 1, Max: maxRange},
 			},
 			Do: h.collectMemory,
+		},
+		{
+			Name: "BackdoorLogService.CollectRecording", OEM: true, Title: "Collect the series of samples by which a finding was judged", Privileges: reader,
+			Parameters: []service.Property{{Name: "Finding", Kind: service.String, Required: true, Min: 1, Max: 64}},
+			Do: func(r *service.Request, v service.Values) (*service.Reply, error) {
+				return h.collectRecording(r, v.String("Finding"))
+			},
 		},
 		{
 			Name: "LogService.ClearLog", Privileges: reader,
@@ -308,6 +321,22 @@ func (h *host) writeDmesg(ctx context.Context, w io.Writer, _ func(int)) error {
 		}
 	}
 	return nil
+}
+
+// collectRecording collects the series by which a finding was judged; of no finding, the series as it is.
+func (h *host) collectRecording(r *service.Request, finding string) (*service.Reply, error) {
+	what := "series of samples by which the host is judged now"
+	if finding != "" {
+		what = "series of samples by which " + finding + " was judged"
+	}
+	d := collected{oemType: dumpRecording, what: what, media: "application/gzip", name: cmp.Or(finding, "now") + ".json.gz"}
+	return h.collect(r, d, func(ctx context.Context, w io.Writer, _ func(int)) error {
+		b, err := h.o.Agent.Recording(ctx, finding)
+		if err == nil {
+			_, err = w.Write(b)
+		}
+		return err
+	})
 }
 
 func (h *host) collectMemory(r *service.Request, v service.Values) (*service.Reply, error) {

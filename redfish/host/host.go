@@ -46,6 +46,8 @@ type Agent interface {
 	Control(ctx context.Context, what, detail, caller string, do func(context.Context) error) error
 	// MayRead returns nil if the access agreement permits looking at the host's memory.
 	MayRead() error
+	// Recording returns the series by which a finding was judged, or of no finding the series as it is, as detect.ReadRecording reads it.
+	Recording(ctx context.Context, finding string) ([]byte, error)
 	// Obey carries out a signed order about the access agreement, and Offer takes an agreement.
 	Obey(o *access.Order, caller string) error
 	Offer(a *access.Agreement, caller string) error
@@ -282,6 +284,8 @@ func refusal(err error) error {
 		return service.Because(403, "InsufficientPrivilege", sentence(err)+" The host's owner must sign an agreement that permits it.")
 	case errors.Is(err, engine.ErrWritesOff):
 		return service.Because(403, "InsufficientPrivilege", sentence(err)+" Start the agent with writes enabled.")
+	case errors.Is(err, engine.ErrNoRecording):
+		return service.Because(404, "ResourceNotFound", sentence(err), "Recording", "Finding")
 	case errors.Is(err, engine.ErrNoFinding):
 		return service.Because(404, "ResourceNotFound", sentence(err), "LogEntry", "Finding")
 	case errors.Is(err, engine.ErrNoUndo):

@@ -215,6 +215,14 @@ func (a *fakeAgent) Obey(o *access.Order, _ string) error { return a.lock.Obey(o
 
 func (a *fakeAgent) Offer(g *access.Agreement, _ string) error { return a.lock.Offer(g) }
 
+// Recording knows that of "memory-hog-1", and that of now.
+func (a *fakeAgent) Recording(_ context.Context, finding string) ([]byte, error) {
+	if finding != "" && finding != "memory-hog-1" {
+		return nil, fmt.Errorf("recording of %q: %w", finding, engine.ErrNoRecording)
+	}
+	return []byte("series of " + finding), nil
+}
+
 func (a *fakeAgent) MayRead() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()

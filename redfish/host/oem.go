@@ -66,6 +66,12 @@ var (
 				{Name: "Start", Type: "Edm.String", Required: true, Description: "The physical address of the first byte, as 0x and hexadecimal digits."},
 				{Name: "Length", Type: "Edm.Int64", Required: true, Description: "The number of bytes."},
 			},
+		}, {
+			Name: "CollectRecording", Bound: "LogService.v1_0_0.OemActions",
+			Description: "Copies the series of samples by which a finding was judged when it was told of into a new entry of the log. It runs as a task whose monitor ends with the entry's location.",
+			Parameters: []oem.Parameter{
+				{Name: "Finding", Type: "Edm.String", Required: true, Description: "The Id of the finding's log entry; the finding may be resolved. The latest 32 are kept."},
+			},
 		}},
 	}
 	taskSchema = oem.Schema{

@@ -158,7 +158,7 @@ func TestCollect(t *testing.T) {
 	if err := c.Get(t.Context(), dumpURI, &log); err != nil {
 		t.Fatal(err)
 	}
-	if want := []schema.DiagnosticDataDetails{{DiagnosticDataType: "OS"}, {DiagnosticDataType: "OEM", OEMDiagnosticDataType: "Dmesg"}}; !slices.Equal(log.DiagnosticDataDetails, want) {
+	if want := []schema.DiagnosticDataDetails{{DiagnosticDataType: "OS"}, {DiagnosticDataType: "OEM", OEMDiagnosticDataType: "Dmesg"}, {DiagnosticDataType: "OEM", OEMDiagnosticDataType: "Recording"}}; !slices.Equal(log.DiagnosticDataDetails, want) {
 		t.Errorf("the log service says that it collects %+v; want %+v", log.DiagnosticDataDetails, want)
 	}
 	collect := func(action string, body map[string]any) (schema.LogEntry, error) {
@@ -190,6 +190,15 @@ func TestCollect(t *testing.T) {
 		if (err == nil) != want || want && e.AdditionalDataSize != int64(length) {
 			t.Errorf("collect %s = %+v, %v; want success: %v", body, e, err, want)
 		}
+	}
+	for finding, size := range map[string]int64{"": int64(len("series of ")), "memory-hog-1": int64(len("series of memory-hog-1"))} {
+		r, err := c.CollectRecording(t.Context(), finding, nil)
+		if err != nil || r.OEMDiagnosticDataType != "Recording" || r.AdditionalDataSize != size {
+			t.Errorf("CollectRecording(%q) = %+v, %v", finding, r, err)
+		}
+	}
+	if _, err := c.CollectRecording(t.Context(), "memory-hog-2", nil); err == nil || !strings.Contains(err.Error(), "memory-hog-2") {
+		t.Errorf("CollectRecording of a finding that there is not = %v", err)
 	}
 	a.denied = access.ErrDenied
 	if _, err := collect("#LogService.CollectDiagnosticData", map[string]any{"DiagnosticDataType": "OEM", "OEMDiagnosticDataType": "Dmesg"}); err == nil {
