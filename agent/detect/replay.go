@@ -103,12 +103,13 @@ func Replay(ctx context.Context, c Config, whole Pass, more []Detector, say func
 			p.Changes, p.Uncompared, p.Weakened = whole.Changes, whole.Uncompared, whole.Weakened
 		}
 		at := p.Now
-		p.Tasks = until(whole.Tasks, at, func(s *TaskSample) time.Time { return s.At })
-		p.Usage = until(whole.Usage, at, func(u *kernel.Usage) time.Time { return u.At })
-		p.Signs = until(whole.Signs, at, func(s *kernel.Signs) time.Time { return s.At })
-		p.Jams = until(whole.Jams, at, func(j *JamSample) time.Time { return j.At })
-		p.Memory = until(whole.Memory, at, func(m *MemorySample) time.Time { return m.At })
-		p.Network = until(whole.Network, at, func(n *NetworkSample) time.Time { return n.At })
+		last := i == len(whole.Beats) // which sees what was read in it, too: after it began
+		p.Tasks = until(whole.Tasks, at, last, func(s *TaskSample) time.Time { return s.At })
+		p.Usage = until(whole.Usage, at, last, func(u *kernel.Usage) time.Time { return u.At })
+		p.Signs = until(whole.Signs, at, last, func(s *kernel.Signs) time.Time { return s.At })
+		p.Jams = until(whole.Jams, at, last, func(j *JamSample) time.Time { return j.At })
+		p.Memory = until(whole.Memory, at, last, func(m *MemorySample) time.Time { return m.At })
+		p.Network = until(whole.Network, at, last, func(n *NetworkSample) time.Time { return n.At })
 		for k := range detectors {
 			d := &detectors[k]
 			if slices.ContainsFunc(d.Needs, func(n Need) bool { return !p.Has(n) }) {
@@ -125,8 +126,11 @@ func Replay(ctx context.Context, c Config, whole Pass, more []Detector, say func
 	}
 }
 
-// until returns the samples that are no younger than a time.
-func until[T any](all []T, at time.Time, of func(*T) time.Time) []T {
+// until returns the samples that are no younger than a time, or all.
+func until[T any](all []T, at time.Time, whole bool, of func(*T) time.Time) []T {
+	if whole {
+		return all
+	}
 	n := 0
 	for n < len(all) && !of(&all[n]).After(at) {
 		n++

@@ -482,15 +482,15 @@ func (w *watcher) limited(ctx context.Context, now time.Time) context.Context {
 func (w *watcher) idle(ctx context.Context) bool {
 	for d := time.Until(w.due); d > 0; d = time.Until(w.due) {
 		w.thread.sleep(ctx, min(d, panicEvery))
-		select {
-		case <-ctx.Done():
+		switch { // no select, which takes three locks each time
+		case ctx.Err() != nil:
 			return false
-		case <-w.e.wake:
+		case len(w.e.wake) > 0:
+			<-w.e.wake
 			return true
-		case s := <-w.found:
-			w.consider(ctx, s)
+		case len(w.found) > 0:
+			w.consider(ctx, <-w.found)
 			return w.t != nil
-		default:
 		}
 		img := w.t.image()
 		if img == nil || w.panicked || d <= panicEvery {

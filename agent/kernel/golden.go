@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 	"slices"
 	"sort"
 	"strings"
@@ -570,30 +571,38 @@ func (g *goldenPart) compare(v *View, at, n uint64) (uint64, error) {
 	return n, nil
 }
 
-// lineKey is the key of a hash of lines. Who does not know it cannot make two lines that look the same, but by a chance of 2^-32: it is
-// the strongly universal "multilinear-HM" of Lemire and Kaser, Strongly universal string hashing is fast (2014), over words of 32 bits. It
-// takes nothing but multiplications, so that it costs the same on every machine.
-type lineKey [1 + goldenLine/4]uint64
+// lineKey is the key of a hash of lines. Who does not know it cannot make two lines that look the same, but by a chance of 2^-32 + 2^-64: it is NH over
+// words of 64 bits (Black, Halevi, Krawczyk, Krovetz, Rogaway, UMAC: fast and secure message authentication, 1999), whose 128 bits are made 32 by the
+// strongly universal "multilinear" (Lemire, Kaser, Strongly universal string hashing is fast, 2014). It takes nothing but multiplications, so that it costs
+// the same on every machine.
+type lineKey struct {
+	words [goldenLine / 8]uint64
+	fold  [5]uint64
+}
 
 func newLineKey() *lineKey {
-	var b [8 * len(lineKey{})]byte
-	rand.Read(b[:]) // never fails
 	k := new(lineKey)
-	for i := range k {
-		k[i] = le64(b[8*i:])
+	var b [8]byte
+	for _, part := range [][]uint64{k.words[:], k.fold[:]} {
+		for i := range part {
+			rand.Read(b[:]) // never fails
+			part[i] = le64(b[:])
+		}
 	}
 	return k
 }
 
 func (k *lineKey) sum(line []byte) uint32 {
-	h := k[0]
-	line = line[:goldenLine]
-	for i := 1; len(line) >= 8 && i+1 < len(k); i += 2 {
-		w := le64(line)
-		h += (k[i] + w&0xffffffff) * (k[i+1] + w>>32)
-		line = line[8:]
+	l := (*[goldenLine]byte)(line)
+	var hi, lo, carry uint64
+	for i := 0; i < len(l); i += 16 {
+		w, key := l[i:i+16:i+16], k.words[i/8:i/8+2:i/8+2]
+		h, m := bits.Mul64(key[0]+le64(w), key[1]+le64(w[8:]))
+		lo, carry = bits.Add64(lo, m, 0)
+		hi, _ = bits.Add64(hi, h, carry)
 	}
-	return uint32(h >> 32)
+	f := &k.fold
+	return uint32((f[0] + f[1]*(lo&0xffffffff) + f[2]*(lo>>32) + f[3]*(hi&0xffffffff) + f[4]*(hi>>32)) >> 32)
 }
 
 // where returns the region of a place in the row of all regions.

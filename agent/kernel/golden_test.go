@@ -208,8 +208,13 @@ func TestGoldenHot(t *testing.T) {
 // A line that differs in one bit, or whose words have changed places, has another sum.
 func TestLineKey(t *testing.T) {
 	k := newLineKey()
-	for i := range k {
-		k[i] = 0x9e3779b97f4a7c15 * uint64(i+1) * uint64(2*i+3) // as good as any, and the same each time
+	for i := range len(k.words) + len(k.fold) { // as good as any, and the same each time
+		key := 0x9e3779b97f4a7c15 * uint64(i+1) * uint64(2*i+3)
+		if i < len(k.words) {
+			k.words[i] = key
+		} else {
+			k.fold[i-len(k.words)] = key
+		}
 	}
 	line := make([]byte, goldenLine)
 	for i := range line {

@@ -44,6 +44,7 @@ var (
 	pathFlag    = flag.String("path", "window", "how memory is reached: window, nocas for one without compare-and-swap, or dma for the model of a DMA engine")
 	healthyFlag = flag.Duration("healthy", 10*time.Second, "how `long` a host works hard and is healthy")
 	cpusFlag    = flag.Int("cpus", 2, "`number` of the guests' CPUs")
+	recordFlag  = flag.String("record", "", "`directory` for the series of samples by which each finding was judged, and those of healthy hosts, as package detect has them in its testdata")
 )
 
 // fault is a row of the table.
@@ -501,6 +502,9 @@ func (b *bed) watch() {
 		CacheDir: t.TempDir(), HostUUID: guest.UUID, // which kernels know where firmware has told them
 		Policy: policy.Policy{Version: policy.Version, Detectors: b.detectors},
 	}
+	if *recordFlag != "" {
+		o.RecordDir = t.TempDir()
+	}
 	if testing.Verbose() {
 		o.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	}
@@ -516,6 +520,30 @@ func (b *bed) watch() {
 	})
 	if _, err := b.wait(time.Minute, func(e engine.Event) bool { return e.Type == engine.EventAttached }); err != nil {
 		t.Fatalf("attach: %v", err)
+	}
+}
+
+// record keeps the series by which a finding was judged, or that of a host of which nothing is found, if the flag asks for it.
+func (b *bed) record(finding, name string) {
+	b.t.Helper()
+	if *recordFlag == "" {
+		return
+	}
+	var series []byte
+	var err error
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) { // they are written when the pass has ended
+		if series, err = b.e.Recording(b.t.Context(), finding); !errors.Is(err, engine.ErrNoRecording) || time.Now().After(end) {
+			break
+		}
+	}
+	if err == nil {
+		err = os.MkdirAll(*recordFlag, 0o755)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(*recordFlag, name+"-"+b.kernel+".json.gz"), series, 0o644)
+	}
+	if err != nil {
+		b.t.Errorf("record %s: %v", name, err)
 	}
 }
 
@@ -597,6 +625,7 @@ func (b *bed) silent(r result) result {
 			return r
 		}
 	}
+	b.record("", "silent-"+r.Fault)
 	r.Culprit, r.Serving = true, true
 	return r
 }
@@ -672,6 +701,7 @@ func (b *bed) run(f fault) (r result) {
 	found := *ev.Finding
 	b.t.Logf("%s: %s; %s; %+v %+v", f.name, found.Title, found.Detail, found.Culprit, found.Evidence)
 	r.Detector, r.Title, r.Found = string(found.Kind), found.Title, ev.At.Sub(began)
+	b.record(found.ID, "fire-"+r.Detector+"-"+f.name)
 	answers := f.do == nil && !f.dead && found.Kind != detect.KindPanic
 	bomb := f.want[0] == detect.KindForkBomb // under which the guest answers nobody
 	if answers && !bomb {
@@ -799,6 +829,7 @@ func boot(t *testing.T, kernel string) result {
 	}
 	t.Logf("%s; %s", ev.Finding.Title, ev.Finding.Detail)
 	r.Detector, r.Title, r.Found = string(ev.Finding.Kind), ev.Finding.Title, ev.At.Sub(began)
+	b.record(ev.Finding.ID, "fire-"+r.Detector+"-boot")
 	return r
 }
 
@@ -925,6 +956,7 @@ func TestHealthy(t *testing.T) {
 					t.Fatalf("after %v, in round %d, a false finding: %s: %s; %+v %+v", ev.At.Sub(began), round, ev.Finding.Title, ev.Finding.Detail, ev.Finding.Culprit, ev.Finding.Evidence)
 				}
 			}
+			b.record("", "silent-healthy")
 			s := b.e.State()
 			t.Logf("healthy for %v; %d passes; share of a CPU %.3f, %.1f MB/s", time.Since(began).Round(time.Second), s.Passes, s.LastPass.Load, s.LastPass.BytesPerSec/1e6)
 			var silent []string
