@@ -189,6 +189,8 @@ type Pass struct {
 	Changes []kernel.Change `json:"changes,omitempty"`
 	// Uncompared is why it is not known, though it should be, whether there are Changes; empty if it is known.
 	Uncompared string `json:"uncompared,omitempty"`
+	// Risen are the processes that have become root's without execve(2), and without a right to.
+	Risen []kernel.Task `json:"risen,omitempty"`
 	// Weakened are the kernel's protections that are weaker than they have been since the agent attached.
 	Weakened []Weakened   `json:"weakened,omitempty"`
 	View     *kernel.View `json:"-"` // the fresh view; nil in a replayed series

@@ -64,6 +64,7 @@ func (p *Pass) Excerpt(tasks int) Pass {
 		Now: p.Now, Took: p.Took, Path: p.Path, PathDown: p.PathDown, NoKernel: p.NoKernel, Panic: p.Panic, Tickless: p.Tickless, Uncompared: p.Uncompared,
 		Beats: slices.Clone(p.Beats), Usage: slices.Clone(p.Usage), Signs: slices.Clone(p.Signs), Jams: slices.Clone(p.Jams),
 		Memory: slices.Clone(p.Memory), Network: slices.Clone(p.Network), Changes: slices.Clone(p.Changes), Weakened: slices.Clone(p.Weakened),
+		Risen: slices.Clone(p.Risen),
 	}
 	n := len(p.Tasks)
 	left := tasks
@@ -100,7 +101,7 @@ func Replay(ctx context.Context, c Config, whole Pass, more []Detector, say func
 		}
 		if i == len(whole.Beats) {
 			p.Path, p.PathDown, p.NoKernel = whole.Path, whole.PathDown, whole.NoKernel
-			p.Changes, p.Uncompared, p.Weakened = whole.Changes, whole.Uncompared, whole.Weakened
+			p.Changes, p.Uncompared, p.Weakened, p.Risen = whole.Changes, whole.Uncompared, whole.Weakened, whole.Risen
 		}
 		at := p.Now
 		last := i == len(whole.Beats) // which sees what was read in it, too: after it began

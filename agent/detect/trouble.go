@@ -308,6 +308,16 @@ func tampering(c Config) Detector {
 							Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, Start: t.Start}, Evidence{"cred", t.Cred.String()}, Evidence{"cred.user", fmt.Sprint(t.UID)})
 					}
 				}
+				for _, x := range now.Shared {
+					t := &x.Task
+					if slices.ContainsFunc(old.Shared, func(o kernel.SharedCred) bool {
+						return o.Task.PID == t.PID && o.Task.Start == t.Start && o.Task.Cred == t.Cred
+					}) {
+						add(fmt.Sprintf("cred %d@%v", t.PID, t.Start), fmt.Sprintf("%q (PID %d) uses the credentials of %s", t.Comm, t.PID, x.Owner),
+							"the kernel gives each process credentials of its own: a pointer was copied", 0.95,
+							Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, Start: t.Start}, Evidence{"cred", t.Cred.String()}, Evidence{"cred of", x.Owner})
+					}
+				}
 				for _, m := range now.HiddenModules {
 					if slices.Contains(old.HiddenModules, m) {
 						add("module "+m, fmt.Sprintf("module %q is hidden", m), "it is live, and not in all of the kernel's lists of modules", 0.95, Culprit{Module: m}, Evidence{"module", m})
@@ -325,6 +335,15 @@ func tampering(c Config) Detector {
 					add(HookKey(h), fmt.Sprintf("a %s of a stranger's at %s", h.Kind, h.Place), fmt.Sprintf("whenever the kernel comes there, it calls %v, in %s; tracers have the kernel's own code called, and drivers show themselves", h.To, owner),
 						0.97, Culprit{Module: h.Owner}, Evidence{h.Member, h.To.String()}, Evidence{"handler in", owner}, Evidence{"record", h.Record.String()})
 				}
+			}
+			for _, t := range p.Risen {
+				key := fmt.Sprintf("cred %d@%v", t.PID, t.Start)
+				if slices.ContainsFunc(out, func(f Finding) bool { return f.Key == key }) {
+					continue // which says more
+				}
+				add(key, fmt.Sprintf("%q (PID %d) has become root", t.Comm, t.PID),
+					"it had no right to, and has started no program that has: system calls alone do not lead there", 0.95,
+					Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, Start: t.Start}, Evidence{"cred", t.Cred.String()}, Evidence{"self_exec_id", fmt.Sprint(t.Execs)})
 			}
 			if out = slices.Concat(out, weakened(p.Weakened), changed(p.Changes)); len(out) == 0 && p.Uncompared != "" {
 				return nil, errors.New(p.Uncompared)

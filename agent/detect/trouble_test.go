@@ -3,6 +3,7 @@ package detect
 import (
 	"iter"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -146,6 +147,17 @@ func TestTampering(t *testing.T) {
 				s.Hooks = []kernel.Hook{{Kind: "kprobe", Record: 0x1000, At: 0x1040, To: 0x2000}}
 			}
 		}, 0},
+		{"the kernel's credentials, and those of another", func(_ int, s *kernel.Signs) {
+			s.Shared = []kernel.SharedCred{{Task: hidden, Owner: "the kernel itself"}, {Task: kernel.Task{PID: 67, TGID: 67}, Owner: `"y" (PID 2)`}}
+		}, 2},
+		{"shared for a moment", func(i int, s *kernel.Signs) {
+			if i == 4 {
+				s.Shared = []kernel.SharedCred{{Task: hidden}}
+			}
+		}, 0},
+		{"shared by one after the other", func(i int, s *kernel.Signs) {
+			s.Shared = []kernel.SharedCred{{Task: kernel.Task{PID: i, TGID: i}}}
+		}, 0},
 		{"a module that is just loaded", func(i int, s *kernel.Signs) {
 			if i == 4 {
 				s.HiddenModules = []string{"good"}
@@ -155,6 +167,20 @@ func TestTampering(t *testing.T) {
 		if fs := detect(t, d, &Pass{Signs: signs(5, tt.f)}); verdicts(fs) != tt.want {
 			t.Errorf("%s: %+v; want %d findings", tt.name, fs, tt.want)
 		}
+	}
+}
+
+// Of a process that has become root it is told once, by what says most.
+func TestRisen(t *testing.T) {
+	d := tampering(DefaultConfig())
+	x := kernel.Task{PID: 66, TGID: 66, Comm: "x", Start: time.Second}
+	p := &Pass{Signs: signs(5, func(int, *kernel.Signs) {}), Risen: []kernel.Task{x}}
+	if fs := detect(t, d, p); verdicts(fs) != 1 || fs[0].Culprit.PID != 66 || !strings.Contains(fs[0].Title, "has become root") {
+		t.Errorf("%+v", fs)
+	}
+	p.Signs = signs(5, func(_ int, s *kernel.Signs) { s.Shared = []kernel.SharedCred{{Task: x, Owner: "the kernel itself"}} })
+	if fs := detect(t, d, p); verdicts(fs) != 1 || !strings.Contains(fs[0].Title, "the credentials of the kernel itself") {
+		t.Errorf("%+v", fs)
 	}
 }
 

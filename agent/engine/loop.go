@@ -104,6 +104,7 @@ type watcher struct {
 	guards    map[string]kernel.Guard // as they stood strongest
 	weakened  []detect.Weakened
 	roots     []rootProcess
+	risen     risen
 	said      uint64 // sequence number of the newest record of the log that was looked at; zero: none yet
 	nextSigns time.Time
 	nextJams  time.Time
@@ -347,7 +348,7 @@ func (w *watcher) take(ctx context.Context, t target, took time.Duration) {
 	w.golden.end()
 	w.golden.next = now.Add(goldenAfter)
 	w.jams, w.memory, w.nextJams, w.noKernel, w.said, w.roots = nil, nil, now, time.Time{}, 0, nil
-	w.guards, w.weakened, w.panicked, w.rehearsed = nil, nil, false, false
+	w.guards, w.weakened, w.panicked, w.rehearsed, w.risen = nil, nil, false, false, risen{}
 	// A kernel that goes on after what looked like a reset shows that this host's firmware writes there while it runs.
 	lies := info.BootID == w.ended
 	w.firmware, w.ended = nil, ""
@@ -561,6 +562,15 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		var s detect.TaskSample
 		if s, terr = taskSample(l, w.tasks); terr == nil {
 			s.Mapped = mapped(p.View, s.Tasks, usage.Total)
+			var before []kernel.Task
+			if n := len(w.tasks); n > 0 {
+				before = w.tasks[n-1].Tasks
+			}
+			if p.View != nil {
+				if w.risen.see(before, s.Tasks, p.View.Exec); len(w.risen.news) > 0 {
+					w.nextTasks = now.Add(signsAgain)
+				}
+			}
 			w.tasks, listed = append(w.tasks, s), s.Tasks
 			_, keep := e.config.Keep()
 			for len(w.tasks) > 2 && now.Sub(w.tasks[1].At) > keep {
@@ -610,7 +620,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		w.countMemory(p.View, now)
 		w.lookAtGuards(p.View)
 	}
-	p.Jams, p.Memory, p.Weakened = w.jams, w.memory, w.weakened
+	p.Jams, p.Memory, p.Weakened, p.Risen = w.jams, w.memory, w.weakened, w.risen.tasks
 	p.Took = time.Since(now)
 	failed := errors.Join(perr, berr, uerr, terr)
 	if serr != nil { // the passes that follow will show whether it is more than that
@@ -673,7 +683,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 
 // alarms is how much in a sample speaks of hands that are not the kernel's own.
 func alarms(s kernel.Signs) int {
-	return len(s.Strays) + len(s.Hidden) + len(s.HiddenModules) + len(s.Forged) + len(s.Hooks)
+	return len(s.Strays) + len(s.Hidden) + len(s.HiddenModules) + len(s.Forged) + len(s.Shared) + len(s.Hooks)
 }
 
 func (e *Engine) tasksDue(next, now time.Time) bool {

@@ -10,15 +10,16 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 )
 
-// UnhookProbe is the ID of the action that takes the handler from a stranger's probe.
+// UnhookProbe is the ID of the action that takes the handler from a stranger's probe, notifier or packet filter.
 const UnhookProbe = "unhook-probe"
 
-// unhookProbe has a probe call a function of the kernel's that does nothing and returns 0, in place of its handler. The probe itself stays: to take
-// its breakpoint, or its call, out of code that may be running, the kernel's own functions are needed, which sleep.
+// unhookProbe has a probe call a function of the kernel's that does nothing and returns 0, in place of its handler; a chain of notifiers, too, for which 0 is
+// NOTIFY_DONE; netfilter one that returns NF_ACCEPT. The probe itself stays: to take its breakpoint, or its call, out of code that may be running, the
+// kernel's own functions are needed, which sleep.
 //
-// Whoever reads the pointer meanwhile gets the one function or the other, and each of the callers, which are in kernel/kprobes.c and
-// arch/x86/kernel/kprobes, goes on with the probed function when a handler returns 0, so that one store of 8 bytes is all. A CPU that is in the
-// handler at that moment finishes it.
+// Whoever reads the pointer meanwhile gets the one function or the other, and each of the callers, which are in kernel/kprobes.c,
+// arch/x86/kernel/kprobes, kernel/notifier.c and net/netfilter/core.c, goes on as if nobody had been called, so that one store of 8 bytes is all. A CPU that is
+// in the handler at that moment finishes it.
 func unhookProbe() Action {
 	return Action{
 		ID: UnhookProbe, Title: "Have a stranger's probe call nothing", Risk: RiskKernel,
@@ -45,12 +46,19 @@ func planUnhook(m model, f detect.Finding, hooks []kernel.Hook) (Plan, error) {
 		if detect.HookKey(h) != f.Key {
 			continue
 		}
-		if h.Kind == "ftrace" {
-			return fail(fmt.Errorf("the kernel calls %v from code that it has made for this user of ftrace, into which the address is written: no store takes it out safely: %w", h.To, kernel.ErrNotSupported))
+		does := returns0
+		switch h.Kind {
+		case "kprobe", "kretprobe", "notifier":
+		case "packet filter":
+			does = accepts
+		case "ftrace", "tracepoint":
+			return fail(fmt.Errorf("the kernel calls %v from code that it has made for this user of %s, into which the address is written: no store takes it out safely: %w", h.To, h.Kind, kernel.ErrNotSupported))
+		default:
+			return fail(fmt.Errorf("%s of the %s %q leads to %v, and what it led to before is not known: %w", h.Member, h.Kind, h.Place, h.To, kernel.ErrNotSupported))
 		}
 		if len(p.Steps) == 0 {
 			var err error
-			if nothing, err = doesNothing(m); err != nil {
+			if nothing, err = does.find(m); err != nil {
 				return fail(err)
 			}
 			p.Title = fmt.Sprintf("have the %s at %s call nothing", h.Kind, h.Place)
@@ -74,20 +82,28 @@ func planUnhook(m model, f detect.Finding, hooks []kernel.Hook) (Plan, error) {
 	return p, nil
 }
 
-// Code of a function that returns 0 whatever it is given, behind its first bytes: xor %eax,%eax, and a return, which may be by a thunk.
+// idle is what a function does that does nothing but return a number, whatever it is given.
+type idle struct {
+	what  string   // for people
+	names []string // of functions that do, of which each kernel has one
+	code  []byte   // behind its first bytes, before it returns
+}
+
 var (
-	xorEAX  = []byte{0x31, 0xc0}
-	returns = [][]byte{{0xc3}, {0xe9}}
+	// The latter is what a panicked kernel calls where no driver wants to blink.
+	returns0 = idle{"returns 0", []string{"__static_call_return0", "no_blink"}, []byte{0x31, 0xc0}} // xor %eax,%eax
+	// By this netfilter itself replaces a filter that is leaving (net/netfilter/core.c).
+	accepts = idle{"accepts each packet", []string{"accept_all"}, []byte{0xb8, 1, 0, 0, 0}} // mov $NF_ACCEPT,%eax
+	returns = [][]byte{{0xc3}, {0xe9}}                                                      // itself, or by a thunk
 )
 
-// doesNothing returns the step that makes sure of a function that may be called by a pointer, with any arguments, and only returns 0. One of
-// these each kernel has: the latter is what a panicked one calls where no driver wants to blink.
-func doesNothing(m model) (Step, error) {
+// find returns the step that makes sure of such a function.
+func (f idle) find(m model) (Step, error) {
 	if m.Info().Arch == archAArch64 {
-		return Step{}, fmt.Errorf("probes are taken from strangers on x86-64 only: %w", kernel.ErrNotSupported)
+		return Step{}, fmt.Errorf("hooks are taken from strangers on x86-64 only: %w", kernel.ErrNotSupported)
 	}
 	var all error
-	for _, name := range []string{"__static_call_return0", "no_blink"} {
+	for _, name := range f.names {
 		va, _, err := callable(m, name)
 		code := make(Bytes, 16)
 		if err == nil {
@@ -101,16 +117,16 @@ func doesNothing(m model) (Step, error) {
 		for _, head := range [][]byte{endbr64, sealed, fentryNop} {
 			rest = bytes.TrimPrefix(rest, head)
 		}
-		then, ok := bytes.CutPrefix(rest, xorEAX)
+		then, ok := bytes.CutPrefix(rest, f.code)
 		if !ok || !bytes.HasPrefix(then, returns[0]) && !bytes.HasPrefix(then, returns[1]) {
-			all = errors.Join(all, fmt.Errorf("%s is %x, which does more than to return 0: %w", name, []byte(code), kernel.ErrNotSupported))
+			all = errors.Join(all, fmt.Errorf("%s is %x, which is not a function that only %s: %w", name, []byte(code), f.what, kernel.ErrNotSupported))
 			continue
 		}
 		pa, err := m.Phys(va)
 		if err != nil {
 			return Step{}, err
 		}
-		return Step{Op: OpExpect, Why: "the function does nothing", Object: name, Addr: pa, Virt: va, Expect: code}, nil
+		return Step{Op: OpExpect, Why: "the function only " + f.what, Object: name, Addr: pa, Virt: va, Expect: code}, nil
 	}
-	return Step{}, fmt.Errorf("no function that does nothing: %w", all)
+	return Step{}, fmt.Errorf("no function that only %s: %w", f.what, all)
 }

@@ -17,33 +17,55 @@ func hooked(t *testing.T, code []byte) (*fakeHost, []kernel.Hook) {
 		{Kind: "kprobe", Record: direct + 0x150000, Place: "filldir64", Member: "kprobe.pre_handler", At: direct + 0x150040, To: 0xbad0},
 		{Kind: "kprobe", Record: direct + 0x150000, Place: "filldir64", Member: "kprobe.post_handler", At: direct + 0x150048, To: 0xbad1},
 		{Kind: "kretprobe", Record: direct + 0x151000, Place: "commit_creds", Member: "kretprobe.handler", At: direct + 0x151060, To: 0xbad2},
+		{Kind: "notifier", Record: direct + 0x153000, Place: "module_notify_list", Member: "notifier_block.notifier_call", At: direct + 0x153000, To: 0xbad4},
+		{Kind: "packet filter", Record: direct + 0x154008, Place: "ipv4 LOCAL_OUT", Member: "nf_hook_entry.hook", At: direct + 0x154008, To: 0xbad5},
+		{Kind: "line discipline", Record: direct + 0x155000, Place: "n_tty", Member: "tty_ldisc_ops.receive_buf2", At: direct + 0x155000, To: 0xbad6},
 		{Kind: "ftrace", Record: direct + 0x152000, Place: "?", Member: "ftrace_ops.func", At: direct + 0x152000, To: 0xbad3},
 	}
 	h.put64(0x150040, 0xbad0)
 	h.put64(0x150048, 0xbad1)
 	h.put64(0x151060, 0xbad2)
 	h.put64(0x152000, 0xbad3)
+	h.put64(0x153000, 0xbad4)
+	h.put64(0x154008, 0xbad5)
+	h.symbols["accept_all"] = direct + paFn + 0x400
+	h.write(paFn+0x400, acceptAll)
 	return h, hooks
 }
 
 // static long no_blink(int state) { return 0; }, as Debian's 6.1 and 6.12 have it.
 var noBlink = append(append([]byte(nil), endbr64...), 0x0f, 0x1f, 0x44, 0x00, 0x00, 0x31, 0xc0, 0xe9, 1, 2, 3, 4)
 
+// static unsigned int accept_all(...) { return NF_ACCEPT; }, as Debian's 6.1 and 6.12 have it.
+var acceptAll = append(append([]byte(nil), endbr64...), 0x0f, 0x1f, 0x44, 0x00, 0x00, 0xb8, 1, 0, 0, 0, 0xe9, 1, 2, 3, 4)
+
 func TestUnhook(t *testing.T) {
-	h, hooks := hooked(t, noBlink)
-	p, err := planUnhook(h, detect.Finding{ID: "tampering-1", Kind: detect.KindTampering, Key: detect.HookKey(hooks[0])}, hooks)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.ID = "plan-1"
-	o := options(t, h, &memJournal{})
-	o.Grant = grant(t, permit(UnhookProbe))
-	out, err := NewExecutor(o).Apply(t.Context(), p, "test")
-	if err != nil || !out.Verified || out.Stores != 2 || !out.Atomic {
-		t.Fatalf("%+v, %v", out, err)
-	}
-	if got := [3]uint64{h.get(0x150040, 8), h.get(0x150048, 8), h.get(0x151060, 8)}; got != [3]uint64{direct + paFn + 0x300, direct + paFn + 0x300, 0xbad2} {
-		t.Errorf("the handlers are %#x", got)
+	const nothing, accept = direct + paFn + 0x300, direct + paFn + 0x400
+	for _, tt := range []struct {
+		hook   int
+		stores int
+		want   [5]uint64 // of two kprobes, a kretprobe, a notifier and a filter
+	}{
+		{0, 2, [5]uint64{nothing, nothing, 0xbad2, 0xbad4, 0xbad5}},
+		{2, 1, [5]uint64{0xbad0, 0xbad1, nothing, 0xbad4, 0xbad5}},
+		{3, 1, [5]uint64{0xbad0, 0xbad1, 0xbad2, nothing, 0xbad5}},
+		{4, 1, [5]uint64{0xbad0, 0xbad1, 0xbad2, 0xbad4, accept}},
+	} {
+		h, hooks := hooked(t, noBlink)
+		p, err := planUnhook(h, detect.Finding{ID: "tampering-1", Kind: detect.KindTampering, Key: detect.HookKey(hooks[tt.hook])}, hooks)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.ID = "plan-1"
+		o := options(t, h, &memJournal{})
+		o.Grant = grant(t, permit(UnhookProbe))
+		out, err := NewExecutor(o).Apply(t.Context(), p, "test")
+		if err != nil || !out.Verified || out.Stores != tt.stores || !out.Atomic {
+			t.Fatalf("%s: %+v, %v", hooks[tt.hook].Kind, out, err)
+		}
+		if got := [5]uint64{h.get(0x150040, 8), h.get(0x150048, 8), h.get(0x151060, 8), h.get(0x153000, 8), h.get(0x154008, 8)}; got != tt.want {
+			t.Errorf("%s: the handlers are %#x", hooks[tt.hook].Kind, got)
+		}
 	}
 }
 
@@ -74,7 +96,8 @@ func TestUnhookRefuses(t *testing.T) {
 		arch string
 		want error
 	}{
-		{"ftrace calls by code of its own", 3, noBlink, "", kernel.ErrNotSupported},
+		{"ftrace calls by code of its own", 6, noBlink, "", kernel.ErrNotSupported},
+		{"what a line discipline called before is not known", 5, noBlink, "", kernel.ErrNotSupported},
 		{"the probe is gone", -1, noBlink, "", ErrGone},
 		{"the function does more than to return 0", 0, append(append([]byte(nil), endbr64...), 0x0f, 0x1f, 0x44, 0x00, 0x00, 0xb0, 0x01, 0xc3, 0, 0, 0, 0), "", kernel.ErrNotSupported},
 		{"another architecture", 0, noBlink, archAArch64, kernel.ErrNotSupported},

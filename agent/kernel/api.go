@@ -129,24 +129,28 @@ type Info struct {
 
 // Task is one thread of the host as its task_struct tells.
 type Task struct {
-	Addr      VirtAddr      `json:"addr"`
-	PID       int           `json:"pid"`  // task_struct.pid: the thread's own
-	TGID      int           `json:"tgid"` // the process's
-	PPID      int           `json:"ppid"`
-	Comm      string        `json:"comm"`
-	State     string        `json:"state"` // one letter as in ps(1): R S D T t Z X P I
-	UID       uint32        `json:"uid"`   // effective
-	Cred      VirtAddr      `json:"cred"`  // real_cred
-	CPU       int           `json:"cpu"`
-	OnCPU     bool          `json:"onCPU"`
-	KThread   bool          `json:"kthread"`
-	UTime     time.Duration `json:"utime"`
-	STime     time.Duration `json:"stime"`
-	Runtime   time.Duration `json:"runtime"` // se.sum_exec_runtime
-	Start     time.Duration `json:"start"`   // start_time, monotonic since boot
-	RSS       uint64        `json:"rss"`     // bytes
-	Switches  uint64        `json:"switches"`
-	Confident bool          `json:"confident"` // read twice alike, or the reason for doubt is in the pass's report
+	Addr     VirtAddr      `json:"addr"`
+	PID      int           `json:"pid"`  // task_struct.pid: the thread's own
+	TGID     int           `json:"tgid"` // the process's
+	PPID     int           `json:"ppid"`
+	Comm     string        `json:"comm"`
+	State    string        `json:"state"` // one letter as in ps(1): R S D T t Z X P I
+	UID      uint32        `json:"uid"`   // effective
+	Cred     VirtAddr      `json:"cred"`  // real_cred
+	CPU      int           `json:"cpu"`
+	OnCPU    bool          `json:"onCPU"`
+	KThread  bool          `json:"kthread"`
+	UTime    time.Duration `json:"utime"`
+	STime    time.Duration `json:"stime"`
+	Runtime  time.Duration `json:"runtime"` // se.sum_exec_runtime
+	Start    time.Duration `json:"start"`   // start_time, monotonic since boot
+	RSS      uint64        `json:"rss"`     // bytes
+	Switches uint64        `json:"switches"`
+	// Execs is self_exec_id, which each execve(2) moves on (the lower 32 bits). MaySetUID says that the task may become root without one: it has
+	// CAP_SETUID, or root is among its users.
+	Execs     uint32 `json:"execs,omitempty"`
+	MaySetUID bool   `json:"maySetUID,omitempty"`
+	Confident bool   `json:"confident"` // read twice alike, or the reason for doubt is in the pass's report
 }
 
 // CPU is the heartbeat of one CPU, for comparison with an earlier or later sample.

@@ -2,12 +2,14 @@ package kernel
 
 import "errors"
 
-// Hook is a pointer by which a probe leads to a handler that is in no code that the kernel admits to: neither its own, nor that of a module that
-// stands in all its lists. Tracers (perf, ftrace, bpftrace, live patches, BPF trampolines) lead into the kernel's own code, from where they go on.
+// Hook is a pointer by which a probe, or who is called by the kernel otherwise, leads to a handler that is in no code that the kernel admits to: neither its
+// own, nor that of a module that stands in all its lists. Tracers (perf, ftrace, bpftrace, live patches, BPF trampolines) lead into the kernel's own code,
+// from where they go on.
 type Hook struct {
-	Kind   string   `json:"kind"`   // kprobe, kretprobe or ftrace
-	Record VirtAddr `json:"record"` // the kernel's record of the probe, of which there may be several hooks
-	Place  string   `json:"place"`  // the function that is probed; of ftrace, whose record it is
+	Kind   string   `json:"kind"`   // kprobe, kretprobe, ftrace, notifier, packet filter, tracepoint, line discipline or input handler
+	Record VirtAddr `json:"record"` // the kernel's record of it, of which there may be several hooks
+	// Place is the function that is probed; of ftrace, whose record it is; else the chain of notifiers, where packets come by, the tracepoint, or the name.
+	Place  string   `json:"place"`
 	Member string   `json:"member"` // "kprobe.pre_handler"
 	At     VirtAddr `json:"at"`     // of the pointer
 	To     VirtAddr `json:"to"`
@@ -42,10 +44,22 @@ func (img *Image) planHooks() (h hookPlan) {
 	return h
 }
 
-// hookedAt is a hook whose place is not named yet.
+// hookedAt is a hook whose place is not named yet, if there is an address of it.
 type hookedAt struct {
 	Hook
 	place VirtAddr
+}
+
+// noteHook is told of each pointer that is a hook if it leads to a stranger.
+type noteHook func(h Hook, place VirtAddr)
+
+// stranger returns what keeps those that lead out of the kernel's own code.
+func (h *hookPlan) stranger(found *[]hookedAt) noteHook {
+	return func(x Hook, place VirtAddr) {
+		if x.To != 0 && (x.To < h.from || x.To >= h.to) && len(*found) < maxHooks {
+			*found = append(*found, hookedAt{x, place})
+		}
+	}
 }
 
 // hooks are those of kprobes, kretprobes and users of ftrace that are in force.
@@ -55,10 +69,9 @@ func (v *View) hooks(p *signsPlan, s *Signs) error {
 		return h.err
 	}
 	var found []hookedAt
+	keep := h.stranger(&found)
 	note := func(kind, member string, record, at, to, place VirtAddr) {
-		if to != 0 && (to < h.from || to >= h.to) && len(found) < maxHooks {
-			found = append(found, hookedAt{Hook{Kind: kind, Record: record, Place: place.String(), Member: member, At: at, To: to}, place})
-		}
+		keep(Hook{Kind: kind, Record: record, Place: place.String(), Member: member, At: at, To: to}, place)
 	}
 	err := v.eachKprobe(func(t *thing) error {
 		if t.num("flags")&(kprobeGone|kprobeDisabled) != 0 {
@@ -143,7 +156,12 @@ func (v *View) strangers(p *signsPlan, s *Signs, found []hookedAt) error {
 		if h.Kind == "ftrace" {
 			name = v.nameOf
 		}
-		switch text, err := name(h.place); {
+		text := ""
+		var err error
+		if h.place != 0 {
+			text, err = name(h.place)
+		}
+		switch {
 		case err != nil && !tolerable(err) && !errors.Is(err, ErrNotFound):
 			return err
 		case text != "" && err == nil:

@@ -483,8 +483,28 @@ func testProbes(t *testing.T, g *guest, img *Image) {
 			}
 		}
 	}
-	if s, err := v.Signs(); err != nil || len(s.Hooks) > 0 || slices.ContainsFunc(s.Missing, func(m string) bool { return strings.HasPrefix(m, "probes") }) {
+	if s, err := v.Signs(); err != nil || len(s.Hooks) > 0 || slices.ContainsFunc(s.Missing, func(m string) bool { return strings.HasPrefix(m, "probes") || strings.HasPrefix(m, "callbacks") }) {
 		t.Errorf("the guest's own tracing is taken for a stranger's: %+v, %v, %v", s.Hooks, s.Missing, err)
+	}
+	// What a healthy kernel calls is seen, and found in code that has a name.
+	called := make(map[string]int)
+	note := func(h Hook, _ VirtAddr) {
+		if h.To == 0 {
+			return
+		}
+		called[h.Kind]++
+		if name, err := v.function(h.To); err != nil || name == "" || h.Place == "" {
+			t.Errorf("%+v leads to %q, %v", h, name, err)
+		}
+	}
+	for _, look := range []func(*callbackPlan, noteHook) error{v.notifiers, v.packetFilters, v.tracepointHooks, v.lineDisciplines, v.inputHandlers} {
+		if err := look(img.signsPlan().callbacks, note); err != nil {
+			t.Error(err)
+		}
+	}
+	t.Logf("called: %v", called)
+	if called["notifier"] < 10 || called["line discipline"] < 8 || called["tracepoint"] < 1 {
+		t.Errorf("too few are called: %v", called)
 	}
 	if kinds["kprobe"] != strings.Count(kprobes, "\n") || kinds["kprobe"] == 0 || kinds["ftrace"] == 0 && functions != "" || kinds["rename"] != 1 {
 		t.Errorf("%v; the guest has %s, %s", kinds, kprobes, events)

@@ -176,17 +176,13 @@ func (v *View) tracepointUsers() ([]Probe, error) {
 	if r.err != nil {
 		return nil, r.err
 	}
-	if stop < start || stop-start > 8*maxTracepoints || (stop-start)%4 != 0 {
-		return nil, &CorruptError{"__start___tracepoints_ptrs", start, fmt.Sprintf("ends at %v", stop)}
-	}
-	// Relative addresses of 4 bytes (CONFIG_HAVE_ARCH_PREL32_RELOCATIONS).
-	b := make([]byte, stop-start)
-	if err := v.img.space.object(v, "__start___tracepoints_ptrs", start, b); err != nil {
+	places, err := v.tracepoints(start, stop)
+	if err != nil {
 		return nil, err
 	}
 	var all []Probe
-	for i := 0; i < len(b); i += 4 {
-		t, err := v.thing(s, start+VirtAddr(i)+VirtAddr(int64(int32(le32(b[i:])))))
+	for _, at := range places {
+		t, err := v.thing(s, at)
 		if err != nil {
 			return all, err
 		}

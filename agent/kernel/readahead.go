@@ -149,7 +149,7 @@ func (a *readAhead) before(task VirtAddr) {
 		}
 	}
 	a.fetch(mms, l.rss.offset, l.rss.size*uint64(l.rss.counters))
-	a.fetch(creds, l.euid, 4)
+	a.fetch(creds, l.credSpan.lo, l.credSpan.size())
 	a.fetch(parents, l.tgid, 4)
 	if !l.rss.perCPU {
 		return

@@ -25,10 +25,19 @@ type Signs struct {
 	// Forged are the tasks whose cred.uid is root's and whose cred.user is not: the kernel sets both together (set_user of
 	// kernel/sys.c), who overwrites credentials sets the first. Their UID is the one that they are accounted to.
 	Forged []Task `json:"forged,omitempty"`
-	// Hooks are the probes whose handlers are in no code that the kernel admits to.
+	// Shared are the processes that have the credentials of another one, or the kernel's own: it gives each of its own (copy_creds of kernel/cred.c), and
+	// only threads share. Of two it is the younger.
+	Shared []SharedCred `json:"shared,omitempty"`
+	// Hooks are the probes, and what else the kernel calls, whose handlers are in no code that the kernel admits to.
 	Hooks []Hook `json:"hooks,omitempty"`
 	// Missing says of which of these nothing could be told, and why.
 	Missing []string `json:"missing,omitempty"`
+}
+
+// SharedCred is a process whose credentials are those of another.
+type SharedCred struct {
+	Task  Task   `json:"task"`
+	Owner string `json:"owner"` // for people
 }
 
 // Stray is a pointer to a function that leads elsewhere.
@@ -66,13 +75,15 @@ type signsPlan struct {
 		err   error
 		table VirtAddr
 	}
-	modules moduleWalk
-	modErr  error
-	hooks   hookPlan
-	creds   struct {
+	modules   moduleWalk
+	modErr    error
+	hooks     hookPlan
+	callbacks *callbackPlan
+	creds     struct {
 		err  error
 		cred *shape
 		user uint64
+		init VirtAddr // init_cred; 0 if it has no name
 	}
 	pids struct {
 		err                      error
@@ -119,10 +130,12 @@ func (img *Image) planSigns() *signsPlan {
 	p.modules = moduleWalk{brief: true}
 	p.modErr = p.modules.resolve(img)
 	p.hooks = img.planHooks()
+	p.callbacks = img.planCallbacks()
 
 	r = resolver{img: img}
 	p.creds.cred = r.shape("cred", "uid.val", "user")
 	p.creds.user = r.field("user_struct", 4, "uid.val")
+	p.creds.init, _ = img.syms.symbol("init_cred")
 	p.creds.err = r.err
 
 	r = resolver{img: img}
@@ -148,7 +161,7 @@ func (v *View) SignsAmong(tasks []Task) (Signs, error) {
 	}{
 		{"oopses", v.oopses}, {"grace periods", v.gracePeriod}, {"system calls", v.syscalls}, {"interrupt table", v.interruptTable},
 		{"hidden processes", func(p *signsPlan, s *Signs) error { return v.hiddenTasks(p, s, tasks) }}, {"hidden modules", v.hiddenModules},
-		{"probes", v.hooks},
+		{"probes", v.hooks}, {"callbacks", v.callbacks},
 	} {
 		if err := part.read(p, &s); err != nil {
 			if !tolerable(err) {
@@ -285,6 +298,32 @@ func (v *View) hiddenModules(p *signsPlan, s *Signs) error {
 	return nil
 }
 
+// sharedCred notes a process whose credentials another has. owners has those that are known.
+func (s *Signs) sharedCred(owners map[VirtAddr]*Task, t *Task, init VirtAddr) {
+	if t.PID != t.TGID || t.State == "Z" || t.State == "X" || len(s.Shared) >= maxStrays {
+		return
+	}
+	if t.Cred == init && init != 0 {
+		if !t.KThread && t.PID != 0 {
+			s.Shared = append(s.Shared, SharedCred{*t, "the kernel itself"})
+		}
+		return
+	}
+	o, ok := owners[t.Cred]
+	if !ok {
+		owners[t.Cred] = t
+		return
+	}
+	thief := t
+	if o.Start > t.Start {
+		thief, o = o, t
+		owners[t.Cred] = t
+	}
+	if !thief.KThread {
+		s.Shared = append(s.Shared, SharedCred{*thief, fmt.Sprintf("%q (PID %d)", o.Comm, o.PID)})
+	}
+}
+
 // hiddenTasks compares the PIDs of the first namespace (pid_namespace.idr, an xarray of struct pid) with the list of tasks.
 func (v *View) hiddenTasks(p *signsPlan, s *Signs, tasks []Task) error {
 	if tasks == nil {
@@ -297,8 +336,10 @@ func (v *View) hiddenTasks(p *signsPlan, s *Signs, tasks []Task) error {
 	}
 	listed := make(map[VirtAddr]bool, len(tasks))
 	forged := make(map[VirtAddr]uint32) // of each cred: the user that it is accounted to, if that is another one; many tasks share one
-	for _, t := range tasks {
+	owners := make(map[VirtAddr]*Task, len(tasks))
+	for i, t := range tasks {
 		listed[t.Addr] = true
+		s.sharedCred(owners, &tasks[i], p.creds.init)
 		if p.creds.err != nil || len(s.Forged) >= maxStrays {
 			continue
 		}

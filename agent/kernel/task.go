@@ -19,10 +19,13 @@ type taskLayout struct {
 
 	flags, state, exitState, onCPU, cpu, pid, tgid, comm, tasks, threadNode   uint64
 	mm, realParent, cred, signal, utime, stime, runtime, start, nvcsw, nivcsw uint64
+	execs                                                                     uint64
 	canary                                                                    uint64
 	hasCanary                                                                 bool
-	threadHead                                                                uint64 // in signal_struct
-	euid                                                                      uint64 // in cred
+	threadHead                                                                uint64    // in signal_struct
+	users                                                                     [3]uint64 // in cred: uid, suid, euid
+	permitted                                                                 uint64    // in cred
+	credSpan                                                                  span      // of cred
 	rss                                                                       rssLayout
 }
 
@@ -86,11 +89,18 @@ func (img *Image) taskLayout() taskLayout {
 	l.start = task(8, "start_time")
 	l.nvcsw = task(8, "nvcsw")
 	l.nivcsw = task(8, "nivcsw")
+	l.execs = l.span.add(r.field("task_struct", 0, "self_exec_id"), 4) // of 8 bytes since v5.7 (commit d1e7fd6462ca)
 	if f, err := img.types.field("task_struct", "stack_canary"); err == nil && f.Size == 8 && f.Offset < 1<<20 {
 		l.canary, l.hasCanary = f.Offset, true
 	}
 	l.threadHead = r.field("signal_struct", 16, "thread_head")
-	l.euid = r.field("cred", 4, "euid")
+	for i, name := range []string{"uid", "suid", "euid"} {
+		l.users[i] = l.credSpan.add(r.field("cred", 4, name), 4)
+	}
+	l.permitted = l.credSpan.add(r.field("cred", 8, "cap_permitted"), 8)
+	if r.err == nil && l.credSpan.size() > 4<<10 {
+		r.fail(&CorruptError{"BTF", 0, fmt.Sprintf("cred spreads its fields over %d bytes", l.credSpan.size())})
+	}
 	l.rss = rssLayout{offset: r.field("mm_struct", 0, "rss_stat")}
 	if r.err == nil && l.span.size() > 64<<10 {
 		r.fail(&CorruptError{"BTF", 0, fmt.Sprintf("task_struct spreads its fields over %d bytes", l.span.size())})
@@ -407,6 +417,7 @@ func (img *Image) readTask(src source, o *object, addr, signal VirtAddr) (taskRe
 			Runtime:   time.Duration(o.u64(l.runtime)),
 			Start:     time.Duration(o.u64(l.start)),
 			Switches:  o.u64(l.nvcsw) + o.u64(l.nivcsw),
+			Execs:     o.u32(l.execs),
 			Confident: true,
 		},
 		next: o.ptr(l.tasks) - VirtAddr(l.tasks), prev: o.ptr(l.tasks+8) - VirtAddr(l.tasks),
@@ -463,9 +474,16 @@ func (img *Image) related(src source, t *taskRecord) error {
 		return &CorruptError{"task_struct", t.parent, fmt.Sprintf("parent of PID %d has PID %d", t.PID, t.PPID)}
 	}
 	t.Cred = t.cred
-	t.UID, err = img.space.word32(src, "cred", t.cred+VirtAddr(l.euid))
-	return err
+	var o object
+	if err := o.load(img.space, src, "cred", l.credSpan, t.cred); err != nil {
+		return err
+	}
+	t.UID = o.u32(l.users[2])
+	t.MaySetUID = o.u64(l.permitted)&(1<<capSetUID) != 0 || o.u32(l.users[0]) == 0 || o.u32(l.users[1]) == 0 || t.UID == 0
+	return nil
 }
+
+const capSetUID = 7 // CAP_SETUID, include/uapi/linux/capability.h
 
 // rss returns the resident bytes of an mm_struct. Counters that were caught in motion are taken as they are, but not below
 // zero; the kernel itself knows them no better.

@@ -272,11 +272,9 @@ var rows = []fault{
 		b.g.Ask("write /proc/sys/kernel/sched_rt_runtime_us 950000", "written", &done)
 	}},
 	{name: "memory-stall", start: "rootstall", want: []detect.Kind{detect.KindExhaustion}, key: "pressure", by: 90 * time.Second, innocent: true, undo: ended},
-	{name: "patching", quiet: true, do: func(b *bed) {
-		var done string
-		b.g.Ask("patch", "patched", &done)
-	}},
 	{name: "root-cred", want: []detect.Kind{detect.KindTampering}, key: "cred ", by: 10 * time.Second, heal: heal.KillProcess},
+	{name: "give-root", want: []detect.Kind{detect.KindTampering}, key: "cred ", by: 10 * time.Second, heal: heal.KillProcess},
+	{name: "share-cred", want: []detect.Kind{detect.KindTampering}, key: "cred ", by: 10 * time.Second, heal: heal.KillProcess},
 	{name: "hide-module", want: []detect.Kind{detect.KindTampering}, key: "module ", by: 10 * time.Second, heal: heal.RelinkHidden,
 		truth: func(b *bed) bool { return !strings.Contains(b.cat("/proc/modules"), "bdfault") }},
 	{name: "hide-task", want: []detect.Kind{detect.KindTampering}, key: "task ", by: 10 * time.Second, heal: heal.RelinkHidden,
@@ -285,8 +283,17 @@ var rows = []fault{
 		truth: func(b *bed) bool { return !bytes.Equal(b.word("sys_call_table", 62), b.address("__x64_sys_kill")) }},
 	{name: "hook-fops", want: []detect.Kind{detect.KindTampering}, by: 10 * time.Second, heal: heal.RestoreKernel,
 		truth: calls(func(b *bed) { b.cat("/proc") })},
+	{name: "hide-socket", want: []detect.Kind{detect.KindTampering}, key: "rodata ", by: 10 * time.Second, heal: heal.RestoreKernel, undo: ended, do: func(b *bed) {
+		b.pid = b.g.Spawn("rootnet") // listens
+		time.Sleep(300 * time.Millisecond)
+		b.g.Spawn("fault=hide-socket")
+	}, truth: func(b *bed) bool { return !strings.Contains(b.cat("/proc/net/tcp"), " 0A ") }},
 	{name: "probe", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "probe_off",
 		truth: func(b *bed) bool { return !slices.Contains(strings.Split(b.cat("/proc"), "\n"), "bdfault") }},
+	{name: "notifier", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "notifier_off",
+		truth: calls((*bed).modules)},
+	{name: "packet-filter", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "packet-filter_off",
+		truth: calls((*bed).packets)},
 	{name: "code", want: []detect.Kind{detect.KindTampering}, by: 40 * time.Second, heal: heal.RestoreKernel, do: func(b *bed) {
 		_, pa := b.at(halt, codeAt)
 		b.overwrite(pa)
@@ -368,6 +375,16 @@ var rows = []fault{
 	{name: "clock-jumps", want: []detect.Kind{detect.KindClock}, key: "ahead", by: 20 * time.Second},
 	// There are interrupts of timers, and no ticks: no work of the kernel's is done any more.
 	{name: "clock-stands", want: []detect.Kind{detect.KindClock}, key: "stands", by: 30 * time.Second, heal: heal.RestartHost, dead: true, next: true},
+	// The last, for an emulator now and then stands still over code that is patched.
+	{name: "tracepoint", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, after: "tracepoint_off",
+		truth: calls(func(b *bed) {
+			var done string
+			b.g.Ask(fmt.Sprintf("kill %d", b.g.Spawn("sleep")), "killed", &done)
+		})},
+	{name: "patching", quiet: true, do: func(b *bed) {
+		var done string
+		b.g.Ask("patch", "patched", &done)
+	}},
 }
 
 // result is what the table says of a fault on a kernel.
@@ -606,6 +623,27 @@ func (b *bed) cat(file string) (text string) {
 	return text
 }
 
+// modules has modules come and go.
+func (b *bed) modules() {
+	b.t.Helper()
+	var done string
+	for _, name := range b.conntrack {
+		b.g.Ask("load "+name, "loaded", &done)
+	}
+	for _, name := range slices.Backward(b.conntrack) {
+		b.g.Ask("unload "+strings.TrimSuffix(name, ".ko"), "unloaded", &done)
+	}
+}
+
+// packets has the guest send some to itself.
+func (b *bed) packets() {
+	b.t.Helper()
+	var done string
+	pid := b.g.Spawn("rootnet")
+	time.Sleep(500 * time.Millisecond)
+	b.g.Ask(fmt.Sprintf("kill %d", pid), "killed", &done)
+}
+
 // silent waits until all of the kernel's code was compared twice, and nothing was found.
 func (b *bed) silent(r result) result {
 	rounds := func() int {
@@ -717,7 +755,7 @@ func (b *bed) run(f fault) (r result) {
 		r.Culprit = found.Culprit.Module == f.accused
 	case f.lock != "":
 		r.Culprit = found.Culprit.Lock == f.lock && found.Culprit.PID != 0
-	case f.start != "" && !f.dead && f.start != "bomb" && f.start != "rootbomb" && f.want[0] != detect.KindExhaustion, f.name == "root-cred", f.name == "hide-task", f.name == "d-state":
+	case f.start != "" && !f.dead && f.start != "bomb" && f.start != "rootbomb" && f.want[0] != detect.KindExhaustion, slices.Contains([]string{"root-cred", "give-root", "share-cred"}, f.name), f.name == "hide-task", f.name == "d-state":
 		r.Culprit = found.Culprit.TGID == pid || found.Culprit.PID == pid
 	case f.dead:
 		r.Culprit = found.Culprit.CPU != nil || found.Kind == detect.KindClock || found.Kind == detect.KindHardware || found.Culprit.Comm == "v-"+f.start

