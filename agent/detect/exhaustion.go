@@ -444,11 +444,14 @@ func exhaustion(c Config) Detector {
 				var was uint64
 				for _, window := range []time.Duration{watched, 5 * watched} {
 					series := us[since(us, window):]
-					if took = now.At.Sub(series[0].At); took < window*9/10 || !steady(series, r.used) {
+					if took = now.At.Sub(series[0].At); took < window*9/10 {
+						continue
+					}
+					rate, ok := pace(series, r.used)
+					if !ok {
 						continue
 					}
 					was = r.used(&series[0])
-					rate := float64(used-was) / took.Seconds()
 					eta = time.Duration(min(float64(max(r.limit, used)-used)/rate, 1e8) * float64(time.Second))
 					break
 				}
@@ -472,22 +475,28 @@ func exhaustion(c Config) Detector {
 	}
 }
 
-// steady reports whether a quantity has grown in each fifth of the time of a series: a leak does, a start of something does not.
-func steady(us []kernel.Usage, of func(*kernel.Usage) uint64) bool {
+// pace returns by how much a quantity has grown in a second, if it has in each fifth of the time of a series: a leak does, a start of something does not.
+// It is that of the middle one of the fifths, so that what starts something while something else leaks slowly counts for nothing.
+func pace(us []kernel.Usage, of func(*kernel.Usage) uint64) (rate float64, ok bool) {
 	const parts = 5
 	n := len(us)
 	whole := us[n-1].At.Sub(us[0].At)
-	last, part := of(&us[0]), 0
+	last := of(&us[0])
+	grown := make([]uint64, 0, parts)
 	for i := range us {
-		if us[i].At.Sub(us[0].At) < whole*time.Duration(part+1)/parts {
+		if us[i].At.Sub(us[0].At) < whole*time.Duration(len(grown)+1)/parts {
 			continue
 		}
 		v := of(&us[i])
 		if v <= last {
-			return false
+			return 0, false
 		}
+		grown = append(grown, v-last)
 		last = v
-		part++
 	}
-	return part == parts
+	if len(grown) != parts {
+		return 0, false
+	}
+	slices.Sort(grown)
+	return float64(grown[parts/2]) * parts / whole.Seconds(), true
 }

@@ -366,4 +366,17 @@ func TestExhaustion(t *testing.T) {
 	}); f != nil {
 		t.Errorf("slab that grows for 10 s: %+v", f)
 	}
+	// Nor is it, where there has been some growth all the time.
+	w = newTown()
+	n = 0
+	if f, _ := w.first(t, exhaustion(c), 3*time.Minute, func() {
+		if n++; n%20 == 0 {
+			w.use.Files++
+		}
+		if n > 1700 && n < 1720 {
+			w.use.Files += 500
+		}
+	}); f != nil {
+		t.Errorf("files that grow by a sixth in a second: %+v", f)
+	}
 }

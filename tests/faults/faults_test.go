@@ -189,8 +189,9 @@ func (b *bed) address(symbol string) []byte {
 	return binary.LittleEndian.AppendUint64(nil, uint64(va))
 }
 
-// few lowers a limit of tasks, not below the least that the kernel takes, to somewhat more than there are, and has somebody use most of it up.
-func few(file string, least int) func(b *bed) {
+// few lowers a limit of tasks, not below the least that the kernel takes, to somewhat more than there are, writes what else there is to write, and has
+// somebody use most of it up.
+func few(file string, least int, also ...string) func(b *bed) {
 	return func(b *bed) {
 		var done string
 		was := strings.TrimSpace(b.cat(file))
@@ -203,6 +204,9 @@ func few(file string, least int) func(b *bed) {
 		}
 		limit := max(least, tasks+40)
 		b.g.Ask(fmt.Sprintf("write %s %d", file, limit), "written", &done)
+		for _, w := range also {
+			b.g.Ask("write "+w, "written", &done)
+		}
 		b.pid = b.g.Spawn(fmt.Sprintf("rootfork%d", limit*98/100-tasks))
 	}
 }
@@ -318,7 +322,8 @@ var rows = []fault{
 	{name: "skb-leak", want: []detect.Kind{detect.KindExhaustion}, key: "slab", by: 100 * time.Second, after: "skb-leak_off"},
 	{name: "fd-leak", want: []detect.Kind{detect.KindExhaustion}, key: "files", by: 100 * time.Second, after: "fd-leak_off"},
 	{name: "files", start: "rootfiles", want: []detect.Kind{detect.KindExhaustion}, key: "files", by: 30 * time.Second, heal: heal.RaiseLimit, undo: ended},
-	{name: "pids", want: []detect.Kind{detect.KindExhaustion}, key: "pids", by: 150 * time.Second, heal: heal.RaiseLimit, do: few("/proc/sys/kernel/pid_max", 450), undo: ended},
+	// Of numbers below 300 the kernel gives out none any more when it has been around once (RESERVED_PIDS): it is made to begin again.
+	{name: "pids", want: []detect.Kind{detect.KindExhaustion}, key: "pids", by: 150 * time.Second, heal: heal.RaiseLimit, do: few("/proc/sys/kernel/pid_max", 450, "/proc/sys/kernel/ns_last_pid 10"), undo: ended},
 	{name: "threads", want: []detect.Kind{detect.KindExhaustion}, key: "threads", by: 150 * time.Second, heal: heal.RaiseLimit, do: few("/proc/sys/kernel/threads-max", 20), undo: ended},
 	{name: "softirq-storm", want: []detect.Kind{detect.KindStorm}, by: 40 * time.Second, after: "softirq-storm_off"},
 	{name: "syn-flood", start: "rootsyn", want: []detect.Kind{detect.KindExhaustion}, key: "syn-flood", by: 20 * time.Second, innocent: true, undo: ended},
@@ -830,6 +835,8 @@ func (b *bed) run(f fault) (r result) {
 	for task, err := range v.Tasks() {
 		r.Serving = r.Serving || err == nil && task.PID == bystander && task.State != "Z"
 	}
+	var done string
+	b.g.Ask(fmt.Sprintf("kill %d", bystander), "killed", &done)
 	if f.heal == heal.ReleaseLock && r.Rung != "" {
 		f.after = "" // it is given back already
 	}
