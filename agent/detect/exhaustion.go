@@ -19,9 +19,10 @@ const (
 	bombForks = 8
 
 	hogWindow = time.Second
-	hogShare  = 0.3 // of what is lost, that one process must have taken
-	hogSize   = 0.1 // of all memory, that it must have
-	hogEarly  = 0.2 // of all memory, from which on it is judged while there is much left
+	hogShare  = 0.3  // of what is lost, that one process must have taken
+	hogSize   = 0.1  // of all memory, that it must have
+	hogEarly  = 0.2  // of all memory, from which on it is judged while there is much left
+	hogLate   = 0.15 // of all memory, below which little is left
 )
 
 // Hurry reports whether the task list should be read before its time: something grows fast, and who it is will be asked.
@@ -305,8 +306,10 @@ func memoryHog(c Config) Detector {
 			if !soon && !low && eta >= 3*c.HogETA {
 				return nil, nil
 			}
-			t, grown, lost, asks, fits := p.eater(now)
-			soon = soon && !fits
+			t, grown, lost, asks, fits, own := p.eater(now)
+			// Who has grown most just now need not be he by whom it ends so soon: a database that starts takes its memory, and what is compiled beside it goes
+			// on. He must be fast enough by himself, and large, unless little is left.
+			soon = soon && !fits && (t.PID == 0 || own < c.HogETA && (share < hogLate || float64(t.RSS) >= hogEarly*float64(now.Total)))
 			early := t.PID != 0 && eta < c.HogETA && took >= 2*c.Heartbeat && asks && float64(t.RSS) >= hogEarly*float64(now.Total) && float64(grown) > 0.6*float64(lost)
 			f := Finding{
 				Kind: KindMemoryHog, Severity: Critical, Suspicion: true, Confidence: 0.5, Key: "memory",
@@ -348,11 +351,12 @@ func memoryHog(c Config) Detector {
 }
 
 // eater returns the process that has taken the most memory lately, how much that was, how much was lost meanwhile, and whether it asks for
-// more and more, or for what there is not, or whether what it has asked for is there; a zero Task if none has taken an essential part.
-func (p *Pass) eater(now *kernel.Usage) (who kernel.Task, grown, lost uint64, asks, fits bool) {
+// more and more, or for what there is not, or whether what it has asked for is there, and when it alone would have taken all that is left; a zero Task if
+// none has taken an essential part.
+func (p *Pass) eater(now *kernel.Usage) (who kernel.Task, grown, lost uint64, asks, fits bool, eta time.Duration) {
 	n := len(p.Tasks)
 	if n < 2 {
-		return kernel.Task{}, 0, 0, false, false
+		return kernel.Task{}, 0, 0, false, false, 0
 	}
 	last := &p.Tasks[n-1]
 	base := n - 2
@@ -360,7 +364,7 @@ func (p *Pass) eater(now *kernel.Usage) (who kernel.Task, grown, lost uint64, as
 		base--
 	}
 	if last.At.Sub(p.Tasks[base].At) > 10*time.Second {
-		return kernel.Task{}, 0, 0, false, false
+		return kernel.Task{}, 0, 0, false, false, 0
 	}
 	before := make(map[taskKey]uint64, len(p.Tasks[base].Tasks))
 	for _, t := range p.Tasks[base].Tasks {
@@ -391,15 +395,16 @@ func (p *Pass) eater(now *kernel.Usage) (who kernel.Task, grown, lost uint64, as
 		lost = a - b
 	}
 	if who.PID == 0 || float64(most) < hogShare*float64(lost) || float64(who.RSS) < hogSize*float64(now.Total) {
-		return kernel.Task{}, 0, 0, false, false
+		return kernel.Task{}, 0, 0, false, false, 0
 	}
+	eta = time.Duration(min(float64(now.Available)/float64(most)*last.At.Sub(p.Tasks[base].At).Seconds(), 1e6) * float64(time.Second))
 	// Who takes his memory at his start, as databases do, has asked for all of it before, and it will do. A hog asks for more and more, or
 	// for more than there is.
 	then, ok := p.Tasks[base].Mapped[who.TGID]
 	total, ok2 := last.Mapped[who.TGID]
 	beyond := total > who.RSS && total-who.RSS > now.Available
 	more := ok && total > then && float64(total-then) >= 0.5*float64(most)
-	return who, most, lost, ok2 && (beyond || more), ok && ok2 && !beyond && !more
+	return who, most, lost, ok2 && (beyond || more), ok && ok2 && !beyond && !more, eta
 }
 
 // exhaustion reports what comes to its end by its level or by its trend: threads, PIDs, open files, memory that the kernel

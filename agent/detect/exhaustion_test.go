@@ -283,6 +283,23 @@ func TestMemoryHog(t *testing.T) {
 				}
 			}
 		}},
+		{"a compiler, when a database beside it has just taken its memory", false, func(w *town) func() {
+			db, p := w.start(100, 27, "base", 0), w.start(100, 1000, "cc1plus", 0)
+			w.task(p).RSS = 80 * mib
+			w.use.Available -= 80 * mib
+			return func() {
+				take := func(pid int, n uint64) {
+					w.use.Available -= n
+					w.task(pid).RSS += n
+				}
+				if w.task(db).RSS < 360*mib {
+					take(db, 30*mib)
+				} else if w.task(p).RSS < 110*mib {
+					take(p, 5*mib)
+				}
+				w.mapped = map[int]uint64{db: 360 * mib, p: w.task(p).RSS + 2*mib}
+			}
+		}},
 		{"fast", true, func(w *town) func() {
 			p := w.start(100, 1000, "hog", 0)
 			return func() {
