@@ -332,7 +332,7 @@ func tampering(c Config) Detector {
 					if h.Owner != "" {
 						owner = fmt.Sprintf("the hidden module %q", h.Owner)
 					}
-					add(HookKey(h), fmt.Sprintf("a %s of a stranger's at %s", h.Kind, h.Place), fmt.Sprintf("whenever the kernel comes there, it calls %v, in %s; tracers have the kernel's own code called, and drivers show themselves", h.To, owner),
+					add(HookKey(h), fmt.Sprintf("a stranger's %s at %s", h.Kind, h.Place), fmt.Sprintf("whenever the kernel comes there, it calls %v, in %s; tracers have the kernel's own code called, and drivers show themselves", h.To, owner),
 						0.97, Culprit{Module: h.Owner}, Evidence{h.Member, h.To.String()}, Evidence{"handler in", owner}, Evidence{"record", h.Record.String()})
 				}
 			}

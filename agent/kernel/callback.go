@@ -122,6 +122,9 @@ func (img *Image) planCallbacks() *callbackPlan {
 		f.nets, f.list = r.symbol("net_namespace_list"), r.field("net", 0, "list")
 		f.count, f.first = r.field("nf_hook_entries", 2, "num_hook_entries"), r.field("nf_hook_entries", 0, "hooks")
 		f.size, f.function = r.size("nf_hook_entry"), r.field("nf_hook_entry", 8, "hook")
+		if r.err == nil && f.function+8 > f.size {
+			r.fail(&CorruptError{"BTF", 0, fmt.Sprintf("nf_hook_entry of %d bytes has its function at %d", f.size, f.function)})
+		}
 	}
 	f.err = r.err
 

@@ -18,26 +18,22 @@ const (
 // Exec reads it (mm_struct.saved_auxv, which no process can change without CAP_SYS_RESOURCE). ErrNotFound says that the program is being started,
 // ErrNotSupported that it was in another user namespace than the host's, whose numbers of users are others.
 func (v *View) Exec(t Task) (Exec, error) {
-	r := resolver{img: v.img}
-	task := r.shape("task_struct", "mm", "real_cred")
-	mm := r.shape("mm_struct", "user_ns", "saved_auxv[]")
-	cred := r.shape("cred", "cap_permitted[]")
-	host := r.symbol("init_user_ns")
-	if r.err != nil {
-		return Exec{}, r.err
+	p := &v.img.signsPlan().exec
+	if p.err != nil {
+		return Exec{}, p.err
 	}
-	x, err := v.thing(task, t.Addr)
+	x, err := v.thing(p.task, t.Addr)
 	if err != nil {
 		return Exec{}, err
 	}
-	m, err := v.thing(mm, x.ptr("mm"))
+	m, err := v.thing(p.mm, x.ptr("mm"))
 	if err != nil {
 		return Exec{}, err
 	}
-	if ns := m.ptr("user_ns"); ns != host {
+	if ns := m.ptr("user_ns"); ns != p.host {
 		return Exec{}, fmt.Errorf("PID %d was started in another user namespace: %w", t.PID, ErrNotSupported)
 	}
-	c, err := v.thing(cred, x.ptr("real_cred"))
+	c, err := v.thing(p.cred, x.ptr("real_cred"))
 	if err != nil {
 		return Exec{}, err
 	}

@@ -85,6 +85,11 @@ type signsPlan struct {
 		user uint64
 		init VirtAddr // init_cred; 0 if it has no name
 	}
+	exec struct {
+		err            error
+		task, mm, cred *shape
+		host           VirtAddr // init_user_ns
+	}
 	pids struct {
 		err                      error
 		ns                       VirtAddr
@@ -137,6 +142,13 @@ func (img *Image) planSigns() *signsPlan {
 	p.creds.user = r.field("user_struct", 4, "uid.val")
 	p.creds.init, _ = img.syms.symbol("init_cred")
 	p.creds.err = r.err
+
+	r = resolver{img: img}
+	p.exec.task = r.shape("task_struct", "mm", "real_cred")
+	p.exec.mm = r.shape("mm_struct", "user_ns", "saved_auxv[]")
+	p.exec.cred = r.shape("cred", "cap_permitted[]")
+	p.exec.host = r.symbol("init_user_ns")
+	p.exec.err = r.err
 
 	r = resolver{img: img}
 	p.pids.ns = r.symbol("init_pid_ns")

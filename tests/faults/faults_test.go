@@ -962,7 +962,7 @@ func TestFaults(t *testing.T) {
 }
 
 // A host that works hard is not ill: it builds, reads a disk, talks to itself by TCP, has a database take much of its memory at once, is held
-// for moments as on a busy hypervisor, loads modules and takes them out, has its kernel patch its own code, and traces a function. Detectors are set as they are for customers, but
+// for moments as on a busy hypervisor, has users become root by su(1), loads modules and takes them out, has its kernel patch its own code, and traces a function. Detectors are set as they are for customers, but
 // for the CPUs': those are emulated, and wait for real ones that have other work, too.
 func TestHealthy(t *testing.T) {
 	if testing.Short() {
@@ -986,6 +986,7 @@ func TestHealthy(t *testing.T) {
 			b.g.Spawn("rootexec")
 			for round := 0; time.Since(began) < *healthyFlag; round++ {
 				base := b.g.Spawn("rootbase")
+				b.g.Spawn("su")
 				for _, name := range b.conntrack {
 					b.g.Ask("load "+name, "loaded", &done)
 				}

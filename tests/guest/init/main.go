@@ -6,7 +6,7 @@
 //	             hog, roothog (of which the OOM killer keeps off), rootforkN (N processes, one after the
 //	             other), rootfiles (open files, until there are no more), rootio (reads /dev/vda), roottmpfs (fills a
 //	             file system in memory), rootsyn (begins connections from addresses that there are not), rootfifo (has real-time priority without an end, on the last CPU), rootpinned (wants to run there, too), rootstall (asks for more memory than its control group is to have), rootload (what building
-//	             a program asks of a machine), rootnet (talks to itself by TCP), rootcode (gets itself memory that may be executed, after a minute), rootexec (becomes a program that may execute its memory, after 15 s), rootbase (what a database does that takes its memory at its start)
+//	             a program asks of a machine), rootnet (talks to itself by TCP), rootcode (gets itself memory that may be executed, after a minute), rootexec (becomes a program that may execute its memory, after 15 s), su (becomes root as by su(1)), rootbase (what a database does that takes its memory at its start)
 //	spawn fault=NAME  start a child that has the fault module do something, and stays
 //	load NAME P  load the module of the file /NAME with parameters
 //	unload NAME  take a module out
@@ -253,6 +253,11 @@ func start(kind string) (int, error) {
 		c.SysProcAttr = &syscall.SysProcAttr{}
 	}
 	c.SysProcAttr.Setpgid = true
+	if kind == "su" {
+		if err := setUID("/init", "/su"); err != nil {
+			return 0, err
+		}
+	}
 	if kind == "rootfifo" {
 		c.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1") // Go's own scheduler would have it sleep for moments
 	}
@@ -273,6 +278,21 @@ func start(kind string) (int, error) {
 		err = unix.Kill(pid, unix.SIGSTOP)
 	}
 	return pid, err
+}
+
+// setUID makes a copy of a program by which each user becomes root, once.
+func setUID(program, as string) error {
+	if _, err := os.Stat(as); err == nil {
+		return nil
+	}
+	code, err := os.ReadFile(program)
+	if err == nil {
+		err = os.WriteFile(as, code, 0o755)
+	}
+	if err == nil {
+		err = os.Chmod(as, 0o755|os.ModeSetuid)
+	}
+	return err
 }
 
 func blockAll() {
@@ -412,6 +432,19 @@ func child(kind string) {
 		unix.Exec("/proc/self/exe", []string{"exe", "rootjit"}, os.Environ())
 	case "rootjit":
 		unix.Mmap(-1, 0, 8192, unix.PROT_READ|unix.PROT_WRITE|unix.PROT_EXEC, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	case "su": // is a user for a while, becomes root's by a program of root's, and starts another as root
+		time.Sleep(2 * time.Second)
+		unix.Exec("/su", []string{"exe", "sued"}, os.Environ())
+		os.Exit(1)
+	case "sued":
+		time.Sleep(time.Second)
+		if err := syscall.Setuid(0); err == nil {
+			unix.Exec("/init", []string{"exe", "rooted"}, os.Environ())
+		}
+		os.Exit(1)
+	case "rooted":
+		time.Sleep(2 * time.Second)
+		os.Exit(0)
 	case "rootbase": // takes three eighths of 512 MiB at once and works there, as databases and virtual machines of languages do
 		const size = 192 << 20
 		b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
