@@ -34,7 +34,7 @@ func ReadRecording(r io.Reader) (Pass, error) {
 	}
 	var p Pass
 	if err := json.NewDecoder(io.LimitReader(r, maxRecording)).Decode(&p); err != nil {
-		return Pass{}, fmt.Errorf("read recording: %w", err)
+		return Pass{}, fmt.Errorf("read recording: %w; it is not one that is whole: take it again with backdoor collect recording", err)
 	}
 	return p, nil
 }
