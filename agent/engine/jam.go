@@ -20,8 +20,11 @@ const (
 
 // jam takes a sample of what waits in the kernel. Of what was torn, the sample before is what is known. A host that is made up,
 // of which there is no View, has nothing.
-func jam(v *kernel.View, state kernel.PanicState, last []detect.JamSample) detect.JamSample {
-	s := detect.JamSample{At: time.Now(), Taint: state.Tainted}
+func jam(v *kernel.View, state *kernel.PanicState, last []detect.JamSample) detect.JamSample {
+	s := detect.JamSample{At: time.Now()}
+	if state != nil {
+		s.Taint = state.Tainted
+	}
 	if v == nil {
 		return s
 	}
@@ -61,9 +64,7 @@ func jam(v *kernel.View, state kernel.PanicState, last []detect.JamSample) detec
 		d.InFlight = d.InFlight[:min(len(d.InFlight), keptRequests)]
 		s.Disks = append(s.Disks, d)
 	}
-	if m, err := v.MemoryUse(); err == nil {
-		s.Pressure = m.Pressure
-	}
+	s.Pressure, _ = v.Pressure() // what is torn is missing once
 	return s
 }
 

@@ -522,23 +522,18 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		defer v.Close()
 	}
 	// At first what is cheapest and matters most.
-	panicState, perr := l.Panic()
-	if perr == nil {
-		p.Panic = &panicState
-		if first := panicState.Panicked && !w.panicked; first {
-			// The kernel claims a panic some microseconds before it says why.
-			for range 3 {
-				if panicState.Message != "" {
-					break
-				}
-				sleep(ctx, 2*time.Millisecond)
-				if again, err := l.Panic(); err == nil && again.Panicked {
-					panicState = again
-				}
-			}
-			return l.Cost(), w.tellPanic(ctx, p)
+	told, perr := w.lookForPanic(ctx, l, p)
+	if told {
+		return l.Cost(), perr
+	}
+	looked := now
+	overtaken := func() bool { // where a pass takes its time, the panic does not wait for its end
+		if time.Since(looked) < panicEvery/2 {
+			return false
 		}
-		w.panicked = panicState.Panicked
+		looked = time.Now()
+		told, perr = w.lookForPanic(ctx, l, p)
+		return told
 	}
 	beat, berr := l.Heartbeat()
 	e.mean(&e.cost.MeanHeartbeat, time.Since(now))
@@ -584,6 +579,9 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 		p.Tasks = w.tasks
 		w.lookForMailbox(p.View, w.tasks[n-1].Tasks, now)
 	}
+	if overtaken() {
+		return l.Cost(), perr
+	}
 	// On a host without any life a look at what stands is as good as many.
 	var serr error
 	alarming := false
@@ -608,13 +606,19 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	if serr == nil {
 		p.Signs = w.signs
 	}
-	if berr == nil && !panicState.Panicked {
+	if overtaken() {
+		return l.Cost(), perr
+	}
+	if berr == nil && !w.panicked {
 		p.Changes, p.Uncompared = w.compare(p.View, now)
 		alarming = alarming || len(p.Changes) > 0
 	}
-	if berr == nil && !panicState.Panicked && !now.Before(w.nextJams) {
+	if overtaken() {
+		return l.Cost(), perr
+	}
+	if berr == nil && !w.panicked && !now.Before(w.nextJams) {
 		w.nextJams = now.Add(jamsEvery)
-		s := jam(p.View, panicState, w.jams)
+		s := jam(p.View, p.Panic, w.jams)
 		w.strain(p.View, &s)
 		w.addJam(s)
 		w.countMemory(p.View, now)
@@ -626,7 +630,10 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 	if serr != nil { // the passes that follow will show whether it is more than that
 		e.log.Debug("cannot look for signs", "err", serr)
 	}
-	dead := panicState.Panicked || time.Since(w.moved) > quietAfter
+	if overtaken() {
+		return l.Cost(), perr
+	}
+	dead := w.panicked || time.Since(w.moved) > quietAfter
 	if errors.Is(failed, hostmem.ErrLinkDown) {
 		return l.Cost(), failed
 	}
@@ -830,7 +837,30 @@ func alive(a, b kernel.Heartbeat) bool {
 	return false
 }
 
-// tellPanic is all of the first pass that sees a panic: everything else can wait for the next one.
+// lookForPanic reads whether the kernel has panicked. If that is news it is told at once, as all of this pass: everything else can wait for the next.
+func (w *watcher) lookForPanic(ctx context.Context, l look, p *detect.Pass) (told bool, err error) {
+	s, err := l.Panic()
+	if err != nil {
+		return false, err
+	}
+	p.Panic = &s
+	if !s.Panicked || w.panicked {
+		w.panicked = s.Panicked
+		return false, nil
+	}
+	// The kernel claims a panic some microseconds before it says why.
+	for range 3 {
+		if s.Message != "" {
+			break
+		}
+		sleep(ctx, 2*time.Millisecond)
+		if again, err := l.Panic(); err == nil && again.Panicked {
+			s = again
+		}
+	}
+	return true, w.tellPanic(ctx, p)
+}
+
 func (w *watcher) tellPanic(ctx context.Context, p *detect.Pass) error {
 	p.Beats, p.Usage, p.Tasks, p.Signs, p.Network = w.beats, w.usage, w.tasks, w.signs, w.network
 	p.Jams, p.Memory, p.Weakened = w.jams, w.memory, w.weakened
@@ -845,7 +875,7 @@ func (w *watcher) tellPanic(ctx context.Context, p *detect.Pass) error {
 	w.e.mu.Lock()
 	w.e.dead, w.e.moved = true, w.lived
 	w.e.mu.Unlock()
-	w.judge(ctx, p)
+	w.judgeBy(ctx, p, ofPanic, nil)
 	return nil
 }
 
@@ -860,7 +890,7 @@ func (w *watcher) rehearse(ctx context.Context, v *kernel.View) {
 	now := time.Now()
 	p := &detect.Pass{Now: now, Panic: &s}
 	for _, d := range w.e.detectors {
-		if !slices.Equal(d.Needs, []detect.Need{detect.NeedPanic}) {
+		if !ofPanic(&d) {
 			continue
 		}
 		found, err := d.Detect(ctx, p)
@@ -888,8 +918,23 @@ func (w *watcher) wouldSpeak(p *detect.Pass) bool {
 	return len(w.e.tracked) > 0
 }
 
+// ofPanic reports whether a detector needs no more than the state of a panic.
+func ofPanic(d *detect.Detector) bool { return slices.Equal(d.Needs, []detect.Need{detect.NeedPanic}) }
+
 // judge runs the detectors that are due and takes in what they say.
 func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
+	e := w.e
+	var force map[string]bool
+	e.mu.Lock()
+	if len(e.force) > 0 {
+		force, e.force = e.force, make(map[string]bool)
+	}
+	e.mu.Unlock()
+	w.judgeBy(ctx, p, func(*detect.Detector) bool { return true }, force)
+	w.keepSeries(p)
+}
+
+func (w *watcher) judgeBy(ctx context.Context, p *detect.Pass, which func(*detect.Detector) bool, force map[string]bool) {
 	e := w.e
 	if w.nextRun == nil {
 		w.nextRun = make([]time.Time, len(e.detectors))
@@ -898,17 +943,13 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 		p.Network = w.sampleNetwork(p.Now)
 	}
 	rests := w.resting(p.Now)
-	var force map[string]bool
 	e.mu.Lock()
-	if len(e.force) > 0 {
-		force, e.force = e.force, make(map[string]bool)
-	}
 	grant := e.o.Agreement.Grant(e.uuid) // to look takes no more than the agreement, whichever host this is
 	e.mu.Unlock()
 	at := time.Now()
 	for i := range e.detectors {
 		d := &e.detectors[i]
-		if p.Now.Before(w.nextRun[i]) && !force[d.ID] {
+		if p.Now.Before(w.nextRun[i]) && !force[d.ID] || !which(d) {
 			continue
 		}
 		e.mu.Lock()
@@ -968,7 +1009,6 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 		}
 		e.mu.Unlock()
 	}
-	w.keepSeries(p)
 }
 
 // lacking returns what a detector needs and the pass does not have, or "".

@@ -189,7 +189,7 @@ func (v *View) callbacks(p *signsPlan, s *Signs) error {
 			errs = append(errs, fmt.Errorf("%s: %w", part.name, err))
 		}
 	}
-	return errors.Join(append(errs, v.strangers(p, s, found))...)
+	return errors.Join(append(errs, v.strangers(s, found))...)
 }
 
 func (v *View) notifiers(p *callbackPlan, note noteHook) error {

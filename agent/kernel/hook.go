@@ -97,7 +97,7 @@ func (v *View) hooks(p *signsPlan, s *Signs) error {
 	if err := v.ftraceHooks(p, note); err != nil {
 		return err
 	}
-	return v.strangers(p, s, found)
+	return v.strangers(s, found)
 }
 
 func (v *View) ftraceHooks(p *signsPlan, note func(kind, member string, record, at, to, place VirtAddr)) error {
@@ -126,19 +126,13 @@ func (v *View) ftraceHooks(p *signsPlan, note func(kind, member string, record, 
 }
 
 // strangers keeps the hooks that lead into no module that stands in all lists.
-func (v *View) strangers(p *signsPlan, s *Signs, found []hookedAt) error {
+func (v *View) strangers(s *Signs, found []hookedAt) error {
 	if len(found) == 0 {
 		return nil
 	}
-	if p.modErr != nil {
-		return p.modErr
-	}
-	var modules []Module
-	for m, err := range v.modulesBy(p.modules) {
-		if err != nil {
-			return err
-		}
-		modules = append(modules, m)
+	modules, err := v.modulesBriefly()
+	if err != nil {
+		return err
 	}
 	for _, h := range found {
 		honest := false

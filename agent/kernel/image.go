@@ -34,6 +34,7 @@ type Image struct {
 	guards                 guards
 	idle                   idleCaches
 	conntrack              conntrackPlan
+	shapes                 sync.Map // by what is asked for: *shape
 	signs                  struct {
 		once sync.Once
 		plan *signsPlan

@@ -198,7 +198,7 @@ func (w *memoryWalk) run() error {
 	} else if _, err := w.v.img.syms.symbol("swapper_spaces"); err == nil || w.v.img.lacking {
 		u.SwapUnknown = true
 	}
-	u.Pressure, err = w.pressure()
+	u.Pressure, err = w.v.pressure()
 	return err
 }
 
@@ -378,9 +378,17 @@ func (w *memoryWalk) zones() error {
 	return nil
 }
 
+// Pressure reads the kernel's account of stalls; nil if it keeps none.
+func (v *View) Pressure() (*Pressure, error) {
+	p, err := settle(v, v.pressure)
+	if err != nil {
+		return nil, fmt.Errorf("read pressure: %w", err)
+	}
+	return p, nil
+}
+
 // pressure reads psi_system; nil if there is none or it is switched off.
-func (w *memoryWalk) pressure() (*Pressure, error) {
-	v := w.v
+func (v *View) pressure() (*Pressure, error) {
 	r := resolver{img: v.img}
 	at := r.symbol("psi_system")
 	s := r.shape("psi_group", "avg[]", "total[]", "enabled?")

@@ -118,6 +118,31 @@ func (v *View) modulesBy(plan moduleWalk) iter.Seq2[Module, error] {
 	})
 }
 
+// modulesBriefly returns the modules without their sections and users, as the View has seen them first.
+func (v *View) modulesBriefly() ([]Module, error) {
+	v.mu.Lock()
+	all := v.known
+	v.mu.Unlock()
+	if all != nil {
+		return all, nil
+	}
+	p := v.img.signsPlan()
+	if p.modErr != nil {
+		return nil, p.modErr
+	}
+	all = []Module{}
+	for m, err := range v.modulesBy(p.modules) {
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, m)
+	}
+	v.mu.Lock()
+	v.known = all
+	v.mu.Unlock()
+	return all, nil
+}
+
 func (w *moduleWalk) resolve(img *Image) error {
 	r := resolver{img: img}
 	// Since Linux commit ac3b43283923 ("module: replace module_layout with module_memory") (in v6.4) mem[] stands for

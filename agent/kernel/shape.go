@@ -24,7 +24,20 @@ const (
 
 // shape finds fields of a structure. A path is that of a number or pointer of 1, 2, 4 or 8 bytes or of a bit field; with
 // "[]" behind it, of anything. With "?" at its end the field may be missing; "a|b" is the first that exists, called a.
+// What was found is kept: some walks ask each time that they look.
 func (r *resolver) shape(typ string, paths ...string) *shape {
+	key := typ + " " + strings.Join(paths, " ")
+	if s, ok := r.img.shapes.Load(key); ok {
+		return s.(*shape)
+	}
+	s := r.findShape(typ, paths)
+	if r.err == nil {
+		r.img.shapes.Store(key, s)
+	}
+	return s
+}
+
+func (r *resolver) findShape(typ string, paths []string) *shape {
 	s := &shape{typ: typ, fields: make(map[string]Field, len(paths))}
 	for _, path := range paths {
 		path, optional := strings.CutSuffix(path, "?")

@@ -295,14 +295,12 @@ func (v *View) interruptTable(p *signsPlan, s *Signs) error {
 	return nil
 }
 
-func (v *View) hiddenModules(p *signsPlan, s *Signs) error {
-	if p.modErr != nil {
-		return p.modErr
+func (v *View) hiddenModules(_ *signsPlan, s *Signs) error {
+	modules, err := v.modulesBriefly()
+	if err != nil {
+		return err
 	}
-	for m, err := range v.modulesBy(p.modules) {
-		if err != nil {
-			return err
-		}
+	for _, m := range modules {
 		if m.Missing {
 			s.HiddenModules = append(s.HiddenModules, m.Name)
 		}

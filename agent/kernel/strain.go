@@ -132,11 +132,12 @@ type conntrackPlan struct {
 // nf_conntrack_net, which a namespace has behind an index (net_generic, include/net/netns/generic.h).
 // Kernels before are not told of.
 func (v *View) conntrack() ([]Store, error) {
+	modules, err := v.modulesBriefly()
+	if err != nil {
+		return nil, err
+	}
 	var module Module
-	for m, err := range v.Modules() {
-		if err != nil {
-			return nil, err
-		}
+	for _, m := range modules {
 		if m.Name == "nf_conntrack" && m.State == "live" {
 			module = m
 		}

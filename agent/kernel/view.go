@@ -31,6 +31,7 @@ type View struct {
 	cache *pageCache    // guarded by mu; nil after Close
 	orc   *orcRegisters // guarded by mu; nil until a stack was unwound
 	tasks map[int]Task  // guarded by mu; nil if they were not all read; not changed once it is here
+	known []Module      // guarded by mu; of modulesBriefly; nil if they were not all read; not changed once it is here
 
 	stores []Patch // see ViewAs; not changed
 }
@@ -126,7 +127,7 @@ func (v *View) Close() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	c := v.cache
-	if v.cache, v.tasks, v.orc = nil, nil, nil; c == nil {
+	if v.cache, v.tasks, v.known, v.orc = nil, nil, nil, nil; c == nil {
 		return
 	}
 	c.forget()
@@ -377,7 +378,7 @@ func (v *View) forget() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.sure.Restarts++
-	v.tasks = nil
+	v.tasks, v.known = nil, nil
 	if v.cache != nil {
 		v.cache.forget()
 	}

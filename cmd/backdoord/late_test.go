@@ -3,9 +3,13 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"io"
+	"os"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // slowConsole takes nothing before it is opened.
@@ -53,4 +57,41 @@ func TestLateWriterEnds(t *testing.T) {
 	l := newLateWriter(c)
 	fmt.Fprintln(l, "a line")
 	l.Flush(time.Millisecond)
+}
+
+// TestLateWriterPrompt: what a console takes is there when Write returns, and one that takes no more is not waited for; nothing is lost or overtaken.
+func TestLateWriterPrompt(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	l := newLateWriter(w)
+	fmt.Fprintln(l, "prompt")
+	if n, err := unix.IoctlGetInt(int(r.Fd()), unix.TIOCINQ); err != nil || n != len("prompt\n") {
+		t.Fatalf("%d bytes are there, %v; want the line", n, err)
+	}
+	const n = 1000
+	fill := strings.Repeat(".", 500)
+	var want strings.Builder
+	want.WriteString("prompt\n")
+	for i := range n { // more than a pipe holds
+		line := fmt.Sprintf("%d%s\n", i, fill)
+		if i%100 == 0 {
+			line = fmt.Sprintf("%d%s\n", i, strings.Repeat(fill, 20)) // too long to be written at once
+		}
+		want.WriteString(line)
+		fmt.Fprint(l, line)
+	}
+	got := make(chan string)
+	go func() {
+		b, _ := io.ReadAll(r)
+		got <- string(b)
+	}()
+	l.Flush(time.Minute)
+	w.Close()
+	if s := <-got; s != want.String() {
+		t.Errorf("%d bytes were written, other than the %d that were handed over", len(s), want.Len())
+	}
 }
