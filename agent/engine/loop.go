@@ -38,8 +38,8 @@ const (
 	// What a look at signs has seen for the first time is looked at again soon: it is told of if it was not just in the making.
 	signsAgain = 150 * time.Millisecond
 	probeEvery = time.Second // detectors' passes while there is no kernel
-	// panicEvery is how often it is looked between two passes whether the kernel has panicked.
-	panicEvery = 12 * time.Millisecond
+	// panicEvery is how often it is looked between two passes whether the kernel has panicked, at least.
+	panicEvery = 15 * time.Millisecond
 	// keptTasks and keptCPUs bound what all samples together hold, about 200 bytes for each.
 	keptTasks = 1 << 17
 	keptCPUs  = 1 << 17
@@ -482,7 +482,7 @@ func (w *watcher) limited(ctx context.Context, now time.Time) context.Context {
 // looked for meanwhile: nothing else is as urgent, and so cheap to see.
 func (w *watcher) idle(ctx context.Context) bool {
 	for d := time.Until(w.due); d > 0; d = time.Until(w.due) {
-		w.thread.sleep(ctx, min(d, panicEvery))
+		w.thread.sleep(ctx, d/((d+panicEvery-1)/panicEvery)) // in equal parts: each awakening costs
 		switch { // no select, which takes three locks each time
 		case ctx.Err() != nil:
 			return false

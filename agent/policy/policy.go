@@ -8,9 +8,9 @@
 //	{
 //	  "version": 1,
 //	  "detectors": {
-//	    "heartbeat": "50ms",
+//	    "heartbeat": "60ms",
 //	    "tasks": "700ms",
-//	    "stallSuspect": "250ms",
+//	    "stallSuspect": "220ms",
 //	    "stallVerdict": "1s",
 //	    "idleVerdict": "5s",
 //	    "silent": "5s",
