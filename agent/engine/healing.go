@@ -693,10 +693,18 @@ func (e *Engine) quiet(ctx context.Context, f detect.Finding) error {
 	from := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
 	defer cancel()
-	return e.await(ctx, f, func() (bool, error) {
+	says := ""
+	err := e.await(ctx, f, func() (bool, error) {
 		t := e.open(f.ID)
+		if t != nil && t.spoke.After(from) {
+			says = t.Detail
+		}
 		return t == nil || t.silentSince(from), nil
 	})
+	if err != nil && says != "" {
+		return fmt.Errorf("%s is seen %v later, too: %s", f.ID, confirmTimeout, says)
+	}
+	return err
 }
 
 // await checks after each pass, and has the finding's detector run in each, until done says so. done is called with e.mu held.

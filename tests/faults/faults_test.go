@@ -17,6 +17,7 @@ import (
 	"html/template"
 	"log/slog"
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -196,11 +197,10 @@ func few(file string, least int, also ...string) func(b *bed) {
 		var done string
 		was := strings.TrimSpace(b.cat(file))
 		b.restore = func() { b.g.Ask("write "+file+" "+was, "written", &done) }
-		var running, tasks int
-		for _, f := range strings.Fields(b.cat("/proc/loadavg")) {
-			if n, _ := fmt.Sscanf(f, "%d/%d", &running, &tasks); n == 2 {
-				break
-			}
+		tasks := b.tasks()
+		for before := math.MaxInt; tasks < before-2; { // those of another row are ending
+			time.Sleep(time.Second)
+			before, tasks = tasks, b.tasks()
 		}
 		limit := max(least, tasks+40)
 		b.g.Ask(fmt.Sprintf("write %s %d", file, limit), "written", &done)
@@ -209,6 +209,17 @@ func few(file string, least int, also ...string) func(b *bed) {
 		}
 		b.pid = b.g.Spawn(fmt.Sprintf("rootfork%d", limit*98/100-tasks))
 	}
+}
+
+// tasks is how many there are, by the guest's own /proc.
+func (b *bed) tasks() int {
+	var running, tasks int
+	for _, f := range strings.Fields(b.cat("/proc/loadavg")) {
+		if n, _ := fmt.Sscanf(f, "%d/%d", &running, &tasks); n == 2 {
+			break
+		}
+	}
+	return tasks
 }
 
 // ended ends what was started, all of it.
