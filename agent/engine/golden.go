@@ -14,7 +14,7 @@ import (
 const (
 	// All of the kernel's code and constants are compared once in goldenRound, its tables of functions once in hotRound.
 	goldenRound = 25 * time.Second
-	hotRound    = 700 * time.Millisecond
+	hotRound    = 600 * time.Millisecond
 	// It is taken a little after the attach: an agent that starts has more urgent things to do.
 	goldenAfter = 5 * time.Second
 	// A copy that could not be taken is tried again, for the kernel may have been starting.

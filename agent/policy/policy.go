@@ -8,9 +8,9 @@
 //	{
 //	  "version": 1,
 //	  "detectors": {
-//	    "heartbeat": "60ms",
+//	    "heartbeat": "54ms",
 //	    "tasks": "700ms",
-//	    "stallSuspect": "220ms",
+//	    "stallSuspect": "210ms",
 //	    "stallVerdict": "1s",
 //	    "idleVerdict": "5s",
 //	    "silent": "5s",
