@@ -51,9 +51,9 @@ type Config struct {
 // DefaultConfig returns the settings that suit a server.
 func DefaultConfig() Config {
 	return Config{
-		Heartbeat:    54 * time.Millisecond,
+		Heartbeat:    60 * time.Millisecond,
 		Tasks:        700 * time.Millisecond,
-		StallSuspect: 210 * time.Millisecond,
+		StallSuspect: 220 * time.Millisecond,
 		StallVerdict: time.Second,
 		IdleVerdict:  5 * time.Second,
 		Silent:       5 * time.Second,

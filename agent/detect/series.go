@@ -44,7 +44,7 @@ func (p *Pass) series(c Config, longest time.Duration) series {
 }
 
 // slowly is how often heartbeats are judged by what needs seconds of them.
-const slowly = 216 * time.Millisecond
+const slowly = 240 * time.Millisecond
 
 type madeSeries struct {
 	series

@@ -39,7 +39,7 @@ const (
 	signsAgain = 150 * time.Millisecond
 	probeEvery = time.Second // detectors' passes while there is no kernel
 	// panicEvery is how often it is looked between two passes whether the kernel has panicked, at least.
-	panicEvery = 18 * time.Millisecond
+	panicEvery = 15 * time.Millisecond
 	// keptTasks and keptCPUs bound what all samples together hold, about 200 bytes for each.
 	keptTasks = 1 << 17
 	keptCPUs  = 1 << 17

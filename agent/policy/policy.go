@@ -8,9 +8,9 @@
 //	{
 //	  "version": 1,
 //	  "detectors": {
-//	    "heartbeat": "54ms",
+//	    "heartbeat": "60ms",
 //	    "tasks": "700ms",
-//	    "stallSuspect": "210ms",
+//	    "stallSuspect": "220ms",
 //	    "stallVerdict": "1s",
 //	    "idleVerdict": "5s",
 //	    "silent": "5s",
