@@ -41,6 +41,7 @@ type made struct {
 	opens    int
 	closes   int
 	started  time.Time
+	during   func() // called once, while signs are looked for
 }
 
 func (m *made) set(f func(m *made)) {
@@ -123,6 +124,13 @@ func (k *madeKernel) image() *kernel.Image      { return nil }
 func (k *madeKernel) Cost() kernel.Cost         { return kernel.Cost{Reads: 3, Bytes: 640} }
 
 func (k *madeKernel) SignsAmong([]kernel.Task) (kernel.Signs, error) {
+	k.m.mu.Lock()
+	during := k.m.during
+	k.m.during = nil
+	k.m.mu.Unlock()
+	if during != nil {
+		during()
+	}
 	return kernel.Signs{At: time.Now()}, nil
 }
 
@@ -361,6 +369,31 @@ func TestPanicWaitsForAnOperator(t *testing.T) {
 		m.set(func(m *made) { m.panicked = true })
 		if ev := w.wait(time.Second, "second panic", ofKind(EventFinding, detect.KindPanic)); ev.Finding.ID != "panic-2" {
 			t.Errorf("second panic is %s; IDs are never used again", ev.Finding.ID)
+		}
+	})
+}
+
+// TestPanicWithinAPass: a pass that takes its time does not go on to its end while the kernel has panicked.
+func TestPanicWithinAPass(t *testing.T) {
+	inBubble(t, nil, func(t *testing.T, m *made, w *watched) {
+		w.wait(time.Second, "attach", ofType(EventAttached))
+		time.Sleep(10 * time.Second)
+		const took = 40 * time.Millisecond
+		began := make(chan time.Time, 1)
+		m.set(func(m *made) {
+			m.during = func() {
+				m.set(func(m *made) { m.panicked, m.frozen = true, time.Now() })
+				began <- time.Now()
+				time.Sleep(took)
+			}
+		})
+		ev := w.wait(2*time.Second, "panic", ofKind(EventFinding, detect.KindPanic))
+		if d := ev.At.Sub(<-began); d != took {
+			t.Errorf("found %v after the panic; want it found when the look at signs ends, which takes %v", d, took)
+		}
+		time.Sleep(time.Second)
+		if fs := w.e.Findings(); len(fs) != 1 {
+			t.Errorf("findings = %+v; want the panic alone", fs)
 		}
 	})
 }

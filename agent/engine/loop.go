@@ -482,7 +482,8 @@ func (w *watcher) limited(ctx context.Context, now time.Time) context.Context {
 // looked for meanwhile: nothing else is as urgent, and so cheap to see.
 func (w *watcher) idle(ctx context.Context) bool {
 	for d := time.Until(w.due); d > 0; d = time.Until(w.due) {
-		w.thread.sleep(ctx, d/((d+panicEvery-1)/panicEvery)) // in equal parts: each awakening costs
+		parts := (d + panicEvery - 1) / panicEvery // equal ones: each awakening costs
+		w.thread.sleep(ctx, d/parts)
 		switch { // no select, which takes three locks each time
 		case ctx.Err() != nil:
 			return false

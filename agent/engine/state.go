@@ -111,7 +111,7 @@ type GoldenState struct {
 	Taken   time.Time `json:"taken"`   // what was changed before is not seen, but by Built
 	Built   bool      `json:"built"`   // the copy is the kernel as it was built: what was changed before is seen, too
 	Bytes   uint64    `json:"bytes"`   // that one round compares
-	Hot     uint64    `json:"hot"`     // of these, tables of functions, which are compared every 0.7 s
+	Hot     uint64    `json:"hot"`     // of these, tables of functions, which are compared every 0.6 s
 	Rounds  int       `json:"rounds"`  // that are complete
 	Modules int       `json:"modules"` // whose code and constants are compared; each is trusted as it was when it was first seen
 	// Left says what is not compared, and why.
