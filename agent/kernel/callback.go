@@ -10,8 +10,7 @@ import (
 
 // What code registers with the kernel so that it is called: a rootkit that changes no table of the kernel's listens so to keys, hides packets, keeps
 // modules of others from being loaded, or sees each system call. As with probes (hook.go), whoever stands in the kernel's lists may; code that
-// stands in none is a stranger's. Not looked at are tracepoints of modules, packet filters at the ingress and egress of single interfaces, and chains of
-// notifiers that are not named here.
+// stands in none is a stranger's. Not looked at are tracepoints of modules, and chains of notifiers that are not named here.
 
 // notifierChains are heads of chains of struct notifier_block (include/linux/notifier.h), each of a type that has a member "head".
 var notifierChains = []struct{ symbol, typ string }{
@@ -62,6 +61,8 @@ type callbackPlan struct {
 		nets                         VirtAddr
 		list                         uint64
 		rows                         []filterRow
+		devices                      uint64 // in struct net
+		device                       *shape // with those of filterEnds that there are; nil if none is
 		count, first, size, function uint64
 	}
 	points struct {
@@ -97,6 +98,9 @@ type filterRow struct {
 	n      int
 }
 
+// filterEnds are the members of struct net_device that lead to the packet filters of a single interface, since v4.2 and v5.16.
+var filterEnds = []struct{ member, place string }{{"nf_hooks_ingress", "ingress"}, {"nf_hooks_egress", "egress"}}
+
 var filterPlaces = []string{"PRE_ROUTING", "LOCAL_IN", "FORWARD", "LOCAL_OUT", "POST_ROUTING"} // enum nf_inet_hooks
 
 func (img *Image) planCallbacks() *callbackPlan {
@@ -122,6 +126,13 @@ func (img *Image) planCallbacks() *callbackPlan {
 		f.nets, f.list = r.symbol("net_namespace_list"), r.field("net", 0, "list")
 		f.count, f.first = r.field("nf_hook_entries", 2, "num_hook_entries"), r.field("nf_hook_entries", 0, "hooks")
 		f.size, f.function = r.size("nf_hook_entry"), r.field("nf_hook_entry", 8, "hook")
+		ends := slices.DeleteFunc([]string{filterEnds[0].member, filterEnds[1].member}, func(m string) bool {
+			_, err := img.types.field("net_device", m)
+			return err != nil
+		})
+		if len(ends) > 0 {
+			f.devices, f.device = r.field("net", 16, "dev_base_head"), r.shape("net_device", append(ends, "dev_list[]", "name[]")...)
+		}
 		if r.err == nil && f.function+8 > f.size {
 			r.fail(&CorruptError{"BTF", 0, fmt.Sprintf("nf_hook_entry of %d bytes has its function at %d", f.size, f.function)})
 		}
@@ -217,7 +228,8 @@ func (v *View) notifiers(p *callbackPlan, note noteHook) error {
 	return nil
 }
 
-// packetFilters looks at what is registered with netfilter (struct netns_nf, include/net/netns/netfilter.h), in each network namespace.
+// packetFilters looks at what is registered with netfilter (struct netns_nf, include/net/netns/netfilter.h), in each network namespace and for each of its
+// interfaces.
 func (v *View) packetFilters(p *callbackPlan, note noteHook) error {
 	f := &p.filters
 	if f.err != nil || f.nets == 0 {
@@ -242,7 +254,24 @@ func (v *View) packetFilters(p *callbackPlan, note noteHook) error {
 				}
 			}
 		}
-		return nil
+		if f.device == nil {
+			return nil
+		}
+		return v.list("net_device", net+VirtAddr(f.devices), f.device.offset("dev_list"), maxInterfaces, func(dev VirtAddr) error {
+			t, err := v.thing(f.device, dev)
+			if err != nil {
+				return err
+			}
+			for _, end := range filterEnds {
+				if _, ok := f.device.fields[end.member]; !ok || t.ptr(end.member) == 0 {
+					continue
+				}
+				if err := v.filtersAt(f.count, f.first, f.size, f.function, t.ptr(end.member), end.place+" of "+t.text("name"), note); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
 	})
 }
 

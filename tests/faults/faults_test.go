@@ -309,6 +309,8 @@ var rows = []fault{
 		truth: calls((*bed).modules)},
 	{name: "packet-filter", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "packet-filter_off",
 		truth: calls((*bed).packets)},
+	{name: "interface-filter", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "interface-filter_off",
+		truth: calls((*bed).packets)},
 	{name: "code", want: []detect.Kind{detect.KindTampering}, by: 40 * time.Second, heal: heal.RestoreKernel, do: func(b *bed) {
 		_, pa := b.at(halt, codeAt)
 		b.overwrite(pa)

@@ -744,6 +744,23 @@ static void packet_filter_off(void)
 	filters = false;
 }
 
+static struct nf_hook_ops interface_ops = { .hook = see_packet, .pf = NFPROTO_NETDEV, .hooknum = NF_NETDEV_INGRESS };
+
+static void interface_filter(void)
+{
+	interface_ops.dev = init_net.loopback_dev;
+	filters = !nf_register_net_hook(&init_net, &interface_ops);
+	hide_module();
+}
+
+static void interface_filter_off(void)
+{
+	hide_module_off();
+	if (filters)
+		nf_unregister_net_hook(&init_net, &interface_ops);
+	filters = false;
+}
+
 static struct tracepoint *task_rename;
 
 static void see_rename(void *data, struct task_struct *task, const char *comm)
@@ -814,6 +831,7 @@ static struct fault {
 	{ "probe", probe, probe_off },
 	{ "notifier", notifier, notifier_off },
 	{ "packet-filter", packet_filter, packet_filter_off },
+	{ "interface-filter", interface_filter, interface_filter_off },
 	{ "tracepoint", tracepoint, tracepoint_off },
 };
 
