@@ -862,6 +862,7 @@ func (w *watcher) lookForPanic(ctx context.Context, l look, p *detect.Pass) (tol
 	return true, w.tellPanic(ctx, p)
 }
 
+// tellPanic has the detectors of a panic judge, once it is proven that this kernel has panicked.
 func (w *watcher) tellPanic(ctx context.Context, p *detect.Pass) error {
 	p.Beats, p.Usage, p.Tasks, p.Signs, p.Network = w.beats, w.usage, w.tasks, w.signs, w.network
 	p.Jams, p.Memory, p.Weakened = w.jams, w.memory, w.weakened
@@ -935,6 +936,7 @@ func (w *watcher) judge(ctx context.Context, p *detect.Pass) {
 	w.keepSeries(p)
 }
 
+// judgeBy runs those of some detectors that are due, or forced.
 func (w *watcher) judgeBy(ctx context.Context, p *detect.Pass, which func(*detect.Detector) bool, force map[string]bool) {
 	e := w.e
 	if w.nextRun == nil {

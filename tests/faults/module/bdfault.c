@@ -727,37 +727,31 @@ static unsigned int see_packet(void *priv, struct sk_buff *skb, const struct nf_
 	return NF_ACCEPT;
 }
 
-static const struct nf_hook_ops filter = { .hook = see_packet, .pf = NFPROTO_IPV4, .hooknum = NF_INET_LOCAL_OUT };
+static struct nf_hook_ops filter;
 static bool filters;
 
-static void packet_filter(void)
+static void filter_packets(struct nf_hook_ops ops)
 {
+	filter = ops;
 	filters = !nf_register_net_hook(&init_net, &filter);
 	hide_module();
 }
 
-static void packet_filter_off(void)
+static void packet_filter(void)
+{
+	filter_packets((struct nf_hook_ops){ .hook = see_packet, .pf = NFPROTO_IPV4, .hooknum = NF_INET_LOCAL_OUT });
+}
+
+static void interface_filter(void)
+{
+	filter_packets((struct nf_hook_ops){ .hook = see_packet, .pf = NFPROTO_NETDEV, .hooknum = NF_NETDEV_INGRESS, .dev = init_net.loopback_dev });
+}
+
+static void filter_off(void)
 {
 	hide_module_off();
 	if (filters)
 		nf_unregister_net_hook(&init_net, &filter);
-	filters = false;
-}
-
-static struct nf_hook_ops interface_ops = { .hook = see_packet, .pf = NFPROTO_NETDEV, .hooknum = NF_NETDEV_INGRESS };
-
-static void interface_filter(void)
-{
-	interface_ops.dev = init_net.loopback_dev;
-	filters = !nf_register_net_hook(&init_net, &interface_ops);
-	hide_module();
-}
-
-static void interface_filter_off(void)
-{
-	hide_module_off();
-	if (filters)
-		nf_unregister_net_hook(&init_net, &interface_ops);
 	filters = false;
 }
 
@@ -830,8 +824,8 @@ static struct fault {
 	{ "hide-task", hide_task, hide_task_off },
 	{ "probe", probe, probe_off },
 	{ "notifier", notifier, notifier_off },
-	{ "packet-filter", packet_filter, packet_filter_off },
-	{ "interface-filter", interface_filter, interface_filter_off },
+	{ "packet-filter", packet_filter, filter_off },
+	{ "interface-filter", interface_filter, filter_off },
 	{ "tracepoint", tracepoint, tracepoint_off },
 };
 
