@@ -39,7 +39,7 @@ const (
 	signsAgain = 150 * time.Millisecond
 	probeEvery = time.Second // detectors' passes while there is no kernel
 	// panicEvery is how often it is looked between two passes whether the kernel has panicked, at least.
-	panicEvery = 15 * time.Millisecond
+	panicEvery = 12 * time.Millisecond
 	// keptTasks and keptCPUs bound what all samples together hold, about 200 bytes for each.
 	keptTasks = 1 << 17
 	keptCPUs  = 1 << 17
@@ -483,7 +483,9 @@ func (w *watcher) limited(ctx context.Context, now time.Time) context.Context {
 func (w *watcher) idle(ctx context.Context) bool {
 	for d := time.Until(w.due); d > 0; d = time.Until(w.due) {
 		parts := (d + panicEvery - 1) / panicEvery // equal ones: each awakening costs
-		w.thread.sleep(ctx, d/parts)
+		if w.nap(ctx, d/parts) {
+			return true
+		}
 		switch { // no select, which takes three locks each time
 		case ctx.Err() != nil:
 			return false
@@ -494,16 +496,26 @@ func (w *watcher) idle(ctx context.Context) bool {
 			w.consider(ctx, <-w.found)
 			return w.t != nil
 		}
-		img := w.t.image()
-		if img == nil || w.panicked || d <= panicEvery {
-			continue
-		}
-		panicked, err := img.Panicked(ctx)
-		if err == nil && panicked {
-			return true
-		}
 	}
 	return true
+}
+
+// nap sleeps for d, unless the kernel is seen to have panicked before or after. With precedence, where memory is mapped, there is a look before it
+// only, which costs nothing: one nap follows another, or a pass.
+func (w *watcher) nap(ctx context.Context, d time.Duration) (panicked bool) {
+	img := w.t.image()
+	if img == nil || w.panicked {
+		w.thread.sleep(ctx, d)
+		return false
+	}
+	if w.thread.has {
+		if panicked, err := img.SleepUnlessPanicked(d); err == nil {
+			return panicked
+		}
+	}
+	w.thread.sleep(ctx, d)
+	panicked, err := img.Panicked(ctx)
+	return err == nil && panicked
 }
 
 // tellChanged wakes those who wait for a pass. e.mu is held.

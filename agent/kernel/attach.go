@@ -291,6 +291,7 @@ func (l *ladder) climb(v *vmcoreinfo) (*Image, error) {
 		}
 		return fmt.Sprintf("%d MiB in %d ranges; nothing else is read from now on", total>>20, len(ram)), nil
 	})
+	img.panic.sleeper, _ = hostmem.AsSleeper(img.mem)
 	return img, nil
 }
 

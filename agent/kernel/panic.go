@@ -5,9 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
+
+// panicCPUInvalid is what panic_cpu is as long as nothing has panicked: PANIC_CPU_INVALID, -1 (include/linux/panic.h).
+const panicCPUInvalid = ^uint32(0)
 
 // Panic tells whether the kernel has panicked, and if so, where and with what words. It reads past the View's cache.
 func (v *View) Panic() (PanicState, error) {
@@ -33,7 +37,24 @@ func (img *Image) Panicked(ctx context.Context) (bool, error) {
 	if err := hostmem.ReadScatter(img.mem, segs[:]); err != nil {
 		return false, fmt.Errorf("read panic state: %w", err)
 	}
-	return int32(le32(b[:])) != -1, nil // PANIC_CPU_INVALID
+	return le32(b[:]) != panicCPUInvalid, nil
+}
+
+// SleepUnlessPanicked tells whether the kernel has panicked, and sleeps for d if it has not: where memory is mapped, both are one call of this
+// machine's kernel, and the look costs nothing besides. Elsewhere the error is ErrNotSupported.
+func (img *Image) SleepUnlessPanicked(d time.Duration) (panicked bool, err error) {
+	p := &img.panic
+	if p.err != nil {
+		return false, fmt.Errorf("read panic state: %w", p.err)
+	}
+	if p.sleeper == nil {
+		return false, fmt.Errorf("%w: memory that is not mapped cannot be slept on", ErrNotSupported)
+	}
+	calm, err := p.sleeper.SleepIf(p.at[0], panicCPUInvalid, d)
+	if err != nil {
+		return false, fmt.Errorf("read panic state: %w", err)
+	}
+	return !calm, nil
 }
 
 // panicPlan is where the kernel's variables of a panic are: the kernel's own image lies still.
@@ -41,6 +62,8 @@ type panicPlan struct {
 	err error
 	va  VirtAddr            // of panic_cpu
 	at  [3]hostmem.PhysAddr // of panic_cpu, oops_in_progress, tainted_mask
+
+	sleeper hostmem.Sleeper // nil if the memory is not mapped
 }
 
 func (img *Image) panicPlan(src source) panicPlan {

@@ -1,6 +1,9 @@
 package hostmem
 
-import "errors"
+import (
+	"errors"
+	"time"
+)
 
 // The values of FaultError.Op.
 const (
@@ -9,16 +12,17 @@ const (
 	opSwap  = "compare-and-swap"
 )
 
-// ErrUnaligned means that a compare-and-swap named an address that is not a multiple of 8.
-var ErrUnaligned = errors.New("address is not aligned to 8 bytes")
+// ErrUnaligned means that a compare-and-swap named an address that is not a multiple of 8, or SleepIf one that is not a multiple of 4.
+var ErrUnaligned = errors.New("address is not aligned to the word that is asked for")
 
 // A type assertion tells what a type can do. Whether a value can do it may only be known at run time: a RAM file was
 // opened read-only, a wrapper has only the abilities of what it wraps. Such types have one of the methods below; ask
-// with AsWriter, AsSwapper and AsScatterReader, which know both ways.
+// with AsWriter, AsSwapper, AsScatterReader and AsSleeper, which know both ways.
 type (
 	mayWrite   interface{ Writer() (Writer, bool) }
 	maySwap    interface{ Swapper() (Swapper, bool) }
 	mayScatter interface{ ScatterReader() (ScatterReader, bool) }
+	maySleep   interface{ Sleeper() (Sleeper, bool) }
 )
 
 // AsWriter returns the ability of this very memory to store, or false.
@@ -46,6 +50,22 @@ func AsScatterReader(mem Memory) (ScatterReader, bool) {
 		return m.ScatterReader()
 	}
 	s, ok := mem.(ScatterReader)
+	return s, ok
+}
+
+// Sleeper is the ability of mapped memory to look at a word and sleep in one call of the kernel: who looks often pays for the sleep alone.
+type Sleeper interface {
+	// SleepIf sleeps for d if the 32-bit word at pa, a multiple of 4, is v, and tells whether it was. A change does not end the sleep: it is
+	// found by the next call. A signal may. A path that is lost is an error where its loads fault; where they read all-ones, it is what is read.
+	SleepIf(pa PhysAddr, v uint32, d time.Duration) (was bool, err error)
+}
+
+// AsSleeper returns the ability of this very memory to look and sleep at once, or false.
+func AsSleeper(mem Memory) (Sleeper, bool) {
+	if m, ok := mem.(maySleep); ok {
+		return m.Sleeper()
+	}
+	s, ok := mem.(Sleeper)
 	return s, ok
 }
 

@@ -38,6 +38,9 @@ func (g *Guard) ReadAt(p []byte, off int64) (int, error) { return g.mem.ReadAt(p
 // ReadScatter implements ScatterReader.
 func (g *Guard) ReadScatter(segs []Segment) error { return ReadScatter(g.mem, segs) }
 
+// Sleeper implements maySleep.
+func (g *Guard) Sleeper() (Sleeper, bool) { return AsSleeper(g.mem) }
+
 // ScatterReader implements mayScatter.
 func (g *Guard) ScatterReader() (ScatterReader, bool) { return AsScatterReader(g.mem) }
 
@@ -100,7 +103,7 @@ type guardedSwapper struct {
 
 func (s guardedSwapper) CompareAndSwap(pa PhysAddr, old, new uint64) (uint64, error) {
 	g := s.g
-	if fault := mappedWord(g.mem.Map(), pa); fault != nil {
+	if fault := mappedWord(g.mem.Map(), opSwap, pa, 8); fault != nil {
 		return 0, fault
 	}
 	g.mu.Lock()

@@ -20,7 +20,7 @@
 //
 // What a memory can do beyond reading is asked with AsWriter and AsSwapper, because a type assertion does not know what a
 // wrapper wraps or how a file was opened. ReadScatter, ResidentRanges and VMCOREINFO use an ability where there is one and
-// have an answer where there is none.
+// have an answer where there is none; AsSleeper asks for the one that who looks often gains by.
 //
 // An agent's stores go through a Guard and nothing else:
 //

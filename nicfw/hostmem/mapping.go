@@ -5,6 +5,7 @@ import (
 	"math"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -69,6 +70,25 @@ func (m *mapping) store(p []byte, at int64) (int, error) {
 func (m *mapping) swap(at int64, old, new uint64) (prev uint64, err error) {
 	_, err = m.do(func(w words) { prev = w.swap(int(at), old, new) })
 	return prev, err
+}
+
+// sleepIf is SleepIf for the word at offset at. close waits for its end.
+func (m *mapping) sleepIf(at int64, v uint32, d time.Duration) (bool, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.data == nil {
+		return false, os.ErrClosed
+	}
+	switch err := m.w.sleepIf(int(at), v, max(d, 0)); err {
+	case nil, unix.ETIMEDOUT, unix.EINTR:
+		return true, nil
+	case unix.EAGAIN:
+		return false, nil
+	case unix.EFAULT:
+		return false, m.lost
+	default:
+		return false, fmt.Errorf("futex: %w", err)
+	}
 }
 
 // close unmaps when the last access has ended. Further calls do nothing.

@@ -1,6 +1,9 @@
 package hostmem
 
-import "slices"
+import (
+	"slices"
+	"time"
+)
 
 // Narrow returns mem restricted to ranges: what an agent does as soon as it has read the true RAM map from the host's own
 // iomem_resource, so that no device register between the ranges is ever touched. Addresses outside fault with
@@ -55,6 +58,26 @@ func (m *narrowed) ScatterReader() (ScatterReader, bool) {
 	return m, ok
 }
 
+func (m *narrowed) Sleeper() (Sleeper, bool) {
+	s, ok := AsSleeper(m.mem)
+	if !ok {
+		return nil, false
+	}
+	return narrowedSleeper{m, s}, true
+}
+
+type narrowedSleeper struct {
+	m *narrowed
+	s Sleeper
+}
+
+func (s narrowedSleeper) SleepIf(pa PhysAddr, v uint32, d time.Duration) (bool, error) {
+	if fault := mappedWord(s.m.ram, opRead, pa, 4); fault != nil {
+		return false, fault
+	}
+	return s.s.SleepIf(pa, v, d)
+}
+
 type narrowedWriter struct {
 	m *narrowed
 	w Writer
@@ -73,7 +96,7 @@ type narrowedSwapper struct {
 }
 
 func (s narrowedSwapper) CompareAndSwap(pa PhysAddr, old, new uint64) (uint64, error) {
-	if fault := mappedWord(s.m.ram, pa); fault != nil {
+	if fault := mappedWord(s.m.ram, opSwap, pa, 8); fault != nil {
 		return 0, fault
 	}
 	return s.s.CompareAndSwap(pa, old, new)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -113,6 +114,11 @@ func (r *RAMFile) CompareAndSwap(pa PhysAddr, old, new uint64) (uint64, error) {
 	return swapMapped(r.layout, r.m, r.write, pa, old, new)
 }
 
+// SleepIf implements Sleeper.
+func (r *RAMFile) SleepIf(pa PhysAddr, v uint32, d time.Duration) (bool, error) {
+	return sleepMapped(r.layout, r.m, pa, v, d)
+}
+
 // Writer returns the RAM file if it was opened to write.
 func (r *RAMFile) Writer() (Writer, bool) { return r, r.write }
 
@@ -160,7 +166,7 @@ func swapMapped(l layout, m *mapping, write bool, pa PhysAddr, old, new uint64) 
 	if !write {
 		return 0, &FaultError{Op: opSwap, Addr: pa, Len: 8, Err: ErrReadOnly}
 	}
-	if fault := mappedWord(l.ram, pa); fault != nil {
+	if fault := mappedWord(l.ram, opSwap, pa, 8); fault != nil {
 		return 0, fault
 	}
 	e := l.at(pa)
@@ -169,4 +175,16 @@ func swapMapped(l layout, m *mapping, write bool, pa PhysAddr, old, new uint64) 
 		return 0, &FaultError{Op: opSwap, Addr: pa, Len: 8, Err: err}
 	}
 	return prev, nil
+}
+
+func sleepMapped(l layout, m *mapping, pa PhysAddr, v uint32, d time.Duration) (bool, error) {
+	if fault := mappedWord(l.ram, opRead, pa, 4); fault != nil {
+		return false, fault
+	}
+	e := l.at(pa)
+	was, err := m.sleepIf(e.Offset+int64(pa-e.Start), v, d)
+	if err != nil {
+		return false, &FaultError{Op: opRead, Addr: pa, Len: 4, Err: err}
+	}
+	return was, nil
 }

@@ -94,13 +94,13 @@ func mapped(m []Range, op string, off int64, n int) (int, *FaultError) {
 	return n, nil
 }
 
-// mappedWord returns the fault of a compare-and-swap at pa that is unaligned or not RAM in m.
-func mappedWord(m []Range, pa PhysAddr) *FaultError {
+// mappedWord returns the fault of an access to the word of size bytes at pa that is unaligned or not RAM in m.
+func mappedWord(m []Range, op string, pa PhysAddr, size int) *FaultError {
 	switch {
-	case pa%8 != 0:
-		return &FaultError{Op: opSwap, Addr: pa, Len: 8, Err: ErrUnaligned}
-	case find(m, pa) < 0 || !m[find(m, pa)].Contains(pa, 8):
-		return &FaultError{Op: opSwap, Addr: pa, Len: 8, Err: ErrNotMapped}
+	case pa%PhysAddr(size) != 0:
+		return &FaultError{Op: op, Addr: pa, Len: size, Err: ErrUnaligned}
+	case find(m, pa) < 0 || !m[find(m, pa)].Contains(pa, uint64(size)):
+		return &FaultError{Op: op, Addr: pa, Len: size, Err: ErrNotMapped}
 	}
 	return nil
 }

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // sharedMemory are the PCI devices that show host memory as plain shared memory, with the BAR that does. On these a
@@ -369,6 +370,11 @@ func (w *Window) CompareAndSwap(pa PhysAddr, old, new uint64) (uint64, error) {
 		}
 	}
 	return prev, err
+}
+
+// SleepIf implements Sleeper.
+func (w *Window) SleepIf(pa PhysAddr, v uint32, d time.Duration) (bool, error) {
+	return sleepMapped(w.layout, w.m, pa, v, d)
 }
 
 // errNoSwap is a compare-and-swap that would not be one.

@@ -4,7 +4,10 @@ import (
 	"encoding/binary"
 	"runtime/debug"
 	"sync/atomic"
+	"time"
 	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // words is mapped host memory. It is the only code that touches such memory, and the only code of the package that needs
@@ -110,6 +113,22 @@ func (w words) swap(off int, old, new uint64) uint64 {
 			return swapLE(v)
 		}
 	}
+}
+
+// sleepIf has the kernel compare the little-endian word at off, a multiple of 4, with v, and sleep for d if they are equal: that is what a wait for
+// a futex begins with (futex(2), FUTEX_WAIT). A private one is found by its address alone, so that any mapping will do. The errors are ETIMEDOUT
+// after the sleep, EINTR within it, EAGAIN if the word is another, and EFAULT where a load would have raised a signal.
+func (w words) sleepIf(off int, v uint32, d time.Duration) error {
+	const waitPrivate = 0 | 128 // FUTEX_WAIT | FUTEX_PRIVATE_FLAG (include/uapi/linux/futex.h)
+	var b [4]byte
+	binary.LittleEndian.PutUint32(b[:], v)
+	left := unix.NsecToTimespec(int64(d))
+	_, _, errno := unix.Syscall6(unix.SYS_FUTEX, uintptr(unsafe.Pointer(&w.l[off/4])), waitPrivate,
+		uintptr(binary.NativeEndian.Uint32(b[:])), uintptr(unsafe.Pointer(&left)), 0, 0)
+	if errno == 0 {
+		return nil // woken: whoever else waits for a futex there
+	}
+	return errno
 }
 
 // swapLE converts between the agent's byte order and the host's, which is little-endian.
