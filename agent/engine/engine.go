@@ -154,15 +154,8 @@ func (e *Engine) State() State {
 	contained := e.contained()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	s := State{
-		Phase: e.phase, Since: e.since, Started: e.started, Why: e.why, Dead: e.dead, HostUUID: e.uuid,
-		AttachTook: e.attachTook, Attaches: e.attaches, Health: e.health(), Detectors: slices.Clone(e.status),
-		Passes: e.passes, LastPass: e.cost, Writes: e.o.Writes, Golden: e.compared, Healing: e.current, Errors: slices.Clone(e.faults),
-		Contained: contained,
-	}
-	if s.HostUUID == "" {
-		s.HostUUID = e.o.HostUUID
-	}
+	s := e.brief()
+	s.Detectors, s.Errors, s.Contained = slices.Clone(e.status), slices.Clone(e.faults), contained
 	if e.progress != nil {
 		p := *e.progress
 		s.Progress = &p
@@ -200,6 +193,27 @@ func (e *Engine) State() State {
 		}
 	} else if err := e.o.Agreement.Shut(); err != nil {
 		s.Agreement = &AgreementState{Denied: err.Error()}
+	}
+	return s
+}
+
+// Brief returns the part of State that takes no memory of its own, for who asks many times a second: without Kernel, Progress, Detectors, Suspicions,
+// Agreement, Contained and Errors.
+func (e *Engine) Brief() State {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.brief()
+}
+
+// brief is Brief. e.mu is held.
+func (e *Engine) brief() State {
+	s := State{
+		Phase: e.phase, Since: e.since, Started: e.started, Why: e.why, Dead: e.dead, HostUUID: e.uuid,
+		AttachTook: e.attachTook, Attaches: e.attaches, Health: e.health(),
+		Passes: e.passes, LastPass: e.cost, Writes: e.o.Writes, Golden: e.compared, Healing: e.current,
+	}
+	if s.HostUUID == "" {
+		s.HostUUID = e.o.HostUUID
 	}
 	return s
 }

@@ -51,6 +51,7 @@ type Host interface {
 	Grant() access.Grant
 	WritesOn() error
 	State() engine.State
+	Brief() engine.State
 	Findings() []detect.Finding
 	Heartbeat() kernel.Heartbeat
 	Heal(context.Context, engine.HealRequest) (heal.Plan, *heal.Outcome, error)
@@ -162,6 +163,7 @@ type Exporter struct {
 	leases  map[string]*lease // by ID; guarded by mu
 	acked   map[string]uint64 // by user, the newest journal record that it has; guarded by mu
 	health  Health            // as it was written last; guarded by mu
+	encoded []byte            // it as a page; guarded by mu
 	counted map[string]uint64 // packets, when alarms were last thought of; guarded by mu
 	alarmed time.Time         // when one was raised; guarded by mu
 	wrote   Writes            // guarded by mu
@@ -245,7 +247,7 @@ func (x *Exporter) watch(ctx context.Context) error {
 
 // writePage writes the health page from what the engine says now.
 func (x *Exporter) writePage() {
-	s, beat := x.o.Host.State(), x.o.Host.Heartbeat()
+	s, beat := x.o.Host.Brief(), x.o.Host.Heartbeat()
 	h := Health{Restart: x.restart, Written: time.Now(), Passes: s.Passes, Took: s.LastPass.Took}
 	h.Phase = Phase(max(0, slices.Index(phases[:], string(s.Phase))))
 	for _, f := range x.o.Host.Findings() {
@@ -282,7 +284,8 @@ func (x *Exporter) writePage() {
 	defer x.mu.Unlock()
 	h.Sequence, h.Beat = x.health.Sequence+1, x.health.Beat+1
 	x.health = h
-	store(x.page, h.encode())
+	x.encoded = h.append(x.encoded[:0])
+	store(x.page, x.encoded)
 }
 
 // Stats are what was served and refused.

@@ -85,6 +85,7 @@ func (h *fakeHost) WritesOn() error {
 func (h *fakeHost) State() engine.State {
 	return engine.State{Phase: engine.Attached, Health: engine.Ill, Passes: 7, Writes: true, LastPass: engine.PassCost{Took: time.Millisecond}}
 }
+func (h *fakeHost) Brief() engine.State        { return h.State() }
 func (h *fakeHost) Findings() []detect.Finding { return h.findings }
 func (h *fakeHost) Heartbeat() kernel.Heartbeat {
 	return kernel.Heartbeat{At: time.Unix(1700000000, 0), CPUs: []kernel.CPU{{ID: 0, Online: true, Switches: 5, IRQs: 6, TimerIRQs: 7}, {ID: 1, Idle: true}}}
@@ -749,7 +750,7 @@ func TestPageIsNeverTorn(t *testing.T) {
 		for i := range maxCPUs {
 			h.CPUs = append(h.CPUs, CPUHealth{ID: uint32(i), Progress: n})
 		}
-		store(buf, h.encode())
+		store(buf, h.append(nil))
 	}
 	write(1)
 	stop := make(chan struct{})

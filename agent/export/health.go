@@ -255,9 +255,11 @@ func cut(b []byte, s string) {
 	copy(b, s)
 }
 
-// encode writes h as a page.
-func (h *Health) encode() []byte {
-	b := make([]byte, PageSize)
+// append appends h as a page.
+func (h *Health) append(to []byte) []byte {
+	start := len(to)
+	to = append(to, make([]byte, PageSize)...)
+	b := to[start:]
 	le := binary.LittleEndian
 	b[0], b[1], b[2], b[3] = PageVersion, byte(h.Verdict), byte(h.Phase), h.Findings
 	le.PutUint32(b[4:], h.Beat)
@@ -297,7 +299,7 @@ func (h *Health) encode() []byte {
 	}
 	le.PutUint32(b[offCRC:], crc32.Checksum(b[:offCRC], castagnoli))
 	le.PutUint64(b[offEnd:], h.Sequence)
-	return b
+	return to
 }
 
 // stores yields the offsets of a page's words in the order in which they are to be stored, which lets readers see that they read

@@ -107,6 +107,8 @@ func (a *fakeAgent) State() engine.State {
 	return a.state
 }
 
+func (a *fakeAgent) Brief() engine.State { return a.State() }
+
 func (a *fakeAgent) Findings() []detect.Finding {
 	a.mu.Lock()
 	defer a.mu.Unlock()

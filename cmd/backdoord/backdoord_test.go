@@ -421,8 +421,8 @@ func TestKeeperAlive(t *testing.T) {
 // The limit follows what is in use, between what a small host takes and a share of the machine.
 func TestMemoryLimit(t *testing.T) {
 	for _, c := range []struct{ live, total, want uint64 }{
-		{0, 512 << 20, 32 << 20}, {16 << 20, 512 << 20, 32 << 20}, {40 << 20, 512 << 20, 58 << 20},
-		{200 << 20, 512 << 20, 128 << 20}, {200 << 20, 64 << 30, 258 << 20}, {4 << 30, 64 << 30, 512 << 20}, {60 << 20, 128 << 20, 48 << 20},
+		{0, 512 << 20, 32 << 20}, {16 << 20, 512 << 20, 32 << 20}, {40 << 20, 512 << 20, 60 << 20},
+		{200 << 20, 512 << 20, 128 << 20}, {200 << 20, 64 << 30, 260 << 20}, {4 << 30, 64 << 30, 512 << 20}, {60 << 20, 128 << 20, 48 << 20},
 	} {
 		if got := memoryLimit(c.live, c.total); got != int64(c.want) {
 			t.Errorf("memoryLimit(%d MiB, %d MiB) = %d MiB; want %d", c.live>>20, c.total>>20, got>>20, c.want>>20)

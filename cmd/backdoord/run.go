@@ -120,7 +120,7 @@ func keep(ctx context.Context, path string, log *slog.Logger, stdout, stderr io.
 const (
 	memoryPercent = 30
 	memoryLeast   = 32 << 20 // bytes that Go may hold before the limit follows
-	memoryRoom    = 8 << 20  // bytes of free and of new objects beside what is in use
+	memoryRoom    = 10 << 20 // bytes of free and of new objects beside what is in use
 )
 
 // limitMemory sets the limit and moves it every second until ctx ends. GOGC and GOMEMLIMIT win. It logs the most that was resident, when that has

@@ -291,7 +291,7 @@ func (w *worker) run(ctx context.Context) int {
 
 // answers asks the parts for a sign of life.
 func (w *worker) answers(context.Context) error {
-	w.engine.State() // blocks if the engine has locked itself up, and then nobody beats
+	w.engine.Brief() // blocks if the engine has locked itself up, and then nobody beats
 	return nil
 }
 
