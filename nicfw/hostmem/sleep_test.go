@@ -17,7 +17,7 @@ func TestSleepIf(t *testing.T) {
 	const (
 		pa   = 0x1010
 		nap  = 20 * time.Millisecond
-		long = time.Hour // a sleep that must not begin
+		long = time.Minute // a sleep that must not begin
 	)
 	m := hostmemtest.Map()
 	for _, c := range []struct {
@@ -101,11 +101,11 @@ func TestSleepIfWithoutMemory(t *testing.T) {
 	if err := os.Truncate(path, 2*page); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := mem.SleepIf(3*page, 0, time.Hour); !errors.Is(err, hostmem.ErrLinkDown) {
+	if _, err := mem.SleepIf(3*page, 0, time.Minute); !errors.Is(err, hostmem.ErrLinkDown) {
 		t.Errorf("SleepIf behind the new end = %v; want %v", err, hostmem.ErrLinkDown)
 	}
 	mem.Close()
-	if _, err := mem.SleepIf(0, 0, time.Hour); !errors.Is(err, os.ErrClosed) {
+	if _, err := mem.SleepIf(0, 0, time.Minute); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("SleepIf of closed memory = %v; want %v", err, os.ErrClosed)
 	}
 }
