@@ -481,11 +481,15 @@ func (w *watcher) limited(ctx context.Context, now time.Time) context.Context {
 // idle waits until the next pass is due, or there is a reason to begin it now. It returns false if there is none to begin any more. A panic is
 // looked for meanwhile: nothing else is as urgent, and so cheap to see.
 func (w *watcher) idle(ctx context.Context) bool {
+	looked := true // by the pass before; it sleeps first, so that a host of which each pass says that it is overwritten does not keep it from all sleep
 	for d := time.Until(w.due); d > 0; d = time.Until(w.due) {
 		parts := (d + panicEvery - 1) / panicEvery // equal ones: each awakening costs
-		if w.nap(ctx, d/parts) {
+		if looked {
+			w.thread.sleep(ctx, d/parts)
+		} else if w.nap(ctx, d/parts) {
 			return true
 		}
+		looked = false
 		switch { // no select, which takes three locks each time
 		case ctx.Err() != nil:
 			return false
@@ -500,22 +504,21 @@ func (w *watcher) idle(ctx context.Context) bool {
 	return true
 }
 
-// nap sleeps for d, unless the kernel is seen to have panicked before or after. With precedence, where memory is mapped, there is a look before it
-// only, which costs nothing: one nap follows another, or a pass.
+// nap looks whether the kernel has panicked, and sleeps for d if it has not. With precedence, where memory is mapped, the look costs nothing.
 func (w *watcher) nap(ctx context.Context, d time.Duration) (panicked bool) {
 	img := w.t.image()
-	if img == nil || w.panicked {
-		w.thread.sleep(ctx, d)
-		return false
-	}
-	if w.thread.has {
-		if panicked, err := img.SleepUnlessPanicked(d); err == nil {
-			return panicked
+	if img != nil && !w.panicked {
+		if w.thread.has {
+			if panicked, err := img.SleepUnlessPanicked(d); err == nil {
+				return panicked
+			}
+		}
+		if panicked, err := img.Panicked(ctx); err == nil && panicked {
+			return true
 		}
 	}
 	w.thread.sleep(ctx, d)
-	panicked, err := img.Panicked(ctx)
-	return err == nil && panicked
+	return false
 }
 
 // tellChanged wakes those who wait for a pass. e.mu is held.
