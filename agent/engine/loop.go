@@ -132,6 +132,7 @@ type watcher struct {
 	renew       time.Time          // when passes is made anew
 	load        ewma
 	panicked    bool // as the latest pass saw it
+	bySight     bool // the latest pass began because a panic was seen between two
 	rehearsed   bool // the news of a panic, since t was attached
 	bytes       ewma
 	began       time.Time     // the latest pass, when the thread had
@@ -481,15 +482,18 @@ func (w *watcher) limited(ctx context.Context, now time.Time) context.Context {
 // idle waits until the next pass is due, or there is a reason to begin it now. It returns false if there is none to begin any more. A panic is
 // looked for meanwhile: nothing else is as urgent, and so cheap to see.
 func (w *watcher) idle(ctx context.Context) bool {
-	looked := true // by the pass before; it sleeps first, so that a host of which each pass says that it is overwritten does not keep it from all sleep
+	// Who has just made a pass because of a look sleeps first: a host that is overwritten, or plays with the word, must not keep it from all sleep.
+	look := !w.bySight
+	w.bySight = false
 	for d := time.Until(w.due); d > 0; d = time.Until(w.due) {
 		parts := (d + panicEvery - 1) / panicEvery // equal ones: each awakening costs
-		if looked {
+		if !look {
 			w.thread.sleep(ctx, d/parts)
 		} else if w.nap(ctx, d/parts) {
+			w.bySight = true
 			return true
 		}
-		looked = false
+		look = true
 		switch { // no select, which takes three locks each time
 		case ctx.Err() != nil:
 			return false
