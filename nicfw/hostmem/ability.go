@@ -13,7 +13,7 @@ const (
 )
 
 // ErrUnaligned means that a compare-and-swap named an address that is not a multiple of 8, or SleepIf one that is not a multiple of 4.
-var ErrUnaligned = errors.New("address is not aligned to the word that is asked for")
+var ErrUnaligned = errors.New("address is not a multiple of the length")
 
 // A type assertion tells what a type can do. Whether a value can do it may only be known at run time: a RAM file was
 // opened read-only, a wrapper has only the abilities of what it wraps. Such types have one of the methods below; ask

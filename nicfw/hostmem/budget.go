@@ -17,7 +17,8 @@ const BudgetFloor = 256 << 10
 
 // Budget returns mem with a hard cap on what is moved between it and the host: in any time t no more than rate·t bytes and a burst of
 // 50 ms, or 16 KiB, whichever is more. Reads wait until there is budget for them. Stores and swaps do not wait, for a repair must not be held up
-// between two of its steps, nor does SleepIf, which waits anyway; what they move is paid by the reads that follow. The abilities are those of mem; Close closes mem.
+// between two of its steps, nor does SleepIf, which waits anyway; what they move is paid by the reads that follow. The abilities are those
+// of mem; Close closes mem.
 func Budget(mem Memory, rate uint64) Memory {
 	rate = max(rate, BudgetFloor)
 	burst := max(time.Duration(float64(budgetLeast)/float64(rate)*float64(time.Second)), budgetBurst)
