@@ -25,7 +25,7 @@ var policy = json.RawMessage(`{
 
 // dpu measures on the two machines, over the PCI window.
 func dpu(ctx context.Context, r *report, o options) error {
-	for _, k := range []string{"6.1", "6.12"} {
+	for _, k := range hostKernels {
 		if err := onDPU(ctx, r, o, k); err != nil {
 			return fmt.Errorf("host with Linux %s: %w", k, err)
 		}

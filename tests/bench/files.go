@@ -22,7 +22,7 @@ const wantTasks = 200
 
 // files measures on this machine, on the RAM files of running hosts.
 func files(ctx context.Context, r *report, o options) error {
-	for _, k := range []string{"6.1", "6.12"} {
+	for _, k := range hostKernels {
 		if err := file(ctx, r, o, k); err != nil {
 			return fmt.Errorf("host with Linux %s: %w", k, err)
 		}

@@ -28,6 +28,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -89,19 +90,26 @@ func main() {
 	os.Exit(code)
 }
 
+// hostKernels are the kernels of hosts that are measured.
+var hostKernels = []string{"6.1", "6.12"}
+
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	var o options
 	asJSON := flags.Bool("json", false, "print JSON")
 	flags.IntVar(&o.n, "n", 5, "how often each fault is made")
-	flags.StringVar(&o.kernel, "kernel", "6.1", "the host's kernel for the faults")
+	flags.StringVar(&o.kernel, "kernel", hostKernels[0], "the host's kernel for the faults: "+strings.Join(hostKernels, " or "))
 	only := flags.String("part", "", "only this part: images, files, start, upload, update or dpu")
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
 	if flags.NArg() > 0 || o.n < 1 {
 		fmt.Fprintln(stderr, "bench: it takes no arguments, and -n must be positive; run with -h for the flags")
+		return 2
+	}
+	if !slices.Contains(hostKernels, o.kernel) {
+		fmt.Fprintf(stderr, "bench: no fault is made on kernel %q; choose %s\n", o.kernel, strings.Join(hostKernels, " or "))
 		return 2
 	}
 	r := &report{log: stderr}
