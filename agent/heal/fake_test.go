@@ -38,10 +38,12 @@ type fakeHost struct {
 	pulse func(*kernel.Heartbeat) // alters what a heartbeat says
 	proof error                   // what Prove returns
 	// The CPU's behaviour; set before it runs.
-	deaf      bool          // never ticks
-	unreaped  bool          // the parent never takes note
-	immortal  bool          // the signal does nothing
-	onTick    func()        // before the CPU looks at its list
+	deaf     bool   // never ticks
+	unreaped bool   // the parent never takes note
+	immortal bool   // the signal does nothing
+	onTick   func() // before the CPU looks at its list
+	// onWork is what a worker does with a function and its argument, and what that returns; nil: it does not come to an end.
+	onWork    func(fn, arg uint64) uint64
 	killed    []int         // PIDs
 	untidy    []string      // what was wrong when the CPU looked
 	tickEvery time.Duration // 0: 1 ms
@@ -203,8 +205,11 @@ func (h *fakeHost) tick() {
 		h.wrong("irq_work flags %#x", flags)
 	}
 	h.put32(work+8, uint32(flags&^irqWorkPending))
-	if h.get(work+16, 8) == direct+paFn {
+	switch h.get(work+16, 8) {
+	case direct + paFn:
 		h.posixTimerFn(work)
+	case direct + paHandOver:
+		h.timedOutTimer(work)
 	}
 	h.put32(work+8, uint32(flags&^irqWorkClaimed))
 }

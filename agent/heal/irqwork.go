@@ -101,6 +101,11 @@ var (
 	sealed    = []byte{0x66, 0x0f, 0x1f, 0x00}       // an endbr64 that was taken out at boot: not to be called by pointer
 )
 
+// saves tells whether a function begins with saving registers, as one does that ftrace does not know, its own above all.
+func saves(head []byte) bool {
+	return head[0]&0xf8 == 0x50 || head[0] == 0x41 && head[1]&0xf8 == 0x50 // push
+}
+
 // callable returns the address of a function and its first bytes if it may be called through a pointer on this kernel.
 func callable(m model, name string) (kernel.VirtAddr, Bytes, error) {
 	va, err := m.Symbol(name)
@@ -123,9 +128,9 @@ func callable(m model, name string) (kernel.VirtAddr, Bytes, error) {
 	case bytes.HasPrefix(head, sealed) && ibtOff(m): // nothing but a nop there
 	case bytes.HasPrefix(head, sealed):
 		err = fmt.Errorf("%s is sealed against calls by pointer: %w", name, kernel.ErrNotSupported)
-	case bytes.HasPrefix(head, fentryNop) && errors.Is(ibtErr, kernel.ErrNotFound):
+	case errors.Is(ibtErr, kernel.ErrNotFound) && (bytes.HasPrefix(head, fentryNop) || saves(head)):
 	default:
-		err = fmt.Errorf("%s begins with %x, which is neither endbr64 nor the untraced entry of a kernel without IBT: %w", name, []byte(head), kernel.ErrNotSupported)
+		err = fmt.Errorf("%s begins with %x, which is neither endbr64 nor, on a kernel without IBT, the entry of a function that nobody has patched: %w", name, []byte(head), kernel.ErrNotSupported)
 	}
 	return va, head, err
 }

@@ -169,6 +169,8 @@ type Step struct {
 	// Cleanup marks steps that tidy up after the repair. Their failure does not fail the plan; what they could not tidy up is
 	// reported as left behind.
 	Cleanup bool `json:"cleanup,omitempty"`
+	// Ours marks a Cleanup write to a place that is the agent's own, whatever the host has made meanwhile of what was laid down there.
+	Ours bool `json:"ours,omitempty"`
 	// MayFail marks a step that is one of many alike: it is left out if memory does not hold what it expects.
 	MayFail bool `json:"mayFail,omitempty"`
 	// Once marks an OpExpect that counts for the plan, and no longer for what takes it back: the group lives on without the task. See TakeBack.

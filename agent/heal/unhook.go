@@ -10,7 +10,7 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 )
 
-// UnhookProbe is the ID of the action that takes the handler from a stranger's probe, notifier or packet filter.
+// UnhookProbe is the ID of the action that takes the handler from a stranger's probe, notifier or packet filter, and has ftrace and tracepoints let go of him.
 const UnhookProbe = "unhook-probe"
 
 // unhookProbe has a probe call a function of the kernel's that does nothing and returns 0, in place of its handler; a chain of notifiers, too, for which 0 is
@@ -20,6 +20,9 @@ const UnhookProbe = "unhook-probe"
 // Whoever reads the pointer meanwhile gets the one function or the other, and each of the callers, which are in kernel/kprobes.c,
 // arch/x86/kernel/kprobes, kernel/notifier.c and net/netfilter/core.c, goes on as if nobody had been called, so that one store of 8 bytes is all. A CPU that is
 // in the handler at that moment finishes it.
+//
+// A user of ftrace, and the only user of a tracepoint, are called by code that the kernel has patched for them, into which their address is written: there a
+// worker of the kernel's runs what takes such patches back. See addWork.
 func unhookProbe() Action {
 	return Action{
 		ID: UnhookProbe, Title: "Have a stranger's probe call nothing", Risk: RiskKernel,
@@ -51,12 +54,20 @@ func planUnhook(m model, f detect.Finding, hooks []kernel.Hook) (Plan, error) {
 		case "kprobe", "kretprobe", "notifier":
 		case "packet filter":
 			does = accepts
-		case "ftrace", "tracepoint":
-			return fail(fmt.Errorf("the kernel calls %v from code that it has made for this user of %s, into which the address is written: no store takes it out safely: %w", h.To, h.Kind, kernel.ErrNotSupported))
+		case "ftrace":
+			p.Title = "have ftrace let go of " + h.Place
+			if err := planUntrace(m, &p, h); err != nil {
+				return fail(err)
+			}
+			continue
+		case "tracepoint":
+			if err := planUntrack(m, &p, h); err != nil {
+				return fail(err)
+			}
 		default:
 			return fail(fmt.Errorf("%s of the %s %q leads to %v, and what it led to before is not known: %w", h.Member, h.Kind, h.Place, h.To, kernel.ErrNotSupported))
 		}
-		if len(p.Steps) == 0 {
+		if nothing.Op == "" {
 			var err error
 			if nothing, err = does.find(m); err != nil {
 				return fail(err)
@@ -80,6 +91,96 @@ func planUnhook(m model, f detect.Finding, hooks []kernel.Hook) (Plan, error) {
 		return fail(fmt.Errorf("the finding names no probe that is there: %w", ErrGone))
 	}
 	return p, nil
+}
+
+// planUntrace plans to have the kernel take a user of ftrace out (struct ftrace_ops, include/linux/ftrace.h), as if he had asked for it himself.
+func planUntrace(m model, p *Plan, h kernel.Hook) error {
+	l := layout{m: m}
+	fn, flags := l.field("ftrace_ops", "func", 8), l.field("ftrace_ops", "flags", 8)
+	if l.err != nil {
+		return l.err
+	}
+	if h.At != h.Record+kernel.VirtAddr(fn) {
+		return fmt.Errorf("%s of %v is at %v: %w", h.Member, h.Record, h.At, kernel.ErrTorn)
+	}
+	now, err := read64(m, h.Record+kernel.VirtAddr(flags))
+	if err != nil {
+		return err
+	}
+	if now&1 == 0 { // FTRACE_OPS_FL_ENABLED; of one that is not, the kernel warns
+		return fmt.Errorf("he is no longer in force: %w", ErrGone)
+	}
+	for _, x := range []struct {
+		why, object string
+		off, value  uint64
+	}{{"it is the stranger's", h.Member, fn, uint64(h.To)}, {"it is in force", "ftrace_ops.flags", flags, now}} {
+		s, err := expect64(m, x.why, x.object, h.Record+kernel.VirtAddr(x.off), x.value)
+		if err != nil {
+			return err
+		}
+		p.Steps = append(p.Steps, s)
+	}
+	return addWork(m, p, unregisterFtrace, h.Record)
+}
+
+// planUntrack plans what precedes the store by which a tracepoint calls nothing in a stranger's place (struct tracepoint, include/linux/tracepoint-defs.h).
+// Who is called there beside others is so taken out altogether, for they are called one by one as the table has them. A tracepoint's only user is called by the
+// code itself: there the tracepoint is switched off, and stays so until somebody else wants it.
+func planUntrack(m model, p *Plan, h kernel.Hook) error {
+	l := layout{m: m}
+	key, enabled, users := l.field("tracepoint", "key", l.sizeof("static_key")), l.field("static_key", "enabled.counter", 4), l.field("tracepoint", "funcs", 8)
+	size, fn := l.sizeof("tracepoint_func"), l.field("tracepoint_func", "func", 8)
+	if l.err != nil {
+		return l.err
+	}
+	if h.Of == 0 || h.At != h.Record+kernel.VirtAddr(fn) {
+		return fmt.Errorf("its tracepoint is not known: %w", kernel.ErrNotFound)
+	}
+	table, err := read64(m, h.Of+kernel.VirtAddr(users))
+	if err != nil {
+		return err
+	}
+	n, mine := 0, false
+	for at := kernel.VirtAddr(table); ; at += kernel.VirtAddr(size) {
+		to, err := read64(m, at+kernel.VirtAddr(fn))
+		if err != nil {
+			return err
+		}
+		if to == 0 {
+			break
+		}
+		if n++; n > maxUsers {
+			return fmt.Errorf("it has more than %d users: %w", maxUsers, kernel.ErrTorn)
+		}
+		mine = mine || at == h.Record
+	}
+	if !mine {
+		return fmt.Errorf("its table is another one by now: %w", ErrGone)
+	}
+	s, err := expect64(m, "nobody has come or gone", "tracepoint.funcs", h.Of+kernel.VirtAddr(users), table)
+	if err != nil {
+		return err
+	}
+	p.Steps = append(p.Steps, s)
+	if n > 1 {
+		return nil
+	}
+	at := h.Of + kernel.VirtAddr(key+enabled)
+	on, err := read32(m, at)
+	switch {
+	case err != nil || on == 0: // it is off already
+		return err
+	case on != 1: // and never of a tracepoint
+		return fmt.Errorf("its key is on %d times: %w", int32(on), kernel.ErrNotSupported)
+	}
+	return addWork(m, p, disableKey, h.Of+kernel.VirtAddr(key))
+}
+
+const maxUsers = 256 // of a tracepoint
+
+func expect64(m model, why, object string, at kernel.VirtAddr, value uint64) (Step, error) {
+	pa, err := m.Phys(at)
+	return Step{Op: OpExpect, Why: why, Object: object, Addr: pa, Virt: at, Expect: le(value, 8)}, err
 }
 
 // idle is what a function does that does nothing but return a number, whatever it is given.

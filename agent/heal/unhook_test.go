@@ -96,7 +96,7 @@ func TestUnhookRefuses(t *testing.T) {
 		arch string
 		want error
 	}{
-		{"ftrace calls by code of its own", 6, noBlink, "", kernel.ErrNotSupported},
+		{"a user of ftrace of a kernel without workers", 6, noBlink, "", kernel.ErrNotFound},
 		{"what a line discipline called before is not known", 5, noBlink, "", kernel.ErrNotSupported},
 		{"the probe is gone", -1, noBlink, "", ErrGone},
 		{"the function does more than to return 0", 0, append(append([]byte(nil), endbr64...), 0x0f, 0x1f, 0x44, 0x00, 0x00, 0xb0, 0x01, 0xc3, 0, 0, 0, 0), "", kernel.ErrNotSupported},

@@ -355,7 +355,7 @@ func (v *View) tracepointHooks(p *callbackPlan, note noteHook) error {
 					return err
 				}
 			}
-			note(Hook{Kind: "tracepoint", Record: funcs, Place: name, Member: "tracepoint_func.func", At: x.at("func"), To: to}, 0)
+			note(Hook{Kind: "tracepoint", Record: funcs, Place: name, Member: "tracepoint_func.func", At: x.at("func"), To: to, Of: at}, 0)
 			funcs += VirtAddr(t.size)
 		}
 	}

@@ -13,6 +13,7 @@ type Hook struct {
 	Member string   `json:"member"` // "kprobe.pre_handler"
 	At     VirtAddr `json:"at"`     // of the pointer
 	To     VirtAddr `json:"to"`
+	Of     VirtAddr `json:"of,omitempty"`    // the tracepoint itself, of a user of one
 	Owner  string   `json:"owner,omitempty"` // the hidden module that it leads into; empty if none is known
 }
 

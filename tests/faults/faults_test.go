@@ -394,7 +394,9 @@ var rows = []fault{
 	// There are interrupts of timers, and no ticks: no work of the kernel's is done any more.
 	{name: "clock-stands", want: []detect.Kind{detect.KindClock}, key: "stands", by: 30 * time.Second, heal: heal.RestartHost, dead: true, next: true},
 	// The last, for an emulator now and then stands still over code that is patched.
-	{name: "tracepoint", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, after: "tracepoint_off",
+	{name: "ftrace", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "ftrace_off",
+		truth: calls(func(b *bed) { b.cat("/proc") })},
+	{name: "tracepoint", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "tracepoint_off",
 		truth: calls(func(b *bed) {
 			var done string
 			b.g.Ask(fmt.Sprintf("kill %d", b.g.Spawn("sleep")), "killed", &done)

@@ -12,6 +12,7 @@
 #include <linux/cred.h>
 #include <linux/delay.h>
 #include <linux/file.h>
+#include <linux/ftrace.h>
 #include <linux/fs.h>
 #include <linux/init.h>
 #include <linux/interrupt.h>
@@ -785,6 +786,33 @@ static void tracepoint_off(void)
 	tracepoint_synchronize_unregister();
 }
 
+/* As do most rootkits of these days: by a call that ftrace makes at the entry of a function. */
+static void see_entry(unsigned long ip, unsigned long parent, struct ftrace_ops *op, struct ftrace_regs *regs)
+{
+	atomic_inc(&calls);
+}
+
+static struct ftrace_ops tracer = { .func = see_entry };
+
+static void trace_function(void)
+{
+	unsigned long ip = find("filldir64");
+
+	/* An entry that begins with endbr64 has its call behind that. */
+	if (ip && ftrace_set_filter_ip(&tracer, ip, 0, 1))
+		ip = ftrace_set_filter_ip(&tracer, ip + 4, 0, 1) ? 0 : ip;
+	if (ip)
+		register_ftrace_function(&tracer);
+	hide_module();
+}
+
+static void trace_function_off(void)
+{
+	hide_module_off();
+	if (tracer.flags & FTRACE_OPS_FL_ENABLED)
+		unregister_ftrace_function(&tracer);
+}
+
 static struct fault {
 	const char *name;
 	void (*on)(void);
@@ -826,6 +854,7 @@ static struct fault {
 	{ "notifier", notifier, notifier_off },
 	{ "packet-filter", packet_filter, filter_off },
 	{ "interface-filter", interface_filter, filter_off },
+	{ "ftrace", trace_function, trace_function_off },
 	{ "tracepoint", tracepoint, tracepoint_off },
 };
 
