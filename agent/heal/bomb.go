@@ -281,8 +281,7 @@ func planBatch(m model, f detect.Finding) (p Plan, more bool, err error) {
 		return Plan{}, false, nil
 	}
 
-	itSize := (sig.itSize + 15) &^ 15
-	slot := (itSize + sig.sqSize + slotAlign - 1) &^ (slotAlign - 1)
+	slot := (sig.size + slotAlign - 1) &^ (slotAlign - 1)
 	perPage := int(leaseOffset / slot)
 	boxes, err := findMailboxes(m, (len(victims)+perPage-1)/perPage)
 	if err != nil {
@@ -324,14 +323,12 @@ func planBatch(m model, f detect.Finding) (p Plan, more bool, err error) {
 			n, _ := at(i + 1)
 			next = n + sig.itTimer
 		}
-		timer, queue := sig.make(va, va+itSize, v.pidVA, sigKill.no, next)
+		timer := sig.make(va, v.pidVA, sigKill.no, next)
 		n := i / perPage
 		pages[n] = append(grow(pages[n], off), timer...)
-		pages[n] = append(grow(pages[n], off+itSize), queue...)
 		spent[n] = append(grow(spent[n], off), sig.spent(timer)...)
-		spent[n] = append(grow(spent[n], off+itSize), queue...)
-		unlinked[n] = append(unlinked[n], Cond{Addr: boxes[n].pa + hostmem.PhysAddr(off+itSize+sig.sqNext), Size: 8, Mask: ^uint64(0), Equal: true,
-			Value: va + itSize, What: "the signal is unlinked"})
+		unlinked[n] = append(unlinked[n], Cond{Addr: boxes[n].pa + hostmem.PhysAddr(off+sig.queue+sig.sqNext), Size: 8, Mask: ^uint64(0), Equal: true,
+			Value: va + sig.queue, What: "the signal is unlinked"})
 	}
 	for n, b := range boxes {
 		p.Steps = append(p.Steps, Step{

@@ -47,6 +47,7 @@ type fakeHost struct {
 	killed    []int         // PIDs
 	untidy    []string      // what was wrong when the CPU looked
 	tickEvery time.Duration // 0: 1 ms
+	embedded  bool          // see embed
 }
 
 const (
@@ -214,11 +215,33 @@ func (h *fakeHost) tick() {
 	h.put32(work+8, uint32(flags&^irqWorkClaimed))
 }
 
+// embed has the host's posix timers be those of Linux 6.13 and later, as Debian's 7.2 has them.
+func (h *fakeHost) embed() {
+	h.embedded = true
+	h.sizes["k_itimer"], h.sizes["hrtimer"] = 384, 80
+	for name, f := range map[string]kernel.Field{
+		"it_sigev_notify": {Offset: 40, Size: 4}, "it_pid": {Offset: 128, Size: 8}, "it_pid_type": {Offset: 44, Size: 4}, "sigq": {Offset: 136, Size: 80},
+		"it.real.timer": {Offset: 224, Size: 80}, "it_signal": {Offset: 48, Size: 8}, "it_lock": {Offset: 64, Size: 4}, "it_interval": {Offset: 104, Size: 8},
+		"rcuref.refcnt.counter": {Offset: 216, Size: 4}, "ignored_list": {Offset: 112, Size: 16},
+	} {
+		h.fields["k_itimer."+name] = f
+	}
+}
+
 // posixTimerFn is the kernel's function of that name, as far as a signal to a process goes.
 func (h *fakeHost) posixTimerFn(timer hostmem.PhysAddr) {
-	it := timer - offHrtimer
-	pid := h.get(hostmem.PhysAddr(h.get(it+0x58, 8)-direct)+0x60, 4)
+	it := timer - hostmem.PhysAddr(h.fields["k_itimer.it.real.timer"].Offset)
+	pid := h.get(hostmem.PhysAddr(h.get(it+hostmem.PhysAddr(h.fields["k_itimer.it_pid"].Offset), 8)-direct)+0x60, 4)
 	sq := hostmem.PhysAddr(h.get(it+0x60, 8) - direct)
+	if h.embedded {
+		sq = it + 136
+		switch {
+		case h.get(it+44, 4) != 1:
+			h.wrong("it_pid_type is not PIDTYPE_TGID")
+		case h.get(it+216, 4) != 0 || h.get(it+48, 8)&1 != 0 || h.get(it+64, 4) != 0:
+			h.wrong("the timer is not valid")
+		}
+	}
 	self := direct + uint64(sq)
 	switch {
 	case h.get(sq, 8) != self || h.get(sq+8, 8) != self:

@@ -95,8 +95,12 @@ func (h *fakeHost) diff(old []byte) []hostmem.PhysAddr {
 }
 
 func TestKill(t *testing.T) {
-	for _, cas := range []bool{true, false} {
+	for i := range 4 {
+		cas := i%2 == 0
 		h := newFakeHost(t)
+		if i >= 2 {
+			h.embed()
+		}
 		h.run()
 		before := h.snapshot()
 		j := &memJournal{}
@@ -125,7 +129,7 @@ func TestKill(t *testing.T) {
 				t.Errorf("memory at %v is not as it was", pa)
 			}
 		}
-		want := []string{"intent", "store", "store", "store", "store", "store", "outcome"}
+		want := []string{"intent", "store", "store", "store", "outcome"}
 		if diff := cmp.Diff(want, j.kinds); diff != "" {
 			t.Error(diff)
 		}
@@ -134,7 +138,7 @@ func TestKill(t *testing.T) {
 
 // Nothing reaches the host before the journal holds it: when a record is refused, memory is as it was.
 func TestJournalBeforeStore(t *testing.T) {
-	for failAt := 1; failAt <= 4; failAt++ {
+	for failAt := 1; failAt <= 3; failAt++ {
 		h := newFakeHost(t)
 		h.run()
 		before := h.snapshot()
@@ -327,7 +331,7 @@ func TestMailboxStaysWhileInUse(t *testing.T) {
 		if err != nil || !out.Verified {
 			t.Fatalf("Apply = %v", err)
 		}
-		if len(out.Left) != 1 || h.get(out.Left[0].Start, 8) != direct+paSignal+0x200 {
+		if len(out.Left) != 1 || h.get(out.Left[0].Start+0x110, 8) != direct+paSignal+0x200 {
 			t.Errorf("left = %v; want the signal, still linked", out.Left)
 		}
 		// The next mailbox is another one.
@@ -426,11 +430,19 @@ func TestPlanRefuses(t *testing.T) {
 		}, kernel.ErrNotSupported, "neither endbr64"},
 		{"a traced function", func(h *fakeHost, _ *detect.Finding) { h.write(paFn, []byte{0xe8, 1, 2, 3, 4}) }, kernel.ErrNotSupported, "neither endbr64"},
 		{"kCFI", func(h *fakeHost, _ *detect.Finding) { h.symbols["__cfi_posix_timer_fn"] = direct }, kernel.ErrNotSupported, "kCFI"},
-		{"posix timers of v6.13", func(h *fakeHost, _ *detect.Finding) { h.fields["k_itimer.sigq"] = kernel.Field{Offset: 0x60, Size: 80} }, kernel.ErrNotSupported, "k_itimer.sigq"},
+		{"a sigqueue in a k_itimer without a count", func(h *fakeHost, _ *detect.Finding) {
+			h.embed()
+			delete(h.fields, "k_itimer.rcuref.refcnt.counter")
+		}, kernel.ErrNotFound, "k_itimer.rcuref"},
+		{"irq_work over what a timer of v6.13 uses", func(h *fakeHost, _ *detect.Finding) {
+			h.embed()
+			h.fields["k_itimer.it_lock"] = kernel.Field{Offset: 228, Size: 4}
+		}, kernel.ErrNotSupported, "lies over"},
+		{"posix timers of another kind", func(h *fakeHost, _ *detect.Finding) { h.fields["k_itimer.sigq"] = kernel.Field{Offset: 0x60, Size: 72} }, kernel.ErrNotSupported, "k_itimer.sigq"},
 		{"another irq_work", func(h *fakeHost, _ *detect.Finding) { h.put32(paPerCPU+0x48, 0x77) }, kernel.ErrNotSupported, "layout"},
 		{"irq_work over what the timer uses", func(h *fakeHost, _ *detect.Finding) {
 			h.fields["k_itimer.sigq"] = kernel.Field{Offset: offHrtimer + 16, Size: 8}
-		}, kernel.ErrNotSupported, "does not fit"},
+		}, kernel.ErrNotSupported, "lies over"},
 		{"no mailbox: not reserved", func(h *fakeHost, _ *detect.Finding) {
 			for pfn := range 256 {
 				h.put64(paPages+hostmem.PhysAddr(pfn)*64, 0)

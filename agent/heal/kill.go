@@ -25,11 +25,11 @@ var ErrGone = errors.New("the process is gone")
 var ErrProtected = errors.New("the task is never touched")
 
 const (
-	siTimer            = -2   // SI_TIMER, include/uapi/asm-generic/siginfo.h
-	sigqueuePrealloc   = 1    // SIGQUEUE_PREALLOC, include/linux/signal_types.h
-	signalUnkillable   = 0x40 // SIGNAL_UNKILLABLE, include/linux/sched/signal.h
-	itimerAt           = 0x040
-	sigqueueAt         = 0x800
+	siTimer            = -2              // SI_TIMER, include/uapi/asm-generic/siginfo.h
+	sigqueuePrealloc   = 1               // SIGQUEUE_PREALLOC, include/linux/signal_types.h
+	signalUnkillable   = 0x40            // SIGNAL_UNKILLABLE, include/linux/sched/signal.h
+	pidTypeTGID        = 1               // PIDTYPE_TGID, include/linux/pid_types.h; findVictim checks it
+	signalAt           = 0x40            // in a mailbox
 	armTimeout         = 6 * time.Second // an idle CPU has an event at least every 4 s: the watchdog's
 	deathTimeout       = 5 * time.Second
 	queueTimeout       = 3 * time.Second
@@ -116,13 +116,12 @@ func planSignal(m model, f detect.Finding, what signal) (Plan, error) {
 		return fail(err)
 	}
 
-	timerVA, queueVA := uint64(box.va)+itimerAt, uint64(box.va)+sigqueueAt
-	workVA := timerVA + sig.itTimer
-	timer, queue := sig.make(timerVA, queueVA, vic.pidVA, what.no, 0)
-	spent := sig.spent(timer)
+	timerVA := uint64(box.va) + signalAt
+	queueVA, workVA := timerVA+sig.queue, timerVA+sig.itTimer
+	timer := sig.make(timerVA, vic.pidVA, what.no, 0)
 
 	work := sig.work
-	flagsPA := box.pa + itimerAt + hostmem.PhysAddr(sig.itTimer+work.flags)
+	flagsPA := box.pa + signalAt + hostmem.PhysAddr(sig.itTimer+work.flags)
 	idle := "which is busy and ticks every few milliseconds"
 	if cpu.Idle {
 		idle = "the idle CPU with the nearest timer event"
@@ -145,11 +144,9 @@ func planSignal(m model, f detect.Finding, what signal) (Plan, error) {
 	}, box.owned)
 	p.Steps = append(p.Steps, vic.checks...)
 	p.Steps = append(p.Steps, Step{
-		Op: OpWrite, Why: "lay down the signal: " + what.name + ", preallocated, so the kernel does not free it", Object: "struct sigqueue",
-		Addr: box.pa + sigqueueAt, Virt: kernel.VirtAddr(queueVA), Expect: make(Bytes, sig.sqSize), Put: queue, Undo: true,
-	}, Step{
-		Op: OpWrite, Why: "lay down the timer that carries it, and in its unused part the work that runs it", Object: "struct k_itimer with struct irq_work",
-		Addr: box.pa + itimerAt, Virt: kernel.VirtAddr(timerVA), Expect: make(Bytes, sig.itSize), Put: timer, Undo: true,
+		Op: OpWrite, Why: "lay down " + what.name + ", preallocated, so the kernel does not free it, with the timer that carries it, and in its unused part the work that runs it",
+		Object: "struct k_itimer with struct irq_work and struct sigqueue",
+		Addr:   box.pa + signalAt, Virt: kernel.VirtAddr(timerVA), Expect: make(Bytes, sig.size), Put: timer, Undo: true,
 	}, Step{
 		Op: OpArm, Why: fmt.Sprintf("hand the work to CPU %d, %s; only while its list is empty", cpu.ID, idle), Object: fmt.Sprintf("lazy_list of CPU %d", cpu.ID),
 		Addr: listPA, Virt: listVA, Expect: le(0, 8), Put: le(workVA, 8), Undo: true,
@@ -176,18 +173,15 @@ func planSignal(m model, f detect.Finding, what signal) (Plan, error) {
 		return fail(err)
 	}
 	p.Steps = append(p.Steps, rescue...)
-	queuePA := box.pa + sigqueueAt + hostmem.PhysAddr(sig.sqNext)
+	queuePA := box.pa + signalAt + hostmem.PhysAddr(sig.queue+sig.sqNext)
 	p.Steps = append(p.Steps, Step{
 		Op: OpAwait, Why: "the kernel has let go of the signal: the parent has taken note of the death", Object: "sigqueue.list", Cleanup: true,
 		Addr: queuePA, Virt: kernel.VirtAddr(queueVA + sig.sqNext),
 		Until:   []Cond{{Addr: queuePA, Size: 8, Mask: ^uint64(0), Equal: true, Value: queueVA, What: "the signal is unlinked"}},
 		Timeout: queueTimeout, Poll: 2 * time.Millisecond,
 	}, Step{
-		Op: OpWrite, Why: "clean the mailbox", Object: "struct sigqueue", Cleanup: true,
-		Addr: box.pa + sigqueueAt, Virt: kernel.VirtAddr(queueVA), Expect: queue, Put: make(Bytes, sig.sqSize),
-	}, Step{
-		Op: OpWrite, Why: "clean the mailbox", Object: "struct k_itimer", Cleanup: true,
-		Addr: box.pa + itimerAt, Virt: kernel.VirtAddr(timerVA), Expect: spent, Put: make(Bytes, sig.itSize),
+		Op: OpWrite, Why: "clean the mailbox", Object: "struct k_itimer with struct irq_work and struct sigqueue", Cleanup: true,
+		Addr: box.pa + signalAt, Virt: kernel.VirtAddr(timerVA), Expect: sig.spent(timer), Put: make(Bytes, sig.size),
 	})
 	return p, nil
 }
