@@ -15,12 +15,12 @@ var (
 
 const guestUUID = guest.UUID
 
-// forEachGuest runs f for the kernels that were asked for.
-func forEachGuest(t *testing.T, f func(t *testing.T, kernel string)) {
+// forEachGuest runs f for the kernels that were asked for: if none were, for the usual ones and for more.
+func forEachGuest(t *testing.T, f func(t *testing.T, kernel string), more ...string) {
 	if testing.Short() {
 		t.Skip("boots kernels in QEMU, a minute for each: not with -short")
 	}
-	want := []string{"6.1", "6.12", "6.1-generic", "6.12-generic"}
+	want := append([]string{"6.1", "6.12", "6.1-generic", "6.12-generic"}, more...)
 	if *guestsFlag != "all" {
 		want = strings.Split(*guestsFlag, ",")
 	}

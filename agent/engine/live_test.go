@@ -127,7 +127,7 @@ func TestLiveKill(t *testing.T) {
 		if rep, err := j.Verify(); err != nil {
 			t.Errorf("journal: %+v, %v", rep, err)
 		}
-	})
+	}, "sid") // whose posix timers are laid out otherwise
 }
 
 // killOne ends one process and returns how long after the arming store the host confirmed it, and the process was dead.
