@@ -17,6 +17,8 @@ const (
 	RebootHost   = "reboot-host"
 	SyncDisks    = "sync-disks"
 	RemountDisks = "remount-read-only"
+
+	NormalizeRealtime = "normalize-realtime"
 )
 
 // function is one of the host kernel's functions that a plan may have it run. Beside posix_timer_fn, which needs an object
@@ -39,6 +41,8 @@ var (
 	// fs/sync.c, fs/super.c: sysrq's s and u.
 	emergencySync    = function{"emergency_sync", "has a worker write all that is dirty to disks", false}
 	emergencyRemount = function{"emergency_remount", "has a worker write all that is dirty and remount all file systems read-only", false}
+	// kernel/sched/core.c, since v6.11 syscalls.c: sysrq's n. Kernel threads stay as they are.
+	normalizeTasks = function{"normalize_rt_tasks", "gives each program of real-time priority, or of less than no niceness, the ordinary one", false}
 )
 
 // planCall plans to have a CPU that ticks run a function in its timer interrupt.
@@ -123,6 +127,21 @@ func called(id, title string, risk Risk, fn function, kinds ...detect.Kind) Acti
 				return Plan{}, fmt.Errorf("plan to run %s: no kernel is attached: %w", fn.name, kernel.ErrNotFound)
 			}
 			return planCall(newModel(v), Plan{Action: id, Finding: f.ID, Risk: risk, More: risk < RiskRestart, Title: fmt.Sprintf("%s: %s", title, f.Title)}, fn)
+		},
+	}
+}
+
+// normalizeRealtime takes real-time priority from all programs, so that who is not let run by one of them is. It is milder than to end that one, but others
+// lose theirs with it: those of a cluster's heartbeat or of sound, say; nothing gives it back but themselves.
+func normalizeRealtime() Action {
+	return Action{
+		ID: NormalizeRealtime, Title: "Give programs of real-time priority the ordinary one", Risk: RiskKernel,
+		For: []detect.Kind{detect.KindRunawayProcess, detect.KindHungTask, detect.KindPolicy},
+		Plan: func(_ context.Context, v *kernel.View, f detect.Finding) (Plan, error) {
+			if v == nil {
+				return Plan{}, fmt.Errorf("plan to run %s: no kernel is attached: %w", normalizeTasks.name, kernel.ErrNotFound)
+			}
+			return planCall(newModel(v), Plan{Action: NormalizeRealtime, Finding: f.ID, Risk: RiskKernel, Title: "take real-time priority from all programs: " + f.Title}, normalizeTasks)
 		},
 	}
 }

@@ -341,7 +341,7 @@ const StoreAction = "store-memory"
 func Actions() []Action {
 	return []Action{
 		killProcess(), stopProcess(), continueProcess(), stopForkBomb(), restoreKernel(), relinkHidden(), unhookProbe(), stripCredentials(), wakeTask(), releaseLock(), raiseLimit(), limitMemory(), armPanic(),
-		setSysctl(), setControl(memoryMax), setControl(cpuWeight), restartHost(), powerCycle(),
+		setSysctl(), setControl(memoryMax), setControl(cpuWeight), normalizeRealtime(), restartHost(), powerCycle(),
 		quarantine(), rateLimit(), release(),
 		called(SyncDisks, "Write to disks what is dirty", RiskKernel, emergencySync, everyKind()...),
 		called(RemountDisks, "Remount all file systems read-only", RiskKernel, emergencyRemount, everyKind()...),

@@ -286,6 +286,14 @@ var rows = []fault{
 		var done string
 		b.g.Ask("write /proc/sys/kernel/sched_rt_runtime_us 950000", "written", &done)
 	}},
+	{name: "starved-normal", want: []detect.Kind{detect.KindRunawayProcess}, key: "starved", by: 30 * time.Second, heal: heal.NormalizeRealtime, shares: true, do: func(b *bed) {
+		b.pid = b.g.Spawn("rootfifo")
+		b.g.Spawn("rootpinned")
+	}, undo: func(b *bed) {
+		var done string
+		b.g.Ask("write /proc/sys/kernel/sched_rt_runtime_us 950000", "written", &done)
+		ended(b)
+	}},
 	{name: "memory-stall", start: "rootstall", want: []detect.Kind{detect.KindExhaustion}, key: "pressure", by: 90 * time.Second, innocent: true, undo: ended},
 	{name: "root-cred", want: []detect.Kind{detect.KindTampering}, key: "cred ", by: 10 * time.Second, heal: heal.KillProcess},
 	{name: "give-root", want: []detect.Kind{detect.KindTampering}, key: "cred ", by: 10 * time.Second, heal: heal.KillProcess},
