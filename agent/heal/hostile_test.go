@@ -8,17 +8,18 @@ import (
 	"testing"
 	"time"
 
+	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
 
 // A host whose memory holds anything, whose types say anything, and which goes on changing under the executor's hands, never makes it
 // store outside of its plan, nor leave behind, without saying so, what it has stored.
 func TestHostileHost(t *testing.T) {
-	pages := []hostmem.PhysAddr{paBases, paPages, paPerCPU, paTask, paSignal, paPID, paCred, paUser, 0x150000, 0x151000, 0x2000}
+	pages := []hostmem.PhysAddr{paBases, paPages, paPerCPU, paTask, paSignal, paPID, paCred, paUser, paOps, paPoint, paUsers, paReboot &^ 0xfff, 0x150000, 0x151000, 0x2000}
 	carried, failed := 0, 0
 	for seed := range uint64(12) {
 		r := rand.New(rand.NewPCG(seed, 4))
-		h := newFakeHost(t)
+		h, hooks := worked(t, 0)
 		f := forge(h)
 		f.Changes = tampered(h).Changes
 		spoil := func() hostmem.PhysAddr {
@@ -48,6 +49,8 @@ func TestHostileHost(t *testing.T) {
 			"kill":    func() (Plan, error) { return planSignal(h, f, sigKill) },
 			"strip":   func() (Plan, error) { return planStrip(h, f) },
 			"restore": func() (Plan, error) { return planRestore(h, f) },
+			"untrace": func() (Plan, error) { f.Key = detect.HookKey(hooks[0]); return planUnhook(h, f, hooks) },
+			"untrack": func() (Plan, error) { f.Key = detect.HookKey(hooks[1]); return planUnhook(h, f, hooks) },
 		} {
 			p, err := plan()
 			if err != nil {
@@ -64,9 +67,9 @@ func TestHostileHost(t *testing.T) {
 					}
 				}
 			}})
-			o.Grant = grant(t, permit(StripCredentials, RestoreKernel))
+			o.Grant = grant(t, permit(StripCredentials, RestoreKernel, UnhookProbe))
 			limit := 20 * time.Second
-			if name == "kill" { // which waits for a tick that does not come
+			if name == "kill" || name == "untrace" || name == "untrack" { // which wait for a tick that does not come
 				limit = 50 * time.Millisecond
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), limit)
