@@ -297,7 +297,7 @@ func planBatch(m model, f detect.Finding) (p Plan, more bool, err error) {
 		Action: StopForkBomb, Finding: f.ID, Risk: RiskTask, CPU: &cpu.ID, Kernel: &id, More: true,
 		Title: fmt.Sprintf("end %d processes of the tree of %q with SIGKILL", len(victims), f.Culprit.Comm),
 		Calls: []Call{{
-			Function: "posix_timer_fn", Addr: sig.fn, Context: fmt.Sprintf("hard interrupt of CPU %d's timer tick (irq_work_tick)", cpu.ID),
+			Function: "posix_timer_fn", Addr: sig.fn, Context: tickOf(m, cpu.ID),
 			Purpose: fmt.Sprintf("sends SIGKILL to each of %d processes as for an expired POSIX timer", len(victims)),
 		}},
 		Steps: []Step{{

@@ -70,7 +70,7 @@ func planCall(m model, p Plan, fn function) (Plan, error) {
 	}
 	id := Identify(m.Info())
 	p.Kernel, p.CPU = &id, &cpu.ID
-	p.Calls = []Call{{Function: fn.name, Addr: va, Context: fmt.Sprintf("hard interrupt of CPU %d's timer tick (irq_work_tick)", cpu.ID), Purpose: fn.purpose}}
+	p.Calls = []Call{{Function: fn.name, Addr: va, Context: tickOf(m, cpu.ID), Purpose: fn.purpose}}
 	obj := make(Bytes, work.size)
 	put32(obj, work.flags, irqWorkType|irqWorkLazy|irqWorkClaimed)
 	put64(obj, work.fn, uint64(va))

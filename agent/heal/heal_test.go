@@ -95,11 +95,15 @@ func (h *fakeHost) diff(old []byte) []hostmem.PhysAddr {
 }
 
 func TestKill(t *testing.T) {
-	for i := range 4 {
+	for i := range 6 {
 		cas := i%2 == 0
 		h := newFakeHost(t)
-		if i >= 2 {
+		switch i / 2 {
+		case 1:
 			h.embed()
+		case 2:
+			h.info.Banner += " PREEMPT_RT"
+			h.perCPU["irq_workd"] = direct + paPerCPU + 0x80
 		}
 		h.run()
 		before := h.snapshot()
@@ -121,7 +125,8 @@ func TestKill(t *testing.T) {
 		if len(h.untidy) > 0 {
 			t.Errorf("what the kernel found: %v", h.untidy)
 		}
-		if len(out.HostFunctions) != 1 || out.HostFunctions[0].Function != "posix_timer_fn" || !out.HostFunctions[0].Confirmed {
+		if len(out.HostFunctions) != 1 || out.HostFunctions[0].Function != "posix_timer_fn" || !out.HostFunctions[0].Confirmed ||
+			strings.HasPrefix(out.HostFunctions[0].Context, "thread") != (i >= 4) {
 			t.Errorf("host functions = %+v", out.HostFunctions)
 		}
 		for _, pa := range h.diff(before) {
@@ -422,7 +427,7 @@ func TestPlanRefuses(t *testing.T) {
 			f.Culprit = detect.Culprit{PID: 30, TGID: 30, Start: time.Second}
 		}, ErrProtected, "kernel thread"},
 		{"a container's init", func(h *fakeHost, _ *detect.Finding) { h.put32(paSignal+0x30, signalUnkillable) }, ErrProtected, "PID namespace"},
-		{"PREEMPT_RT", func(h *fakeHost, _ *detect.Finding) { h.info.Banner += " PREEMPT_RT" }, kernel.ErrNotSupported, "PREEMPT_RT"},
+		{"real time before v5.16", func(h *fakeHost, _ *detect.Finding) { h.info.Banner += " PREEMPT_RT" }, kernel.ErrNotSupported, "irq_workd"},
 		{"a sealed function", func(h *fakeHost, _ *detect.Finding) { h.write(paFn, sealed) }, kernel.ErrNotSupported, "sealed"},
 		{"a kernel with IBT and no endbr64", func(h *fakeHost, _ *detect.Finding) {
 			h.write(paFn, fentryNop)

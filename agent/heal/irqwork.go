@@ -31,13 +31,25 @@ type irqWork struct {
 	size, next, flags, fn, wait uint64
 }
 
+func realTime(m model) bool { return strings.Contains(m.Info().Banner, "PREEMPT_RT") }
+
+// tickOf says for people where a CPU's lazy works are run.
+func tickOf(m model, cpu int) string {
+	if realTime(m) {
+		return fmt.Sprintf("thread irq_work/%d, which CPU %d's timer tick wakes", cpu, cpu)
+	}
+	return fmt.Sprintf("hard interrupt of CPU %d's timer tick (irq_work_tick)", cpu)
+}
+
 // provenIRQWork returns the layout, checked against wake_up_klogd_work, the kernel's own lazy irq_work.
 func provenIRQWork(m model) (irqWork, error) {
 	fail := func(format string, args ...any) (irqWork, error) {
 		return irqWork{}, fmt.Errorf("irq_work: %s: %w", fmt.Sprintf(format, args...), kernel.ErrNotSupported)
 	}
-	if b := m.Info().Banner; strings.Contains(b, "PREEMPT_RT") {
-		return fail("on PREEMPT_RT lazy works run in a thread")
+	if realTime(m) {
+		if _, err := m.PerCPU("irq_workd", 0); err != nil {
+			return fail("of a kernel for real time without irq_workd: %v", err)
+		}
 	}
 	l := layout{m: m}
 	w := irqWork{
@@ -197,7 +209,7 @@ func soonestTick(m model, victim *kernel.Task) (cpu kernel.CPU, listVA kernel.Vi
 }
 
 // pickCPU chooses the CPU that will tick soonest: the one on which the victim runs, for that one is surely busy; else any
-// other that is busy; else the idle one with the nearest timer event. A CPU that is busy but does not tick within the time of
+// other that is busy; else the idle one with the nearest timer event; for real time, first an idle one. A CPU that is busy but does not tick within the time of
 // a few ticks is not asked: its interrupts are off.
 func pickCPU(m model, before kernel.Heartbeat, victim *kernel.Task) (kernel.CPU, error) {
 	time.Sleep(tickPatience)
@@ -216,6 +228,8 @@ func pickCPU(m model, before kernel.Heartbeat, victim *kernel.Task) (kernel.CPU,
 			continue
 		case !c.Idle && c.TimerIRQs == before.CPUs[i].TimerIRQs:
 			continue
+		case !c.Idle && realTime(m): // what runs there may have precedence over the thread
+			rank = math.MaxInt64 - 2
 		case !c.Idle && victim != nil && c.CurrPID == victim.PID:
 			rank = -2
 		case !c.Idle:

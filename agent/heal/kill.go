@@ -134,7 +134,7 @@ func planSignal(m model, f detect.Finding, what signal) (Plan, error) {
 		},
 		CPU: &cpu.ID, Kernel: &id, Undo: what == sigStop,
 		Calls: []Call{{
-			Function: "posix_timer_fn", Addr: sig.fn, Context: fmt.Sprintf("hard interrupt of CPU %d's timer tick (irq_work_tick)", cpu.ID),
+			Function: "posix_timer_fn", Addr: sig.fn, Context: tickOf(m, cpu.ID),
 			Purpose: "sends " + what.name + " to the process as for an expired POSIX timer",
 		}},
 	}

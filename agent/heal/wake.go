@@ -92,7 +92,7 @@ func planWake(m model, f detect.Finding) (Plan, error) {
 		Action: WakeTask, Finding: f.ID, Risk: RiskTask, Kernel: &id, CPU: &cpu.ID,
 		Title:  fmt.Sprintf("wake %q (PID %d)", t.Comm, t.PID),
 		Target: &Target{TGID: vic.leader.TGID, PID: t.PID, Comm: vic.leader.Comm, UID: vic.leader.UID, Start: vic.leader.Start},
-		Calls: []Call{{Function: "hrtimer_wakeup", Addr: fn, Context: fmt.Sprintf("hard interrupt of CPU %d's timer tick (irq_work_tick)", cpu.ID),
+		Calls: []Call{{Function: "hrtimer_wakeup", Addr: fn, Context: tickOf(m, cpu.ID),
 			Purpose: "wakes the task as the end of a sleep with a time limit does"}},
 	}
 	p.Steps = append(p.Steps, Step{
