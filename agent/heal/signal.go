@@ -61,8 +61,13 @@ func newSignaller(m model) (signaller, error) {
 			return s, err
 		}
 		s.tgid = uint32(tgid)
+		it, err := m.Field("k_itimer", "it_lock") // of zeros it is free, for real time as well
+		if err != nil {
+			return s, err
+		}
+		lock := [2]uint64{it.Offset, it.Size}
 		used = append(used, [2]uint64{s.queue, sqSize}, [2]uint64{s.itType, 4}, [2]uint64{l.field("k_itimer", "rcuref.refcnt.counter", 4), 4},
-			[2]uint64{l.field("k_itimer", "it_signal", 8), 8}, [2]uint64{l.field("k_itimer", "it_lock", 4), 4}, [2]uint64{l.field("k_itimer", "it_interval", 8), 8},
+			[2]uint64{l.field("k_itimer", "it_signal", 8), 8}, lock, [2]uint64{l.field("k_itimer", "it_interval", 8), 8},
 			[2]uint64{l.field("k_itimer", "ignored_list", 16), 16})
 	} else {
 		s.itSigq = l.field("k_itimer", "sigq", 8)
