@@ -413,13 +413,18 @@ func (r *run) sameKernel() error {
 	return nil
 }
 
-// preflight compares memory with what every step expects that is not about the plan's own consequences.
+// preflight compares memory with what every step expects that is not about the plan's own consequences. A list of a CPU on which something is may be
+// empty in a moment.
 func (r *run) preflight() error {
 	for i, s := range r.p.Steps {
 		if s.Cleanup || s.MayFail || s.Op != OpExpect && s.Op != OpWrite && s.Op != OpArm {
 			continue
 		}
-		if _, err := r.compare(&s); err != nil {
+		_, err := r.compare(&s)
+		for end := time.Now().Add(listPatience); errors.Is(err, ErrMismatch) && s.Op == OpArm && r.hands(i) && time.Now().Before(end); _, err = r.compare(&s) {
+			time.Sleep(time.Millisecond)
+		}
+		if err != nil {
 			return fmt.Errorf("step %d (%s): %w", i, s.Why, err)
 		}
 	}
@@ -541,13 +546,41 @@ func (r *run) write(i int, s *Step, o *StepOutcome) error {
 	return nil
 }
 
+// hands tells whether an arming store hands the host something to run.
+func (r *run) hands(i int) bool {
+	return slices.ContainsFunc(r.p.Steps[i:], func(s Step) bool { return s.Runs })
+}
+
+// listPatience is how long the list of a CPU is waited for that has works of the kernel's own on it: they are off at its next tick.
+const listPatience = 100 * time.Millisecond
+
+// arm makes an arming store, as soon as what it expects is there.
 func (r *run) arm(i int, s *Step, o *StepOutcome) error {
+	hands := !s.Cleanup && r.hands(i)
+	journalled := false
+	for end := time.Now().Add(listPatience); ; time.Sleep(time.Millisecond) {
+		err := r.armNow(i, s, o, &journalled)
+		if err == nil || !hands || !errors.Is(err, errTaken) || time.Now().After(end) || r.ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// errTaken means that an arming store's word is not as it was expected: who else uses it may be done soon.
+var errTaken = errors.New("somebody else has it")
+
+func (r *run) armNow(i int, s *Step, o *StepOutcome, journalled *bool) error {
 	var err error
-	if o.Old, err = r.compare(s); err != nil {
+	if o.Old, err = r.compare(s); errors.Is(err, ErrMismatch) {
+		return fmt.Errorf("%w: %w", err, errTaken)
+	} else if err != nil {
 		return err
 	}
-	if _, err := r.x.o.Journal.Write("store", store{r.p.ID, i, s.Addr, o.Old, s.Put, false}); err != nil {
-		return fmt.Errorf("journal the store: %w", err)
+	if !*journalled {
+		if _, err := r.x.o.Journal.Write("store", store{r.p.ID, i, s.Addr, o.Old, s.Put, false}); err != nil {
+			return fmt.Errorf("journal the store: %w", err)
+		}
+		*journalled = true
 	}
 	// Journalling has taken a while. Between these checks and the store nothing else happens. What tidies up comes after the
 	// victim's end, and does not concern it.
@@ -567,7 +600,7 @@ func (r *run) arm(i int, s *Step, o *StepOutcome) error {
 		if !s.Cleanup {
 			r.armed = -1
 		}
-		return fmt.Errorf("%s at %v was taken in the last moment: %w", s.Object, s.Addr, ErrMismatch)
+		return fmt.Errorf("%s at %v was taken in the last moment: %w: %w", s.Object, s.Addr, ErrMismatch, errTaken)
 	}
 	if err != nil {
 		return err // it may have got there all the same: undo looks
@@ -575,7 +608,7 @@ func (r *run) arm(i int, s *Step, o *StepOutcome) error {
 	r.out.Stores++
 	r.out.BytesWritten += len(s.Put)
 	r.out.Atomic = how == casStore
-	if !s.Cleanup && !slices.ContainsFunc(r.p.Steps[i:], func(s Step) bool { return s.Runs }) {
+	if !s.Cleanup && !r.hands(i) {
 		r.armed = -1 // it hands nothing to the host to run: it is a store like others
 		r.done = append(r.done, i)
 	}

@@ -325,6 +325,34 @@ func TestNotWithdrawnIsWaitedFor(t *testing.T) {
 	}
 }
 
+// The kernel has work of its own on the CPU's list when a plan begins, and puts more there in the last moment, again and again: the plan waits for its turn.
+func TestListInUse(t *testing.T) {
+	h := newFakeHost(t)
+	p := mustPlan(t, h)
+	own := uint64(direct + paPerCPU + 0x40)
+	h.put64(paPerCPU, own)
+	j := &memJournal{}
+	stores := 0
+	j.onWrite = func(kind string, _ any) {
+		if kind == "store" {
+			if stores++; stores == 2 { // of the arming store, which is about to be made
+				h.put64(paPerCPU, own)
+			}
+		}
+	}
+	h.onTick = func() {
+		if h.get(paPerCPU, 8) == own {
+			h.put64(paPerCPU, 0)
+		}
+	}
+	h.tickEvery = 5 * time.Millisecond
+	h.run()
+	out, err := NewExecutor(options(t, h, j)).Apply(t.Context(), p, "test")
+	if err != nil || !out.Verified || stores != 3 {
+		t.Fatalf("%+v, %v, after %d records of stores", out, err, stores)
+	}
+}
+
 // What the host may still be using is never taken away under it.
 func TestMailboxStaysWhileInUse(t *testing.T) {
 	t.Run("a zombie", func(t *testing.T) {
