@@ -3,6 +3,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -10,7 +11,7 @@ import (
 
 // What code registers with the kernel so that it is called: a rootkit that changes no table of the kernel's listens so to keys, hides packets, keeps
 // modules of others from being loaded, or sees each system call. As with probes (hook.go), whoever stands in the kernel's lists may; code that
-// stands in none is a stranger's. Not looked at are tracepoints of modules, and chains of notifiers that are not named here.
+// stands in none is a stranger's. Not looked at are chains of notifiers that are not named here.
 
 // notifierChains are heads of chains of struct notifier_block (include/linux/notifier.h), each of a type that has a member "head".
 var notifierChains = []struct{ symbol, typ string }{
@@ -65,17 +66,8 @@ type callbackPlan struct {
 		device                       *shape // with those of filterEnds that there are; nil if none is
 		count, first, size, function uint64
 	}
-	points struct {
-		err         error
-		start, stop VirtAddr
-		funcs, name uint64
-		size        uint64 // of tracepoint_func
-		user        *shape
+	points pointPlan
 
-		mu     sync.Mutex
-		places []VirtAddr // of struct tracepoint, in ascending order; nil until they are known
-		buf    []byte
-	}
 	disciplines struct {
 		err   error
 		table VirtAddr
@@ -89,6 +81,19 @@ type callbackPlan struct {
 		handler *shape
 		calls   []string
 	}
+}
+
+// pointPlan is where tracepoints are, and what is in them.
+type pointPlan struct {
+	err               error
+	start, stop       VirtAddr // of the kernel image's table; 0 without tracepoints
+	size, funcs, name uint64   // of a tracepoint
+	userSize          uint64   // of tracepoint_func
+	user              *shape
+
+	mu     sync.Mutex
+	places map[pointTable][]VirtAddr // in ascending order
+	buf    []byte
 }
 
 // filterRow is an array of struct nf_hook_entries * in struct net.
@@ -143,8 +148,8 @@ func (img *Image) planCallbacks() *callbackPlan {
 	t := &p.points
 	if at, err := img.syms.symbol("__start___tracepoints_ptrs"); err == nil {
 		t.start, t.stop = at, r.symbol("__stop___tracepoints_ptrs")
-		t.funcs, t.name = r.field("tracepoint", 8, "funcs"), r.field("tracepoint", 8, "name")
-		t.user, t.size = r.shape("tracepoint_func", "func"), r.size("tracepoint_func")
+		t.size, t.funcs, t.name = r.size("tracepoint"), r.field("tracepoint", 8, "funcs"), r.field("tracepoint", 8, "name")
+		t.user, t.userSize = r.shape("tracepoint_func", "func"), r.size("tracepoint_func")
 	}
 	t.err = r.err
 
@@ -299,27 +304,82 @@ func (v *View) filtersAt(count, first, size, function uint64, at VirtAddr, place
 	return nil
 }
 
-// tracepointHooks looks at who is called at the kernel's tracepoints (struct tracepoint, include/linux/tracepoint-defs.h). They lie side by side, and are
-// read in one go.
+// pointTable is where the addresses of tracepoints are, 4 bytes each (CONFIG_HAVE_ARCH_PREL32_RELOCATIONS): those of the kernel image in the section
+// __tracepoints_ptrs, those of a module in module.tracepoints_ptrs (include/linux/module.h).
+type pointTable struct {
+	module string // empty: the kernel image
+	at     VirtAddr
+	n      uint64
+}
+
+// kernelPoints is the kernel image's.
+func kernelPoints(start, stop VirtAddr) (pointTable, error) {
+	if stop < start || stop-start > 4*maxTracepoints || (stop-start)%4 != 0 {
+		return pointTable{}, &CorruptError{"__start___tracepoints_ptrs", start, fmt.Sprintf("ends at %v", stop)}
+	}
+	return pointTable{"", start, uint64(stop-start) / 4}, nil
+}
+
+// tracepointHooks looks at who is called at tracepoints (struct tracepoint, include/linux/tracepoint-defs.h), the kernel's and those of modules that are live.
+// They lie side by side, and are read in one go.
 func (v *View) tracepointHooks(p *callbackPlan, note noteHook) error {
 	t := &p.points
 	if t.err != nil || t.start == 0 {
 		return t.err
 	}
+	image, err := kernelPoints(t.start, t.stop)
+	if err != nil {
+		return err
+	}
+	modules, err := v.modulesBriefly()
+	if err != nil {
+		return err
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.places == nil {
-		places, err := v.tracepoints(t.start, t.stop)
-		if err != nil {
+		t.places = make(map[pointTable][]VirtAddr)
+	}
+	there := map[pointTable]bool{image: true}
+	for i := range modules {
+		there[modules[i].points] = true
+	}
+	maps.DeleteFunc(t.places, func(table pointTable, _ []VirtAddr) bool { return !there[table] })
+	if err := v.pointHooks(t, image, nil, note); err != nil {
+		return err
+	}
+	var errs []error
+	for i := range modules {
+		m := &modules[i]
+		if m.points.n == 0 {
+			continue
+		}
+		// A module may leave in the midst of it.
+		if err := v.pointHooks(t, m.points, m, note); err != nil {
+			if !tolerable(err) {
+				return err
+			}
+			errs = append(errs, fmt.Errorf("of module %s: %w", m.Name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// pointHooks looks at the tracepoints of a table: of a module, or of the kernel image if it is nil.
+func (v *View) pointHooks(t *pointPlan, table pointTable, m *Module, note noteHook) error {
+	places, ok := t.places[table]
+	if !ok {
+		var err error
+		if places, err = v.tracepoints(table, m, t.size); err != nil {
 			return err
 		}
 		slices.Sort(places)
-		t.places = places
+		t.places[table] = places
 	}
-	if len(t.places) == 0 {
+	if len(places) == 0 {
 		return nil
 	}
-	from, last := t.places[0], t.places[len(t.places)-1]
+	from, last := places[0], places[len(places)-1]
 	if last-from > maxTracepointed {
 		return fmt.Errorf("tracepoints lie %d bytes apart: %w", last-from, ErrNotSupported)
 	}
@@ -328,7 +388,7 @@ func (v *View) tracepointHooks(p *callbackPlan, note noteHook) error {
 	if err := v.img.space.read(fresh{v}, from, t.buf); err != nil {
 		return err
 	}
-	for _, at := range t.places {
+	for _, at := range places {
 		funcs := VirtAddr(le64(t.buf[uint64(at-from)+t.funcs:]))
 		if funcs == 0 {
 			continue
@@ -356,25 +416,28 @@ func (v *View) tracepointHooks(p *callbackPlan, note noteHook) error {
 				}
 			}
 			note(Hook{Kind: "tracepoint", Record: funcs, Place: name, Member: "tracepoint_func.func", At: x.at("func"), To: to, Of: at}, 0)
-			funcs += VirtAddr(t.size)
+			funcs += VirtAddr(t.userSize)
 		}
 	}
 	return nil
 }
 
-// tracepoints returns where those of the kernel image are: the section __tracepoints_ptrs has relative addresses of 4 bytes
-// (CONFIG_HAVE_ARCH_PREL32_RELOCATIONS).
-func (v *View) tracepoints(start, stop VirtAddr) ([]VirtAddr, error) {
-	if stop < start || stop-start > 4*maxTracepoints || (stop-start)%4 != 0 {
-		return nil, &CorruptError{"__start___tracepoints_ptrs", start, fmt.Sprintf("ends at %v", stop)}
+// tracepoints returns where the tracepoints of a table are, each of size bytes; those of a module must lie in its memory.
+func (v *View) tracepoints(table pointTable, m *Module, size uint64) ([]VirtAddr, error) {
+	if table.n > maxTracepoints || m != nil && !m.holds(table.at, 4*table.n) {
+		return nil, &CorruptError{"tracepoints_ptrs", table.at, fmt.Sprintf("has %d tracepoints", table.n)}
 	}
-	b := make([]byte, stop-start)
-	if err := v.img.space.object(v, "__start___tracepoints_ptrs", start, b); err != nil {
+	b := make([]byte, 4*table.n)
+	if err := v.img.space.object(v, "tracepoints_ptrs", table.at, b); err != nil {
 		return nil, err
 	}
-	places := make([]VirtAddr, len(b)/4)
+	places := make([]VirtAddr, table.n)
 	for i := range places {
-		places[i] = start + VirtAddr(4*i) + VirtAddr(int64(int32(le32(b[4*i:]))))
+		at := table.at + VirtAddr(4*i)
+		places[i] = at + VirtAddr(int64(int32(le32(b[4*i:]))))
+		if m != nil && !m.holds(places[i], size) {
+			return nil, &CorruptError{"tracepoints_ptrs", at, fmt.Sprintf("leads to %v", places[i])}
+		}
 	}
 	return places, nil
 }

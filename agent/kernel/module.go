@@ -28,6 +28,12 @@ type Module struct {
 	Sections []Section `json:"sections,omitempty"`
 
 	ranges []virtRange // of its memory: of modules that share pages, those of one need not be together
+	points pointTable
+}
+
+// holds tells whether n bytes lie in the module's memory.
+func (m *Module) holds(at VirtAddr, n uint64) bool {
+	return slices.ContainsFunc(m.ranges, func(r virtRange) bool { return at >= r.start && at < r.end && n <= uint64(r.end-at) })
 }
 
 type virtRange struct{ start, end VirtAddr }
@@ -148,7 +154,7 @@ func (w *moduleWalk) resolve(img *Image) error {
 	// Since Linux commit ac3b43283923 ("module: replace module_layout with module_memory") (in v6.4) mem[] stands for
 	// core_layout and init_layout.
 	w.module = r.shape("module", "state", "list[]", "name[]", "version", "refcnt.counter", "taints", "source_list[]", "sect_attrs?",
-		"core_layout.base?", "core_layout.size?", "init_layout.size?", "mem[]?")
+		"core_layout.base?", "core_layout.size?", "init_layout.size?", "mem[]?", "num_tracepoints?", "tracepoints_ptrs?")
 	w.use = r.shape("module_use", "source_list[]", "source")
 	if _, ok := w.module.fields["mem"]; ok {
 		w.memory = r.shape("module_memory", "base", "size")
@@ -260,6 +266,9 @@ func (w *moduleWalk) read(at VirtAddr) (*Module, error) {
 			m.Size += part.num("size")
 			m.ranges = append(m.ranges, virtRange{part.ptr("base"), part.ptr("base") + VirtAddr(part.num("size"))})
 		}
+	}
+	if _, ok := w.module.fields["tracepoints_ptrs"]; ok && m.State == "live" {
+		m.points = pointTable{m.Name, t.ptr("tracepoints_ptrs"), t.num("num_tracepoints")}
 	}
 	if m.Size > 1<<32 || !w.v.img.space.valid(m.Base, 1) {
 		return nil, t.corrupt("%q of %d bytes at %v", m.Name, m.Size, m.Base)

@@ -161,8 +161,7 @@ func (v *View) ftraceUsers() ([]Probe, error) {
 	return all, nil
 }
 
-// tracepointUsers lists what is called at tracepoints (struct tracepoint, include/linux/tracepoint-defs.h): those of the kernel
-// image.
+// tracepointUsers lists what is called at tracepoints (struct tracepoint, include/linux/tracepoint-defs.h), those of modules, too.
 func (v *View) tracepointUsers() ([]Probe, error) {
 	start, ok, err := v.feature("__start___tracepoints_ptrs")
 	if !ok {
@@ -172,13 +171,31 @@ func (v *View) tracepointUsers() ([]Probe, error) {
 	stop := r.symbol("__stop___tracepoints_ptrs")
 	s := r.shape("tracepoint", "name", "funcs")
 	f := r.shape("tracepoint_func", "func", "data")
-	size := r.size("tracepoint_func")
+	size, whole := r.size("tracepoint_func"), r.size("tracepoint")
 	if r.err != nil {
 		return nil, r.err
 	}
-	places, err := v.tracepoints(start, stop)
+	table, err := kernelPoints(start, stop)
 	if err != nil {
 		return nil, err
+	}
+	places, err := v.tracepoints(table, nil, whole)
+	if err != nil {
+		return nil, err
+	}
+	modules, err := v.modulesBriefly()
+	if err != nil {
+		return nil, err
+	}
+	for i := range modules {
+		if modules[i].points.n == 0 {
+			continue
+		}
+		more, err := v.tracepoints(modules[i].points, &modules[i], whole)
+		if err != nil {
+			return nil, fmt.Errorf("of module %s: %w", modules[i].Name, err)
+		}
+		places = append(places, more...)
 	}
 	var all []Probe
 	for _, at := range places {

@@ -96,6 +96,15 @@ func calls(provoke func(b *bed)) func(b *bed) bool {
 	}
 }
 
+// load loads modules, in their order.
+func (b *bed) load(names []string) {
+	b.t.Helper()
+	for _, name := range names {
+		var done string
+		b.g.Ask("load "+name, "loaded", &done)
+	}
+}
+
 // halt is a function that no guest runs before its end; the bytes behind its beginning are no place that the kernel patches.
 const halt, codeAt, codeLen = "kernel_halt", 16, 12
 
@@ -402,6 +411,15 @@ var rows = []fault{
 	// There are interrupts of timers, and no ticks: no work of the kernel's is done any more.
 	{name: "clock-stands", want: []detect.Kind{detect.KindClock}, key: "stands", by: 30 * time.Second, heal: heal.RestartHost, dead: true, next: true},
 	// The last, for an emulator now and then stands still over code that is patched.
+	{name: "module-tracepoint", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "module-tracepoint_off", do: func(b *bed) {
+		if !strings.Contains(b.cat("/proc/modules"), "softdog ") {
+			b.load(b.watchdog)
+		}
+		b.g.Spawn("fault=module-tracepoint")
+	}, truth: calls(func(b *bed) {
+		var done string
+		b.g.Ask("write /dev/watchdog V", "written", &done) // opens it, by which it starts; the letter stops it
+	})},
 	{name: "ftrace", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "ftrace_off",
 		truth: calls(func(b *bed) { b.cat("/proc") })},
 	{name: "tracepoint", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "tracepoint_off",
@@ -477,7 +495,7 @@ type bed struct {
 	events <-chan engine.Event
 	seen   []engine.Event
 	// Modules of Debian's: those that each boot of it is given, and that which tracks connections with what it needs.
-	order, conntrack []string
+	order, conntrack, watchdog []string
 
 	pid     int    // of what a row has started
 	restore func() // takes back what it has changed
@@ -496,6 +514,8 @@ func newBed(t *testing.T, kernel string, d policy.Detectors) *bed {
 	more, conntrack := guest.DebianModules(t, kernel, "nf_conntrack")
 	maps.Copy(files, more)
 	b.conntrack = conntrack
+	more, b.watchdog = guest.DebianModules(t, kernel, "softdog")
+	maps.Copy(files, more)
 	// The module is for x86-64: it asks for its marker by that machine's ports.
 	if b.module = !strings.HasSuffix(kernel, "arm64"); b.module {
 		module, err := guest.BuildModule(t, kernel, "module", "bdfault")
@@ -654,10 +674,8 @@ func (b *bed) cat(file string) (text string) {
 // modules has modules come and go.
 func (b *bed) modules() {
 	b.t.Helper()
+	b.load(b.conntrack)
 	var done string
-	for _, name := range b.conntrack {
-		b.g.Ask("load "+name, "loaded", &done)
-	}
 	for _, name := range slices.Backward(b.conntrack) {
 		b.g.Ask("unload "+strings.TrimSuffix(name, ".ko"), "unloaded", &done)
 	}
@@ -1010,9 +1028,7 @@ func TestHealthy(t *testing.T) {
 			for round := 0; time.Since(began) < *healthyFlag; round++ {
 				base := b.g.Spawn("rootbase")
 				b.g.Spawn("su")
-				for _, name := range b.conntrack {
-					b.g.Ask("load "+name, "loaded", &done)
-				}
+				b.load(b.conntrack)
 				time.Sleep(time.Second)
 				for _, name := range slices.Backward(b.conntrack) {
 					b.g.Ask("unload "+strings.TrimSuffix(name, ".ko"), "unloaded", &done)

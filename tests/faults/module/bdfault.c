@@ -786,6 +786,48 @@ static void tracepoint_off(void)
 	tracepoint_synchronize_unregister();
 }
 
+/* The same at a tracepoint of a module's, which is not among those of the kernel. */
+static struct tracepoint *watchdog_start;
+
+static void see_start(void *data, void *wdd, int err)
+{
+	atomic_inc(&calls);
+}
+
+static int is_watchdog_start(struct notifier_block *nb, unsigned long event, void *data)
+{
+	struct module *mod = ((struct tp_module *)data)->mod;
+	int i;
+
+	for (i = 0; event == MODULE_STATE_COMING && i < mod->num_tracepoints; i++) {
+		struct tracepoint *tp = tracepoint_ptr_deref(&mod->tracepoints_ptrs[i]);
+
+		if (!strcmp(tp->name, "watchdog_start"))
+			watchdog_start = tp;
+	}
+	return NOTIFY_OK;
+}
+
+static void module_tracepoint(void)
+{
+	struct notifier_block nb = { .notifier_call = is_watchdog_start };
+
+	if (!register_tracepoint_module_notifier(&nb)) /* tells of all that there are */
+		unregister_tracepoint_module_notifier(&nb);
+	if (watchdog_start && tracepoint_probe_register(watchdog_start, see_start, NULL))
+		watchdog_start = NULL;
+	hide_module();
+}
+
+static void module_tracepoint_off(void)
+{
+	hide_module_off();
+	if (watchdog_start)
+		tracepoint_probe_unregister(watchdog_start, see_start, NULL);
+	watchdog_start = NULL;
+	tracepoint_synchronize_unregister();
+}
+
 /* As do most rootkits of these days: by a call that ftrace makes at the entry of a function. */
 static void see_entry(unsigned long ip, unsigned long parent, struct ftrace_ops *op, struct ftrace_regs *regs)
 {
@@ -854,6 +896,7 @@ static struct fault {
 	{ "notifier", notifier, notifier_off },
 	{ "packet-filter", packet_filter, filter_off },
 	{ "interface-filter", interface_filter, filter_off },
+	{ "module-tracepoint", module_tracepoint, module_tracepoint_off },
 	{ "ftrace", trace_function, trace_function_off },
 	{ "tracepoint", tracepoint, tracepoint_off },
 };
