@@ -127,12 +127,19 @@ func callable(m model, name string) (kernel.VirtAddr, Bytes, error) {
 	if _, err := m.Symbol("__cfi_" + name); !errors.Is(err, kernel.ErrNotFound) {
 		return 0, nil, fmt.Errorf("%s has a kCFI prefix, so calls through foreign pointers trap: %w", name, kernel.ErrNotSupported)
 	}
+	head, err := callableAt(m, name, va)
+	return va, head, err
+}
+
+// callableAt returns the first bytes of a function at an address if they are those of one that may be called through a pointer on this kernel.
+func callableAt(m model, name string, va kernel.VirtAddr) (Bytes, error) {
 	head := make(Bytes, 8)
-	if err := m.ReadVirt(va, head); err != nil {
-		return 0, nil, fmt.Errorf("first bytes of %s: %w", name, err)
+	err := m.ReadVirt(va, head)
+	if err != nil {
+		return nil, fmt.Errorf("first bytes of %s: %w", name, err)
 	}
 	if m.Info().Arch == archAArch64 {
-		return va, head, callableAArch64(m, name, head)
+		return head, callableAArch64(m, name, head)
 	}
 	_, ibtErr := m.Symbol("ibt_restore") // only where the kernel is built with CONFIG_X86_KERNEL_IBT
 	switch {
@@ -144,7 +151,7 @@ func callable(m model, name string) (kernel.VirtAddr, Bytes, error) {
 	default:
 		err = fmt.Errorf("%s begins with %x, which is neither endbr64 nor, on a kernel without IBT, the entry of a function that nobody has patched: %w", name, []byte(head), kernel.ErrNotSupported)
 	}
-	return va, head, err
+	return head, err
 }
 
 // First instructions of functions, AArch64. The first three are landing pads of branch target identification, as signing the return address is one.

@@ -10,7 +10,8 @@ import (
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
 )
 
-// UnhookProbe is the ID of the action that takes the handler from a stranger's probe, notifier or packet filter, and has ftrace and tracepoints let go of him.
+// UnhookProbe is the ID of the action that takes the handler from a stranger's probe, notifier or packet filter, has ftrace and tracepoints let go of him, and
+// puts back what he has changed of handlers of input and of terminals.
 const UnhookProbe = "unhook-probe"
 
 // unhookProbe has a probe call a function of the kernel's that does nothing and returns 0, in place of its handler; a chain of notifiers, too, for which 0 is
@@ -65,7 +66,20 @@ func planUnhook(m model, f detect.Finding, hooks []kernel.Hook) (Plan, error) {
 				return fail(err)
 			}
 		default:
-			return fail(fmt.Errorf("%s of the %s %q leads to %v, and what it led to before is not known: %w", h.Member, h.Kind, h.Place, h.To, kernel.ErrNotSupported))
+			switch {
+			case h.Was != 0:
+				if err := planBack(m, &p, h); err != nil {
+					return fail(err)
+				}
+			case h.Kind != "input handler":
+				return fail(fmt.Errorf("%s of the %s %q leads to %v, and what it led to before is not known: %w", h.Member, h.Kind, h.Place, h.To, kernel.ErrNotSupported))
+			case len(p.Calls) == 0:
+				p.Title = fmt.Sprintf("have the input handler %q leave", h.Place)
+				if err := planLeave(m, &p, h); err != nil {
+					return fail(err)
+				}
+			}
+			continue
 		}
 		if nothing.Op == "" {
 			var err error
@@ -75,22 +89,59 @@ func planUnhook(m model, f detect.Finding, hooks []kernel.Hook) (Plan, error) {
 			p.Title = fmt.Sprintf("have the %s at %s call nothing", h.Kind, h.Place)
 			p.Steps = append(p.Steps, nothing)
 		}
-		if h.At%8 != 0 {
-			return fail(fmt.Errorf("%s at %v is not aligned: %w", h.Member, h.At, kernel.ErrNotSupported))
-		}
-		pa, err := m.Phys(h.At)
+		s, err := lead(m, h, nothing.Virt)
 		if err != nil {
 			return fail(err)
 		}
-		p.Steps = append(p.Steps, Step{
-			Op: OpArm, Why: fmt.Sprintf("in place of %v", h.To), Object: h.Member, Addr: pa, Virt: h.At,
-			Expect: le(uint64(h.To), 8), Put: le(uint64(nothing.Virt), 8), Undo: true,
-		})
+		p.Steps = append(p.Steps, s)
 	}
 	if len(p.Steps) == 0 {
 		return fail(fmt.Errorf("the finding names no probe that is there: %w", ErrGone))
 	}
 	return p, nil
+}
+
+// lead returns the store by which a hook leads elsewhere.
+func lead(m model, h kernel.Hook, to kernel.VirtAddr) (Step, error) {
+	if h.At%8 != 0 {
+		return Step{}, fmt.Errorf("%s at %v is not aligned: %w", h.Member, h.At, kernel.ErrNotSupported)
+	}
+	pa, err := m.Phys(h.At)
+	return Step{
+		Op: OpArm, Why: fmt.Sprintf("in place of %v", h.To), Object: h.Member, Addr: pa, Virt: h.At,
+		Expect: le(uint64(h.To), 8), Put: le(uint64(to), 8), Undo: true,
+	}, err
+}
+
+// planBack plans to have a hook lead to where it led before.
+func planBack(m model, p *Plan, h kernel.Hook) error {
+	what := h.Member + " as it was"
+	head, err := callableAt(m, what, h.Was)
+	if err != nil {
+		return err
+	}
+	pa, err := m.Phys(h.Was)
+	if err != nil {
+		return err
+	}
+	s, err := lead(m, h, h.Was)
+	if err != nil {
+		return err
+	}
+	p.Title = fmt.Sprintf("have the %s %q call what it called before", h.Kind, h.Place)
+	p.Steps = append(p.Steps, Step{Op: OpExpect, Why: "the function is there, and may be called through a pointer", Object: what, Addr: pa, Virt: h.Was, Expect: head}, s)
+	return nil
+}
+
+// planLeave plans to have the kernel take an input handler off its list, as if he had asked for it himself: with his own function disconnect he is told to leave
+// each device.
+func planLeave(m model, p *Plan, h kernel.Hook) error {
+	s, err := expect64(m, "it is the stranger's", h.Member, h.At, uint64(h.To))
+	if err != nil {
+		return err
+	}
+	p.Steps = append(p.Steps, s)
+	return addWork(m, p, unregisterInput, h.Record)
 }
 
 // planUntrace plans to have the kernel take a user of ftrace out (struct ftrace_ops, include/linux/ftrace.h), as if he had asked for it himself.

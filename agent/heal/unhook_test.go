@@ -69,6 +69,34 @@ func TestUnhook(t *testing.T) {
 	}
 }
 
+// What is known to have been the kernel's own before is put back, if a function is there still.
+func TestUnhookPutsBack(t *testing.T) {
+	h, hooks := hooked(t, noBlink)
+	tty := &hooks[5]
+	h.put64(0x155000, 0xbad6)
+	tty.Was = direct + paFn + 0x300
+	f := detect.Finding{ID: "tampering-1", Kind: detect.KindTampering, Key: detect.HookKey(*tty)}
+	p, err := planUnhook(h, f, hooks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.ID = "plan-1"
+	o := options(t, h, &memJournal{})
+	o.Grant = grant(t, permit(UnhookProbe))
+	out, err := NewExecutor(o).Apply(t.Context(), p, "test")
+	if err != nil || !out.Verified || out.Stores != 1 || h.get(0x155000, 8) != uint64(tty.Was) {
+		t.Fatalf("%+v, %v: %#x", out, err, h.get(0x155000, 8))
+	}
+	h.put64(0x155000, 0xbad6)
+	h.write(paFn+0x300, []byte{0xcc, 0xcc, 0xcc, 0xcc}) // the module that it was in has left
+	if _, err := planUnhook(h, f, hooks); !errors.Is(err, kernel.ErrNotSupported) {
+		t.Errorf("planUnhook() = %v where no function is", err)
+	}
+	if out, err := NewExecutor(o).Apply(t.Context(), p, "test"); !errors.Is(err, ErrMismatch) || out.Stores != 0 {
+		t.Errorf("%+v, %v where no function is by now", out, err)
+	}
+}
+
 // Another handler that has been put there meanwhile is not touched, and neither is the one that was put out of use before.
 func TestUnhookRaced(t *testing.T) {
 	h, hooks := hooked(t, noBlink)

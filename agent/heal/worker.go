@@ -20,6 +20,8 @@ type workerFunction struct {
 var (
 	// kernel/trace/ftrace.c, exported: sleeps on ftrace's lock, patches what was traced, and waits until nobody is in the code that it then frees.
 	unregisterFtrace = workerFunction{"unregister_ftrace_function", "has ftrace call that user no more, and frees what ftrace had made for it", true}
+	// drivers/input/input.c, exported.
+	unregisterInput = workerFunction{"input_unregister_handler", "has the handler leave each device, by his own function disconnect, and takes him off the list", false}
 	// kernel/jump_label.c, exported: what the kernel itself calls when the last user of a tracepoint leaves.
 	disableKey = workerFunction{"static_key_disable", "patches out the jumps to the tracepoint", false}
 )

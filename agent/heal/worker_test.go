@@ -12,6 +12,7 @@ import (
 
 const (
 	paHandOver, paRunWork, paUntrace, paKeyOff = paFn + 0x500, paFn + 0x580, paFn + 0x600, paFn + 0x680
+	paUnlisten, paListener                     = paFn + 0x800, 0x158000
 	paReboot, paRebootFn                       = paFn + 0x700, paFn + 0x780
 	paOps, paPoint, paUsers                    = 0x152000, 0x156000, 0x157000
 	workIdle                                   = 0xfffffffe0 // WORK_STRUCT_NO_POOL of 6.1
@@ -26,7 +27,7 @@ func worked(t *testing.T, answer uint64) (*fakeHost, []kernel.Hook) {
 	h := newFakeHost(t)
 	h.symbols["no_blink"] = direct + paFn + 0x300
 	h.write(paFn+0x300, noBlink)
-	for name, at := range map[string]hostmem.PhysAddr{handOver: paHandOver, runWork: paRunWork, unregisterFtrace.name: paUntrace, disableKey.name: paKeyOff,
+	for name, at := range map[string]hostmem.PhysAddr{handOver: paHandOver, runWork: paRunWork, unregisterFtrace.name: paUntrace, disableKey.name: paKeyOff, unregisterInput.name: paUnlisten,
 		"reboot_work": paReboot, "reboot_work_func": paRebootFn} {
 		h.symbols[name] = direct + kernel.VirtAddr(at)
 		if name != "reboot_work" {
@@ -56,6 +57,8 @@ func worked(t *testing.T, answer uint64) (*fakeHost, []kernel.Hook) {
 	h.put32(paPoint+8, 1)
 	h.put64(paPoint+64, direct+paUsers)
 	h.put64(paUsers, 0xbad7)
+	h.put64(paListener, 0xbad8)
+	h.put64(paListener+8, 0xbad9)
 	h.onWork = func(fn, arg uint64) uint64 {
 		switch {
 		case fn == direct+paUntrace && arg == direct+paOps:
@@ -64,6 +67,7 @@ func worked(t *testing.T, answer uint64) (*fakeHost, []kernel.Hook) {
 			}
 		case fn == direct+paKeyOff && arg == direct+paPoint+8:
 			h.put32(paPoint+8, 0)
+		case fn == direct+paUnlisten && arg == direct+paListener:
 		default:
 			h.wrong("worker runs %#x on %#x", fn, arg)
 		}
@@ -72,6 +76,8 @@ func worked(t *testing.T, answer uint64) (*fakeHost, []kernel.Hook) {
 	return h, []kernel.Hook{
 		{Kind: "ftrace", Record: direct + paOps, Place: "?", Member: "ftrace_ops.func", At: direct + paOps, To: 0xbad3},
 		{Kind: "tracepoint", Record: direct + paUsers, Place: "task_rename", Member: "tracepoint_func.func", At: direct + paUsers, To: 0xbad7, Of: direct + paPoint},
+		{Kind: "input handler", Record: direct + paListener, Place: "keys", Member: "input_handler.event", At: direct + paListener, To: 0xbad8},
+		{Kind: "input handler", Record: direct + paListener, Place: "keys", Member: "input_handler.connect", At: direct + paListener + 8, To: 0xbad9},
 	}
 }
 
@@ -133,6 +139,7 @@ func TestWorker(t *testing.T) {
 		{"ftrace on a kernel without IBT", 0, func(h *fakeHost) { h.write(paUntrace, []byte{0x41, 0x57, 0x41, 0x56}) }, 0x10, 1, 0xbad7, 1},
 		{"a tracepoint's only user", 1, func(*fakeHost) {}, 0x11, 0, direct + paFn + 0x300, 1},
 		{"a tracepoint's user beside others", 1, func(h *fakeHost) { h.put64(paUsers+24, 0x900d) }, 0x11, 1, direct + paFn + 0x300, 0},
+		{"a listener to keys", 2, func(*fakeHost) {}, 0x11, 1, 0xbad7, 1},
 		{"a tracepoint that is off", 1, func(h *fakeHost) { h.put32(paPoint+8, 0) }, 0x11, 0, direct + paFn + 0x300, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -225,6 +232,7 @@ func TestWorkerRefuses(t *testing.T) {
 			}
 		}, kernel.ErrTorn},
 		{"a key that is on twice", 1, func(h *fakeHost) { h.put32(paPoint+8, 2) }, kernel.ErrNotSupported},
+		{"a kernel without input", 2, func(h *fakeHost) { delete(h.symbols, unregisterInput.name) }, kernel.ErrNotFound},
 		{"the host reboots", 0, func(h *fakeHost) { h.put64(paReboot, workIdle|workPending) }, ErrNotYet},
 		{"another work_struct", 0, func(h *fakeHost) { h.put64(paReboot+8, direct) }, kernel.ErrNotSupported},
 		{"another request_queue", 0, func(h *fakeHost) { h.fields["request_queue.timeout_work"] = kernel.Field{Offset: 0x100 + 48, Size: 32} }, kernel.ErrNotSupported},

@@ -1,6 +1,9 @@
 package kernel
 
-import "errors"
+import (
+	"errors"
+	"sync"
+)
 
 // Hook is a pointer by which a probe, or who is called by the kernel otherwise, leads to a handler that is in no code that the kernel admits to: neither its
 // own, nor that of a module that stands in all its lists. Tracers (perf, ftrace, bpftrace, live patches, BPF trampolines) lead into the kernel's own code,
@@ -13,6 +16,7 @@ type Hook struct {
 	Member string   `json:"member"` // "kprobe.pre_handler"
 	At     VirtAddr `json:"at"`     // of the pointer
 	To     VirtAddr `json:"to"`
+	Was    VirtAddr `json:"was,omitempty"`   // what it led to when it was first seen, or must lead to; 0 if that is not known
 	Of     VirtAddr `json:"of,omitempty"`    // the tracepoint itself, of a user of one
 	Owner  string   `json:"owner,omitempty"` // the hidden module that it leads into; empty if none is known
 }
@@ -28,11 +32,45 @@ type hookPlan struct {
 	kp        uint64
 	ops, end  VirtAddr // ftrace_ops_list and ftrace_list_end; 0 without ftrace
 	op        *shape
+	was       *honest
+}
+
+// honest are the pointers of objects that are there for long, and what they led to when that was the kernel's own code, or that of a module that stands in all
+// its lists: what a stranger has led elsewhere can be put back so.
+type honest struct {
+	mu sync.Mutex
+	to map[honestAt]VirtAddr
+}
+
+type honestAt struct {
+	at    VirtAddr
+	place string // whose it is: memory is used again
+}
+
+const maxHonest = 4096
+
+func (o *honest) note(h Hook) {
+	if h.Kind != "line discipline" && h.Kind != "input handler" || h.To == 0 {
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.to) >= maxHonest {
+		clear(o.to) // so many are no host's
+	}
+	o.to[honestAt{h.At, h.Place}] = h.To
+}
+
+func (o *honest) was(h Hook) VirtAddr {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.to[honestAt{h.At, h.Place}]
 }
 
 func (img *Image) planHooks() (h hookPlan) {
 	r := resolver{img: img}
 	h.from, h.to = r.symbol("_stext"), r.symbol("_etext")
+	h.was = &honest{to: make(map[honestAt]VirtAddr)}
 	if at, err := img.syms.symbol("pre_handler_kretprobe"); err == nil {
 		h.ret = at
 		h.kretprobe, h.kp = r.shape("kretprobe", "handler", "entry_handler"), r.field("kretprobe", 0, "kp")
@@ -57,7 +95,11 @@ type noteHook func(h Hook, place VirtAddr)
 // stranger returns what keeps those that lead out of the kernel's own code.
 func (h *hookPlan) stranger(found *[]hookedAt) noteHook {
 	return func(x Hook, place VirtAddr) {
-		if x.To != 0 && (x.To < h.from || x.To >= h.to) && len(*found) < maxHooks {
+		switch {
+		case x.To == 0:
+		case x.To >= h.from && x.To < h.to:
+			h.was.note(x)
+		case len(*found) < maxHooks:
 			*found = append(*found, hookedAt{x, place})
 		}
 	}
@@ -145,8 +187,10 @@ func (v *View) strangers(s *Signs, found []hookedAt) error {
 			}
 		}
 		if honest {
+			v.img.signsPlan().hooks.was.note(h.Hook)
 			continue
 		}
+		h.Was = v.img.signsPlan().hooks.was.was(h.Hook)
 		name := v.function
 		if h.Kind == "ftrace" {
 			name = v.nameOf

@@ -328,6 +328,12 @@ var rows = []fault{
 		truth: calls((*bed).packets)},
 	{name: "interface-filter", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "interface-filter_off",
 		truth: calls((*bed).packets)},
+	{name: "input-handler", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "input-handler_off",
+		truth: calls((*bed).key)},
+	{name: "key-listener", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "key-listener_off",
+		truth: calls((*bed).key)},
+	{name: "line-discipline", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "line-discipline_off",
+		truth: calls(func(b *bed) { b.cat("/proc/uptime") })}, // each command comes over a terminal
 	{name: "code", want: []detect.Kind{detect.KindTampering}, by: 40 * time.Second, heal: heal.RestoreKernel, do: func(b *bed) {
 		_, pa := b.at(halt, codeAt)
 		b.overwrite(pa)
@@ -669,6 +675,13 @@ func (b *bed) cat(file string) (text string) {
 	b.t.Helper()
 	b.g.Ask("cat "+file, "text", &text)
 	return text
+}
+
+// key has a key be pressed and let go.
+func (b *bed) key() {
+	b.t.Helper()
+	b.g.ExecuteWith("send-key", map[string]any{"keys": []map[string]string{{"type": "qcode", "data": "a"}}, "hold-time": 20})
+	time.Sleep(100 * time.Millisecond)
 }
 
 // modules has modules come and go.

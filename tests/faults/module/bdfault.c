@@ -15,6 +15,7 @@
 #include <linux/ftrace.h>
 #include <linux/fs.h>
 #include <linux/init.h>
+#include <linux/input.h>
 #include <linux/interrupt.h>
 #include <linux/io.h>
 #include <linux/irqflags.h>
@@ -43,6 +44,8 @@
 #include <linux/string.h>
 #include <linux/timer.h>
 #include <linux/tracepoint.h>
+#include <linux/tty.h>
+#include <linux/tty_ldisc.h>
 #include <linux/uaccess.h>
 #include <linux/version.h>
 #include <linux/vmalloc.h>
@@ -786,6 +789,113 @@ static void tracepoint_off(void)
 	tracepoint_synchronize_unregister();
 }
 
+/* It reads keys: by what the console has called for each, or as a handler of its own. */
+static struct input_handler *keyboard;
+static void (*key_event)(struct input_handle *handle, unsigned int type, unsigned int code, int value);
+
+static void see_event(struct input_handle *handle, unsigned int type, unsigned int code, int value)
+{
+	atomic_inc(&calls);
+	if (handle->handler == keyboard)
+		key_event(handle, type, code, value);
+}
+
+static void input_handler(void)
+{
+	keyboard = (struct input_handler *)find("kbd_handler");
+	if (!keyboard)
+		return;
+	key_event = keyboard->event;
+	poke((unsigned long *)&keyboard->event, (unsigned long)see_event);
+	hide_module();
+}
+
+static void input_handler_off(void)
+{
+	hide_module_off();
+	if (keyboard)
+		poke((unsigned long *)&keyboard->event, (unsigned long)key_event);
+	synchronize_rcu();
+	keyboard = NULL;
+}
+
+static int listen_to(struct input_handler *handler, struct input_dev *dev, const struct input_device_id *id)
+{
+	struct input_handle *handle = kzalloc(sizeof(*handle), GFP_KERNEL);
+
+	if (!handle)
+		return -ENOMEM;
+	handle->dev = dev;
+	handle->handler = handler;
+	handle->name = "bdfault";
+	if (input_register_handle(handle)) {
+		kfree(handle);
+		return -ENODEV;
+	}
+	return input_open_device(handle);
+}
+
+static void leave(struct input_handle *handle)
+{
+	input_close_device(handle);
+	input_unregister_handle(handle);
+	kfree(handle);
+}
+
+static const struct input_device_id keyboards[] = {
+	{ .flags = INPUT_DEVICE_ID_MATCH_EVBIT, .evbit = { BIT_MASK(EV_KEY) } },
+	{ }
+};
+
+static struct input_handler listener_of_keys = {
+	.name = "bdfault", .event = see_event, .connect = listen_to, .disconnect = leave, .id_table = keyboards,
+};
+
+static void key_listener(void)
+{
+	if (input_register_handler(&listener_of_keys))
+		return;
+	hide_module();
+}
+
+static void key_listener_off(void)
+{
+	hide_module_off();
+	input_unregister_handler(&listener_of_keys); /* which does nothing the second time */
+}
+
+/* It reads what comes over terminals. */
+static struct tty_ldisc_ops *terminal;
+static unsigned long receive;
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 6, 0)
+static int see_line(struct tty_struct *tty, const unsigned char *cp, const char *fp, int count)
+#else
+static size_t see_line(struct tty_struct *tty, const u8 *cp, const u8 *fp, size_t count)
+#endif
+{
+	atomic_inc(&calls);
+	return ((typeof(&see_line))receive)(tty, cp, fp, count);
+}
+
+static void line_discipline(void)
+{
+	terminal = (struct tty_ldisc_ops *)find("n_tty_ops");
+	if (!terminal)
+		return;
+	receive = (unsigned long)terminal->receive_buf2;
+	poke((unsigned long *)&terminal->receive_buf2, (unsigned long)see_line);
+	hide_module();
+}
+
+static void line_discipline_off(void)
+{
+	hide_module_off();
+	if (terminal)
+		poke((unsigned long *)&terminal->receive_buf2, receive);
+	terminal = NULL;
+}
+
 /* The same at a tracepoint of a module's, which is not among those of the kernel. */
 static struct tracepoint *watchdog_start;
 
@@ -896,6 +1006,9 @@ static struct fault {
 	{ "notifier", notifier, notifier_off },
 	{ "packet-filter", packet_filter, filter_off },
 	{ "interface-filter", interface_filter, filter_off },
+	{ "input-handler", input_handler, input_handler_off },
+	{ "key-listener", key_listener, key_listener_off },
+	{ "line-discipline", line_discipline, line_discipline_off },
 	{ "module-tracepoint", module_tracepoint, module_tracepoint_off },
 	{ "ftrace", trace_function, trace_function_off },
 	{ "tracepoint", tracepoint, tracepoint_off },
