@@ -9,7 +9,7 @@ import (
 // own, nor that of a module that stands in all its lists. Tracers (perf, ftrace, bpftrace, live patches, BPF trampolines) lead into the kernel's own code,
 // from where they go on.
 type Hook struct {
-	Kind   string   `json:"kind"`   // kprobe, kretprobe, ftrace, notifier, packet filter, tracepoint, line discipline or input handler
+	Kind   string   `json:"kind"`   // kprobe, kretprobe, ftrace, notifier, packet filter, tracepoint, line discipline, input handler, eBPF program or eBPF map
 	Record VirtAddr `json:"record"` // the kernel's record of it, of which there may be several hooks
 	// Place is the function that is probed; of ftrace, whose record it is; else the chain of notifiers, where packets come by, the tracepoint, or the name.
 	Place  string   `json:"place"`
@@ -190,7 +190,9 @@ func (v *View) strangers(s *Signs, found []hookedAt) error {
 			v.img.signsPlan().hooks.was.note(h.Hook)
 			continue
 		}
-		h.Was = v.img.signsPlan().hooks.was.was(h.Hook)
+		if h.Was == 0 {
+			h.Was = v.img.signsPlan().hooks.was.was(h.Hook)
+		}
 		name := v.function
 		if h.Kind == "ftrace" {
 			name = v.nameOf
