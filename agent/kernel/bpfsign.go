@@ -223,7 +223,7 @@ func (v *View) lookAtBPF(p *signsPlan) (found bpfSigns, err error) {
 	return found, err
 }
 
-func bpfPlace(name string, id uint32) string { return fmt.Sprintf("%q (%d)", name, id) }
+func bpfPlace(name string, id uint32) string { return fmt.Sprintf("%s (%d)", name, id) }
 
 // entry looks where a program is entered: in its own code, or, if it is interpreted, in the kernel's.
 func (b *bpfSignsPlan) entry(t, aux *thing, id uint32, code map[VirtAddr]virtRange, from, to VirtAddr, modules []Module) (Hook, bool) {

@@ -96,6 +96,26 @@ func calls(provoke func(b *bed)) func(b *bed) bool {
 	}
 }
 
+// filtered has an eBPF program be at work, and something done to it.
+func filtered(then string) func(b *bed) {
+	return func(b *bed) {
+		b.pid = b.g.Spawn("rootbpf")
+		for end := time.Now().Add(10 * time.Second); !slices.Contains(b.programs(), "quiet"); time.Sleep(20 * time.Millisecond) {
+			if time.Now().After(end) {
+				b.t.Fatal("the guest's eBPF program is not there")
+			}
+		}
+		b.g.Spawn(then)
+	}
+}
+
+// programs are the names of the guest's eBPF programs, by its own word.
+func (b *bed) programs() (names []string) {
+	b.t.Helper()
+	b.g.Ask("programs", "programs", &names)
+	return names
+}
+
 // load loads modules, in their order.
 func (b *bed) load(names []string) {
 	b.t.Helper()
@@ -334,6 +354,12 @@ var rows = []fault{
 		truth: calls((*bed).key)},
 	{name: "line-discipline", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "line-discipline_off",
 		truth: calls(func(b *bed) { b.cat("/proc/uptime") })}, // each command comes over a terminal
+	{name: "hide-bpf", want: []detect.Kind{detect.KindTampering}, key: "bpf ", by: 10 * time.Second, after: "hide-bpf_off", do: filtered("fault=hide-bpf"), undo: ended,
+		truth: func(b *bed) bool { return !slices.Contains(b.programs(), "quiet") }},
+	{name: "hook-bpf", want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "hook-bpf_off",
+		do: filtered("fault=hook-bpf"), undo: ended, truth: calls(func(*bed) { time.Sleep(100 * time.Millisecond) })},
+	{name: "bpf-writer", want: []detect.Kind{detect.KindTampering}, key: "bpf ", by: 10 * time.Second, do: func(b *bed) { b.pid = b.g.Spawn("rootwriter") },
+		undo: ended, truth: func(b *bed) bool { return slices.Contains(b.programs(), "writer") }},
 	{name: "code", want: []detect.Kind{detect.KindTampering}, by: 40 * time.Second, heal: heal.RestoreKernel, do: func(b *bed) {
 		_, pa := b.at(halt, codeAt)
 		b.overwrite(pa)
@@ -748,11 +774,12 @@ func (b *bed) reset() {
 // takeBack ends a fault that can be ended.
 func (b *bed) takeBack(f fault) {
 	b.t.Helper()
-	if f.undo != nil {
-		f.undo(b)
-	}
 	if f.after != "" {
 		b.g.Spawn("fault=" + f.after)
+		time.Sleep(300 * time.Millisecond) // what is undone may be what that is about
+	}
+	if f.undo != nil {
+		f.undo(b)
 	}
 }
 

@@ -7,13 +7,16 @@
  * drivers, or that rootkits do. Some can be taken back by writing "NAME off".
  */
 #include <linux/anon_inodes.h>
+#include <linux/bpf.h>
 #include <linux/clocksource.h>
 #include <linux/completion.h>
 #include <linux/cred.h>
 #include <linux/delay.h>
 #include <linux/file.h>
+#include <linux/filter.h>
 #include <linux/ftrace.h>
 #include <linux/fs.h>
+#include <linux/idr.h>
 #include <linux/init.h>
 #include <linux/input.h>
 #include <linux/interrupt.h>
@@ -572,7 +575,7 @@ static asmlinkage long hook(const struct pt_regs *regs)
 
 static void poke(unsigned long *entry, unsigned long value)
 {
-	struct page *page = virt_to_page(lm_alias(entry));
+	struct page *page = is_vmalloc_addr(entry) ? vmalloc_to_page(entry) : virt_to_page(lm_alias(entry));
 	void *map = vmap(&page, 1, VM_MAP, PAGE_KERNEL);
 
 	if (!map)
@@ -896,6 +899,67 @@ static void line_discipline_off(void)
 	terminal = NULL;
 }
 
+/* It takes an eBPF program from the sight of who asks for all, or has something else run in its place. */
+static struct idr *programs;
+static struct bpf_prog *quiet;
+static int quiet_id;
+static unsigned long quiet_func;
+
+static void find_quiet(void)
+{
+	struct bpf_prog *prog;
+	int id;
+
+	quiet = NULL;
+	programs = (struct idr *)find("prog_idr");
+	if (!programs)
+		return;
+	idr_for_each_entry(programs, prog, id) {
+		if (!strcmp(prog->aux->name, "quiet")) {
+			quiet = prog;
+			quiet_id = id;
+		}
+	}
+}
+
+static void hide_bpf(void)
+{
+	find_quiet();
+	if (quiet)
+		idr_remove(programs, quiet_id);
+}
+
+static void hide_bpf_off(void)
+{
+	if (quiet)
+		idr_alloc(programs, quiet, quiet_id, quiet_id + 1, GFP_KERNEL);
+	quiet = NULL;
+}
+
+static unsigned int see_run(const void *ctx, const struct bpf_insn *insn)
+{
+	atomic_inc(&calls);
+	return ~0;
+}
+
+static void hook_bpf(void)
+{
+	find_quiet();
+	if (!quiet)
+		return;
+	quiet_func = (unsigned long)quiet->bpf_func;
+	poke((unsigned long *)&quiet->bpf_func, (unsigned long)see_run);
+	hide_module();
+}
+
+static void hook_bpf_off(void)
+{
+	hide_module_off();
+	if (quiet)
+		poke((unsigned long *)&quiet->bpf_func, quiet_func);
+	quiet = NULL;
+}
+
 /* The same at a tracepoint of a module's, which is not among those of the kernel. */
 static struct tracepoint *watchdog_start;
 
@@ -1009,6 +1073,8 @@ static struct fault {
 	{ "input-handler", input_handler, input_handler_off },
 	{ "key-listener", key_listener, key_listener_off },
 	{ "line-discipline", line_discipline, line_discipline_off },
+	{ "hide-bpf", hide_bpf, hide_bpf_off },
+	{ "hook-bpf", hook_bpf, hook_bpf_off },
 	{ "module-tracepoint", module_tracepoint, module_tracepoint_off },
 	{ "ftrace", trace_function, trace_function_off },
 	{ "tracepoint", tracepoint, tracepoint_off },

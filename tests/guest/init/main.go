@@ -6,7 +6,7 @@
 //	             hog, roothog (of which the OOM killer keeps off), rootforkN (N processes, one after the
 //	             other), rootfiles (open files, until there are no more), rootio (reads /dev/vda), roottmpfs (fills a
 //	             file system in memory), rootsyn (begins connections from addresses that there are not), rootfifo (has real-time priority without an end, on the last CPU), rootpinned (wants to run there, too), rootstall (asks for more memory than its control group is to have), rootload (what building
-//	             a program asks of a machine), rootnet (talks to itself by TCP), rootcode (gets itself memory that may be executed, after a minute), rootexec (becomes a program that may execute its memory, after 15 s), su (becomes root as by su(1)), rootbase (what a database does that takes its memory at its start)
+//	             a program asks of a machine), rootnet (talks to itself by TCP), rootcode (gets itself memory that may be executed, after a minute), rootexec (becomes a program that may execute its memory, after 15 s), su (becomes root as by su(1)), rootbase (what a database does that takes its memory at its start), rootbpf (has an eBPF program "quiet" look at all that it sends to itself), rootwriter (loads one, "writer", that may write into the memory of others)
 //	spawn fault=NAME  start a child that has the fault module do something, and stays
 //	load NAME P  load the module of the file /NAME with parameters
 //	unload NAME  take a module out
@@ -17,6 +17,7 @@
 //	settime S    set the wall clock ahead, or back, by so many seconds
 //	uptime       CLOCK_MONOTONIC in ns
 //	cat FILE     what is in it, or in the directory
+//	programs     the names of all eBPF programs
 //	write FILE TEXT  write the words into the file
 //	patch        have the kernel patch its own code: trace all functions, flip a static key
 package main
@@ -140,6 +141,8 @@ func main() {
 			say(map[string]string{"unloaded": arg})
 		case "dmesg":
 			say(map[string]any{"dmesg": dmesg()})
+		case "programs":
+			say(map[string]any{"programs": programs()})
 		case "sysrq":
 			say(map[string]string{"ok": "pressing"})
 			time.Sleep(50 * time.Millisecond)
@@ -464,6 +467,10 @@ func child(kind string) {
 		}
 	case "rootstall":
 		stall()
+	case "rootbpf":
+		filtered()
+	case "rootwriter":
+		writes()
 	case "rootnet":
 		talk()
 	case "rootload":
