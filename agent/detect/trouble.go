@@ -323,20 +323,6 @@ func tampering(c Config) Detector {
 						add("module "+m, fmt.Sprintf("module %q is hidden", m), "it is live, and not in all of the kernel's lists of modules", 0.95, Culprit{Module: m}, Evidence{"module", m})
 					}
 				}
-				for _, x := range now.Programs {
-					if !slices.Contains(old.Programs, x) {
-						continue
-					}
-					who := []Evidence{{"bpf_prog", x.Addr.String()}, {"loaded by user", fmt.Sprint(x.UID)}, {"loaded", x.Loaded.String() + " after boot"}}
-					key := fmt.Sprintf("bpf %v", x.Addr)
-					if x.Hidden {
-						add(key, fmt.Sprintf("the eBPF program %q is hidden", x.Name), fmt.Sprintf("it is there, says that it is program %d, and is not found by that number", x.ID), 0.95, Culprit{}, who...)
-					} else {
-						add(key, fmt.Sprintf("the eBPF program %q (%d) may change others", x.Name, x.ID),
-							fmt.Sprintf("it calls %s, by which a program writes into the memory of others or has functions of the kernel fail: for experiments and intruders, few others need it", x.Calls),
-							0.7, Culprit{}, append(who, Evidence{"calls", x.Calls})...)
-					}
-				}
 				for i, h := range now.Hooks {
 					same := func(o kernel.Hook) bool { return HookKey(o) == HookKey(h) }
 					if slices.ContainsFunc(now.Hooks[:i], same) || !slices.ContainsFunc(old.Hooks, func(o kernel.Hook) bool { return o.At == h.At && o.To == h.To }) {

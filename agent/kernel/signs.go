@@ -30,8 +30,6 @@ type Signs struct {
 	Shared []SharedCred `json:"shared,omitempty"`
 	// Hooks are the probes, and what else the kernel calls, whose handlers are in no code that the kernel admits to.
 	Hooks []Hook `json:"hooks,omitempty"`
-	// Programs are the eBPF programs that hide, or that may change what others do.
-	Programs []BPFSuspect `json:"programs,omitempty"`
 	// Missing says of which of these nothing could be told, and why.
 	Missing []string `json:"missing,omitempty"`
 }
@@ -81,7 +79,6 @@ type signsPlan struct {
 	modErr    error
 	hooks     hookPlan
 	callbacks *callbackPlan
-	bpf       bpfSignsPlan
 	creds     struct {
 		err  error
 		cred *shape
@@ -139,7 +136,6 @@ func (img *Image) planSigns() *signsPlan {
 	p.modErr = p.modules.resolve(img)
 	p.hooks = img.planHooks()
 	p.callbacks = img.planCallbacks()
-	img.planBPFSigns(&p.bpf)
 
 	r = resolver{img: img}
 	p.creds.cred = r.shape("cred", "uid.val", "user")
@@ -177,7 +173,7 @@ func (v *View) SignsAmong(tasks []Task) (Signs, error) {
 	}{
 		{"oopses", v.oopses}, {"grace periods", v.gracePeriod}, {"system calls", v.syscalls}, {"interrupt table", v.interruptTable},
 		{"hidden processes", func(p *signsPlan, s *Signs) error { return v.hiddenTasks(p, s, tasks) }}, {"hidden modules", v.hiddenModules},
-		{"probes", v.hooks}, {"callbacks", v.callbacks}, {"eBPF", v.bpfSigns},
+		{"probes", v.hooks}, {"callbacks", v.callbacks},
 	} {
 		if err := part.read(p, &s); err != nil {
 			if !tolerable(err) {
