@@ -6,13 +6,14 @@ import "errors"
 // own, nor that of a module that stands in all its lists. Tracers (perf, ftrace, bpftrace, live patches, BPF trampolines) lead into the kernel's own code,
 // from where they go on.
 type Hook struct {
-	Kind   string   `json:"kind"`   // kprobe, kretprobe, ftrace, notifier, packet filter, tracepoint, line discipline or input handler
+	Kind   string   `json:"kind"`   // kprobe, kretprobe, ftrace, notifier, packet filter, tracepoint, line discipline, input handler, eBPF program or eBPF map
 	Record VirtAddr `json:"record"` // the kernel's record of it, of which there may be several hooks
 	// Place is the function that is probed; of ftrace, whose record it is; else the chain of notifiers, where packets come by, the tracepoint, or the name.
 	Place  string   `json:"place"`
 	Member string   `json:"member"` // "kprobe.pre_handler"
 	At     VirtAddr `json:"at"`     // of the pointer
 	To     VirtAddr `json:"to"`
+	Was    VirtAddr `json:"was,omitempty"`   // what it led to when it was first seen, or must lead to; 0 if that is not known
 	Owner  string   `json:"owner,omitempty"` // the hidden module that it leads into; empty if none is known
 }
 
