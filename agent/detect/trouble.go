@@ -323,6 +323,21 @@ func tampering(c Config) Detector {
 						add("module "+m, fmt.Sprintf("module %q is hidden", m), "it is live, and not in all of the kernel's lists of modules", 0.95, Culprit{Module: m}, Evidence{"module", m})
 					}
 				}
+				for _, x := range now.HiddenPrograms {
+					if !slices.ContainsFunc(old.HiddenPrograms, func(o kernel.BPFSuspect) bool { return o.Addr == x.Addr && o.ID == x.ID }) {
+						continue
+					}
+					add(bpfKey(x)+" hidden", fmt.Sprintf("eBPF program %s is hidden", bpfName(x)), "the kernel knows it by its symbol, or links it to what calls it, and bpf(2) does not list it", 0.95,
+						Culprit{}, loaded(x)...)
+				}
+				for _, x := range now.HarmfulPrograms {
+					if !slices.ContainsFunc(old.HarmfulPrograms, func(o kernel.BPFSuspect) bool { return o.Addr == x.Addr && o.ID == x.ID }) {
+						continue
+					}
+					uid := x.UID
+					add(bpfKey(x)+" harmful", fmt.Sprintf("eBPF program %s can change what it looks at", bpfName(x)), harms(x.Calls), 0.7, Culprit{UID: &uid}, append(loaded(x), Evidence{"calls", strings.Join(x.Calls, ", ")})...)
+					out[len(out)-1].Severity = Warning
+				}
 				for i, h := range now.Hooks {
 					same := func(o kernel.Hook) bool { return HookKey(o) == HookKey(h) }
 					if slices.ContainsFunc(now.Hooks[:i], same) || !slices.ContainsFunc(old.Hooks, func(o kernel.Hook) bool { return o.At == h.At && o.To == h.To }) {
@@ -332,8 +347,26 @@ func tampering(c Config) Detector {
 					if h.Owner != "" {
 						owner = fmt.Sprintf("the hidden module %q", h.Owner)
 					}
-					add(HookKey(h), fmt.Sprintf("a stranger's %s at %s", h.Kind, h.Place), fmt.Sprintf("whenever the kernel comes there, it calls %v, in %s; tracers have the kernel's own code called, and drivers show themselves", h.To, owner),
-						0.97, Culprit{Module: h.Owner}, Evidence{h.Member, h.To.String()}, Evidence{"handler in", owner}, Evidence{"record", h.Record.String()})
+					title := fmt.Sprintf("a stranger's %s at %s", h.Kind, h.Place)
+					detail := fmt.Sprintf("whenever the kernel comes there, it calls %v, in %s; tracers have the kernel's own code called, and drivers show themselves", h.To, owner)
+					e := []Evidence{{h.Member, h.To.String()}, {"handler in", owner}, {"record", h.Record.String()}}
+					switch h.Kind {
+					case "eBPF program":
+						title = fmt.Sprintf("another function is called in place of eBPF program %s", h.Place)
+						detail = fmt.Sprintf("whenever it is to run, the kernel calls %v; from its load to its end a program is called where its own code begins, or is interpreted", h.To)
+						e = slices.Delete(e, 1, 2)
+						if h.Owner != "" {
+							detail = fmt.Sprintf("whenever it is to run, the kernel calls %v, in %s", h.To, owner)
+						}
+					case "eBPF map":
+						title = fmt.Sprintf("eBPF map %s has functions that are not the kernel's", h.Place)
+						detail = fmt.Sprintf("whoever reads or writes it has the kernel call those of the table at %v, which is in neither the kernel's constants nor a module of its lists", h.To)
+						e = slices.Delete(e, 1, 2)
+					}
+					if h.Was != 0 {
+						e = append(e, Evidence{"must be", h.Was.String()})
+					}
+					add(HookKey(h), title, detail, 0.97, Culprit{Module: h.Owner}, e...)
 				}
 			}
 			for _, t := range p.Risen {
@@ -351,6 +384,35 @@ func tampering(c Config) Detector {
 			return out, nil
 		},
 	}
+}
+
+// bpfKey is how the key of a finding about an eBPF program begins. Numbers are given once while a kernel runs, to those that have one.
+func bpfKey(x kernel.BPFSuspect) string {
+	if x.ID == 0 {
+		return fmt.Sprintf("bpf program at %v", x.Addr)
+	}
+	return fmt.Sprintf("bpf program %d", x.ID)
+}
+
+func bpfName(x kernel.BPFSuspect) string { return fmt.Sprintf("%q (%d)", x.Name, x.ID) }
+
+// loaded says of an eBPF program where it is, and who has loaded it.
+func loaded(x kernel.BPFSuspect) []Evidence {
+	return []Evidence{{"bpf_prog", x.Addr.String()}, {"loaded by user", fmt.Sprint(x.UID)}, {"loaded", x.Loaded.Round(time.Millisecond).String() + " after boot"}}
+}
+
+// harms says what an eBPF program does by its calls, and who may want that.
+func harms(calls []string) string {
+	var said []string
+	for _, c := range calls {
+		switch c {
+		case "bpf_probe_write_user":
+			said = append(said, "it writes to the memory of processes, of which the kernel itself warns in its log; tracers that hand on their marks, of programs in Go say, do so by right")
+		case "bpf_override_return":
+			said = append(said, "it has functions of the kernel return what it wants; only who tries out how errors are borne needs that")
+		}
+	}
+	return strings.Join(said, "; ")
 }
 
 // HookKey is the key of the finding that a hook is one of, which all hooks of a record share.

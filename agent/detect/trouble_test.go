@@ -147,6 +147,18 @@ func TestTampering(t *testing.T) {
 				s.Hooks = []kernel.Hook{{Kind: "kprobe", Record: 0x1000, At: 0x1040, To: 0x2000}}
 			}
 		}, 0},
+		{"an eBPF program that is replaced, and a map with others' functions", func(_ int, s *kernel.Signs) {
+			s.Hooks = []kernel.Hook{{Kind: "eBPF program", Record: 0x1000, Place: "x (3)", Member: "bpf_prog.bpf_func", At: 0x1030, To: 0x2000, Was: 0x3000},
+				{Kind: "eBPF map", Record: 0x4000, Place: "m (4)", Member: "bpf_map.ops", At: 0x4000, To: 0x2100}}
+		}, 2},
+		{"a hidden eBPF program that writes to processes", func(_ int, s *kernel.Signs) {
+			x := kernel.BPFSuspect{Addr: 0x1000, ID: 3, Name: "x", Calls: []string{"bpf_probe_write_user"}}
+			s.HiddenPrograms, s.HarmfulPrograms = []kernel.BPFSuspect{x}, []kernel.BPFSuspect{x}
+		}, 2},
+		{"two without a number", func(_ int, s *kernel.Signs) { s.HiddenPrograms = []kernel.BPFSuspect{{Addr: 0x1000}, {Addr: 0x2000}} }, 2},
+		{"eBPF programs that just come or go", func(i int, s *kernel.Signs) {
+			s.HiddenPrograms = []kernel.BPFSuspect{{Addr: 0x1000, ID: uint32(i + 1)}}
+		}, 0},
 		{"the kernel's credentials, and those of another", func(_ int, s *kernel.Signs) {
 			s.Shared = []kernel.SharedCred{{Task: hidden, Owner: "the kernel itself"}, {Task: kernel.Task{PID: 67, TGID: 67}, Owner: `"y" (PID 2)`}}
 		}, 2},
@@ -167,6 +179,16 @@ func TestTampering(t *testing.T) {
 		if fs := detect(t, d, &Pass{Signs: signs(5, tt.f)}); verdicts(fs) != tt.want {
 			t.Errorf("%s: %+v; want %d findings", tt.name, fs, tt.want)
 		}
+	}
+}
+
+// Who writes to processes may do so by right: that is said with less than hidden hands.
+func TestTamperingBPF(t *testing.T) {
+	x := kernel.BPFSuspect{Addr: 0x1000, ID: 3, Name: "x", UID: 7, Loaded: time.Minute, Calls: []string{"bpf_probe_write_user", "bpf_override_return"}}
+	fs := detect(t, tampering(DefaultConfig()), &Pass{Signs: signs(5, func(_ int, s *kernel.Signs) { s.HarmfulPrograms = []kernel.BPFSuspect{x} })})
+	if len(fs) != 1 || fs[0].Severity != Warning || fs[0].Confidence >= 0.9 || fs[0].Culprit.UID == nil || *fs[0].Culprit.UID != 7 || fs[0].Key != "bpf program 3 harmful" ||
+		!strings.Contains(fs[0].Detail, "memory of processes") || !strings.Contains(fs[0].Detail, "errors") || !slices.Contains(fs[0].Evidence, Evidence{"calls", "bpf_probe_write_user, bpf_override_return"}) {
+		t.Errorf("%+v", fs)
 	}
 }
 

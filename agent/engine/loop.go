@@ -710,7 +710,7 @@ func (w *watcher) pass(ctx context.Context) (kernel.Cost, error) {
 
 // alarms is how much in a sample speaks of hands that are not the kernel's own.
 func alarms(s kernel.Signs) int {
-	return len(s.Strays) + len(s.Hidden) + len(s.HiddenModules) + len(s.Forged) + len(s.Shared) + len(s.Hooks)
+	return len(s.Strays) + len(s.Hidden) + len(s.HiddenModules) + len(s.HiddenPrograms) + len(s.Forged) + len(s.Shared) + len(s.Hooks)
 }
 
 func (e *Engine) tasksDue(next, now time.Time) bool {

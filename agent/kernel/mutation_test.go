@@ -253,6 +253,8 @@ func ask(t *testing.T, ctx context.Context, img *Image) string {
 		_, err := l.ask(v)
 		note(l.name, err)
 	}
+	_, err = v.Signs()
+	note("signs", err)
 	note("golden copies of modules", compareModules(v))
 	note("proof", img.Prove(ctx))
 	return outcome

@@ -30,6 +30,10 @@ type Signs struct {
 	Shared []SharedCred `json:"shared,omitempty"`
 	// Hooks are the probes, and what else the kernel calls, whose handlers are in no code that the kernel admits to.
 	Hooks []Hook `json:"hooks,omitempty"`
+	// HiddenPrograms are eBPF programs that the kernel knows by their symbols or links, and not among those that bpf(2) lists; HarmfulPrograms those that call
+	// functions by which they change what they only look at.
+	HiddenPrograms  []BPFSuspect `json:"hiddenPrograms,omitempty"`
+	HarmfulPrograms []BPFSuspect `json:"harmfulPrograms,omitempty"`
 	// Missing says of which of these nothing could be told, and why.
 	Missing []string `json:"missing,omitempty"`
 }
@@ -79,6 +83,7 @@ type signsPlan struct {
 	modErr    error
 	hooks     hookPlan
 	callbacks *callbackPlan
+	bpf       *bpfPlan
 	creds     struct {
 		err  error
 		cred *shape
@@ -136,6 +141,7 @@ func (img *Image) planSigns() *signsPlan {
 	p.modErr = p.modules.resolve(img)
 	p.hooks = img.planHooks()
 	p.callbacks = img.planCallbacks()
+	p.bpf = img.planBPF()
 
 	r = resolver{img: img}
 	p.creds.cred = r.shape("cred", "uid.val", "user")
@@ -173,7 +179,7 @@ func (v *View) SignsAmong(tasks []Task) (Signs, error) {
 	}{
 		{"oopses", v.oopses}, {"grace periods", v.gracePeriod}, {"system calls", v.syscalls}, {"interrupt table", v.interruptTable},
 		{"hidden processes", func(p *signsPlan, s *Signs) error { return v.hiddenTasks(p, s, tasks) }}, {"hidden modules", v.hiddenModules},
-		{"probes", v.hooks}, {"callbacks", v.callbacks},
+		{"probes", v.hooks}, {"callbacks", v.callbacks}, {"eBPF", v.eBPF},
 	} {
 		if err := part.read(p, &s); err != nil {
 			if !tolerable(err) {
