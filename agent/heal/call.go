@@ -21,8 +21,8 @@ const (
 	NormalizeRealtime = "normalize-realtime"
 )
 
-// function is one of the host kernel's functions that a plan may have it run. Beside posix_timer_fn, which needs an object
-// of its own, this table is all there is: no name of a function ever comes from outside.
+// function is one of the host kernel's functions that a plan may have it run. Beside those that need an object
+// of their own (posix_timer_fn, hrtimer_wakeup, and what workers run, see worker.go), this table is all there is: no name of a function ever comes from outside.
 type function struct {
 	name    string // takes no argument, so that the irq_work that it is given is nothing to it
 	purpose string
