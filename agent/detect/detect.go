@@ -102,7 +102,8 @@ type Finding struct {
 	Resolution string     `json:"resolution,omitempty"`
 	// Changes is what was changed in the kernel, with what was there before, as far as that is known.
 	Changes []kernel.Change `json:"changes,omitempty"`
-	// Rule names the operators' own detector that has found it, of the kind "policy".
+	// Rule is what a rule of policy can be for beside the kind, as KIND/RULE: of the kind "policy" the name of the operators' own detector that has found it, of
+	// others one of Aspects.
 	Rule string `json:"rule,omitempty"`
 	// Repairs are the IDs of the plans that have been begun against it, the oldest first.
 	Repairs []string `json:"repairs,omitempty"`
@@ -111,6 +112,25 @@ type Finding struct {
 	// Action is the ID of the action that policy proposes, and Automatic whether policy lets it run unasked.
 	Action    string `json:"action,omitempty"`
 	Automatic bool   `json:"automatic"`
+}
+
+// Aspects of findings that have other remedies than the rest of their kind.
+const (
+	AspectStarved     = "starved"     // of a runaway process: it lets nobody else run
+	AspectProbe       = "probe"       // of tampering: a stranger is called by the kernel
+	AspectHidden      = "hidden"      // a process or a module is taken out of a list
+	AspectCredentials = "credentials" // a process has rights that nobody has given to it
+)
+
+// Aspects returns those of a kind.
+func Aspects(k Kind) []string {
+	switch k {
+	case KindRunawayProcess:
+		return []string{AspectStarved}
+	case KindTampering:
+		return []string{AspectProbe, AspectHidden, AspectCredentials}
+	}
+	return nil
 }
 
 // Need is something that a detector must have in its Pass. Where it is missing, the detector is not run and the outcome is

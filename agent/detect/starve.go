@@ -86,7 +86,7 @@ func starved(c Config) Detector {
 				}
 				uid := most.UID
 				out = append(out, Finding{
-					Key: fmt.Sprintf("starved cpu%d", cpu), Kind: KindRunawayProcess, Severity: Critical, Confidence: 0.9,
+					Key: fmt.Sprintf("starved cpu%d", cpu), Rule: AspectStarved, Kind: KindRunawayProcess, Severity: Critical, Confidence: 0.9,
 					Title: fmt.Sprintf("%q (PID %d) lets nobody else run on CPU %d", most.Comm, most.TGID, cpu),
 					Detail: fmt.Sprintf("it has had %v of the last %v there, and %d others that are ready to run have got nothing, %q (PID %d) among them",
 						mostWorked.Round(10*time.Millisecond), window.Round(10*time.Millisecond), many, first.Comm, first.PID),

@@ -273,8 +273,8 @@ func tampering(c Config) Detector {
 			n := len(p.Signs)
 			now := &p.Signs[n-1]
 			var out []Finding
-			add := func(key, title, detail string, confidence float64, who Culprit, e ...Evidence) {
-				out = append(out, Finding{Key: key, Kind: KindTampering, Severity: Critical, Title: title, Detail: detail, Confidence: confidence, Culprit: who, Evidence: e})
+			add := func(aspect, key, title, detail string, confidence float64, who Culprit, e ...Evidence) {
+				out = append(out, Finding{Rule: aspect, Key: key, Kind: KindTampering, Severity: Critical, Title: title, Detail: detail, Confidence: confidence, Culprit: who, Evidence: e})
 			}
 			// What starts or ends just now is in one list for a moment, and a host that is reset in the middle of the look has anything
 			// anywhere: it must have been so in the sample before.
@@ -288,7 +288,7 @@ func tampering(c Config) Detector {
 					if s.Owner != "" {
 						owner = "module " + s.Owner
 					}
-					add(s.Table, s.Table+" leads out of the kernel", fmt.Sprintf("it points to %v, in %s", s.To, owner), 0.99, Culprit{Module: s.Owner},
+					add("", s.Table, s.Table+" leads out of the kernel", fmt.Sprintf("it points to %v, in %s", s.To, owner), 0.99, Culprit{Module: s.Owner},
 						Evidence{s.Table, s.To.String()}, Evidence{"owner", owner})
 				}
 				for _, t := range now.Hidden {
@@ -296,14 +296,14 @@ func tampering(c Config) Detector {
 						continue // a thread of a process that is told of
 					}
 					if slices.ContainsFunc(old.Hidden, func(o kernel.Task) bool { return o.PID == t.PID && o.Start == t.Start }) {
-						add(fmt.Sprintf("task %d@%v", t.PID, t.Start), fmt.Sprintf("%q (PID %d) is hidden", t.Comm, t.PID),
+						add(AspectHidden, fmt.Sprintf("task %d@%v", t.PID, t.Start), fmt.Sprintf("%q (PID %d) is hidden", t.Comm, t.PID),
 							"it has a process number and is not in the kernel's list of tasks", 0.95,
 							Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, Start: t.Start}, Evidence{"task_struct", t.Addr.String()})
 					}
 				}
 				for _, t := range now.Forged {
 					if slices.ContainsFunc(old.Forged, func(o kernel.Task) bool { return o.PID == t.PID && o.Start == t.Start && o.Cred == t.Cred }) {
-						add(fmt.Sprintf("cred %d@%v", t.PID, t.Start), fmt.Sprintf("%q (PID %d) has forged credentials", t.Comm, t.PID),
+						add(AspectCredentials, fmt.Sprintf("cred %d@%v", t.PID, t.Start), fmt.Sprintf("%q (PID %d) has forged credentials", t.Comm, t.PID),
 							fmt.Sprintf("they are accounted to user %d and say another", t.UID), 0.97,
 							Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, Start: t.Start}, Evidence{"cred", t.Cred.String()}, Evidence{"cred.user", fmt.Sprint(t.UID)})
 					}
@@ -313,21 +313,21 @@ func tampering(c Config) Detector {
 					if slices.ContainsFunc(old.Shared, func(o kernel.SharedCred) bool {
 						return o.Task.PID == t.PID && o.Task.Start == t.Start && o.Task.Cred == t.Cred
 					}) {
-						add(fmt.Sprintf("cred %d@%v", t.PID, t.Start), fmt.Sprintf("%q (PID %d) uses the credentials of %s", t.Comm, t.PID, x.Owner),
+						add(AspectCredentials, fmt.Sprintf("cred %d@%v", t.PID, t.Start), fmt.Sprintf("%q (PID %d) uses the credentials of %s", t.Comm, t.PID, x.Owner),
 							"the kernel gives each process credentials of its own: a pointer was copied", 0.95,
 							Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, Start: t.Start}, Evidence{"cred", t.Cred.String()}, Evidence{"cred of", x.Owner})
 					}
 				}
 				for _, m := range now.HiddenModules {
 					if slices.Contains(old.HiddenModules, m) {
-						add("module "+m, fmt.Sprintf("module %q is hidden", m), "it is live, and not in all of the kernel's lists of modules", 0.95, Culprit{Module: m}, Evidence{"module", m})
+						add(AspectHidden, "module "+m, fmt.Sprintf("module %q is hidden", m), "it is live, and not in all of the kernel's lists of modules", 0.95, Culprit{Module: m}, Evidence{"module", m})
 					}
 				}
 				for _, x := range now.HiddenPrograms {
 					if !slices.ContainsFunc(old.HiddenPrograms, func(o kernel.BPFSuspect) bool { return o.Addr == x.Addr && o.ID == x.ID }) {
 						continue
 					}
-					add(bpfKey(x)+" hidden", fmt.Sprintf("eBPF program %s is hidden", bpfName(x)), "the kernel knows it by its symbol, or links it to what calls it, and bpf(2) does not list it", 0.95,
+					add("", bpfKey(x)+" hidden", fmt.Sprintf("eBPF program %s is hidden", bpfName(x)), "the kernel knows it by its symbol, or links it to what calls it, and bpf(2) does not list it", 0.95,
 						Culprit{}, loaded(x)...)
 				}
 				for _, x := range now.HarmfulPrograms {
@@ -335,7 +335,7 @@ func tampering(c Config) Detector {
 						continue
 					}
 					uid := x.UID
-					add(bpfKey(x)+" harmful", fmt.Sprintf("eBPF program %s can change what it looks at", bpfName(x)), harms(x.Calls), 0.7, Culprit{UID: &uid}, append(loaded(x), Evidence{"calls", strings.Join(x.Calls, ", ")})...)
+					add("", bpfKey(x)+" harmful", fmt.Sprintf("eBPF program %s can change what it looks at", bpfName(x)), harms(x.Calls), 0.7, Culprit{UID: &uid}, append(loaded(x), Evidence{"calls", strings.Join(x.Calls, ", ")})...)
 					out[len(out)-1].Severity = Warning
 				}
 				for i, h := range now.Hooks {
@@ -366,7 +366,7 @@ func tampering(c Config) Detector {
 					if h.Was != 0 {
 						e = append(e, Evidence{"must be", h.Was.String()})
 					}
-					add(HookKey(h), title, detail, 0.97, Culprit{Module: h.Owner}, e...)
+					add(AspectProbe, HookKey(h), title, detail, 0.97, Culprit{Module: h.Owner}, e...)
 				}
 			}
 			for _, t := range p.Risen {
@@ -374,7 +374,7 @@ func tampering(c Config) Detector {
 				if slices.ContainsFunc(out, func(f Finding) bool { return f.Key == key }) {
 					continue // which says more
 				}
-				add(key, fmt.Sprintf("%q (PID %d) has become root", t.Comm, t.PID),
+				add(AspectCredentials, key, fmt.Sprintf("%q (PID %d) has become root", t.Comm, t.PID),
 					"it had no right to, and has started no program that has: system calls alone do not lead there", 0.95,
 					Culprit{PID: t.PID, TGID: t.TGID, Comm: t.Comm, Start: t.Start}, Evidence{"cred", t.Cred.String()}, Evidence{"self_exec_id", fmt.Sprint(t.Execs)})
 			}

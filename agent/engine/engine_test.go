@@ -1162,8 +1162,8 @@ func TestInvalidOptions(t *testing.T) {
 	m := &made{}
 	for name, spoil := range map[string]func(*policy.Policy){
 		"unknown action": func(p *policy.Policy) { p.Rules[0].Action = "format-disk" },
-		"no remedy":      func(p *policy.Policy) { p.Rules[1].Action = heal.KillProcess },
-		"no remedy then": func(p *policy.Policy) { p.Rules[2].Then = heal.KillProcess },
+		"no remedy":      func(p *policy.Policy) { p.Rules[2].Action = heal.KillProcess },
+		"no remedy then": func(p *policy.Policy) { p.Rules[3].Then = heal.KillProcess },
 	} {
 		p := policy.Default()
 		spoil(&p)

@@ -49,7 +49,8 @@ type honestAt struct {
 
 const maxHonest = 4096
 
-func (o *honest) note(h Hook) {
+// note remembers a pointer. What it led to in the kernel's own code is not forgotten for a module's: who hooks first and hides then is in all lists meanwhile.
+func (o *honest) note(h Hook, own bool) {
 	if h.Kind != "line discipline" && h.Kind != "input handler" || h.To == 0 {
 		return
 	}
@@ -58,7 +59,11 @@ func (o *honest) note(h Hook) {
 	if len(o.to) >= maxHonest {
 		clear(o.to) // so many are no host's
 	}
-	o.to[honestAt{h.At, h.Place}] = h.To
+	k := honestAt{h.At, h.Place}
+	if _, known := o.to[k]; known && !own {
+		return
+	}
+	o.to[k] = h.To
 }
 
 func (o *honest) was(h Hook) VirtAddr {
@@ -98,7 +103,7 @@ func (h *hookPlan) stranger(found *[]hookedAt) noteHook {
 		switch {
 		case x.To == 0:
 		case x.To >= h.from && x.To < h.to:
-			h.was.note(x)
+			h.was.note(x, true)
 		case len(*found) < maxHooks:
 			*found = append(*found, hookedAt{x, place})
 		}
@@ -187,7 +192,7 @@ func (v *View) strangers(s *Signs, found []hookedAt) error {
 			}
 		}
 		if honest {
-			v.img.signsPlan().hooks.was.note(h.Hook)
+			v.img.signsPlan().hooks.was.note(h.Hook, false)
 			continue
 		}
 		if h.Was == 0 {

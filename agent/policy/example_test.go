@@ -26,12 +26,16 @@ func TestPackageComment(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v in\n%s", err, doc.String())
 	}
-	if n := len(p.Rules); n != len(detect.Kinds())+1 { // and one for a watch
-		t.Errorf("it has rules for %d kinds of findings of %d", n, len(detect.Kinds()))
+	want := len(detect.Kinds()) + 1 // and one for a watch
+	for _, k := range detect.Kinds() {
+		want += len(detect.Aspects(k))
 	}
-	got, want := p.DetectConfig(), detect.DefaultConfig()
+	if n := len(p.Rules); n != want {
+		t.Errorf("it has rules for %d kinds and aspects of findings of %d", n, want)
+	}
+	got, usual := p.DetectConfig(), detect.DefaultConfig()
 	got.RunawayExempt = nil
-	if diff := cmp.Diff(want, got); diff != "" {
+	if diff := cmp.Diff(usual, got); diff != "" {
 		t.Errorf("its detectors differ from the defaults (-default +comment):\n%s", diff)
 	}
 }

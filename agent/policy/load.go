@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
@@ -69,7 +70,7 @@ func (p Policy) Check(actions []string) error {
 	for i, r := range p.Rules {
 		where := fmt.Sprintf("rules[%d]", i)
 		if !p.known(r.Finding) {
-			return bad(where+".finding", "%q is none of %v, and no %s/NAME of a watch", r.Finding, detect.Kinds(), detect.KindPolicy)
+			return bad(where+".finding", "%q is none of %v, no %s/NAME of a watch, and no aspect of a kind (%s)", r.Finding, detect.Kinds(), detect.KindPolicy, aspects())
 		}
 		if n, ok := seen[r.Finding]; ok {
 			return bad(where+".finding", "%q has its rule in rules[%d] already", r.Finding, n)
@@ -140,4 +141,15 @@ func (p Policy) DetectConfig() detect.Config {
 		c.RunawayExempt = append(c.RunawayExempt, detect.UIDRange(u))
 	}
 	return c
+}
+
+// aspects lists them for people.
+func aspects() string {
+	var all []string
+	for _, k := range detect.Kinds() {
+		for _, a := range detect.Aspects(k) {
+			all = append(all, string(k)+"/"+a)
+		}
+	}
+	return strings.Join(all, ", ")
 }

@@ -37,6 +37,7 @@
 //	  "rules": [
 //	    {"finding": "runaway-process", "action": "kill-process", "mode": "automatic", "minConfidence": 0.9,
 //	     "maxPerHour": 6, "coolDown": "30s"},
+//	    {"finding": "runaway-process/starved", "action": "normalize-realtime", "mode": "wait"},
 //	    {"finding": "panic", "action": "power-cycle", "mode": "automatic", "maxPerHour": 2, "coolDown": "10m"},
 //	    {"finding": "cpu-stall", "action": "power-cycle", "mode": "wait"},
 //	    {"finding": "host-silent", "action": "power-cycle", "mode": "wait"},
@@ -47,6 +48,9 @@
 //	    {"finding": "soft-lockup", "action": "restart-host", "mode": "wait"},
 //	    {"finding": "hung-task", "action": "reboot-host", "mode": "wait"},
 //	    {"finding": "tampering", "action": "restore-kernel", "mode": "wait"},
+//	    {"finding": "tampering/probe", "action": "unhook-probe", "mode": "automatic", "maxPerHour": 6},
+//	    {"finding": "tampering/hidden", "action": "relink-hidden", "mode": "automatic", "maxPerHour": 6},
+//	    {"finding": "tampering/credentials", "action": "kill-process", "mode": "wait"},
 //	    {"finding": "network-flood", "action": "rate-limit", "mode": "automatic", "maxPerHour": 6, "then": "quarantine"},
 //	    {"finding": "network-scan", "action": "quarantine", "mode": "wait"},
 //	    {"finding": "network-silent", "action": "reboot-host", "mode": "wait"},
@@ -65,7 +69,8 @@
 //
 // Only version is required. Watches are detectors of the operators' own; see Watch. Blast and flap bound what is done by itself. The detectors above have their defaults but for runawayExempt, which is empty; detect.Config says
 // what they mean. A rule's fields are those of Rule; kill-process is a remedy for a runaway-process, a memory-hog and what a watch
-// finds among tasks, stop-fork-bomb for a fork-bomb, restore-kernel for tampering, power-cycle for every kind of finding. An action that takes a value has it in the rule:
+// finds among tasks, stop-fork-bomb for a fork-bomb, restore-kernel for tampering, power-cycle for every kind of finding. A rule for KIND/ASPECT goes before one
+// for the whole kind; detect.Aspects has them. An action that takes a value has it in the rule:
 // {"finding": "memory-hog", "action": "set-memory-max", "set": {"name": "memory.max", "number": 536870912}, "mode": "wait"}. backdoord -check says whether a document is right.
 package policy
 
@@ -111,7 +116,7 @@ const (
 
 // Rule is one row of the table.
 type Rule struct {
-	Finding string `json:"finding"` // kind, or policy/NAME for the findings of one watch
+	Finding string `json:"finding"` // kind, policy/NAME for the findings of one watch, or KIND/ASPECT, see detect.Aspects
 	Action  string `json:"action"`
 	Mode    Mode   `json:"mode"`
 	// MinConfidence is the least confidence at which the engine acts by itself.
@@ -216,6 +221,7 @@ func (p Policy) flap() Flap {
 func Default() Policy {
 	return Policy{Version: Version, Rules: []Rule{
 		{Finding: "runaway-process", Action: "kill-process", Mode: Wait},
+		{Finding: "runaway-process/starved", Action: "normalize-realtime", Mode: Wait},
 		{Finding: "panic", Action: "power-cycle", Mode: Wait},
 		{Finding: "cpu-stall", Action: "power-cycle", Mode: Wait},
 		{Finding: "host-silent", Action: "power-cycle", Mode: Wait},
@@ -226,6 +232,9 @@ func Default() Policy {
 		{Finding: "soft-lockup", Action: "restart-host", Mode: Wait},
 		{Finding: "hung-task", Action: "reboot-host", Mode: Wait},
 		{Finding: "tampering", Action: "restore-kernel", Mode: Wait},
+		{Finding: "tampering/probe", Action: "unhook-probe", Mode: Wait},
+		{Finding: "tampering/hidden", Action: "relink-hidden", Mode: Wait},
+		{Finding: "tampering/credentials", Action: "kill-process", Mode: Wait},
 		{Finding: "network-flood", Action: "rate-limit", Mode: Wait},
 		{Finding: "network-scan", Action: "quarantine", Mode: Wait},
 		{Finding: "network-silent", Action: "reboot-host", Mode: Wait},

@@ -42,7 +42,8 @@ func TestLoad(t *testing.T) {
 	if diff := cmp.Diff(p, q); diff != "" {
 		t.Error(diff)
 	}
-	if err := Default().Check([]string{"kill-process", "power-cycle", "stop-fork-bomb", "reboot-host", "restart-host", "restore-kernel", "raise-limit", "rate-limit", "quarantine", "sync-disks"}); err != nil {
+	if err := Default().Check([]string{"kill-process", "power-cycle", "stop-fork-bomb", "reboot-host", "restart-host", "restore-kernel", "raise-limit", "rate-limit", "quarantine", "sync-disks",
+		"normalize-realtime", "unhook-probe", "relink-hidden"}); err != nil {
 		t.Errorf("the default policy: %v", err)
 	}
 	if err := p.Check([]string{"kill-process"}); err == nil || !strings.Contains(err.Error(), `rules[1].action: "power-cycle"`) {
@@ -85,6 +86,8 @@ func TestLoadRefuses(t *testing.T) {
 		{`"version": 1`, `"version": 2`, "reads version 1"},
 		{`"rules"`, `"rulez"`, `unknown field "rulez"`},
 		{`"panic"`, `"panik"`, "is none of"},
+		{`"panic"`, `"panic/probe"`, "tampering/probe"},
+		{`"panic"`, `"panic/"`, "is none of"},
 		{`"panic"`, `"runaway-process"`, "has its rule in rules[0] already"},
 		{`"wait"`, `"maybe"`, "must be"},
 		{`"maxPerHour": 2, `, ``, "must say how often"},
@@ -102,6 +105,33 @@ func TestLoadRefuses(t *testing.T) {
 	}
 	if _, err := Load(strings.NewReader(document + "x")); err == nil {
 		t.Error("Load with something behind the document succeeded")
+	}
+}
+
+// A rule for an aspect of a kind goes before the one for the kind, and each counts for itself.
+func TestAspects(t *testing.T) {
+	p, err := Load(strings.NewReader(`{"version": 1, "rules": [
+		{"finding": "tampering", "action": "restore-kernel", "mode": "wait"},
+		{"finding": "tampering/probe", "action": "unhook-probe", "mode": "automatic", "maxPerHour": 1}]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Unix(1_800_000_000, 0)
+	for _, tt := range []struct {
+		aspect, action string
+		past           []Past
+		automatic      bool
+	}{
+		{"", "restore-kernel", nil, false},
+		{detect.AspectHidden, "restore-kernel", nil, false},
+		{detect.AspectProbe, "unhook-probe", nil, true},
+		{detect.AspectProbe, "unhook-probe", []Past{{Kind: detect.KindTampering, At: now}}, true},
+		{detect.AspectProbe, "unhook-probe", []Past{{Kind: detect.KindTampering, Rule: detect.AspectProbe, At: now}}, false},
+	} {
+		d := p.Decide(detect.Finding{Kind: detect.KindTampering, Rule: tt.aspect, Confidence: 0.97}, now, tt.past)
+		if d.Action != tt.action || d.Automatic != tt.automatic {
+			t.Errorf("%q: %+v; want %s, by itself %v", tt.aspect, d, tt.action, tt.automatic)
+		}
 	}
 }
 

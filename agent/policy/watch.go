@@ -355,7 +355,7 @@ func (w *watch) variables(p *detect.Pass) (map[string]any, error) {
 	return vars, nil
 }
 
-// ruleFor returns the index of the rule for a finding, or -1. One for the watch that it is of goes before one for all.
+// ruleFor returns the index of the rule for a finding, or -1. One for its watch, or its aspect, goes before one for all of the kind.
 func (p Policy) ruleFor(f detect.Finding) int {
 	if f.Rule != "" {
 		if i := slices.IndexFunc(p.Rules, func(r Rule) bool { return r.Finding == string(f.Kind)+"/"+f.Rule }); i >= 0 {
@@ -370,5 +370,6 @@ func (p Policy) known(finding string) bool {
 	if name, ok := strings.CutPrefix(finding, string(detect.KindPolicy)+"/"); ok {
 		return slices.ContainsFunc(p.Watches, func(w Watch) bool { return w.Name == name })
 	}
-	return slices.Contains(detect.Kinds(), detect.Kind(finding))
+	kind, aspect, cut := strings.Cut(finding, "/")
+	return slices.Contains(detect.Kinds(), detect.Kind(kind)) && (!cut || slices.Contains(detect.Aspects(detect.Kind(kind)), aspect))
 }
