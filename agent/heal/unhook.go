@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
 	"github.com/backdoor-rhs/backdoor/agent/kernel"
@@ -113,14 +114,16 @@ func lead(m model, h kernel.Hook, to kernel.VirtAddr) (Step, error) {
 	}, err
 }
 
-// planBack plans to have a hook lead to where it led before.
+// planBack plans to have a hook lead to where it led before: an eBPF program to its own code, for to return 0 would be to drop the packet, or to forbid what it
+// is asked for.
 func planBack(m model, p *Plan, h kernel.Hook) error {
-	what := h.Member + " as it was"
-	head, err := callableAt(m, what, h.Was)
-	if err != nil {
-		return err
+	there := Step{Op: OpExpect, Why: "the function is there, and may be called through a pointer", Object: h.Member + " as it was", Virt: h.Was}
+	var err error
+	if h.Kind == "eBPF program" {
+		there, err = compiled(m, h.Was)
+	} else if there.Expect, err = callableAt(m, there.Object, h.Was); err == nil {
+		there.Addr, err = m.Phys(h.Was)
 	}
-	pa, err := m.Phys(h.Was)
 	if err != nil {
 		return err
 	}
@@ -129,7 +132,7 @@ func planBack(m model, p *Plan, h kernel.Hook) error {
 		return err
 	}
 	p.Title = fmt.Sprintf("have the %s %q call what it called before", h.Kind, h.Place)
-	p.Steps = append(p.Steps, Step{Op: OpExpect, Why: "the function is there, and may be called through a pointer", Object: what, Addr: pa, Virt: h.Was, Expect: head}, s)
+	p.Steps = append(p.Steps, there, s)
 	return nil
 }
 
@@ -281,4 +284,36 @@ func (f idle) find(m model) (Step, error) {
 		return Step{Op: OpExpect, Why: "the function only " + f.what, Object: name, Addr: pa, Virt: va, Expect: code}, nil
 	}
 	return Step{}, fmt.Errorf("no function that only %s: %w", f.what, all)
+}
+
+// prologue is how the machine code of an eBPF program begins (emit_prologue of arch/x86/net/bpf_jit_comp.c, v5.10 to v7.2): room for a call of a trampoline, or
+// that call, what counts tail calls, or room for it, and a frame.
+var (
+	prologueCalls  = [][]byte{fentryNop, {0xe8}}                                                      // call rel32
+	prologueCounts = [][]byte{{0x48, 0x31, 0xc0}, {0x31, 0xc0}, {0x0f, 0x1f, 0x00}, {0x66, 0x90}, {}} // xor %rax,%rax; xor %eax,%eax; nop
+	prologueFrame  = []byte{0x55, 0x48, 0x89, 0xe5}                                                   // push %rbp; mov %rsp,%rbp
+)
+
+// compiled returns the step that makes sure that the machine code of an eBPF program begins at an address.
+func compiled(m model, va kernel.VirtAddr) (Step, error) {
+	if m.Info().Arch == archAArch64 {
+		return Step{}, fmt.Errorf("hooks are taken from strangers on x86-64 only: %w", kernel.ErrNotSupported)
+	}
+	code := make(Bytes, min(20, 4096-va%4096))
+	if err := m.ReadVirt(va, code); err != nil {
+		return Step{}, err
+	}
+	rest := bytes.TrimPrefix([]byte(code), endbr64)
+	for _, call := range prologueCalls {
+		if len(rest) < len(fentryNop) || !bytes.HasPrefix(rest, call) {
+			continue
+		}
+		for _, count := range prologueCounts {
+			if bytes.HasPrefix(rest[len(fentryNop):], slices.Concat(count, prologueFrame)) {
+				pa, err := m.Phys(va)
+				return Step{Op: OpExpect, Why: "the code of an eBPF program begins here", Object: "bpf_prog_aux.ksym.start", Addr: pa, Virt: va, Expect: code}, err
+			}
+		}
+	}
+	return Step{}, fmt.Errorf("at %v is %x, which is not how the code of an eBPF program begins: %w", va, []byte(code), kernel.ErrNotSupported)
 }

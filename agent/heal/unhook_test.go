@@ -2,6 +2,7 @@ package heal
 
 import (
 	"errors"
+	"slices"
 	"testing"
 
 	"github.com/backdoor-rhs/backdoor/agent/detect"
@@ -94,6 +95,49 @@ func TestUnhookPutsBack(t *testing.T) {
 	}
 	if out, err := NewExecutor(o).Apply(t.Context(), p, "test"); !errors.Is(err, ErrMismatch) || out.Stores != 0 {
 		t.Errorf("%+v, %v where no function is by now", out, err)
+	}
+}
+
+// An eBPF program is called where its code begins, whichever way the kernel's releases begin it.
+func TestUnhookProgram(t *testing.T) {
+	frame := []byte{0x55, 0x48, 0x89, 0xe5, 0x48, 0x81, 0xec, 8, 0, 0, 0}
+	for _, tt := range []struct {
+		name string
+		code []byte
+		ok   bool
+	}{
+		{"5.10", slices.Concat([]byte{0x0f, 0x1f, 0x44, 0, 0, 0x66, 0x90}, frame), true},
+		{"counts tail calls", slices.Concat([]byte{0x0f, 0x1f, 0x44, 0, 0, 0x31, 0xc0}, frame), true},
+		{"6.12", slices.Concat(endbr64, []byte{0x0f, 0x1f, 0x44, 0, 0, 0x0f, 0x1f, 0}, frame), true},
+		{"traced", slices.Concat(endbr64, []byte{0xe8, 1, 2, 3, 4, 0x48, 0x31, 0xc0}, frame), true},
+		{"without a frame", slices.Concat(endbr64, []byte{0x0f, 0x1f, 0x44, 0, 0, 0x66, 0x90, 0xc3}), false},
+		{"a function, and no program", noBlink, false},
+		{"a jump elsewhere", slices.Concat([]byte{0xe9, 1, 2, 3, 4, 0x66, 0x90}, frame), false},
+	} {
+		h, _ := hooked(t, noBlink)
+		hooks := []kernel.Hook{{Kind: "eBPF program", Record: direct + 0x156000, Place: "x (3)", Member: "bpf_prog.bpf_func", At: direct + 0x156030, To: 0xbad7, Was: direct + paFn + 0x500}}
+		h.put64(0x156030, 0xbad7)
+		h.write(paFn+0x500, tt.code)
+		p, err := planUnhook(h, detect.Finding{ID: "tampering-1", Kind: detect.KindTampering, Key: detect.HookKey(hooks[0])}, hooks)
+		if !tt.ok {
+			if !errors.Is(err, kernel.ErrNotSupported) {
+				t.Errorf("%s: %v; want that it is refused", tt.name, err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+			continue
+		}
+		p.ID = "plan-1"
+		o := options(t, h, &memJournal{})
+		o.Grant = grant(t, permit(UnhookProbe))
+		if out, err := NewExecutor(o).Apply(t.Context(), p, "test"); err != nil || !out.Verified || out.Stores != 1 {
+			t.Errorf("%s: %+v, %v", tt.name, out, err)
+		}
+		if got := kernel.VirtAddr(h.get(0x156030, 8)); got != direct+paFn+0x500 {
+			t.Errorf("%s: the program is called at %v", tt.name, got)
+		}
 	}
 }
 

