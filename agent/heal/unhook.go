@@ -72,7 +72,7 @@ func planUnhook(m model, f detect.Finding, hooks []kernel.Hook) (Plan, error) {
 				if err := planBack(m, &p, h); err != nil {
 					return fail(err)
 				}
-			case h.Kind != "input handler":
+			case h.Kind != "input handler" || !slices.ContainsFunc(hooks, func(o kernel.Hook) bool { return o.Record == h.Record && o.Member == "input_handler.connect" }):
 				return fail(fmt.Errorf("%s of the %s %q leads to %v, and what it led to before is not known: %w", h.Member, h.Kind, h.Place, h.To, kernel.ErrNotSupported))
 			case len(p.Calls) == 0:
 				p.Title = fmt.Sprintf("have the input handler %q leave", h.Place)
@@ -137,7 +137,7 @@ func planBack(m model, p *Plan, h kernel.Hook) error {
 }
 
 // planLeave plans to have the kernel take an input handler off its list, as if he had asked for it himself: with his own function disconnect he is told to leave
-// each device.
+// each device. A handler is a stranger's if the function connect is, too: of the kernel's own one or the other may have been changed before it was first seen.
 func planLeave(m model, p *Plan, h kernel.Hook) error {
 	s, err := expect64(m, "it is the stranger's", h.Member, h.At, uint64(h.To))
 	if err != nil {

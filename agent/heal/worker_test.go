@@ -78,6 +78,7 @@ func worked(t *testing.T, answer uint64) (*fakeHost, []kernel.Hook) {
 		{Kind: "tracepoint", Record: direct + paUsers, Place: "task_rename", Member: "tracepoint_func.func", At: direct + paUsers, To: 0xbad7, Of: direct + paPoint},
 		{Kind: "input handler", Record: direct + paListener, Place: "keys", Member: "input_handler.event", At: direct + paListener, To: 0xbad8},
 		{Kind: "input handler", Record: direct + paListener, Place: "keys", Member: "input_handler.connect", At: direct + paListener + 8, To: 0xbad9},
+		{Kind: "input handler", Record: direct + paListener + 0x100, Place: "kbd", Member: "input_handler.event", At: direct + paListener + 0x100, To: 0xbad8},
 	}
 }
 
@@ -232,6 +233,7 @@ func TestWorkerRefuses(t *testing.T) {
 			}
 		}, kernel.ErrTorn},
 		{"a key that is on twice", 1, func(h *fakeHost) { h.put32(paPoint+8, 2) }, kernel.ErrNotSupported},
+		{"a handler of the kernel's, of which a function was changed before", 4, func(*fakeHost) {}, kernel.ErrNotSupported},
 		{"a kernel without input", 2, func(h *fakeHost) { delete(h.symbols, unregisterInput.name) }, kernel.ErrNotFound},
 		{"the host reboots", 0, func(h *fakeHost) { h.put64(paReboot, workIdle|workPending) }, ErrNotYet},
 		{"another work_struct", 0, func(h *fakeHost) { h.put64(paReboot+8, direct) }, kernel.ErrNotSupported},
