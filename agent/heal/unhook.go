@@ -27,7 +27,7 @@ const UnhookProbe = "unhook-probe"
 // worker of the kernel's runs what takes such patches back. See addWork.
 func unhookProbe() Action {
 	return Action{
-		ID: UnhookProbe, Title: "Have a stranger's probe call nothing", Risk: RiskKernel,
+		ID: UnhookProbe, Title: "Take a stranger out of what the kernel calls", Risk: RiskKernel,
 		For: []detect.Kind{detect.KindTampering},
 		Plan: func(_ context.Context, v *kernel.View, f detect.Finding) (Plan, error) {
 			if v == nil {

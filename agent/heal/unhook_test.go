@@ -40,6 +40,13 @@ var noBlink = append(append([]byte(nil), endbr64...), 0x0f, 0x1f, 0x44, 0x00, 0x
 // static unsigned int accept_all(...) { return NF_ACCEPT; }, as Debian's 6.1 and 6.12 have it.
 var acceptAll = append(append([]byte(nil), endbr64...), 0x0f, 0x1f, 0x44, 0x00, 0x00, 0xb8, 1, 0, 0, 0, 0xe9, 1, 2, 3, 4)
 
+// unhooker is an executor that may unhook.
+func unhooker(t *testing.T, h *fakeHost) *Executor {
+	o := options(t, h, &memJournal{})
+	o.Grant = grant(t, permit(UnhookProbe))
+	return NewExecutor(o)
+}
+
 func TestUnhook(t *testing.T) {
 	const nothing, accept = direct + paFn + 0x300, direct + paFn + 0x400
 	for _, tt := range []struct {
@@ -58,9 +65,7 @@ func TestUnhook(t *testing.T) {
 			t.Fatal(err)
 		}
 		p.ID = "plan-1"
-		o := options(t, h, &memJournal{})
-		o.Grant = grant(t, permit(UnhookProbe))
-		out, err := NewExecutor(o).Apply(t.Context(), p, "test")
+		out, err := unhooker(t, h).Apply(t.Context(), p, "test")
 		if err != nil || !out.Verified || out.Stores != tt.stores || !out.Atomic {
 			t.Fatalf("%s: %+v, %v", hooks[tt.hook].Kind, out, err)
 		}
@@ -82,9 +87,7 @@ func TestUnhookPutsBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.ID = "plan-1"
-	o := options(t, h, &memJournal{})
-	o.Grant = grant(t, permit(UnhookProbe))
-	out, err := NewExecutor(o).Apply(t.Context(), p, "test")
+	out, err := unhooker(t, h).Apply(t.Context(), p, "test")
 	if err != nil || !out.Verified || out.Stores != 1 || h.get(0x155000, 8) != uint64(tty.Was) {
 		t.Fatalf("%+v, %v: %#x", out, err, h.get(0x155000, 8))
 	}
@@ -93,7 +96,7 @@ func TestUnhookPutsBack(t *testing.T) {
 	if _, err := planUnhook(h, f, hooks); !errors.Is(err, kernel.ErrNotSupported) {
 		t.Errorf("planUnhook() = %v where no function is", err)
 	}
-	if out, err := NewExecutor(o).Apply(t.Context(), p, "test"); !errors.Is(err, ErrMismatch) || out.Stores != 0 {
+	if out, err := unhooker(t, h).Apply(t.Context(), p, "test"); !errors.Is(err, ErrMismatch) || out.Stores != 0 {
 		t.Errorf("%+v, %v where no function is by now", out, err)
 	}
 }
@@ -130,9 +133,7 @@ func TestUnhookProgram(t *testing.T) {
 			continue
 		}
 		p.ID = "plan-1"
-		o := options(t, h, &memJournal{})
-		o.Grant = grant(t, permit(UnhookProbe))
-		if out, err := NewExecutor(o).Apply(t.Context(), p, "test"); err != nil || !out.Verified || out.Stores != 1 {
+		if out, err := unhooker(t, h).Apply(t.Context(), p, "test"); err != nil || !out.Verified || out.Stores != 1 {
 			t.Errorf("%s: %+v, %v", tt.name, out, err)
 		}
 		if got := kernel.VirtAddr(h.get(0x156030, 8)); got != direct+paFn+0x500 {
@@ -150,9 +151,7 @@ func TestUnhookRaced(t *testing.T) {
 	}
 	p.ID = "plan-1"
 	h.put64(0x150048, 0x900d)
-	o := options(t, h, &memJournal{})
-	o.Grant = grant(t, permit(UnhookProbe))
-	if out, err := NewExecutor(o).Apply(t.Context(), p, "test"); !errors.Is(err, ErrMismatch) || out.Stores != 0 {
+	if out, err := unhooker(t, h).Apply(t.Context(), p, "test"); !errors.Is(err, ErrMismatch) || out.Stores != 0 {
 		t.Fatalf("%+v, %v", out, err)
 	}
 	if got := [2]uint64{h.get(0x150040, 8), h.get(0x150048, 8)}; got != [2]uint64{0xbad0, 0x900d} {

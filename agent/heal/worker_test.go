@@ -108,9 +108,7 @@ func unhooked(t *testing.T, h *fakeHost, hooks []kernel.Hook, i int) (Outcome, e
 		t.Fatal(err)
 	}
 	p.ID = "plan-1"
-	o := options(t, h, &memJournal{})
-	o.Grant = grant(t, permit(UnhookProbe))
-	out, err := NewExecutor(o).Apply(t.Context(), p, "test")
+	out, err := unhooker(t, h).Apply(t.Context(), p, "test")
 	if len(h.untidy) > 0 {
 		t.Errorf("the host has found: %v", h.untidy)
 	}
@@ -173,8 +171,7 @@ func TestWorkerFails(t *testing.T) {
 	if !errors.Is(err, ErrStale) || !strings.Contains(err.Error(), "returned an error") || len(out.HostFunctions) != 1 {
 		t.Fatalf("%+v, %v", out, err)
 	}
-	x := NewExecutor(options(t, h, &memJournal{}))
-	x.o.Grant = grant(t, permit(UnhookProbe))
+	x := unhooker(t, h)
 	if left, err := x.Sweep(t.Context(), out.Plan); err != nil || len(left) > 0 {
 		t.Errorf("Sweep() = %v, %v", left, err)
 	}
@@ -200,9 +197,7 @@ func TestWorkerStaysWhileInUse(t *testing.T) {
 			work = s
 		}
 	}
-	o := options(t, h, &memJournal{})
-	o.Grant = grant(t, permit(UnhookProbe))
-	x := NewExecutor(o)
+	x := unhooker(t, h)
 	out, err := x.Apply(t.Context(), p, "test")
 	if !errors.Is(err, ErrNoEffect) || len(out.Left) == 0 || out.Undone {
 		t.Fatalf("%+v, %v", out, err)
@@ -269,9 +264,7 @@ func TestOursIsForCleanup(t *testing.T) {
 	for i := range p.Steps {
 		p.Steps[i].Cleanup = p.Steps[i].Cleanup && !p.Steps[i].Ours
 	}
-	o := options(t, h, &memJournal{})
-	o.Grant = grant(t, permit(UnhookProbe))
-	if out, err := NewExecutor(o).Apply(t.Context(), p, "test"); !errors.Is(err, ErrInvalidPlan) || out.Stores > 0 {
+	if out, err := unhooker(t, h).Apply(t.Context(), p, "test"); !errors.Is(err, ErrInvalidPlan) || out.Stores > 0 {
 		t.Errorf("%+v, %v", out, err)
 	}
 }
