@@ -48,6 +48,40 @@ func TestReadme(t *testing.T) {
 	}
 }
 
+// What failed, was refused, was done by another rung or was not run is no success in the table, and of two runs the later one counts.
+func TestTable(t *testing.T) {
+	dir := t.TempDir()
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	good := result{Kernel: "6.12", CPUs: 2, Path: "window", Fault: "irqs-off", Culprit: true, Serving: true, Found: 1100 * time.Millisecond, Rung: "restart-host", Healed: 12 * time.Second, At: at}
+	with := func(change func(*result)) result { r := good; change(&r); return r }
+	for i, rs := range [][]result{
+		{with(func(r *result) { r.Error, r.At = "an error", at.Add(-time.Hour) }), with(func(r *result) { r.Kernel = "6.1"; r.Culprit = false })},
+		{good, with(func(r *result) { r.Path = "dma"; r.Rung = "power-cycle" }), with(func(r *result) { r.CPUs = 1; r.Rung, r.Refused = "", "no" }),
+			with(func(r *result) { r.Kernel, r.CPUs, r.Serving = "sid", 4, false }), with(func(r *result) { r.Path = "nocas"; r.Log = []string{"BUG"} })},
+	} {
+		if err := write(filepath.Join(dir, fmt.Sprint(i)), rs, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rs, err := read(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := matrix(rs)
+	for _, line := range []string{
+		"| fault | found as | healed by | 6.1 | 6.12 | 6.12, 1 CPU | 6.12, DMA engine | 6.12, no compare-and-swap | sid, 4 CPUs |\n",
+		"| `cpu-stall` | `restart-host` | **failed** | 1.1 / 12 | 1.1 / refused | 1.1 / 12 by `power-cycle` | **failed** | **failed** |\n",
+		"| `panic` | `restart-host` |  |  |  |  |  |  |\n",
+	} {
+		if !strings.Contains(m, line) {
+			t.Errorf("the table has no line %q:\n%s", line, m)
+		}
+	}
+	if _, err := read(t.TempDir()); err == nil {
+		t.Error("a table of no results is no error")
+	}
+}
+
 // read takes the results of all runs that left theirs beneath a directory, of the same row in the same surroundings the latest.
 func read(dir string) ([]result, error) {
 	files, err := filepath.Glob(filepath.Join(dir, "*", "faults.json"))
