@@ -2,6 +2,7 @@ package heal
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -139,11 +140,41 @@ func planBack(m model, p *Plan, h kernel.Hook) error {
 // planLeave plans to have the kernel take an input handler off its list, as if he had asked for it himself: with his own function disconnect he is told to leave
 // each device. A handler is a stranger's if the function connect is, too: of the kernel's own one or the other may have been changed before it was first seen.
 func planLeave(m model, p *Plan, h kernel.Hook) error {
-	s, err := expect64(m, "it is the stranger's", h.Member, h.At, uint64(h.To))
+	l := layout{m: m}
+	node := h.Record + kernel.VirtAddr(l.field("input_handler", "node", 16))
+	if l.err != nil {
+		return l.err
+	}
+	next, err := read64(m, node)
 	if err != nil {
 		return err
 	}
-	p.Steps = append(p.Steps, s)
+	prev, err := read64(m, node+8)
+	if err != nil {
+		return err
+	}
+	// The kernel takes it off without looking whether it is there (input_unregister_handler, drivers/input/input.c).
+	if next == uint64(node) {
+		return fmt.Errorf("the input handler %q stands in no list, off which the kernel could take it: %w", h.Place, kernel.ErrNotSupported)
+	}
+	for _, x := range []struct {
+		why, object string
+		at          kernel.VirtAddr
+		value       uint64
+	}{
+		{"it is the stranger's", h.Member, h.At, uint64(h.To)},
+		{"it stands in the list", "input_handler.node.next", node, next}, {"it stands in the list", "input_handler.node.prev", node + 8, prev},
+		{"the next one leads back", "list_head.prev", kernel.VirtAddr(next) + 8, uint64(node)}, {"the one before leads here", "list_head.next", kernel.VirtAddr(prev), uint64(node)},
+	} {
+		if now, err := read64(m, x.at); err != nil || now != x.value {
+			return fmt.Errorf("the input handler %q stands in no list, off which the kernel could take it (%s at %v): %w", h.Place, x.object, x.at, cmp.Or(err, kernel.ErrNotSupported))
+		}
+		s, err := expect64(m, x.why, x.object, x.at, x.value)
+		if err != nil {
+			return err
+		}
+		p.Steps = append(p.Steps, s)
+	}
 	return addWork(m, p, unregisterInput, h.Record)
 }
 

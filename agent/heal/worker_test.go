@@ -48,7 +48,7 @@ func worked(t *testing.T, answer uint64) (*fakeHost, []kernel.Hook) {
 		"request_queue.timeout": {Offset: 0x100, Size: 40}, "request_queue.timeout_work": {Offset: 0x100 + workBehind, Size: 32},
 		"ftrace_ops.func": {Offset: 0, Size: 8}, "ftrace_ops.flags": {Offset: 16, Size: 8},
 		"tracepoint.key": {Offset: 8, Size: 16}, "tracepoint.funcs": {Offset: 64, Size: 8}, "static_key.enabled.counter": {Offset: 0, Size: 4},
-		"tracepoint_func.func": {Offset: 0, Size: 8},
+		"tracepoint_func.func": {Offset: 0, Size: 8}, "input_handler.node": {Offset: 16, Size: 16},
 	} {
 		h.fields[name] = f
 	}
@@ -59,6 +59,9 @@ func worked(t *testing.T, answer uint64) (*fakeHost, []kernel.Hook) {
 	h.put64(paUsers, 0xbad7)
 	h.put64(paListener, 0xbad8)
 	h.put64(paListener+8, 0xbad9)
+	for _, at := range []hostmem.PhysAddr{paListener + 16, paListener + 24, paListener + 0x200, paListener + 0x208} { // the list has its head and one more
+		h.put64(at, direct+uint64(paListener)+map[bool]uint64{true: 0x200, false: 16}[at < paListener+0x200])
+	}
 	h.onWork = func(fn, arg uint64) uint64 {
 		switch {
 		case fn == direct+paUntrace && arg == direct+paOps:
@@ -229,6 +232,12 @@ func TestWorkerRefuses(t *testing.T) {
 		}, kernel.ErrTorn},
 		{"a key that is on twice", 1, func(h *fakeHost) { h.put32(paPoint+8, 2) }, kernel.ErrNotSupported},
 		{"a handler of the kernel's, of which a function was changed before", 4, func(*fakeHost) {}, kernel.ErrNotSupported},
+		{"a listener in no list", 2, func(h *fakeHost) {
+			h.put64(paListener+16, direct+paListener+16)
+			h.put64(paListener+24, direct+paListener+16)
+		}, kernel.ErrNotSupported},
+		{"a listener taken off its list", 2, func(h *fakeHost) { h.put64(paListener+0x200, direct+paListener+0x200) }, kernel.ErrNotSupported},
+		{"a listener whose links are poison", 2, func(h *fakeHost) { h.put64(paListener+16, 0xdead000000000100) }, hostmem.ErrNotMapped},
 		{"a kernel without input", 2, func(h *fakeHost) { delete(h.symbols, unregisterInput.name) }, kernel.ErrNotFound},
 		{"the host reboots", 0, func(h *fakeHost) { h.put64(paReboot, workIdle|workPending) }, ErrNotYet},
 		{"another work_struct", 0, func(h *fakeHost) { h.put64(paReboot+8, direct) }, kernel.ErrNotSupported},

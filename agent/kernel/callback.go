@@ -36,7 +36,8 @@ const (
 	maxNotifiers    = 256     // in a chain
 	maxFilters      = 1024    // at a place: MAX_HOOK_COUNT, net/netfilter/core.c
 	maxCallers      = 256     // of a tracepoint
-	maxInput        = 256     // handlers of input
+	maxInput        = 256     // handlers and devices of input
+	maxInputHandles = 1024    // of all devices together
 	maxDisciplines  = 64      // of terminals
 	maxTracepointed = 4 << 20 // bytes that all tracepoints lie in
 )
@@ -80,6 +81,10 @@ type callbackPlan struct {
 		head    VirtAddr
 		handler *shape
 		calls   []string
+		devices VirtAddr
+		device  *shape
+		handle  *shape // of a device and a handler that hears it
+		events  bool   // a handle has a function of its own: since v6.11
 	}
 }
 
@@ -166,6 +171,14 @@ func (img *Image) planCallbacks() *callbackPlan {
 	if at, err := img.syms.symbol("input_handler_list"); err == nil {
 		i.head = at
 		i.handler, i.calls = r.callers("input_handler", inputCalls, "name", "node[]")
+	}
+	if at, err := img.syms.symbol("input_dev_list"); err == nil && i.head != 0 {
+		i.devices, i.device = at, r.shape("input_dev", "h_list[]", "node[]")
+		fields := []string{"handler", "d_node[]"}
+		if m, err := img.types.field("input_handle", "handle_events"); err == nil && m.Size == 8 {
+			i.events, fields = true, append(fields, "handle_events")
+		}
+		i.handle = r.shape("input_handle", fields...)
 	}
 	i.err = r.err
 	return p
@@ -459,35 +472,66 @@ func (v *View) lineDisciplines(p *callbackPlan, note noteHook) error {
 		if err != nil {
 			return err
 		}
-		if err := v.calls(&t, "line discipline", "tty_ldisc_ops", d.calls, note); err != nil {
+		if _, err := v.calls(&t, "line discipline", "tty_ldisc_ops", d.calls, note); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// inputHandlers looks at those in the kernel's list, and at whom each device calls: who has taken himself off that list hears all the same.
 func (v *View) inputHandlers(p *callbackPlan, note noteHook) error {
 	i := &p.input
 	if i.err != nil || i.head == 0 {
 		return i.err
 	}
-	return v.list("input_handler", i.head, i.handler.offset("node"), maxInput, func(at VirtAddr) error {
+	names := make(map[VirtAddr]string)
+	handler := func(at VirtAddr) error {
 		t, err := v.thing(i.handler, at)
+		if err == nil {
+			names[at], err = v.calls(&t, "input handler", "input_handler", i.calls, note)
+		}
+		return err
+	}
+	if err := v.list("input_handler", i.head, i.handler.offset("node"), maxInput, handler); err != nil || i.devices == 0 {
+		return err
+	}
+	left := maxInputHandles
+	return v.list("input_dev", i.devices, i.device.offset("node"), maxInput, func(at VirtAddr) error {
+		d, err := v.thing(i.device, at)
 		if err != nil {
 			return err
 		}
-		return v.calls(&t, "input handler", "input_handler", i.calls, note)
+		return v.list("input_handle", d.at("h_list"), i.handle.offset("d_node"), maxInput, func(at VirtAddr) error {
+			h, err := v.thing(i.handle, at)
+			if err != nil {
+				return err
+			}
+			if left--; left < 0 {
+				return h.corrupt("more than %d of all devices", maxInputHandles)
+			}
+			of := h.ptr("handler")
+			if _, known := names[of]; !known {
+				if err := handler(of); err != nil {
+					return err
+				}
+			}
+			if i.events {
+				note(Hook{Kind: "input handler", Record: of, Place: names[of], Member: "input_handle.handle_events", At: h.at("handle_events"), To: h.ptr("handle_events")}, 0)
+			}
+			return nil
+		})
 	})
 }
 
-// calls notes the functions of an object that has a name.
-func (v *View) calls(t *thing, kind, typ string, calls []string, note noteHook) error {
-	name, err := v.cstring(typ, t.ptr("name"), 128)
+// calls notes the functions of an object that has a name, and returns that.
+func (v *View) calls(t *thing, kind, typ string, calls []string, note noteHook) (name string, err error) {
+	name, err = v.cstring(typ, t.ptr("name"), 128)
 	if err != nil {
-		return err
+		return "", err
 	}
 	for _, c := range calls {
 		note(Hook{Kind: kind, Record: t.addr(), Place: name, Member: typ + "." + c, At: t.at(c), To: t.ptr(c)}, 0)
 	}
-	return nil
+	return name, nil
 }

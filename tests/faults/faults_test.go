@@ -82,6 +82,8 @@ type fault struct {
 	// shares says that it takes another CPU than that for the guest's own use, and a kernel that keeps nothing back for those who wait: since 6.8 there
 	// is a server for them (commit 63ba8422f876).
 	shares bool
+	// since611 says that it takes a kernel of Linux 6.11 or later.
+	since611 bool
 	// truth asks the guest itself whether what the fault does is in force.
 	truth func(b *bed) bool
 }
@@ -178,12 +180,15 @@ func (b *bed) at(symbol string, offset uint64) (kernel.VirtAddr, int64) {
 // cannot says why a row is not for this kernel.
 func (b *bed) cannot(f fault) string {
 	b.t.Helper()
+	is61 := b.kernel == "6.1" || strings.HasPrefix(b.kernel, "6.1-")
 	switch {
+	case f.since611 && is61:
+		return "it needs a kernel since 6.11"
 	case !b.module && (f.start == "" && f.do == nil || f.after != ""):
 		return "it needs the module"
 	case !strings.HasSuffix(b.kernel, f.machine):
 		return "it needs a " + f.machine + " kernel"
-	case f.shares && (*cpusFlag < 2 || !strings.HasPrefix(b.kernel, "6.1-") && b.kernel != "6.1"):
+	case f.shares && (*cpusFlag < 2 || !is61):
 		return "it needs two CPUs, and a kernel before 6.8"
 	case b.g.Arch != "amd64" && (slices.Contains(f.want, detect.KindForkBomb) || slices.Contains(f.want, detect.KindMemoryHog) || slices.Contains(f.want, detect.KindExhaustion)):
 		// Debian's 6.1 for arm64 names no variables in its kallsyms (CONFIG_KALLSYMS_ALL), and not all are found otherwise.
@@ -372,8 +377,14 @@ var rows = []fault{
 	{name: "input-handler", about: "a hidden module hears the console's keys",
 		want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "input-handler_off",
 		truth: calls((*bed).key)},
+	{name: "input-device", about: "a hidden module hears each keyboard that the console does (since 6.11)",
+		want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "input-device_off", since611: true,
+		truth: calls((*bed).key)},
 	{name: "key-listener", about: "a hidden module's own handler of input hears keys",
 		want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "key-listener_off",
+		truth: calls((*bed).key)},
+	{name: "hidden-listener", about: "the same, and it has taken itself off the list of handlers",
+		want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, after: "hidden-listener_off",
 		truth: calls((*bed).key)},
 	{name: "line-discipline", about: "a hidden module reads what comes over terminals (`n_tty`)",
 		want: []detect.Kind{detect.KindTampering}, key: "probe ", by: 10 * time.Second, heal: heal.UnhookProbe, after: "line-discipline_off",

@@ -822,6 +822,45 @@ static void input_handler_off(void)
 	keyboard = NULL;
 }
 
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
+/* Since then a handler has a function with each device that it hears. */
+static unsigned int (*key_events)(struct input_handle *handle, struct input_value *vals, unsigned int count);
+
+static unsigned int see_events(struct input_handle *handle, struct input_value *vals, unsigned int count)
+{
+	atomic_inc(&calls);
+	return key_events(handle, vals, count);
+}
+
+static void lead_devices(typeof(key_events) to)
+{
+	struct input_handle *handle;
+
+	list_for_each_entry(handle, &keyboard->h_list, h_node)
+		WRITE_ONCE(handle->handle_events, to);
+}
+
+static void input_device(void)
+{
+	keyboard = (struct input_handler *)find("kbd_handler");
+	if (!keyboard || list_empty(&keyboard->h_list))
+		return;
+	key_events = list_first_entry(&keyboard->h_list, struct input_handle, h_node)->handle_events;
+	lead_devices(see_events);
+	hide_module();
+}
+
+static void input_device_off(void)
+{
+	hide_module_off();
+	if (!keyboard)
+		return;
+	lead_devices(key_events);
+	synchronize_rcu();
+	keyboard = NULL;
+}
+#endif
+
 static int listen_to(struct input_handler *handler, struct input_dev *dev, const struct input_device_id *id)
 {
 	struct input_handle *handle = kzalloc(sizeof(*handle), GFP_KERNEL);
@@ -865,6 +904,30 @@ static void key_listener_off(void)
 {
 	hide_module_off();
 	input_unregister_handler(&listener_of_keys); /* which does nothing the second time */
+}
+
+/* The same, and it takes itself off the kernel's list of handlers, which its devices do not look at. */
+static bool listener_unlisted;
+
+static void hidden_listener(void)
+{
+	if (input_register_handler(&listener_of_keys))
+		return;
+	list_del_init(&listener_of_keys.node);
+	listener_unlisted = true;
+	hide_module();
+}
+
+static void hidden_listener_off(void)
+{
+	struct list_head *handlers = (struct list_head *)find("input_handler_list");
+
+	hide_module_off();
+	if (!listener_unlisted || !handlers)
+		return;
+	list_add_tail(&listener_of_keys.node, handlers);
+	listener_unlisted = false;
+	input_unregister_handler(&listener_of_keys);
 }
 
 /* It reads what comes over terminals. */
@@ -1071,7 +1134,11 @@ static struct fault {
 	{ "packet-filter", packet_filter, filter_off },
 	{ "interface-filter", interface_filter, filter_off },
 	{ "input-handler", input_handler, input_handler_off },
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
+	{ "input-device", input_device, input_device_off },
+#endif
 	{ "key-listener", key_listener, key_listener_off },
+	{ "hidden-listener", hidden_listener, hidden_listener_off },
 	{ "line-discipline", line_discipline, line_discipline_off },
 	{ "hide-bpf", hide_bpf, hide_bpf_off },
 	{ "hook-bpf", hook_bpf, hook_bpf_off },
