@@ -202,6 +202,8 @@ func (f fault) cell(r result) string {
 			return fmt.Sprintf("%.0f", s)
 		case s >= 0.095:
 			return fmt.Sprintf("%.1f", s)
+		case s < 0.01:
+			return "<0.01"
 		default:
 			return fmt.Sprintf("%.2f", s)
 		}
